@@ -1,0 +1,29 @@
+"""Kernels that score the tokens of a vision-language transformer and run it on the ones that matter.
+
+Four operations on ragged batches, each with a plain PyTorch reference, a C++ CPU kernel, a Triton kernel and a CUDA kernel.
+Needs torch only; ``python -m madtp_kernels.info`` shows what is available here.
+"""
+
+from .attention import attention
+from .backends import BackendError
+from .checks import set_debug
+from .compaction import Compacted, compact
+from .importance import attention_importance
+from .prune import Pruned, prune
+from .ragged import RaggedBatch
+from .scoring import score_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Compacted",
+    "Pruned",
+    "RaggedBatch",
+    "attention",
+    "attention_importance",
+    "compact",
+    "prune",
+    "score_tokens",
+    "set_debug",
+]

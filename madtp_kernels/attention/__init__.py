@@ -1,0 +1,119 @@
+"""Ragged attention that also returns the log-sum-exp: public function, checks, dispatch, registration, gradient.
+
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/attention.cpp`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every sample's queries over the same sample's keys.
+
+    Args:
+        q: ``[Tq, H, d]``, k and v: ``[Tk, H, d]``; float32, bfloat16 or float16 (float64 on the reference). Views of a
+            larger buffer are fine. Self-attention passes the same offsets twice, cross-attention two different ones.
+        cu_seqlens_q, cu_seqlens_k: ``[B+1]`` int32 offsets of the samples in q and in k, v.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sample lengths (host integers).
+        scale: factor of the logits; ``d ** -0.5`` if None.
+        causal: query i sees keys j <= i + Lk - Lq only (aligned at the end of the sample).
+        key_bias: ``[Tk]`` float32 added to every logit of a key: the log of a merged token's size makes attention
+            proportional (ToMe, arXiv 2210.09461, section 3.3).
+        backend: force "reference", "cpu", "triton" or "cuda"; by default chosen from the device.
+
+    Returns:
+        ``out [Tq, H, d]`` in the dtype of q, and ``lse [H, Tq]`` float32, the natural log-sum-exp of the logits. A query
+        that sees no key has out = 0 and lse = -inf. Accumulation is in float32.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what was expected.
+        BackendError: a backend asked for by name cannot run.
+    """
+    checks.floats("q", q, 3, "[Tq, H, d]")
+    heads, head_dim = q.shape[1:]
+    if not 1 <= head_dim <= 256 or heads < 1:
+        raise ValueError(f"q: expected [Tq, H, d] with H >= 1 and 1 <= d <= 256, got {checks.describe(q)}")
+    checks.tensor("k", k, (None, heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
+    checks.tensor("v", v, (k.shape[0], heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
+    checks.offsets("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, "q")
+    checks.offsets("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, "k")
+    checks.tensor("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B+1]", torch.int32, q.device)
+    if key_bias is not None:
+        checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", (torch.float32, torch.float64), q.device)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    checks.positive("scale", scale)
+    return torch.ops.madtp_kernels.attention(
+        checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(v), cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, scale, causal, key_bias, backend or "",
+    )  # fmt: skip
+
+
+def _run(*args):
+    *args, backend = args
+    _, implementation = backends.resolve("attention", "attention", backend, args[0])
+    return implementation(*args)
+
+
+def _fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, backend):
+    score_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=score_dtype)
+
+
+def _run_backward(*args):
+    return reference.attention_backward(*args)
+
+
+def _fake_backward(q, k, v, out, lse, cu_q, cu_k, scale, causal, key_bias, d_out, d_lse):
+    d_bias = lse.new_empty(0 if key_bias is None else k.shape[0])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, _, _, scale, causal, key_bias, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, key_bias)
+    ctx.scale, ctx.causal = scale, causal
+
+
+def _backward(ctx, d_out, d_lse):
+    q, k, v, out, lse, cu_q, cu_k, key_bias = ctx.saved_tensors
+    dq, dk, dv, d_bias = torch.ops.madtp_kernels.attention_backward(
+        q, k, v, out, lse, cu_q, cu_k, ctx.scale, ctx.causal, key_bias, d_out, d_lse
+    )
+    return dq, dk, dv, None, None, None, None, None, None, None if key_bias is None else d_bias, None
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, float scale, bool causal, Tensor? key_bias, str backend) -> (Tensor out, Tensor lse)",
+    _run,
+    _fake,
+)
+define(
+    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, float scale, bool causal, Tensor? key_bias, Tensor d_out, Tensor d_lse) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_key_bias)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate("attention", _setup_context, _backward)

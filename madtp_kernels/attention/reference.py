@@ -1,0 +1,88 @@
+"""The formula of ragged attention in plain PyTorch: the oracle for tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ragged import pack, spans
+
+
+def logits(q: Tensor, k: Tensor, scale: float, causal: bool, key_bias: Tensor | None) -> Tensor:
+    """Logits of one sample, ``[H, Lq, Lk]``: scale * <q_hi, k_hj> + key_bias_j, -inf where a causal query may not look.
+
+    Causal attention is aligned at the end: query i sees keys j <= i + Lk - Lq.
+    """
+    s = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if key_bias is not None:
+        s = s + key_bias
+    if causal:
+        blind = torch.ones(s.shape[1:], dtype=torch.bool, device=s.device).triu(k.shape[0] - q.shape[0] + 1)
+        s = s.masked_fill(blind, float("-inf"))
+    return s
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out_hi = sum_j softmax_j(s_hij) v_hj and lse_hi = log sum_j exp(s_hij), sample by sample."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    outs, lses = [], []
+    for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True):
+        # Queries at the front that see no key: all of them without keys, the surplus ones under a causal mask.
+        blind = q1 - q0 if k1 == k0 else max(0, (q1 - q0) - (k1 - k0)) if causal else 0
+        q_b, k_b, v_b = (t.to(dtype) for t in (q[q0 + blind : q1], k[k0:k1], v[k0:k1]))
+        s = logits(q_b, k_b, scale, causal, None if key_bias is None else key_bias[k0:k1].to(dtype))
+        lse = s.logsumexp(-1) if k1 > k0 else s.new_zeros(s.shape[:2])  # [H, Lq - blind]
+        out = torch.einsum("hij,jhd->ihd", (s - lse[..., None]).exp(), v_b)
+        outs.append(torch.cat([out.new_zeros(blind, *out.shape[1:]), out]).to(q.dtype))
+        lses.append(torch.cat([lse.new_full((blind, lse.shape[0]), float("-inf")), lse.mT]))
+    empty = torch.empty(0, q.shape[1], dtype=dtype, device=q.device)
+    return pack(outs, q, q.shape[0]), pack(lses, empty, q.shape[0]).mT.contiguous()
+
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and key_bias (empty without one), from the probabilities recomputed out of lse.
+
+    With P = exp(s - lse): dS = P * (dP - sum_j(P dP) + dlse), where dP = dout v^T and sum_j(P dP) = <dout, out>.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    d_bias = torch.zeros(0 if key_bias is None else k.shape[0], dtype=dtype, device=q.device)
+    for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True):
+        q_b, out_b, d_out_b = (t[q0:q1].to(dtype) for t in (q, out, d_out))
+        k_b, v_b = k[k0:k1].to(dtype), v[k0:k1].to(dtype)
+        s = logits(q_b, k_b, scale, causal, None if key_bias is None else key_bias[k0:k1].to(dtype))
+        seen = lse[:, q0:q1, None].to(dtype)
+        p = (s - seen).exp().masked_fill(seen == float("-inf"), 0.0)  # [H, Lq, Lk]
+        dp = torch.einsum("ihd,jhd->hij", d_out_b, v_b)
+        mean_dp = torch.einsum("ihd,ihd->hi", d_out_b, out_b)[..., None]
+        ds = p * (dp - mean_dp + d_lse[:, q0:q1, None].to(dtype))
+        dq[q0:q1] = scale * torch.einsum("hij,jhd->ihd", ds, k_b)
+        dk[k0:k1] = scale * torch.einsum("hij,ihd->jhd", ds, q_b)
+        dv[k0:k1] = torch.einsum("hij,ihd->jhd", p, d_out_b)
+        if key_bias is not None:
+            d_bias[k0:k1] = ds.sum((0, 1))
+    return dq, dk, dv, d_bias

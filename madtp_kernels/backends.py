@@ -1,0 +1,135 @@
+"""Which implementation of an operation runs.
+
+Each operation has up to four implementations with one contract: ``reference`` (plain PyTorch, any device), ``cpu`` (C++),
+``triton`` (GPU) and ``cuda`` (C++/CUDA). An automatic choice goes by the device of the tensors and falls back, with one log
+line, when an implementation is missing or refuses the arguments; a forced one raises with the reason. Forced by the
+``backend=`` argument of an operation, by :func:`use`, or by the environment variable ``MADTP_KERNELS_BACKEND``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from . import native
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+_log = logging.getLogger("madtp_kernels")
+_forced: str | None = os.environ.get("MADTP_KERNELS_BACKEND") or None
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run; the message says why."""
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Force a backend for all operations inside the ``with`` block; None restores the automatic choice."""
+    global _forced
+    previous, _forced = _forced, None if name is None else _checked(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced() -> str | None:
+    """The backend forced by :func:`use` or the environment, or None."""
+    return None if _forced is None else _checked(_forced)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors through Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def availability(name: str, device_type: str) -> str | None:
+    """None if the backend can run on tensors of this device type ("cpu", "cuda"), else the reason why not."""
+    if _checked(name) == "reference":
+        return None
+    if name == "triton":
+        if device_type == "cpu" and not interpreted():
+            return "triton runs on CPU tensors only through its interpreter (TRITON_INTERPRET=1)"
+        if device_type == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        return _triton_missing()
+    if name != device_type:
+        return f"the {name} backend takes {name} tensors"
+    if name == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        extension = native.load()
+    except native.Unavailable as error:
+        return str(error)
+    if name == "cuda" and not extension.build_info()["cuda"]:
+        return "the extension was built without CUDA (nvcc or a CUDA build of torch was missing)"
+    return None
+
+
+@functools.cache
+def _implementation(op: str, package: str, name: str) -> Callable:
+    if name in ("reference", "triton"):
+        return getattr(importlib.import_module(f"madtp_kernels.{package}.{name}"), op)
+    return getattr(native.load(), op)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.warning(message)
+
+
+# dtypes an implementation cannot take; the reference takes all.
+_REFUSED_DTYPES = {"cpu": (torch.float64,), "cuda": (torch.float64,), "triton": (torch.float64,)}
+
+
+@functools.cache
+def _resolve(op: str, package: str, name: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, Callable]:
+    candidates = (name,) if name else _PREFERENCE.get(device_type, ("reference",))
+    for candidate in candidates:
+        reason = availability(candidate, device_type)
+        if reason is None and dtype in _REFUSED_DTYPES.get(candidate, ()):
+            reason = f"{str(dtype).removeprefix('torch.')} is left to the reference"
+        if reason is None:
+            return candidate, _implementation(op, package, candidate)
+        if name:
+            raise BackendError(f"{op}: backend {name!r} was asked for but cannot run on {device_type}: {reason}")
+        _log_once(f"{op}: backend {candidate!r} is not used on {device_type}: {reason}")
+    raise AssertionError("the reference takes everything")
+
+
+def resolve(op: str, package: str, requested: str, leading: torch.Tensor) -> tuple[str, Callable]:
+    """The backend that serves this call, by name, and its function (positional arguments of the operation's schema).
+
+    Args:
+        op: name of the operation; package: its folder.
+        requested: the caller's choice, "" for none; leading: the tensor whose device and dtype decide.
+
+    Raises:
+        BackendError: a backend asked for by name (argument, :func:`use`, environment) cannot run.
+        ValueError: no backend has that name.
+    """
+    name = _checked(requested) if requested else forced()
+    return _resolve(op, package, name, leading.device.type, leading.dtype)

@@ -1,0 +1,113 @@
+"""Argument checks shared by all operations, and the debug switch.
+
+A check that only looks at shapes, dtypes and devices always runs, and so does one that reads values of CPU tensors. One
+that would have to wait for a device runs only in debug mode (`MADTP_KERNELS_DEBUG=1` or `set_debug(True)`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+_debug = os.environ.get("MADTP_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def set_debug(enabled: bool) -> None:
+    """Turn on or off the checks that have to read tensors back from a device."""
+    global _debug
+    _debug = bool(enabled)
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of this tensor: on the CPU always, on a device in debug mode."""
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+        return False
+    return tensor.device.type == "cpu" or _debug
+
+
+def describe(value: object) -> str:
+    """Shape, dtype and device of a tensor, or the value itself, for error messages."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(
+    name: str,
+    value: Tensor,
+    shape: tuple[int | None, ...],
+    meaning: str,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Check one tensor argument; None in ``shape`` matches any size. ``meaning`` is e.g. ``"[T, D]"``."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    fits = (
+        isinstance(value, Tensor)
+        and value.dim() == len(shape)
+        and all(want is None or got == want for got, want in zip(value.shape, shape, strict=True))
+        and value.dtype in dtypes
+        and value.device == device
+    )
+    if not fits:
+        sizes = ", ".join("*" if size is None else str(size) for size in shape)
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name}: expected {meaning} = {kinds}[{sizes}] on {device}, got {describe(value)}")
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floats(name: str, value: Tensor, dims: int, meaning: str) -> None:
+    """Check the leading tensor of an operation, which the others have to match."""
+    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected floating-point {meaning}, got {describe(value)}")
+
+
+def offsets(
+    name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, values: Tensor, values_name: str
+) -> None:
+    """Check offsets and the length bound against the buffer they describe."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name}: expected int32 offsets [B+1], got {describe(cu_seqlens)}")
+    tensor(name, cu_seqlens, (None,), "[B+1]", torch.int32, values.device)
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise ValueError(f"{max_name}: expected an int >= 0, got {describe(max_seqlen)}")
+    if isinstance(max_seqlen, int) and max_seqlen < 0:
+        raise ValueError(f"{max_name}: expected an int >= 0, got {max_seqlen}")
+    if not may_read(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name}: expected offsets that start at 0, got {bounds[0]} first")
+    for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if stop < start:
+            raise ValueError(f"{name}: offsets decrease from {start} to {stop} at sample {b}")
+        if stop - start > max_seqlen:
+            raise ValueError(f"{max_name}: {max_seqlen} is below the length {stop - start} of sample {b}")
+    if bounds[-1] > values.shape[0]:
+        raise ValueError(f"{name}: offsets end at {bounds[-1]}, beyond the {values.shape[0]} rows of {values_name}")
+
+
+def finite(name: str, value: Tensor, cu_seqlens: Tensor | None = None) -> None:
+    """Check that scores are finite; with ``cu_seqlens`` only the defined rows count."""
+    if not may_read(value):
+        return
+    rows = value if cu_seqlens is None else value[: int(cu_seqlens[-1])]
+    bad = (~torch.isfinite(rows)).sum().item()
+    if bad:
+        raise ValueError(f"{name}: expected finite scores, got {bad} NaN or infinite of {rows.numel()}")
+
+
+def positive(name: str, value: float) -> None:
+    """Check a host-side number that has to be finite and > 0."""
+    if isinstance(value, Tensor) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: expected a finite number > 0, got {describe(value)}")
+
+
+def unit_stride(value: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is dense, else a contiguous copy: what the kernels rely on."""
+    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 and value.is_contiguous() else value.contiguous()

@@ -1,0 +1,223 @@
+"""Dropping the tokens that do not matter: public function, checks, dispatch, registration, gradient.
+
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/compaction.cpp`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..ragged import RaggedBatch
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["Compacted", "compact"]
+
+
+class Compacted(NamedTuple):
+    """Result of :func:`compact`. All per-token tensors share the offsets of ``tokens``."""
+
+    tokens: RaggedBatch
+    """Surviving rows ``[T', D]``; the merged token of a pruned sample is its last row."""
+    ids: Tensor
+    """``[T']`` int32: where each row came from; ``merged_id`` for merged tokens."""
+    sizes: Tensor | None
+    """``[T']`` float32: how many original tokens each row stands for; None without input sizes."""
+    normed: Tensor | None
+    """``[T', D]``: LayerNorm of the rows; None if it was not asked for."""
+
+
+def compact(
+    x: RaggedBatch,
+    importance: Tensor,
+    threshold: Tensor | None = None,
+    *,
+    keep_count: Tensor | None = None,
+    protected: Tensor | None = None,
+    groups: Tensor | None = None,
+    min_keep: Tensor | None = None,
+    ids: Tensor | None = None,
+    sizes: Tensor | None = None,
+    merged_id: int = -1,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    exact: bool | None = None,
+    backend: str | None = None,
+) -> Compacted:
+    """Keep each sample's tokens with ``importance > threshold`` and merge the others into one token, appended last.
+
+    Token 0 of a sample always survives. Kept tokens stay in order. The merged token is
+    ``sum_dropped w_j x_j / (sum_dropped w_j + 1e-8)`` with ``w = importance`` (times ``sizes``, where given). A sample of which
+    no token survives, or fewer than two would be dropped, is left as it is (MADTP's rule; arXiv 2403.02991, section 3.3).
+
+    Args:
+        x: tokens ``[T, D]``.
+        importance: ``[T]`` float32; token 0's entries do not matter.
+        threshold: ``[B]`` float32; strict comparison. Exactly one of threshold and keep_count is given.
+        keep_count: ``[B]`` int32: keep this many best tokens instead (ties: the earlier one), for fixed-ratio methods.
+        protected: ``[T]`` bool: further tokens that always survive.
+        groups: ``[B]`` int32 in 0..B-1: samples of one group all keep the largest count among them (BLIP-NLVR's official code
+            ties the two images of a pair), filled up by the next best tokens.
+        min_keep: ``[B]`` int32: prune a sample only if more than this many tokens survive (0 by default).
+        ids: ``[T]`` int32 carried through; by default a token's position in its sample.
+        sizes: ``[T]`` float32: originals that each token stands for; summed up in the merged token.
+        merged_id: id of the merged tokens.
+        norm: ``(weight [D], bias [D] or None, eps)`` of a LayerNorm to apply to the result in the same pass.
+        exact: result buffer without spare rows. This reads the new size on the host, hence the default: True on the CPU,
+            False on a device and under torch.compile, where the result keeps the capacity of x and nothing waits.
+        backend: force an implementation.
+
+    Returns:
+        :class:`Compacted`. ``max_seqlen`` is tight for an exact result, otherwise the old bound.
+
+    Raises:
+        ValueError: an argument does not fit, or (CPU, or debug mode) non-finite importance or threshold.
+        BackendError: a backend asked for by name cannot run.
+    """
+    values, cu_seqlens, device = x.values, x.cu_seqlens, x.device
+    checks.floats("x.values", values, 2, "[T, D]")
+    tokens, batch = values.shape[0], cu_seqlens.shape[0] - 1
+    score_dtype = torch.promote_types(values.dtype, torch.float32)
+    checks.tensor("importance", importance, (tokens,), "[T]", score_dtype, device)
+    checks.finite("importance", importance, cu_seqlens)
+    if (threshold is None) == (keep_count is None):
+        raise ValueError("threshold, keep_count: expected exactly one of them")
+    if threshold is not None:
+        checks.tensor("threshold", threshold, (batch,), "[B]", score_dtype, device)
+        checks.finite("threshold", threshold)
+    per_token = (("protected", protected, torch.bool), ("ids", ids, torch.int32), ("sizes", sizes, torch.float32))
+    for name, value, dtype in per_token:
+        if value is not None:
+            checks.tensor(name, value, (tokens,), "[T]", dtype, device)
+    for name, value in (("keep_count", keep_count), ("groups", groups), ("min_keep", min_keep)):
+        if value is None:
+            continue
+        checks.tensor(name, value, (batch,), "[B]", torch.int32, device)
+        if checks.may_read(value) and batch and (value.min() < 0 or name == "groups" and value.max() >= batch):
+            raise ValueError(
+                f"{name}: expected {'0..B-1' if name == 'groups' else '>= 0'}, got {value.min()}..{value.max()}"
+            )
+    weight, bias, eps = norm if norm is not None else (None, None, 0.0)
+    for name, value in (("norm weight", weight), ("norm bias", bias)):
+        if value is not None:
+            checks.tensor(name, value, (values.shape[1],), "[D]", checks.FLOATS, device)
+    if exact is None:
+        exact = device.type == "cpu" and not torch.compiler.is_compiling()
+
+    rows, cu_out, ids_out, sizes_out, normed = torch.ops.madtp_kernels.compact(
+        checks.unit_stride(values), importance, threshold, keep_count, cu_seqlens, x.max_seqlen, protected, groups,
+        min_keep, ids, sizes, merged_id, weight, bias, eps, exact, backend or "",
+    )  # fmt: skip
+    bound = x.max_seqlen
+    if exact and not torch.compiler.is_compiling() and device.type == "cpu":
+        bound = max(cu_out.diff().tolist(), default=0)
+    return Compacted(
+        RaggedBatch(rows, cu_out, bound),
+        ids_out,
+        None if sizes is None else sizes_out,
+        None if weight is None else normed,
+    )
+
+
+def _run(*args):
+    *args, backend = args
+    _, implementation = backends.resolve("compact", "compaction", backend, args[0])
+    return implementation(*args)
+
+
+def _fake(
+    x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, ids, sizes, merged_id,
+    norm_weight, norm_bias, norm_eps, exact, backend,
+):  # fmt: skip
+    rows = torch.library.get_ctx().new_dynamic_size() if exact else x.shape[0]
+    return (
+        x.new_empty(rows, x.shape[1]),
+        torch.empty_like(cu_seqlens),
+        cu_seqlens.new_empty(rows),
+        x.new_empty(0 if sizes is None else rows, dtype=torch.float32),
+        x.new_empty(0) if norm_weight is None else x.new_empty(rows, x.shape[1]),
+    )
+
+
+def _run_norm_backward(values, weight, bias, eps, cu_out, d_normed):
+    """Gradients of LayerNorm's values, weight and bias over the defined rows."""
+    total = int(cu_out[-1])
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (values[:total], weight) + (() if bias is None else (bias,))]
+        normed = reference.layer_norm(leaves[0], leaves[1], leaves[2] if bias is not None else None, eps)
+        grads = torch.autograd.grad(normed, leaves, d_normed[:total])
+    d_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    d_values[:total] = grads[0]
+    return d_values, grads[1], grads[2] if bias is not None else weight.new_empty(0)
+
+
+def _fake_norm_backward(values, weight, bias, eps, cu_out, d_normed):
+    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return values.new_empty(values.shape), weight.new_empty(weight.shape), d_bias
+
+
+def _run_backward(*args):
+    return reference.compact_backward(*args)
+
+
+def _fake_backward(
+    x, importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep, sizes, cu_out, d_values
+):
+    return x.new_empty(x.shape), importance.new_empty(importance.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    (
+        x, importance, threshold, keep_count, cu_seqlens, _, protected, groups, min_keep, _, sizes, _,
+        norm_weight, norm_bias, ctx.norm_eps, _, _,
+    ) = inputs  # fmt: skip
+    values, cu_out, ids_out, sizes_out, normed = output
+    ctx.mark_non_differentiable(cu_out, ids_out, sizes_out)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x, importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep, sizes, cu_out, values,
+        norm_weight, norm_bias,
+    )  # fmt: skip
+
+
+def _backward(ctx, d_values, _cu, _ids, _sizes, d_normed):
+    *selection, cu_out, values, norm_weight, norm_bias = ctx.saved_tensors
+    d_weight = d_bias = None
+    if d_normed is not None and norm_weight is not None:
+        through_norm, d_weight, d_bias = torch.ops.madtp_kernels.compact_norm_backward(
+            values, norm_weight, norm_bias, ctx.norm_eps, cu_out, d_normed
+        )
+        d_values = through_norm if d_values is None else d_values + through_norm
+        d_bias = None if norm_bias is None else d_bias
+    grads = [None] * 17
+    if d_values is not None:
+        grads[:2] = torch.ops.madtp_kernels.compact_backward(*selection, cu_out, d_values)
+    grads[12:14] = d_weight, d_bias
+    return tuple(grads)
+
+
+define(
+    "compact(Tensor x, Tensor importance, Tensor? threshold, Tensor? keep_count, Tensor cu_seqlens, SymInt max_seqlen, "
+    "Tensor? protected, Tensor? groups, Tensor? min_keep, Tensor? ids, Tensor? sizes, int merged_id, "
+    "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, bool exact, str backend) "
+    "-> (Tensor values, Tensor cu_seqlens_out, Tensor ids_out, Tensor sizes_out, Tensor normed)",
+    _run,
+    _fake,
+)
+define(
+    "compact_backward(Tensor x, Tensor importance, Tensor? threshold, Tensor? keep_count, Tensor cu_seqlens, "
+    "Tensor? protected, Tensor? groups, Tensor? min_keep, Tensor? sizes, Tensor cu_seqlens_out, Tensor d_values) "
+    "-> (Tensor dx, Tensor d_importance)",
+    _run_backward,
+    _fake_backward,
+)
+define(
+    "compact_norm_backward(Tensor values, Tensor weight, Tensor? bias, float eps, Tensor cu_seqlens_out, Tensor d_normed) "
+    "-> (Tensor d_values, Tensor d_weight, Tensor d_bias)",
+    _run_norm_backward,
+    _fake_norm_backward,
+)
+differentiate("compact", _setup_context, _backward)

@@ -1,0 +1,122 @@
+"""How much attention each token receives, without the attention matrix: public function, checks, dispatch, gradient.
+
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/importance.cpp`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["attention_importance"]
+
+
+def attention_importance(
+    q: Tensor,
+    k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two attention terms of MADTP's token importance (arXiv 2403.02991, section 3.3).
+
+    The probabilities ``P_hij = exp(s_hij - lse_hi)`` are recomputed tile by tile from the log-sum-exp that
+    :func:`~madtp_kernels.attention` returned; no L x L matrix is stored. Arguments as for self-attention, plus its results:
+
+    Args:
+        q, k: ``[T, H, d]``; out: ``[T, H, d]`` in the same dtype; lse: ``[H, T]`` float32.
+        cu_seqlens, max_seqlen, scale, causal, key_bias, backend: as in the attention they belong to.
+
+    Returns:
+        ``received [T]`` float32: ``sum_{i>=1} max_h P_hij``, and ``cls [T]`` float32:
+        ``sum_h P_h0j |out_hj| / (sum_h |out_hj| + 1e-8)``. Token 0 of a sample takes part in neither; its entries are 0.
+        The same input gives the same bits, whatever else is in the batch.
+
+    Raises:
+        ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
+    """
+    checks.floats("q", q, 3, "[T, H, d]")
+    if not 1 <= q.shape[2] <= 256 or q.shape[1] < 1:
+        raise ValueError(f"q: expected [T, H, d] with H >= 1 and 1 <= d <= 256, got {checks.describe(q)}")
+    shape = tuple(q.shape)
+    score_dtype = torch.promote_types(q.dtype, torch.float32)
+    checks.tensor("k", k, shape, "[T, H, d]", q.dtype, q.device)
+    checks.tensor("out", out, shape, "[T, H, d]", q.dtype, q.device)
+    checks.tensor("lse", lse, (shape[1], shape[0]), "[H, T]", score_dtype, q.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, q, "q")
+    if key_bias is not None:
+        checks.tensor("key_bias", key_bias, (shape[0],), "[T]", (torch.float32, torch.float64), q.device)
+    scale = shape[2] ** -0.5 if scale is None else float(scale)
+    checks.positive("scale", scale)
+    return torch.ops.madtp_kernels.attention_importance(
+        checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
+        cu_seqlens, max_seqlen, scale, causal, key_bias, backend or "",
+    )  # fmt: skip
+
+
+def _run(*args):
+    *args, backend = args
+    _, implementation = backends.resolve("attention_importance", "importance", backend, args[0])
+    return implementation(*args)
+
+
+def _fake(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, backend):
+    return lse.new_empty(q.shape[0]), lse.new_empty(q.shape[0])
+
+
+def _run_backward(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, d_received, d_cls):
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, out, lse)]
+        bias = None if key_bias is None else key_bias.detach().requires_grad_()
+        results = reference.attention_importance(*leaves, cu_seqlens, max_seqlen, scale, causal, bias)
+        leaves += [] if bias is None else [bias]
+        grads = torch.autograd.grad(
+            results, leaves, (d_received, d_cls), allow_unused=True, materialize_grads=True
+        )
+    return tuple(g.contiguous() for g in grads[:4]) + (grads[4] if key_bias is not None else lse.new_empty(0),)
+
+
+def _fake_backward(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, d_received, d_cls):
+    d_bias = lse.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), out.new_empty(out.shape), lse.new_empty(lse.shape), d_bias
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.causal, key_bias, _ = inputs
+    ctx.save_for_backward(q, k, out, lse, cu_seqlens, key_bias)
+
+
+def _backward(ctx, d_received, d_cls):
+    q, k, out, lse, cu_seqlens, key_bias = ctx.saved_tensors
+    dq, dk, d_out, d_lse, d_bias = torch.ops.madtp_kernels.attention_importance_backward(
+        q, k, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.causal, key_bias, d_received, d_cls
+    )
+    return dq, dk, d_out, d_lse, None, None, None, None, None if key_bias is None else d_bias, None
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, bool causal, "
+    "Tensor? key_bias"
+)
+define(
+    f"attention_importance({_ARGUMENTS}, str backend) -> (Tensor received, Tensor cls)",
+    _run,
+    _fake,
+)
+define(
+    f"attention_importance_backward({_ARGUMENTS}, Tensor d_received, Tensor d_cls) "
+    "-> (Tensor dq, Tensor dk, Tensor d_out, Tensor d_lse, Tensor d_key_bias)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate("attention_importance", _setup_context, _backward)

@@ -1,0 +1,209 @@
+"""The one data structure of the project: a batch of samples of different lengths, packed back to back.
+
+`RaggedBatch` and its converters live here; what is computed on a ragged batch lives in the operation packages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedBatch:
+    """B samples of different lengths in one buffer, without padding between them.
+
+    Attributes:
+        values: ``[C, ...]``; sample ``b`` owns rows ``cu_seqlens[b]:cu_seqlens[b+1]``. C may exceed the number of
+            tokens ``T = cu_seqlens[B]``; rows beyond T are undefined (a *bound* buffer). C == T is an *exact* buffer.
+        cu_seqlens: ``[B+1]`` int32 offsets on the device of ``values``; starts at 0 and never decreases.
+        max_seqlen: host-side upper bound of the sample lengths. An upper bound never has to be read back from a
+            device, so it is always valid; a tight one only saves work.
+
+    Empty samples are legal. Build one with :meth:`from_list`, :meth:`from_padded`, :meth:`from_nested`,
+    :meth:`from_lengths`, or directly; a direct construction checks what can be checked without waiting for a device.
+
+    Raises:
+        ValueError: wrong dtype, shape or device of ``cu_seqlens``, or offsets that do not describe ``values``.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor) or self.values.dim() < 1:
+            raise ValueError(f"values: expected a tensor [C, ...], got {checks.describe(self.values)}")
+        checks.offsets("cu_seqlens", self.cu_seqlens, "max_seqlen", self.max_seqlen, self.values, "values")
+
+    # ---- sizes ------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples B."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B]`` int32 sample lengths, on the device of the values."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def num_tokens(self) -> int:
+        """T, read from ``cu_seqlens``: waits for the device if the batch lives on one."""
+        return int(self.cu_seqlens[-1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    # ---- same offsets, other values ---------------------------------------------------------------------------
+
+    def with_values(self, values: Tensor) -> RaggedBatch:
+        """The same samples with other per-token values ``[C, ...]`` (any trailing shape and dtype)."""
+        return RaggedBatch(values, self.cu_seqlens, self.max_seqlen)
+
+    def to(self, *args, **kwargs) -> RaggedBatch:
+        """As ``Tensor.to`` on the values; the offsets follow to the device and stay int32."""
+        values = self.values.to(*args, **kwargs)
+        return RaggedBatch(values, self.cu_seqlens.to(values.device), self.max_seqlen)
+
+    def exact(self) -> RaggedBatch:
+        """A view without the undefined rows (C == T). Reads T: waits for the device if the batch lives on one."""
+        return RaggedBatch(self.values[: self.num_tokens], self.cu_seqlens, self.max_seqlen)
+
+    def __getitem__(self, b: int) -> Tensor:
+        """Rows of sample ``b``: a view ``[L_b, ...]``."""
+        if not -self.batch_size <= b < self.batch_size:
+            raise IndexError(f"sample {b} of a batch of {self.batch_size}")
+        start, stop = self.cu_seqlens[b % self.batch_size :][:2].tolist()
+        return self.values[start:stop]
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    # ---- converters -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_lengths(cls, values: Tensor, lengths: Sequence[int] | Tensor) -> RaggedBatch:
+        """Packed ``values [T, ...]`` with the length of each sample.
+
+        ``lengths`` is read on the host (a sequence of ints, or an integer tensor ``[B]``).
+        """
+        if isinstance(lengths, Tensor):
+            if lengths.dim() != 1 or lengths.is_floating_point():
+                raise ValueError(f"lengths: expected integers [B], got {checks.describe(lengths)}")
+            lengths = lengths.tolist()
+        cu_seqlens = offsets_from_lengths(lengths, values.device)
+        return cls(values, cu_seqlens, max(lengths, default=0))
+
+    @classmethod
+    def from_list(cls, samples: Sequence[Tensor]) -> RaggedBatch:
+        """Samples ``[L_b, ...]`` that share trailing shape, dtype and device; copied into one buffer."""
+        samples = list(samples)
+        if not samples:
+            raise ValueError("samples: expected at least one tensor, got an empty sequence")
+        for b, sample in enumerate(samples):
+            if not isinstance(sample, Tensor) or sample.dim() < 1:
+                raise ValueError(f"samples[{b}]: expected a tensor [L, ...], got {checks.describe(sample)}")
+            if (sample.shape[1:], sample.dtype, sample.device) != (
+                samples[0].shape[1:],
+                samples[0].dtype,
+                samples[0].device,
+            ):
+                raise ValueError(
+                    f"samples[{b}]: {checks.describe(sample)} does not match samples[0]: "
+                    f"{checks.describe(samples[0])} in trailing shape, dtype and device"
+                )
+        return cls.from_lengths(torch.cat(samples), [sample.shape[0] for sample in samples])
+
+    def to_list(self) -> list[Tensor]:
+        """The samples as views ``[L_b, ...]``. Reads the offsets on the host."""
+        bounds = self.cu_seqlens.tolist()
+        return [self.values[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+    @classmethod
+    def from_padded(cls, padded: Tensor, mask: Tensor) -> RaggedBatch:
+        """``padded [B, L, ...]`` and ``mask [B, L]`` (True or 1 = a token). Tokens keep their order.
+
+        The mask may have holes: what is kept is what it marks. Reads the number of tokens on the host.
+        """
+        if padded.dim() < 2:
+            raise ValueError(f"padded: expected a tensor [B, L, ...], got {checks.describe(padded)}")
+        if mask.shape != padded.shape[:2] or mask.device != padded.device:
+            raise ValueError(
+                f"mask: expected [B, L] = {list(padded.shape[:2])} on {padded.device}, got {checks.describe(mask)}"
+            )
+        mask = mask.bool()
+        cu_seqlens = padded.new_zeros(mask.shape[0] + 1, dtype=torch.int32)
+        cu_seqlens[1:] = mask.sum(1).cumsum(0)
+        return cls(padded[mask], cu_seqlens, padded.shape[1])
+
+    def to_padded(self, padding_value: float = 0.0) -> tuple[Tensor, Tensor]:
+        """``(padded [B, max_seqlen, ...], mask [B, max_seqlen] bool)``. Does not wait for a device."""
+        position = torch.arange(self.max_seqlen, device=self.device)
+        mask = position < self.lengths[:, None]
+        row = (self.cu_seqlens[:-1, None] + position).where(mask, 0)
+        padded = self.values.new_full((*mask.shape, *self.values.shape[1:]), padding_value)
+        if self.values.shape[0]:
+            wide_mask = mask.reshape(*mask.shape, *[1] * (self.values.dim() - 1))
+            padded = torch.where(wide_mask, self.values[row], padded)
+        return padded, mask
+
+    @classmethod
+    def from_nested(cls, nested: Tensor) -> RaggedBatch:
+        """A jagged NestedTensor ``[B, *, ...]`` (``torch.nested.nested_tensor(..., layout=torch.jagged)``).
+
+        Shares the values if they are contiguous. Reads the offsets on the host for a tight ``max_seqlen``.
+        """
+        if not (nested.is_nested and nested.layout == torch.jagged):
+            raise ValueError(f"nested: expected a NestedTensor of layout torch.jagged, got {checks.describe(nested)}")
+        if nested.lengths() is not None:
+            nested = nested.contiguous()
+        offsets = nested.offsets()
+        return cls(nested.values(), offsets.to(torch.int32), max(offsets.diff().tolist(), default=0))
+
+    def to_nested(self) -> Tensor:
+        """A jagged NestedTensor ``[B, *, ...]`` over the same values. Reads T on the host if the buffer is larger."""
+        values = self.exact().values
+        return torch.nested.nested_tensor_from_jagged(values, self.cu_seqlens.long(), max_seqlen=self.max_seqlen)
+
+
+def offsets_from_lengths(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """``cu_seqlens [B+1]`` int32 from sample lengths.
+
+    Raises:
+        ValueError: a length below 0, or more than 2**31 - 1 tokens in total.
+    """
+    lengths = list(lengths)
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"lengths: expected integers >= 0, got {lengths}")
+    total = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    if total[-1] > torch.iinfo(torch.int32).max:
+        raise ValueError(f"lengths: {int(total[-1])} tokens do not fit int32 offsets; split the batch")
+    return total.to(torch.int32).to(device)
+
+
+def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """``(start, stop)`` of every sample, read on the host: for the references, which loop over samples."""
+    bounds = cu_seqlens.tolist()
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def pack(rows: list[Tensor], like: Tensor, capacity: int) -> Tensor:
+    """Per-sample rows ``[L_b, ...]`` back to back in a buffer of ``capacity`` rows; the rest is zero.
+
+    ``like [*, ...]`` gives trailing shape, dtype and device when there is no sample.
+    """
+    filled = sum(r.shape[0] for r in rows)
+    rest = like.new_zeros(capacity - filled, *like.shape[1:])
+    return torch.cat([*rows, rest.to(rows[0].dtype) if rows else rest])

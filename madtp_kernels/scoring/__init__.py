@@ -1,0 +1,126 @@
+"""Token importance against a cross-modal dictionary, and the pruning threshold: public function, checks, dispatch, gradient.
+
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/scoring.cpp`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["score_tokens"]
+
+
+def score_tokens(
+    x: Tensor,
+    dictionary: Tensor,
+    received: Tensor,
+    cls: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    temperature: float,
+    *,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MADTP's token importance and per-sample threshold (arXiv 2403.02991, section 3.3).
+
+    ``G = x dictionary^T + bias``; ``importance = (received/sum + max_m G/sum + cls) / 3``;
+    ``threshold = min_m sum_j softmax_j(G/temperature) importance_j``, sums and softmax over the sample's tokens but the first.
+
+    Args:
+        x: ``[T, D]`` the tokens that *enter* the block.
+        dictionary: ``[M, D]`` alignment entries, in the dtype of x.
+        received, cls: ``[T]`` float32 from :func:`~madtp_kernels.attention_importance` of the same block.
+        cu_seqlens, max_seqlen: offsets ``[B+1]`` int32 and an upper bound of the lengths.
+        temperature: > 0; higher prunes more.
+        bias: ``[M]`` float32 added to the alignment of each entry. A linear map ``x W^T + b`` before the dictionary S folds
+            into dictionary ``S W`` and bias ``S b``.
+        backend: force an implementation.
+
+    Returns:
+        ``importance [T]`` float32 (0 for token 0; it sums to about one over a sample and may be negative), and
+        ``threshold [B]`` float32 (0 for a sample without prunable tokens). Gradients flow into x, dictionary, bias, received
+        and cls through the importance; the threshold carries none.
+
+    Raises:
+        ValueError: an argument does not fit, an empty dictionary, a temperature that is not a finite number > 0, or (CPU,
+            or debug mode) non-finite received or cls. BackendError: a backend asked for by name cannot run.
+    """
+    checks.floats("x", x, 2, "[T, D]")
+    score_dtype = torch.promote_types(x.dtype, torch.float32)
+    checks.tensor("dictionary", dictionary, (None, x.shape[1]), "[M, D]", x.dtype, x.device)
+    if dictionary.shape[0] == 0:
+        raise ValueError(f"dictionary: expected at least one entry [M, D], got {checks.describe(dictionary)}")
+    checks.tensor("received", received, (x.shape[0],), "[T]", score_dtype, x.device)
+    checks.tensor("cls", cls, (x.shape[0],), "[T]", score_dtype, x.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, x, "x")
+    checks.positive("temperature", temperature)
+    if bias is not None:
+        checks.tensor("bias", bias, (dictionary.shape[0],), "[M]", score_dtype, x.device)
+    checks.finite("received", received, cu_seqlens)
+    checks.finite("cls", cls, cu_seqlens)
+    return torch.ops.madtp_kernels.score_tokens(
+        checks.unit_stride(x), checks.unit_stride(dictionary), checks.unit_stride(received), checks.unit_stride(cls),
+        cu_seqlens, max_seqlen, float(temperature), bias, backend or "",
+    )  # fmt: skip
+
+
+def _run(*args):
+    *args, backend = args
+    _, implementation = backends.resolve("score_tokens", "scoring", backend, args[0])
+    return implementation(*args)
+
+
+def _fake(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, backend):
+    return received.new_empty(x.shape[0]), received.new_empty(cu_seqlens.shape[0] - 1)
+
+
+def _run_backward(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, d_importance):
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (x, dictionary, received, cls)]
+        leaves += [] if bias is None else [bias.detach().requires_grad_()]
+        importance, _ = reference.score_tokens(
+            *leaves[:4], cu_seqlens, max_seqlen, temperature, leaves[4] if bias is not None else None
+        )
+        grads = torch.autograd.grad(
+            importance, leaves, d_importance, allow_unused=True, materialize_grads=True
+        )
+    return tuple(g.contiguous() for g in grads[:4]) + (grads[4] if bias is not None else received.new_empty(0),)
+
+
+def _fake_backward(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, d_importance):
+    d_bias = received.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return tuple(t.new_empty(t.shape) for t in (x, dictionary, received, cls)) + (d_bias,)
+
+
+def _setup_context(ctx, inputs, output):
+    x, dictionary, received, cls, cu_seqlens, ctx.max_seqlen, ctx.temperature, bias, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, dictionary, received, cls, cu_seqlens, bias)
+
+
+def _backward(ctx, d_importance, _):
+    x, dictionary, received, cls, cu_seqlens, bias = ctx.saved_tensors
+    dx, d_dictionary, d_received, d_cls, d_bias = torch.ops.madtp_kernels.score_tokens_backward(
+        x, dictionary, received, cls, cu_seqlens, ctx.max_seqlen, ctx.temperature, bias, d_importance
+    )
+    return dx, d_dictionary, d_received, d_cls, None, None, None, None if bias is None else d_bias, None
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, SymInt max_seqlen, float temperature, "
+    "Tensor? bias"
+)
+define(f"score_tokens({_ARGUMENTS}, str backend) -> (Tensor importance, Tensor threshold)", _run, _fake)
+define(
+    f"score_tokens_backward({_ARGUMENTS}, Tensor d_importance) "
+    "-> (Tensor dx, Tensor d_dictionary, Tensor d_received, Tensor d_cls, Tensor d_bias)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate("score_tokens", _setup_context, _backward)
