@@ -1,0 +1,60 @@
+"""MAG, the alignment guidance: how tokens are compared with the cross-modal dictionary.
+
+Two things are derived from the same comparison: the alignment that scores tokens (done inside
+`madtp_kernels.score_tokens`), and the summaries that training aligns between the modalities. Paper: arXiv 2403.02991, 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp_kernels import RaggedBatch
+
+
+class QueryModel(nn.Module):
+    """Maps tokens to the width of the dictionary where the two differ; without a map it holds no parameters.
+
+    The parameter names (`q_map.0`) are those of MADTP's checkpoints.
+    """
+
+    def __init__(self, width: int, sd_dim: int, map_func: bool) -> None:
+        super().__init__()
+        self.q_map = nn.Sequential(nn.Linear(width, sd_dim)) if map_func else None
+
+    def fold(self, dictionary: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The dictionary ``[M, sd_dim]`` seen from the tokens: ``([M, width], bias [M] or None)``.
+
+        <x W^T + b, s> = <x, s W> + <s, b>: comparing with ``s W`` spares the map of every token.
+        """
+        if self.q_map is None:
+            return dictionary, None
+        weight, bias = self.q_map[0].weight, self.q_map[0].bias
+        wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
+        folded = wide @ weight.to(wide.dtype)
+        return folded.to(dictionary.dtype), wide @ bias.to(wide.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``[T, width]`` in the dictionary's space ``[T, sd_dim]``."""
+        return x if self.q_map is None else self.q_map(x)
+
+
+def alignment_summary(tokens: RaggedBatch, dictionary: Tensor, query_model: QueryModel) -> Tensor:
+    """What each dictionary entry sees of each sample, ``[B, M, sd_dim]``.
+
+    With Q the mapped tokens but the first: softmax over tokens of <Q_j, s_m> / sqrt(sd_dim), times Q. Only training and
+    calibration need it.
+    """
+    queries, mask = tokens.with_values(query_model(tokens.values)).to_padded()
+    queries, mask = queries[:, 1:], mask[:, 1:]
+    logits = queries @ dictionary.mT * dictionary.shape[1] ** -0.5  # [B, N, M]
+    logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)
+    weights = logits.softmax(1) * mask[..., None]
+    return weights.mT @ queries
+
+
+def alignment_loss(vision: Tensor, text: Tensor) -> Tensor:
+    """1 - cosine between the summaries of the two modalities ``[B, M, sd_dim]``, averaged over samples and entries."""
+    vision, text = (F.normalize(summary.float(), dim=-1, eps=1e-10) for summary in (vision, text))
+    return (1 - F.cosine_similarity(vision, text, dim=-1)).mean()

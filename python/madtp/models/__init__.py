@@ -1,0 +1,1 @@
+"""The task models, one file each, on shared ragged layers."""

@@ -1,0 +1,50 @@
+"""Command-line options, Triton's interpreter where there is no GPU, and NaN in every uninitialised tensor."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is defined: it has to be set before any kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        action="append",
+        metavar="DIR",
+        help="directory of golden tensors to check instead of tests/golden: one family, or a folder of families "
+        "(may be given several times)",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+def golden_families(config) -> list[Path]:
+    """Directories with a manifest, from --golden or from the repository."""
+    roots = [Path(root) for root in config.getoption("--golden") or [GOLDEN]]
+    families = []
+    for root in roots:
+        found = [root] if (root / "manifest.json").exists() else sorted(p.parent for p in root.glob("*/manifest.json"))
+        if not found:
+            raise pytest.UsageError(f"--golden {root}: no manifest.json there or one level below")
+        families += found
+    return families
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """torch.empty is filled with NaN (integers: the largest value), so that an element nobody wrote cannot hide."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(previous[0])
+    torch.utils.deterministic.fill_uninitialized_memory = previous[1]
