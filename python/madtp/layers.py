@@ -1,4 +1,4 @@
-"""Building blocks that work on packed tokens ``[T, D]`` and never pad: linear layers, MLP, self- and cross-attention."""
+"""Attention of packed tokens ``[T, D]``, over themselves or over another modality; nothing is ever padded."""
 
 from __future__ import annotations
 
@@ -6,20 +6,8 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, attention
 
+from .linear import Linear
 from .pruning import Stream
-
-
-class MLP(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact (erf) GELU, as in BLIP's ViT."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
 
 
 def self_attention(
@@ -39,8 +27,8 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, key_width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(width, width)
-        self.kv = nn.Linear(key_width, 2 * width)
+        self.query = Linear(width, width)
+        self.kv = Linear(key_width, 2 * width)
 
     def forward(self, x: RaggedBatch, keys: Stream, backend: str | None = None) -> Tensor:
         """``x [T, D]`` attends to ``keys.tokens [S, key_width]`` of the same sample: ``[T, D]``."""

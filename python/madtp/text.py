@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
@@ -13,6 +12,7 @@ from madtp_kernels import RaggedBatch
 from .config import NLVRConfig, TextConfig
 from .guidance import QueryModel, alignment_summary
 from .layers import CrossAttention, self_attention
+from .linear import Linear, mlp
 from .pruning import LayerTrace, Pruning, Stream, prune_layer
 
 EPS = 1e-12  # BERT's LayerNorm
@@ -56,20 +56,20 @@ class TwinCrossAttention(nn.Module):
         self.self0 = CrossAttention(width, config.encoder_width, config.num_attention_heads)
         self.self1 = CrossAttention(width, config.encoder_width, config.num_attention_heads)
         self.output = nn.Module()
-        self.output.dense0 = nn.Linear(width, width)
-        self.output.dense1 = nn.Linear(width, width)
+        self.output.dense0 = Linear(width, width)
+        self.output.dense1 = Linear(width, width)
         self.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
-        self.output.merge_layer = nn.Linear(2 * width, width) if merges else None
+        self.output.merge_layer = Linear(2 * width, width) if merges else None
 
     def forward(self, x: RaggedBatch, images: tuple[Stream, Stream], backend: str | None) -> Tensor:
         """``x [T, D]`` and the tokens of both images of each sample, to ``[T, D]``."""
         left = self.output.dense0(self.self0(x, images[0], backend))
         right = self.output.dense1(self.self1(x, images[1], backend))
         if self.output.merge_layer is None:
-            both = (left + right) / 2
+            both = (left + right) / 2 + x.values
         else:
-            both = self.output.merge_layer(torch.cat([left, right], -1))
-        return self.output.LayerNorm(both + x.values)
+            both = self.output.merge_layer(torch.cat([left, right], -1), residual=x.values)
+        return self.output.LayerNorm(both)
 
 
 class Layer(nn.Module):
@@ -81,15 +81,15 @@ class Layer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.attention = nn.Module()
         self.attention.self = nn.Module()
-        self.attention.self.qkv = nn.Linear(width, 3 * width)
+        self.attention.self.qkv = Linear(width, 3 * width)
         self.attention.output = nn.Module()
-        self.attention.output.dense = nn.Linear(width, width)
+        self.attention.output.dense = Linear(width, width)
         self.attention.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
         self.crossattention = TwinCrossAttention(config, merges)
         self.intermediate = nn.Module()
-        self.intermediate.dense = nn.Linear(width, config.intermediate_size)
+        self.intermediate.dense = Linear(width, config.intermediate_size)
         self.output = nn.Module()
-        self.output.dense = nn.Linear(config.intermediate_size, width)
+        self.output.dense = Linear(config.intermediate_size, width)
         self.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
 
     def forward(
@@ -103,15 +103,15 @@ class Layer(nn.Module):
         entering = stream.tokens.values
         qkv = self.attention.self.qkv(entering).unflatten(-1, (3, self.num_heads, -1))
         out, lse = self_attention(qkv, stream, backend=pruning.backend)
-        projected = self.attention.output.dense(out.flatten(1))
-        stream = stream.with_values(self.attention.output.LayerNorm(projected + entering))
+        attended = self.attention.output.dense(out.flatten(1), residual=entering)
+        stream = stream.with_values(self.attention.output.LayerNorm(attended))
         if pruning.active:
             stream, _, trace = prune_layer(stream, entering, qkv, out, lse, guide, pruning, layer)
         else:
             trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
         x = self.crossattention(stream.tokens, images, pruning.backend)
-        hidden = F.gelu(self.intermediate.dense(x))
-        return stream.with_values(self.output.LayerNorm(self.output.dense(hidden) + x)), trace
+        x = mlp(x, self.intermediate.dense, self.output.dense, residual=x)
+        return stream.with_values(self.output.LayerNorm(x)), trace
 
 
 class NLVRTextEncoder(nn.Module):

@@ -12,7 +12,8 @@ from madtp_kernels import RaggedBatch
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_summary
-from .layers import MLP, self_attention
+from .layers import self_attention
+from .linear import Linear, mlp
 from .pruning import LayerTrace, Pruning, Stream, prune_layer
 
 
@@ -33,14 +34,14 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, stream: Stream, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(proj(out) [T, D], qkv [T, 3, H, d], out [T, H, d], lse [H, T])`` for normalised tokens x."""
+        """Normalised tokens x: ``(x0 + proj(out) [T, D], qkv [T, 3, H, d], out [T, H, d], lse [H, T])``, x0 the stream's."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         out, lse = self_attention(qkv, stream, backend=backend)
-        return self.proj(out.flatten(1)), qkv, out, lse
+        return self.proj(out.flatten(1), residual=stream.tokens.values), qkv, out, lse
 
 
 class Block(nn.Module):
@@ -52,14 +53,16 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = SelfAttention(width, config.num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width, int(width * config.mlp_ratio))
+        self.mlp = nn.Module()
+        self.mlp.fc1 = Linear(width, int(width * config.mlp_ratio))
+        self.mlp.fc2 = Linear(int(width * config.mlp_ratio), width)
 
     def forward(
         self, stream: Stream, guide: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
     ) -> tuple[Stream, LayerTrace]:
         entering = stream.tokens.values
         attended, qkv, out, lse = self.attn(self.norm1(entering), stream, pruning.backend)
-        stream = stream.with_values(entering + attended)
+        stream = stream.with_values(attended)
         if pruning.active:
             norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
             stream, normed, trace = prune_layer(
@@ -68,7 +71,7 @@ class Block(nn.Module):
         else:
             normed = self.norm2(stream.tokens.values)
             trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
-        return stream.with_values(stream.tokens.values + self.mlp(normed)), trace
+        return stream.with_values(mlp(normed, self.mlp.fc1, self.mlp.fc2, stream.tokens.values)), trace
 
 
 class VisionTransformer(nn.Module):
