@@ -1,0 +1,239 @@
+"""Ragged attention with log-sum-exp on the GPU: PyTorch's flash kernel where it serves, a Triton kernel elsewhere.
+
+PyTorch's kernel takes float16 and bfloat16 without a key bias. The kernel here takes the rest: float32, a key bias, head
+widths and strides the other refuses, older PyTorch, and Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_utils import LN2, LOG2E, block, dot_precision, product
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q_tile,
+    k, v, key_bias, k_token, v_token,
+    first_key, last_key, len_k, last_visible, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys first_key:last_key. Pointers stand at key 0 of this sample and head."""
+    o_d = tl.arange(0, BLOCK_D)
+    for start in range(first_key, last_key, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_kv = tl.full((BLOCK_N, BLOCK_D), True, tl.int1)
+        if MASKED:
+            m_kv = m_kv & (o_n < len_k)[:, None]
+        if HEAD_DIM != BLOCK_D:
+            m_kv = m_kv & (o_d < HEAD_DIM)[None, :]
+        rows = o_n.to(tl.int64)
+        k_tile = tl.load(k + rows[:, None] * k_token + o_d[None, :], mask=m_kv, other=0.0)
+        s = product(q_tile, tl.trans(k_tile), None, PRECISION) * scale_log2  # [M, N], base-2 logits
+        if key_bias is not None:
+            s += (tl.load(key_bias + rows, mask=o_n < len_k, other=0.0) * LOG2E)[None, :]
+        if MASKED:
+            s = tl.where((o_n < len_k)[None, :], s, float("-inf"))
+            if CAUSAL:
+                s = tl.where(o_n[None, :] <= last_visible[:, None], s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        # A row that has seen no key yet stands at -inf; subtracting 0 instead keeps exp2 from meeting inf - inf.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s - base[:, None])
+        decay = tl.exp2(row_max - base)
+        row_sum = row_sum * decay + tl.sum(p, 1)
+        v_tile = tl.load(v + rows[:, None] * v_token + o_d[None, :], mask=m_kv, other=0.0)
+        acc = product(p.to(v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _attention_kernel(
+    q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
+    q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head of one sample, against all its keys."""
+    pid = tl.program_id(0)
+    i_m = pid % query_blocks
+    i_h = (pid // query_blocks) % HEADS
+    i_b = pid // (query_blocks * HEADS)
+    bos_q = tl.load(cu_seqlens_q + i_b)
+    len_q = tl.load(cu_seqlens_q + i_b + 1) - bos_q
+    if i_m * BLOCK_M >= len_q:
+        return
+    bos_k = tl.load(cu_seqlens_k + i_b)
+    len_k = tl.load(cu_seqlens_k + i_b + 1) - bos_k
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    rows = bos_q.to(tl.int64) + o_m
+    m_q = (o_m < len_q)[:, None] & (o_d < HEAD_DIM)[None, :]
+    q_tile = tl.load(q + rows[:, None] * q_token + i_h.to(tl.int64) * q_head + o_d[None, :], mask=m_q, other=0.0)
+    k += bos_k.to(tl.int64) * k_token + i_h.to(tl.int64) * k_head
+    v += bos_k.to(tl.int64) * v_token + i_h.to(tl.int64) * v_head
+    if key_bias is not None:
+        key_bias += bos_k
+
+    # Keys before `whole` are seen by every query of the block and fill whole blocks: they need no mask.
+    last_visible = o_m + (len_k - len_q)  # with CAUSAL, bottom-right aligned
+    seen_by_all = len_k
+    end = len_k
+    if CAUSAL:
+        seen_by_all = tl.maximum(tl.minimum(i_m * BLOCK_M + 1 + len_k - len_q, len_k), 0)
+        end = tl.maximum(tl.minimum((i_m + 1) * BLOCK_M + len_k - len_q, len_k), 0)
+    whole = seen_by_all // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, 0, whole, len_k, last_visible, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
+    )  # fmt: skip
+
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # no key: out = 0, and lse = -inf + log(0)
+    tl.store(
+        out + rows[:, None] * (HEADS * HEAD_DIM) + i_h * HEAD_DIM + o_d[None, :], acc.to(out.dtype.element_ty), mask=m_q
+    )
+    tl.store(lse + i_h.to(tl.int64) * capacity + rows, (row_max + tl.log2(row_sum)) * LN2, mask=o_m < len_q)
+
+
+def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps, pipeline stages."""
+    if dtype == torch.float32:
+        # Exact float32 products run on the ordinary units and keep their operands in registers: small tiles.
+        return (32, 32, 4, 1) if block_d <= 128 else (16, 16, 4, 1)
+    if block_d <= 64:
+        return 128, 64, 4, 3
+    return (128, 64, 8, 2) if block_d <= 128 else (64, 32, 8, 2)
+
+
+def _triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    capacity, heads, head_dim = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(heads, capacity, dtype=torch.float32, device=q.device)
+    block_d = block(head_dim)
+    block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
+    query_blocks = triton.cdiv(max_seqlen_q, block_m)
+    programs = (cu_seqlens_q.shape[0] - 1) * heads * query_blocks
+    if programs == 0:
+        return out, lse
+    _attention_kernel[(programs,)](
+        q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), capacity, query_blocks,
+        scale * LOG2E.value,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@functools.cache
+def _varlen() -> tuple[Callable, object, frozenset[str]] | None:
+    """PyTorch's variable-length attention (2.10+), the request for its log-sum-exp, and the parameters it knows."""
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+        return module.varlen_attn, module.AuxRequest(lse=True), frozenset(inspect.signature(module.varlen_attn).parameters)
+    except (ImportError, AttributeError, TypeError):
+        return None
+
+
+@functools.cache
+def _tensor_cores(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def varlen_refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_bias: Tensor | None) -> str | None:
+    """Why PyTorch's variable-length attention cannot serve this call, or None if it can."""
+    if not q.is_cuda:
+        return "tensors are not on a CUDA device"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes no {q.dtype}"
+    if key_bias is not None:
+        return "it takes no key bias"
+    if q.shape[2] > 256 or q.shape[2] % 8:
+        return f"it takes no head width {q.shape[2]}"
+    if 0 in (q.shape[0], q.shape[1], k.shape[0]):
+        return "there are no queries or no keys"
+    if _varlen() is None:
+        return "this PyTorch has none"
+    parameters = _varlen()[2]
+    if "scale" not in parameters and abs(scale * q.shape[2] ** 0.5 - 1) > 1e-6:
+        return "this PyTorch's takes no scale"
+    if causal and not parameters & {"window_size", "is_causal"}:
+        return "this PyTorch's has no causal mask"
+    if not _tensor_cores(q.device):
+        return "the device is older than sm_80"
+    # Flash attention loads 16 bytes at a time from every head.
+    if any(t.data_ptr() % 16 or t.stride(0) % 8 or t.stride(1) % 8 for t in (q, k, v)):
+        return "a tensor is not aligned to 16 bytes"
+    return None
+
+
+def _varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    varlen_attn, want_lse, parameters = _varlen()
+    options: dict[str, object] = {"scale": scale} if "scale" in parameters else {}
+    if causal:
+        options |= {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if "num_splits" in parameters:
+        options["num_splits"] = 1  # splitting by the load of the batch would make a sample depend on its neighbours
+    out, lse = varlen_attn(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_aux=want_lse, **options
+    )
+    if cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr():  # in self-attention every query sees a key
+        lse = lse.masked_fill(lse == float("inf"), float("-inf"))  # flash's mark of a query that sees no key
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out ``[Cq, H, d]`` in the dtype of q and lse ``[H, Cq]`` float32; see the public operation for the contract."""
+    if varlen_refusal(q, k, v, scale, causal, key_bias) is None:
+        return _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
+    return _triton_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_bias)

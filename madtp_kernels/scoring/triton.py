@@ -1,0 +1,246 @@
+"""Token scores and pruning threshold on the GPU, in one pass over the tokens: the alignment with the dictionary is never stored.
+
+Tokens go in tiles. For every dictionary entry a tile leaves four numbers: the largest logit, and three sums weighted by the
+exponentials below it: 1, received share + CLS term, alignment. The threshold is linear in the terms of the importance, so
+these are enough, and the tiles of a sample merge as an online softmax does.
+
+A large batch takes one launch, one program per sample. A small one would leave the device idle that way: there every tile
+gets a program, and a second, tiny launch merges. Both do the same arithmetic in the same order: the bits are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_utils import EPS, LOG2E, block, dot_precision, product
+
+STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
+TOKEN_BLOCK = 1024  # tokens per step where only scores are read
+ONE_LAUNCH_FROM = 64  # samples: about half the multiprocessors of the GPUs in mind
+
+
+@triton.jit
+def _total(values, begin, tokens, BLOCK: tl.constexpr):
+    """Sum of values[begin:begin+tokens]."""
+    total = 0.0
+    for start in range(0, tokens, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(values + begin + o_j, mask=o_j < tokens, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _alignment(
+    x, dictionary, bias, x_token, dictionary_entry, row, o_j, tokens, first_entry, WIDTH, M,
+    BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<x_j, dictionary_m> + bias_m of a tile of tokens and a block of entries, float32 [BLOCK_J, BLOCK_M]."""
+    o_m = first_entry + tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, BLOCK_K)
+    x_rows = x + (row + o_j)[:, None] * x_token + o_k[None, :]
+    d_rows = dictionary + o_m.to(tl.int64)[:, None] * dictionary_entry + o_k[None, :]
+    m_j = (o_j < tokens)[:, None]
+    m_m = (o_m < M)[:, None]
+    alignment = tl.zeros((BLOCK_J, BLOCK_M), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        m_x, m_d = m_j, m_m
+        if not EVEN:
+            m_x = m_x & (start + o_k < WIDTH)[None, :]
+            m_d = m_d & (start + o_k < WIDTH)[None, :]
+        x_tile = tl.load(x_rows + start, mask=m_x, other=0.0)
+        d_tile = tl.load(d_rows + start, mask=m_d, other=0.0)
+        alignment = product(x_tile, tl.trans(d_tile), alignment, PRECISION)
+    if bias is not None:
+        alignment += tl.load(bias + o_m, mask=o_m < M, other=0.0)[None, :]
+    return alignment
+
+
+@triton.jit
+def _leave_statistics(
+    alignment, best, weight, valid, left, first_entry, entries, scale_log2,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store the four numbers per entry of one tile; ``left`` points at the tile's rows, ``entries`` numbers each."""
+    y = tl.where(valid[:, None], alignment * scale_log2, float("-inf"))
+    peak = tl.max(y, 0)
+    w = tl.exp2(y - peak[None, :])
+    left += first_entry + tl.arange(0, BLOCK_M)
+    tl.store(left, peak)
+    tl.store(left + entries, tl.sum(w, 0))
+    tl.store(left + 2 * entries, tl.sum(w * weight[:, None], 0))
+    tl.store(left + 3 * entries, tl.sum(w * best[:, None], 0))
+
+
+@triton.jit
+def _tile(
+    x, dictionary, bias, received, cls, importance, left, x_token, dictionary_entry, begin, tokens, i_t,
+    received_total, WIDTH, M, entries, scale_log2, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of tokens: the best alignment of each goes to ``importance`` for now, the statistics to ``left``."""
+    o_j = i_t * BLOCK_J + tl.arange(0, BLOCK_J)
+    valid = o_j < tokens
+    best = tl.full((BLOCK_J,), float("-inf"), tl.float32)
+    for first_entry in range(0, M, BLOCK_M):
+        alignment = _alignment(
+            x, dictionary, bias, x_token, dictionary_entry, begin, o_j, tokens, first_entry, WIDTH, M,
+            BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
+        )  # fmt: skip
+        in_block = first_entry + tl.arange(0, BLOCK_M) < M
+        best = tl.maximum(best, tl.max(tl.where(in_block[None, :], alignment, float("-inf")), 1))
+        if ONE_BLOCK:
+            weight = tl.load(received + begin + o_j, mask=valid, other=0.0) / (received_total + EPS)
+            weight += tl.load(cls + begin + o_j, mask=valid, other=0.0)
+            _leave_statistics(alignment, best, weight, valid, left, 0, entries, scale_log2, BLOCK_M)
+    tl.store(importance + begin + o_j, best, mask=valid)
+    if not ONE_BLOCK:
+        # The sums need the best over all entries first; the products are cheap enough to be made twice.
+        weight = tl.load(received + begin + o_j, mask=valid, other=0.0) / (received_total + EPS)
+        weight += tl.load(cls + begin + o_j, mask=valid, other=0.0)
+        for first_entry in range(0, M, BLOCK_M):
+            alignment = _alignment(
+                x, dictionary, bias, x_token, dictionary_entry, begin, o_j, tokens, first_entry, WIDTH, M,
+                BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
+            )  # fmt: skip
+            _leave_statistics(alignment, best, weight, valid, left, first_entry, entries, scale_log2, BLOCK_M)
+
+
+@triton.jit
+def _merge(
+    received, cls, importance, threshold, left, begin, tokens, tiles, received_total, M, entries,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Importance and threshold of one sample, from what its tiles left."""
+    best_total = _total(importance, begin, tokens, BLOCK)
+    for start in range(0, tokens, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        valid = o_j < tokens
+        score = tl.load(received + begin + o_j, mask=valid, other=0.0) / (received_total + EPS)
+        score += tl.load(importance + begin + o_j, mask=valid, other=0.0) / (best_total + EPS)
+        score += tl.load(cls + begin + o_j, mask=valid, other=0.0)
+        tl.store(importance + begin + o_j, score / 3.0, mask=valid)
+
+    lowest = tl.full((BLOCK_M,), float("inf"), tl.float32)
+    for first_entry in range(0, M, BLOCK_M):
+        o_m = first_entry + tl.arange(0, BLOCK_M)
+        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        mass = tl.zeros((BLOCK_M,), tl.float32)
+        weighted = tl.zeros((BLOCK_M,), tl.float32)
+        aligned = tl.zeros((BLOCK_M,), tl.float32)
+        for i_t in range(0, tiles):
+            row = left + tl.cast(i_t, tl.int64) * (STATISTICS * entries) + o_m
+            tile_peak = tl.load(row)
+            new_peak = tl.maximum(peak, tile_peak)
+            old = tl.exp2(peak - new_peak)
+            new = tl.exp2(tile_peak - new_peak)
+            mass = mass * old + tl.load(row + entries) * new
+            weighted = weighted * old + tl.load(row + 2 * entries) * new
+            aligned = aligned * old + tl.load(row + 3 * entries) * new
+            peak = new_peak
+        candidate = (weighted + aligned / (best_total + EPS)) / (3.0 * mass)
+        lowest = tl.minimum(lowest, tl.where(o_m < M, candidate, float("inf")))
+    tl.store(threshold, tl.min(lowest, 0))
+
+
+@triton.jit
+def _score_kernel(
+    x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens, x_token, dictionary_entry,
+    slots, WIDTH, M, entries, scale_log2, ONE_LAUNCH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: all tiles of a sample and their merge (ONE_LAUNCH), or one tile of a sample."""
+    i_b = tl.program_id(0) // slots
+    slot = tl.program_id(0) % slots
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    tokens = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32) - 1  # without token 0
+    if slot == 0:
+        if tokens >= 0:
+            tl.store(importance + bos, 0.0)
+        if tokens <= 0:
+            tl.store(threshold + i_b, 0.0)
+    if slot * BLOCK_J >= tokens:
+        return
+    # Sample b's tiles are numbered from bos // BLOCK_J + b: never more than its tiles, and known without a scan.
+    left += (bos // BLOCK_J + i_b) * (STATISTICS * entries)
+    received_total = _total(received, bos + 1, tokens, BLOCK)
+    first_tile, last_tile = slot, slot + 1
+    if ONE_LAUNCH:
+        last_tile = tl.cdiv(tokens, BLOCK_J)
+    for i_t in range(first_tile, last_tile):
+        _tile(
+            x, dictionary, bias, received, cls, importance, left + tl.cast(i_t, tl.int64) * (STATISTICS * entries),
+            x_token, dictionary_entry, bos + 1, tokens, i_t, received_total, WIDTH, M, entries, scale_log2,
+            BLOCK_J, BLOCK_M, BLOCK_K, ONE_BLOCK, EVEN, PRECISION,
+        )  # fmt: skip
+    if ONE_LAUNCH:
+        tl.debug_barrier()  # the merge reads what other threads of this program stored
+        _merge(
+            received, cls, importance, threshold + i_b, left, bos + 1, tokens, last_tile, received_total, M, entries,
+            BLOCK_M, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(
+    received, cls, importance, threshold, left, cu_seqlens, M, entries,
+    BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sample: the merge alone."""
+    i_b = tl.program_id(0)
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    tokens = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32) - 1
+    if tokens <= 0:
+        return
+    left += (bos // BLOCK_J + i_b) * (STATISTICS * entries)
+    received_total = _total(received, bos + 1, tokens, BLOCK)
+    _merge(
+        received, cls, importance, threshold + i_b, left, bos + 1, tokens, tl.cdiv(tokens, BLOCK_J), received_total,
+        M, entries, BLOCK_M, BLOCK,
+    )  # fmt: skip
+
+
+def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Tokens of a tile, widths of a step, warps, pipeline stages. They decide the bits of a result: never the batch."""
+    return (32, 32, 8, 1) if dtype == torch.float32 else (128, 64, 8, 3)
+
+
+def score_tokens(
+    x: Tensor,
+    dictionary: Tensor,
+    received: Tensor,
+    cls: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    temperature: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """importance ``[C]`` and threshold ``[B]``, float32; see the public operation for the contract."""
+    capacity, width = x.shape
+    entries = dictionary.shape[0]
+    batch = cu_seqlens.shape[0] - 1
+    importance = torch.empty(capacity, dtype=torch.float32, device=x.device)
+    threshold = torch.empty(batch, dtype=torch.float32, device=x.device)
+    if batch == 0:
+        return importance, threshold
+    block_j, block_k, warps, stages = _blocks(x.dtype)
+    block_m = min(block(entries), 128)
+    padded = triton.cdiv(entries, block_m) * block_m
+    left = torch.empty(capacity // block_j + batch, STATISTICS.value, padded, dtype=torch.float32, device=x.device)
+    one_launch = batch >= ONE_LAUNCH_FROM
+    slots = 1 if one_launch else max(1, triton.cdiv(max_seqlen - 1, block_j))
+    _score_kernel[(batch * slots,)](
+        x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens,
+        x.stride(0), dictionary.stride(0), slots, width, entries, padded, LOG2E.value / temperature,
+        ONE_LAUNCH=one_launch, BLOCK_J=block_j, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK=TOKEN_BLOCK,
+        ONE_BLOCK=padded == block_m, EVEN=width % block_k == 0, PRECISION=dot_precision(x.dtype),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if not one_launch:
+        _merge_kernel[(batch,)](
+            received, cls, importance, threshold, left, cu_seqlens, entries, padded,
+            BLOCK_J=block_j, BLOCK_M=block_m, BLOCK=TOKEN_BLOCK, num_warps=warps,
+        )  # fmt: skip
+    return importance, threshold
