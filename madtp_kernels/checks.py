@@ -30,6 +30,8 @@ def may_read(tensor: Tensor) -> bool:
 
 def describe(value: object) -> str:
     """Shape, dtype and device of a tensor, or the value itself, for error messages."""
+    if isinstance(value, Tensor) and value.is_nested:  # which may have no shape to show
+        return f"NestedTensor of layout {value.layout}"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"

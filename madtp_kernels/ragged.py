@@ -137,9 +137,9 @@ class RaggedBatch:
 
         The mask may have holes: what is kept is what it marks. Reads the number of tokens on the host.
         """
-        if padded.dim() < 2:
+        if not isinstance(padded, Tensor) or padded.dim() < 2:
             raise ValueError(f"padded: expected a tensor [B, L, ...], got {checks.describe(padded)}")
-        if mask.shape != padded.shape[:2] or mask.device != padded.device:
+        if not isinstance(mask, Tensor) or mask.shape != padded.shape[:2] or mask.device != padded.device:
             raise ValueError(
                 f"mask: expected [B, L] = {list(padded.shape[:2])} on {padded.device}, got {checks.describe(mask)}"
             )
@@ -165,8 +165,10 @@ class RaggedBatch:
 
         Shares the values if they are contiguous. Reads the offsets on the host for a tight ``max_seqlen``.
         """
-        if not (nested.is_nested and nested.layout == torch.jagged):
+        if not (isinstance(nested, Tensor) and nested.is_nested and nested.layout == torch.jagged):
             raise ValueError(f"nested: expected a NestedTensor of layout torch.jagged, got {checks.describe(nested)}")
+        if not isinstance(nested.shape[1], torch.SymInt):  # the one size that is not a number is the jagged one
+            raise ValueError(f"nested: expected [B, *, ...] with dimension 1 jagged, got {nested.shape}")
         if nested.lengths() is not None:
             nested = nested.contiguous()
         offsets = nested.offsets()
