@@ -1,6 +1,7 @@
 """Command-line options, Triton's interpreter where there is no GPU, and NaN in every uninitialised tensor."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def pytest_addoption(parser):
         help="directory of golden tensors to check instead of tests/golden: one family, or a folder of families "
         "(may be given several times)",
     )
+    parser.addoption("--seed", type=int, metavar="N", help="seed of the random inputs, to repeat what a failure printed")
 
 
 def pytest_configure(config):
@@ -37,6 +39,15 @@ def golden_families(config) -> list[Path]:
             raise pytest.UsageError(f"--golden {root}: no manifest.json there or one level below")
         families += found
     return families
+
+
+@pytest.fixture
+def generator(request):
+    """Random numbers from a fresh seed, which a failing test shows."""
+    seed = request.config.getoption("--seed")
+    seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+    print(f"repeat with --seed {seed}")
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
