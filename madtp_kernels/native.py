@@ -1,0 +1,137 @@
+"""Finds, or compiles at first use, and loads the C++ extension ``_C``.
+
+The extension belongs to one version of torch, so the one inside the package is used only if it was compiled
+for the torch that runs; otherwise one is compiled into the user's cache. Not here: how (``build.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import build
+
+_lock = threading.Lock()
+_loaded: types.ModuleType | None = None
+_failure: str | None = None
+
+
+class Unavailable(RuntimeError):
+    """There is no C++ extension here and none can be compiled; the message says why."""
+
+
+def cache_dir() -> Path:
+    """Where extensions compiled at first use live, ``$XDG_CACHE_HOME/madtp_kernels`` or ``~/.cache/...``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "madtp_kernels" / build.environment_tag()
+
+
+def load() -> types.ModuleType:
+    """The extension module ``_C``: the one installed with the package if it was compiled for this torch, else
+    the one in the cache, else one compiled now. The outcome is remembered; later calls cost a look-up.
+
+    Raises:
+        Unavailable: there is none, and none could be compiled.
+    """
+    global _loaded, _failure
+    if _loaded is not None:
+        return _loaded
+    with _lock:
+        if _loaded is None and _failure is None:
+            try:
+                _loaded = _find_or_compile()
+            except OSError as error:
+                _failure = f"{error} (the cache is $XDG_CACHE_HOME/madtp_kernels, or ~/.cache/madtp_kernels)"
+            except (RuntimeError, ImportError) as error:
+                _failure = str(error)
+        if _loaded is None:
+            raise Unavailable(_failure)
+        return _loaded
+
+
+def _find_or_compile() -> types.ModuleType:
+    installed = Path(__file__).resolve().parent
+    cached = cache_dir() / build.source_hash()
+    if _fits(installed):
+        with contextlib.suppress(ImportError):  # a system library has changed under it: compile another
+            return build.import_library(installed / build.LIBRARY_NAME)
+    if _fits(cached):
+        try:
+            return build.import_library(cached / build.LIBRARY_NAME)
+        except ImportError:
+            (cached / "_C.json").unlink(missing_ok=True)
+    return build.import_library(_compile(cached))
+
+
+def _fits(folder: Path) -> bool:
+    try:
+        information = json.loads((folder / "_C.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    expected = {"environment": build.environment_tag(), "sources": build.source_hash()}
+    return (folder / build.LIBRARY_NAME).is_file() and expected.items() <= information.items()
+
+
+def _compile(folder: Path) -> Path:
+    setting = build.setting()
+    if setting == "0":
+        raise build.BuildError(
+            f"no extension compiled for {build.environment_tag()} is installed, "
+            f"and {build.SETTING}=0 forbids compiling one"
+        )
+    build.check_requirements()
+    command = shlex.join(build.compiler())
+    with _exclusive(folder.parent):
+        if _fits(folder):
+            return folder / build.LIBRARY_NAME  # another process compiled it while this one waited
+        # A failure is kept, so that not every start of Python spends a minute on finding it out again.
+        failure = folder / "failure.json"
+        if setting != "1" and (earlier := _earlier_failure(failure, command)):
+            raise build.BuildError(f"{earlier}\n(on an earlier attempt; {build.SETTING}=1 tries again)")
+        _say(f"compiling the C++ kernels for {build.environment_tag()} with {command}, once: a minute or two")
+        start = time.monotonic()
+        try:
+            library = build.compile_extension(folder, object_dir=folder.parent / "objects")
+        except build.BuildError as error:
+            _say(f"they do not compile; slower kernels are used instead. {error}")
+            folder.mkdir(parents=True, exist_ok=True)
+            failure.write_text(json.dumps({"compiler": command, "reason": str(error)}), encoding="utf-8")
+            raise
+        failure.unlink(missing_ok=True)
+        _say(f"compiled in {time.monotonic() - start:.0f} s, kept in {folder}")
+        return library
+
+
+def _earlier_failure(path: Path, command: str) -> str | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record["reason"] if record["compiler"] == command else None
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One process at a time inside, over all that share the folder."""
+    import fcntl  # not on Windows, where the build has already been refused
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("waiting for another process that compiles the C++ kernels")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _say(message: str) -> None:
+    print(f"madtp_kernels: {message}", file=sys.stderr, flush=True)

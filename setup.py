@@ -1,0 +1,142 @@
+"""What pyproject.toml cannot say: where the packages lie, and how an installation compiles the C++ extension.
+
+pip builds in an isolated environment without torch, but the extension has to fit the torch that will run it.
+So it is compiled by a child process of the same interpreter that does not inherit the isolation. Best effort:
+without torch or a compiler the wheel is pure Python, and the extension is compiled at first use.
+MADTP_KERNELS_BUILD=0 skips it, MADTP_KERNELS_BUILD=1 makes a failure an error.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.errors import ExecError
+
+ROOT = Path(__file__).resolve().parent
+BUILD_SCRIPT = ROOT / "madtp_kernels" / "build.py"
+STRICT, SKIP = "1", "0"
+
+# Arguments: the script and its argument, then folders that may hold torch.
+COMPILE_FOR_WHEEL = """
+import runpy, sys
+sys.path += sys.argv[3:]
+sys.argv = sys.argv[1:3]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# Arguments: the checkout, then folders that may hold torch.
+COMPILE_INTO_CACHE = """
+import json, sys
+sys.path = [sys.argv[1], *sys.path[1:], *sys.argv[2:]]
+try:
+    from madtp_kernels import native
+    print(json.dumps({"library": native.load().__file__}))
+except (ImportError, RuntimeError) as error:
+    print(json.dumps({"reason": str(error)}))
+"""
+
+
+def run_outside_isolation(code, *arguments):
+    """What the code prints, {"library": path} or {"reason": text}, in the environment that is installed into.
+
+    pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, whatever brings
+    torch there. Other front ends build in a virtual environment of their own, so folders that may hold the
+    torch of the environment installed into (VIRTUAL_ENV) come last.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if "VIRTUAL_ENV" in os.environ:
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        folders.append(os.path.join(os.environ["VIRTUAL_ENV"], "lib", version, "site-packages"))
+    folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
+    command = [sys.executable, "-c", code, *map(str, arguments), *folders]
+    done = subprocess.run(command, env=environment, cwd=os.sep, stdout=subprocess.PIPE, text=True)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"reason": f"the build process ended with status {done.returncode}"}
+
+
+class build_native(Command):
+    """Compile the extension into the wheel; for an editable install into the user's cache, where a change of
+    the sources is noticed."""
+
+    def initialize_options(self):
+        self.editable_mode = False
+        self.build_lib = None
+        self.files = []
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        setting = runpy.run_path(str(BUILD_SCRIPT))["setting"]()
+        if setting == SKIP:
+            return
+        if self.editable_mode:
+            outcome = run_outside_isolation(COMPILE_INTO_CACHE, ROOT)
+        else:
+            outcome = run_outside_isolation(COMPILE_FOR_WHEEL, BUILD_SCRIPT, ROOT / "build" / "native")
+        if "reason" in outcome:
+            if setting == STRICT:
+                raise ExecError(f"the C++ extension was not compiled: {outcome['reason']}")
+            print(f"madtp_kernels: C++ extension not compiled, first use will try again: {outcome['reason']}")
+        elif not self.editable_mode:
+            library = Path(outcome["library"])
+            for path in (library, library.with_name("_C.json")):
+                self.files.append(str(Path(self.build_lib) / "madtp_kernels" / path.name))
+                self.copy_file(str(path), self.files[-1])
+
+    def get_outputs(self):
+        return self.files
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return []
+
+
+class build_with_native(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+
+class bdist_wheel_with_native(bdist_wheel):
+    """A wheel is tagged for one platform exactly when it holds a compiled extension."""
+
+    def run(self):
+        # What an earlier build left there must not get into this wheel.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        self.run_command("build")
+        compiled = bool(self.get_finalized_command("build_native").files)
+        self.root_is_pure = not compiled
+        self.distribution.has_ext_modules = lambda: compiled
+        super().run()
+
+
+setup(
+    packages=[
+        *find_packages(include=["madtp_kernels", "madtp_kernels.*"]),
+        "madtp_kernels.csrc",
+        *find_packages("python"),
+    ],
+    package_dir={"madtp_kernels.csrc": "csrc", "madtp": "python/madtp"},
+    package_data={
+        "madtp_kernels.csrc": ["*.cpp", "*.h", "*.cu", "*.cuh"],
+        "madtp": [f"**/*.{suffix}" for suffix in ("txt", "json", "jsonl", "safetensors", "png", "jpg")],
+    },
+    include_package_data=False,
+    cmdclass={
+        "bdist_wheel": bdist_wheel_with_native,
+        "build": build_with_native,
+        "build_native": build_native,
+    },
+)
