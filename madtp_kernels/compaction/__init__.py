@@ -77,6 +77,8 @@ def compact(
         ValueError: an argument does not fit, or (CPU, or debug mode) non-finite importance or threshold.
         BackendError: a backend asked for by name cannot run.
     """
+    if not isinstance(x, RaggedBatch):
+        raise ValueError(f"x: expected a RaggedBatch of tokens [T, D], got {checks.describe(x)}")
     values, cu_seqlens, device = x.values, x.cu_seqlens, x.device
     checks.floats("x.values", values, 2, "[T, D]")
     tokens, batch = values.shape[0], cu_seqlens.shape[0] - 1
@@ -84,7 +86,8 @@ def compact(
     checks.tensor("importance", importance, (tokens,), "[T]", score_dtype, device)
     checks.finite("importance", importance, cu_seqlens)
     if (threshold is None) == (keep_count is None):
-        raise ValueError("threshold, keep_count: expected exactly one of them")
+        came = "neither" if threshold is None else "both"
+        raise ValueError(f"threshold, keep_count: expected exactly one of them, got {came}")
     if threshold is not None:
         checks.tensor("threshold", threshold, (batch,), "[B]", score_dtype, device)
         checks.finite("threshold", threshold)
@@ -97,19 +100,24 @@ def compact(
             continue
         checks.tensor(name, value, (batch,), "[B]", torch.int32, device)
         if checks.may_read(value) and batch and (value.min() < 0 or name == "groups" and value.max() >= batch):
-            raise ValueError(
-                f"{name}: expected {'0..B-1' if name == 'groups' else '>= 0'}, got {value.min()}..{value.max()}"
-            )
-    weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    for name, value in (("norm weight", weight), ("norm bias", bias)):
-        if value is not None:
-            checks.tensor(name, value, (values.shape[1],), "[D]", checks.FLOATS, device)
+            legal = f"0..B-1 = 0..{batch - 1}" if name == "groups" else ">= 0"
+            raise ValueError(f"{name}: expected {legal}, got {value.min()}..{value.max()}")
+    weight, bias, eps = None, None, 0.0
+    if norm is not None:
+        if not isinstance(norm, tuple) or len(norm) != 3:
+            raise ValueError(f"norm: expected (weight, bias, eps), got {checks.describe(norm)}")
+        weight, bias, eps = norm
+        checks.tensor("norm weight", weight, (values.shape[1],), "[D]", checks.FLOATS, device)
+        if bias is not None:
+            checks.tensor("norm bias", bias, (values.shape[1],), "[D]", checks.FLOATS, device)
+        checks.positive("norm eps", eps)
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
 
     rows, cu_out, ids_out, sizes_out, normed = torch.ops.madtp_kernels.compact(
-        checks.unit_stride(values), importance, threshold, keep_count, cu_seqlens, x.max_seqlen, protected, groups,
-        min_keep, ids, sizes, merged_id, weight, bias, eps, exact, backend or "",
+        checks.unit_stride(values), *map(checks.unit_stride, (importance, threshold, keep_count, cu_seqlens)),
+        x.max_seqlen, *map(checks.unit_stride, (protected, groups, min_keep, ids, sizes)), merged_id,
+        checks.unit_stride(weight), checks.unit_stride(bias), eps, exact, backend or "",
     )  # fmt: skip
     bound = x.max_seqlen
     if exact and not torch.compiler.is_compiling() and device.type == "cpu":
@@ -159,20 +167,29 @@ def _fake_norm_backward(values, weight, bias, eps, cu_out, d_normed):
     return values.new_empty(values.shape), weight.new_empty(weight.shape), d_bias
 
 
-def _run_backward(*args):
-    return reference.compact_backward(*args)
+def _run_backward(x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, sizes, cu_out,
+                  d_values, backend):  # fmt: skip
+    # The selection once more, on one column: which row each result row came from.
+    rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    exact = d_values.shape[0] != x.shape[0] and x.device.type == "cpu"
+    _, _, source, _, _ = _run(
+        importance[:, None].to(x.dtype), importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups,
+        min_keep, rows, None, -1, None, None, 0.0, exact, backend,
+    )  # fmt: skip
+    return reference.compact_backward(
+        x, importance, cu_seqlens, sizes, cu_out, source[: d_values.shape[0]], d_values
+    )
 
 
-def _fake_backward(
-    x, importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep, sizes, cu_out, d_values
-):
+def _fake_backward(x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, sizes, cu_out,
+                   d_values, backend):  # fmt: skip
     return x.new_empty(x.shape), importance.new_empty(importance.shape)
 
 
 def _setup_context(ctx, inputs, output):
     (
-        x, importance, threshold, keep_count, cu_seqlens, _, protected, groups, min_keep, _, sizes, _,
-        norm_weight, norm_bias, ctx.norm_eps, _, _,
+        x, importance, threshold, keep_count, cu_seqlens, ctx.max_seqlen, protected, groups, min_keep, _, sizes, _,
+        norm_weight, norm_bias, ctx.norm_eps, _, ctx.backend,
     ) = inputs  # fmt: skip
     values, cu_out, ids_out, sizes_out, normed = output
     ctx.mark_non_differentiable(cu_out, ids_out, sizes_out)
@@ -184,7 +201,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, d_values, _cu, _ids, _sizes, d_normed):
-    *selection, cu_out, values, norm_weight, norm_bias = ctx.saved_tensors
+    *selection, protected, groups, min_keep, sizes, cu_out, values, norm_weight, norm_bias = ctx.saved_tensors
     d_weight = d_bias = None
     if d_normed is not None and norm_weight is not None:
         through_norm, d_weight, d_bias = torch.ops.madtp_kernels.compact_norm_backward(
@@ -194,7 +211,9 @@ def _backward(ctx, d_values, _cu, _ids, _sizes, d_normed):
         d_bias = None if norm_bias is None else d_bias
     grads = [None] * 17
     if d_values is not None:
-        grads[:2] = torch.ops.madtp_kernels.compact_backward(*selection, cu_out, d_values)
+        grads[:2] = torch.ops.madtp_kernels.compact_backward(
+            *selection, ctx.max_seqlen, protected, groups, min_keep, sizes, cu_out, d_values, ctx.backend
+        )
     grads[12:14] = d_weight, d_bias
     return tuple(grads)
 
@@ -209,8 +228,8 @@ define(
 )
 define(
     "compact_backward(Tensor x, Tensor importance, Tensor? threshold, Tensor? keep_count, Tensor cu_seqlens, "
-    "Tensor? protected, Tensor? groups, Tensor? min_keep, Tensor? sizes, Tensor cu_seqlens_out, Tensor d_values) "
-    "-> (Tensor dx, Tensor d_importance)",
+    "SymInt max_seqlen, Tensor? protected, Tensor? groups, Tensor? min_keep, Tensor? sizes, Tensor cu_seqlens_out, "
+    "Tensor d_values, str backend) -> (Tensor dx, Tensor d_importance)",
     _run_backward,
     _fake_backward,
 )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import segments
 from ..importance.reference import EPS
 from ..ragged import offsets_from_lengths, pack, spans
 
@@ -112,37 +113,33 @@ def layer_norm(values: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
 
 
 def compact_backward(
-    x: Tensor,
-    importance: Tensor,
-    threshold: Tensor | None,
-    keep_count: Tensor | None,
-    cu_seqlens: Tensor,
-    protected: Tensor | None,
-    groups: Tensor | None,
-    min_keep: Tensor | None,
-    sizes: Tensor | None,
-    cu_out: Tensor,
-    d_values: Tensor,
+    x: Tensor, importance: Tensor, cu_seqlens: Tensor, sizes: Tensor | None, cu_out: Tensor, source: Tensor, d_values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and importance: a scatter of d_values, through the merge weights into the importance.
+    """Gradients of x and importance: a scatter of d_values, and through the merge weights into the importance.
 
-    With W = sum_dropped w + eps and m the merged row: dx_j = w_j/W dm and dw_j = <x_j - m, dm>/W (times the size for the
-    importance). Selection and threshold carry none.
+    ``source [C']`` int32 is the row of x that each result row came from, -1 for a merged row. With W = sum_dropped w + eps,
+    dm the gradient of the merged row and p_j = <x_j, dm>: dx_j = w_j/W dm and dw_j = (p_j - sum_k w_k p_k / W) / W (times the
+    size for the importance). Selection and threshold carry none. Nothing here waits for a device.
     """
+    if cu_seqlens.shape[0] == 1:
+        return torch.zeros_like(x), torch.zeros_like(importance)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    masks = select(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    d_importance = torch.zeros_like(importance, memory_format=torch.contiguous_format)
-    for keep, (start, stop), (out_start, out_stop) in zip(masks, spans(cu_seqlens), spans(cu_out), strict=True):
-        kept = int(keep.sum())
-        dx[start:stop][keep] = d_values[out_start : out_start + kept]
-        if out_stop - out_start == kept:
-            continue
-        x_b, dm = x[start:stop][~keep].to(dtype), d_values[out_stop - 1].to(dtype)
-        size = x_b.new_ones(len(x_b)) if sizes is None else sizes[start:stop][~keep].to(dtype)
-        weight = importance[start:stop][~keep].to(dtype) * size
-        total = weight.sum() + EPS
-        merged = weight @ x_b / total
-        dx[start:stop][~keep] = (weight[:, None] * dm / total).to(x.dtype)
-        d_importance[start:stop][~keep] = ((x_b - merged) @ dm / total * size).to(importance.dtype)
-    return dx, d_importance
+    rows, out_rows = x.shape[0], d_values.shape[0]
+    survived = (torch.arange(out_rows, device=x.device) < cu_out[-1]) & (source >= 0)
+    # Rows without a source go to a spare row at the end.
+    target = torch.where(survived, source.long(), rows)
+    dx = x.new_zeros(rows + 1, x.shape[1]).index_copy_(0, target, d_values)[:rows]
+    kept = torch.zeros(rows + 1, dtype=torch.bool, device=x.device).index_fill_(0, target, True)[:rows]
+    dropped = ~kept & (torch.arange(rows, device=x.device) < cu_seqlens[-1])
+
+    sample = segments.sample_of(cu_seqlens, rows)
+    merged_row = (cu_out[1:].long() - 1).clamp(0, max(out_rows - 1, 0))[sample]
+    dm = torch.where(dropped[:, None], d_values[merged_row].to(dtype) if out_rows else 0.0, 0.0)
+    size = importance.new_ones(rows) if sizes is None else sizes.to(importance.dtype)
+    weight = torch.where(dropped, importance * size, 0.0).to(dtype)
+    total = (segments.sums(weight, cu_seqlens) + EPS)[sample]
+    agreement = torch.where(dropped, (x.to(dtype) * dm).sum(1), 0.0)
+    mean = segments.sums(weight * agreement, cu_seqlens)[sample] / total
+    dx = torch.where(dropped[:, None], (weight / total)[:, None] * dm, dx)
+    d_importance = torch.where(dropped, (agreement - mean) / total * size, 0.0)
+    return dx.to(x.dtype), d_importance.to(importance.dtype)

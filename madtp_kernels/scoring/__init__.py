@@ -66,7 +66,7 @@ def score_tokens(
     checks.finite("cls", cls, cu_seqlens)
     return torch.ops.madtp_kernels.score_tokens(
         checks.unit_stride(x), checks.unit_stride(dictionary), checks.unit_stride(received), checks.unit_stride(cls),
-        cu_seqlens, max_seqlen, float(temperature), bias, backend or "",
+        checks.unit_stride(cu_seqlens), max_seqlen, float(temperature), checks.unit_stride(bias), backend or "",
     )  # fmt: skip
 
 
@@ -80,26 +80,17 @@ def _fake(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bia
     return received.new_empty(x.shape[0]), received.new_empty(cu_seqlens.shape[0] - 1)
 
 
-def _run_backward(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, d_importance):
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (x, dictionary, received, cls)]
-        leaves += [] if bias is None else [bias.detach().requires_grad_()]
-        importance, _ = reference.score_tokens(
-            *leaves[:4], cu_seqlens, max_seqlen, temperature, leaves[4] if bias is not None else None
-        )
-        grads = torch.autograd.grad(
-            importance, leaves, d_importance, allow_unused=True, materialize_grads=True
-        )
-    return tuple(g.contiguous() for g in grads[:4]) + (grads[4] if bias is not None else received.new_empty(0),)
+def _run_backward(*args):
+    return reference.score_tokens_backward(*args)
 
 
-def _fake_backward(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, d_importance):
+def _fake_backward(x, dictionary, received, cls, cu_seqlens, bias, d_importance):
     d_bias = received.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return tuple(t.new_empty(t.shape) for t in (x, dictionary, received, cls)) + (d_bias,)
 
 
 def _setup_context(ctx, inputs, output):
-    x, dictionary, received, cls, cu_seqlens, ctx.max_seqlen, ctx.temperature, bias, _ = inputs
+    x, dictionary, received, cls, cu_seqlens, _, _, bias, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, dictionary, received, cls, cu_seqlens, bias)
 
@@ -107,19 +98,20 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_importance, _):
     x, dictionary, received, cls, cu_seqlens, bias = ctx.saved_tensors
     dx, d_dictionary, d_received, d_cls, d_bias = torch.ops.madtp_kernels.score_tokens_backward(
-        x, dictionary, received, cls, cu_seqlens, ctx.max_seqlen, ctx.temperature, bias, d_importance
+        x, dictionary, received, cls, cu_seqlens, bias, d_importance
     )
     return dx, d_dictionary, d_received, d_cls, None, None, None, None if bias is None else d_bias, None
 
 
-_ARGUMENTS = (
-    "Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, SymInt max_seqlen, float temperature, "
-    "Tensor? bias"
-)
-define(f"score_tokens({_ARGUMENTS}, str backend) -> (Tensor importance, Tensor threshold)", _run, _fake)
 define(
-    f"score_tokens_backward({_ARGUMENTS}, Tensor d_importance) "
-    "-> (Tensor dx, Tensor d_dictionary, Tensor d_received, Tensor d_cls, Tensor d_bias)",
+    "score_tokens(Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, SymInt max_seqlen, "
+    "float temperature, Tensor? bias, str backend) -> (Tensor importance, Tensor threshold)",
+    _run,
+    _fake,
+)
+define(
+    "score_tokens_backward(Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, Tensor? bias, "
+    "Tensor d_importance) -> (Tensor dx, Tensor d_dictionary, Tensor d_received, Tensor d_cls, Tensor d_bias)",
     _run_backward,
     _fake_backward,
 )
