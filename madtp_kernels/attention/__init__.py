@@ -61,11 +61,12 @@ def attention(
     checks.tensor("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B+1]", torch.int32, q.device)
     if key_bias is not None:
         checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", (torch.float32, torch.float64), q.device)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else scale
     checks.positive("scale", scale)
     return torch.ops.madtp_kernels.attention(
-        checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(v), cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, scale, causal, key_bias, backend or "",
+        checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(v), checks.unit_stride(cu_seqlens_q),
+        checks.unit_stride(cu_seqlens_k), max_seqlen_q, max_seqlen_k, float(scale), causal, checks.unit_stride(key_bias),
+        backend or "",
     )  # fmt: skip
 
 

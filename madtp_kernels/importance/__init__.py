@@ -56,11 +56,11 @@ def attention_importance(
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, q, "q")
     if key_bias is not None:
         checks.tensor("key_bias", key_bias, (shape[0],), "[T]", (torch.float32, torch.float64), q.device)
-    scale = shape[2] ** -0.5 if scale is None else float(scale)
+    scale = shape[2] ** -0.5 if scale is None else scale
     checks.positive("scale", scale)
     return torch.ops.madtp_kernels.attention_importance(
         checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
-        cu_seqlens, max_seqlen, scale, causal, key_bias, backend or "",
+        checks.unit_stride(cu_seqlens), max_seqlen, float(scale), causal, checks.unit_stride(key_bias), backend or "",
     )  # fmt: skip
 
 
