@@ -5,15 +5,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from madtp import flops
+from torch.utils.flop_counter import FlopCounterMode
+
+import madtp
+from madtp import flops, layers
+from madtp_kernels.attention import reference
 
 VISION = SimpleNamespace(
-    image_size=384, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
-    sd_num=100, sd_dim=768, map_func=False,
+    image_size=384,
+    patch_size=16,
+    embed_dim=768,
+    depth=12,
+    num_heads=12,
+    mlp_ratio=4.0,
+    sd_num=100,
+    sd_dim=768,
+    map_func=False,
 )
 TEXT = SimpleNamespace(
-    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=30524,
-    max_position_embeddings=512, encoder_width=768,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+    vocab_size=30524,
+    max_position_embeddings=512,
+    encoder_width=768,
 )
 BASE = SimpleNamespace(vision=VISION, text=TEXT, merge_from=6)
 
@@ -115,3 +131,28 @@ def test_counts_are_read_from_the_traces_of_an_output():
     counts = flops.from_output(BASE, output)
     assert counts[0] == flops.nlvr(BASE, [[n, n] for n in vision], text)
     assert counts[1] == flops.nlvr(BASE, list(zip(other, vision)), [20] * 13)
+
+
+@pytest.mark.parametrize(
+    "source, text_tokens", [("demo", 20), pytest.param("random:base", 36, marks=pytest.mark.slow)]
+)
+def test_matrix_products_agree_with_torchs_flop_counter(source, text_tokens, monkeypatch):
+    """The dense model with attention's formula in the open, where the counter sees its matrix products."""
+
+    def attention(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, backend=None, **options):
+        assert not any(options.values())
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return reference.attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, False, None)
+
+    monkeypatch.setattr(layers, "attention", attention)
+    model = madtp.load(source)
+    size, pairs = model.config.vision.image_size, 1 if source == "random:base" else 3
+    ids = [torch.arange(max(text_tokens - 3 * b, 1)) for b in range(pairs)]
+    with model.dense(), FlopCounterMode(display=False) as counter:
+        output = model(torch.randn(2 * pairs, 3, size, size), ids)
+    counts = flops.from_output(model.config, output, guided=False)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(
+        sum(c.parts["linear"] + c.parts["attention"] for c in counts)
+    )
+    if source == "random:base":
+        assert counts[0].official == pytest.approx(132.5407, abs=5e-5)

@@ -21,8 +21,8 @@ Copies, gathers, comparisons and sums over single rows are left out of both.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 _LAYER_NORM = 5
 _SOFTMAX = 5
@@ -85,7 +85,8 @@ def from_output(config, output, *, guided: bool = True) -> list[Flops]:
     vision, text = stream_lengths(output.vision), stream_lengths(output.text)
     pairs = len(text)
     return [
-        nlvr(config, list(zip(vision[b], vision[pairs + b])), text[b], guided=guided) for b in range(pairs)
+        nlvr(config, list(zip(vision[b], vision[pairs + b], strict=True)), text[b], guided=guided)
+        for b in range(pairs)
     ]
 
 
@@ -93,7 +94,7 @@ def stream_lengths(traces) -> list[list[int]]:
     """Token counts of every sample of one stream: [samples][layers + 1], before the first layer and after
     each."""
     columns = [_as_list(traces[0].lengths_in)] + [_as_list(trace.lengths) for trace in traces]
-    return [list(sample) for sample in zip(*columns)]
+    return [list(sample) for sample in zip(*columns, strict=True)]
 
 
 def _total(cost: Counter) -> Flops:
@@ -161,7 +162,9 @@ def _feed_forward(cost: Counter, tokens: int, width: int, hidden: int) -> None:
     cost["elementwise"] += _GELU * tokens * hidden + tokens * width
 
 
-def _pruning(cost: Counter, before: int, after: int, width: int, heads: int, codes: int, alignment: int) -> None:
+def _pruning(
+    cost: Counter, before: int, after: int, width: int, heads: int, codes: int, alignment: int
+) -> None:
     prunable = max(before - 1, 0)
     cost["alignment"] += alignment * prunable
     cost["importance"] += before * before * width + 4 * heads * before * before + before * width

@@ -226,8 +226,8 @@ class NLVRProcessor:
             fits = size == self.vocab_size or (self._source == "demo" and size < self.vocab_size)
             if not fits or added != [size - 2, size - 1]:
                 raise ValueError(
-                    f"tokenizer {str(self._source)!r}: {size} entries, [DEC] and [ENC] included, but the model was "
-                    f"made for {self.vocab_size} of which the last two are [DEC] and [ENC]"
+                    f"tokenizer {str(self._source)!r}: {size} entries with [DEC] and [ENC], but the model is "
+                    f"made for {self.vocab_size}, of which the last two are [DEC] and [ENC]"
                 )
             self._tokenizer = tokenizer
         return self._tokenizer

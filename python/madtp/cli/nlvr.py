@@ -1,0 +1,165 @@
+"""`madtp nlvr`: is a statement about two images true? One pair, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+from .options import add_model_options, load_model, positive
+
+_EXAMPLES = """\
+examples:
+  madtp nlvr --model model_base_nlvr_0.5.pth --images left.jpg right.jpg \\
+      --text "The left image contains twice as many dogs as the right image." --save-overlay patches.png
+  madtp nlvr --model DIR --input pairs.jsonl --output answers.jsonl --batch-size 16 --dtype bfloat16
+
+a row of pairs.jsonl (paths are relative to the file; "sentence" may stand for "text"):
+  {"images": ["left.jpg", "right.jpg"], "text": "Both images show a dog."}
+
+a row of answers.jsonl, in the order of the input; row is the line number there:
+  {"row": 1, "answer": true, "probability_true": 0.91, "left_tokens": [...], ...}
+  {"row": 2, "error": "cat.jpg: No such file or directory"}
+Answers are collected in answers.jsonl.partial until all are there. After an interruption, the same command
+goes on where it stopped. A row that cannot be answered does not stop the run, but makes the exit code 1.
+"""
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "nlvr",
+        help="answer statements about pairs of images",
+        description="Is a statement about two images true? Give one pair, or a JSON Lines file of pairs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE",
+        help="checkpoint file, model directory, hub id, demo, or random:base (real size, random weights)",
+    )
+    single = parser.add_argument_group("one pair")
+    single.add_argument("--images", nargs=2, metavar=("LEFT", "RIGHT"), help="the two image files")
+    single.add_argument("--text", help="the statement")
+    single.add_argument(
+        "--save-overlay", metavar="PNG", help="draw the surviving patches of each layer over the images"
+    )
+    many = parser.add_argument_group("many pairs")
+    many.add_argument("--input", metavar="JSONL", help="pairs, one JSON object per line")
+    many.add_argument("--output", metavar="JSONL", help="where the answers go")
+    many.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="pairs per batch (default: 8)"
+    )
+    many.add_argument("--overwrite", action="store_true", help="begin anew although there is an output")
+    add_model_options(parser)
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    single = [args.images, args.text]
+    many = [args.input, args.output]
+    if all(single) and not any(many):
+        return _one(args)
+    if all(many) and not any([*single, args.save_overlay]):
+        return _many(args)
+    args.usage_error(
+        "give either --images and --text, or --input and --output (--save-overlay goes with --images)"
+    )
+
+
+def _one(args: argparse.Namespace) -> int:
+    from ..predict import nlvr_batch
+    from ..processing import load_image
+    from ..report.overlay import nlvr_overlay
+
+    images = [load_image(path) for path in args.images]
+    model = load_model(args)
+    instance = model.processor(*images, args.text)
+    start = time.perf_counter()
+    (answer,), output = nlvr_batch(model, [instance])
+    seconds = time.perf_counter() - start
+
+    print(f"answer        {answer.answer}  (probability of True: {answer.probability_true:.3f})")
+    for name, tokens in (
+        ("left image", answer.left_tokens), ("right image", answer.right_tokens), ("text", answer.text_tokens)
+    ):  # fmt: skip
+        print(f"{name:12}  {tokens[0]} tokens, {tokens[-1]} after {len(tokens) - 1} layers: {tokens}")
+    full = f"{answer.flops.full:.4g} with what published counts leave out"
+    print(f"GFLOPs        {answer.flops.official:.4g}  ({full})")
+    print(f"time          {seconds * 1000:.1f} ms  (the first call, without loading)")
+    if args.save_overlay:
+        nlvr_overlay(*images, output, model.config).save(args.save_overlay)
+        print(f"overlay       {args.save_overlay}")
+    return 0
+
+
+def _many(args: argparse.Namespace) -> int:
+    from .. import jsonl
+    from ..predict import nlvr_batch
+
+    folder = Path(args.input).parent
+    model = load_model(args)
+
+    def prepare(row: dict):
+        images, text = row.get("images"), row.get("text", row.get("sentence"))
+        if not (
+            isinstance(images, list) and len(images) == 2 and all(isinstance(path, str) for path in images)
+        ):
+            raise ValueError(f"'images' must be a list of two paths, got {images!r}")
+        if text is None:
+            raise ValueError("'text' (or 'sentence') is missing")
+        return model.processor(folder / images[0], folder / images[1], text)
+
+    settings = {
+        "task": "nlvr",
+        "model": str(args.model),
+        "model_files": _identity(args.model),
+        "temperature": model.temperature,
+        **{name: getattr(args, name) for name in ("dtype", "device", "backend", "grouping", "tokenizer")},
+    }
+    try:
+        summary = jsonl.run(
+            args.input,
+            args.output,
+            prepare,
+            lambda instances: [_record(answer) for answer in nlvr_batch(model, instances)[0]],
+            settings=settings,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+        )
+    except KeyboardInterrupt:
+        print("madtp: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    resumed = f" ({summary.resumed} of them from an earlier run)" if summary.resumed else ""
+    print(f"{summary.rows} rows{resumed} in {args.output}")
+    if summary.failed:
+        print(f"madtp: {len(summary.failed)} of {summary.rows} rows could not be answered:", file=sys.stderr)
+        for row, reason in summary.failed.items():
+            print(f"  row {row}: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _record(answer) -> dict:
+    return {
+        "answer": answer.answer,
+        "probability_true": round(answer.probability_true, 6),
+        "left_tokens": answer.left_tokens,
+        "right_tokens": answer.right_tokens,
+        "text_tokens": answer.text_tokens,
+        "gflops": round(answer.flops.official, 6),
+        "gflops_full": round(answer.flops.full, 6),
+    }
+
+
+def _identity(source: str) -> str | None:
+    """Changes when the files of a model do; None for a source that is not on disk."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
+    facts = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,203 @@
+"""Batched runs over a JSON Lines file: every row answered once, in order, however often the run is stopped."""
+
+import fcntl
+import json
+
+import pytest
+
+from madtp import jsonl
+
+SETTINGS = {"model": "squares", "temperature": 2.0}
+
+
+def prepare(row):
+    if row["x"] < 0:
+        raise ValueError(f"x is negative: {row['x']}")
+    return row["x"]
+
+
+def answer(instances):
+    return [{"square": x * x} for x in instances]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"x": x if x != 5 else -5}) + "\n" for x in range(1, 13)))
+    return path
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+EXPECTED = [
+    {"row": n, "square": n * n} if n != 5 else {"row": 5, "error": "x is negative: -5"} for n in range(1, 13)
+]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(source, output, answer=answer, **options):
+    return jsonl.run(source, output, prepare, answer, **{"settings": SETTINGS, "batch_size": 4, **options})
+
+
+def leftovers(output):
+    return sorted(path.name for path in output.parent.iterdir() if path.name.startswith(output.name + "."))
+
+
+class Stop(BaseException):
+    """Ends a run as Ctrl-C would."""
+
+
+def stopping_after(batches):
+    seen = []
+
+    def limited(instances):
+        if len(seen) == batches:
+            raise Stop
+        seen.append(instances)
+        return answer(instances)
+
+    return limited
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
+def test_rows_come_out_in_order_whatever_the_batch_size(source, output, batch_size):
+    sizes = []
+
+    def counting(instances):
+        sizes.append(len(instances))
+        return answer(instances)
+
+    summary = run(source, output, counting, batch_size=batch_size)
+    assert read(output) == EXPECTED
+    assert (summary.rows, summary.resumed, summary.failed) == (12, 0, {5: "x is negative: -5"})
+    assert sum(sizes) == 11 and min(sizes) > 0 and max(sizes) <= batch_size
+    assert leftovers(output) == []
+
+
+def test_rows_that_cannot_be_read_are_reported_by_line_number(tmp_path, output):
+    source = tmp_path / "bad.jsonl"
+    source.write_bytes(b'{"x": 2}\r\n\n{"x": \n[1]\n{"y": 1}\n\xff\xfe\n"text"\n  \n{"x": 3}')
+    summary = run(source, output)
+    records = {record.pop("row"): record for record in read(output)}
+    assert list(records) == [1, 3, 4, 5, 6, 7, 9]
+    assert records[1] == {"square": 4} and records[9] == {"square": 9}
+    assert "not JSON" in records[3]["error"] and "not JSON" in records[6]["error"]
+    assert "list" in records[4]["error"] and "str" in records[7]["error"]
+    assert records[5]["error"] == "KeyError: 'x'"
+    assert list(summary.failed) == [3, 4, 5, 6, 7]
+
+
+def test_empty_input(tmp_path, output):
+    source = tmp_path / "empty.jsonl"
+    source.write_text("\n\n")
+    assert run(source, output).rows == 0
+    assert output.read_bytes() == b""
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_stopped_run_goes_on_where_it_stopped(source, output, batches):
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(batches))
+    assert not output.exists()
+    asked = []
+
+    def recording(instances):
+        asked.extend(instances)
+        return answer(instances)
+
+    summary = run(source, output, recording)
+    assert read(output) == EXPECTED
+    assert summary.resumed == 4 * batches and summary.rows == 12
+    assert list(summary.failed) == [5]
+    assert asked == [x for x in range(4 * batches + 1, 13) if x != 5]
+    assert leftovers(output) == []
+
+
+def test_whatever_part_of_the_file_reached_the_disk_is_enough(source, output):
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(2))
+    partial = output.with_name("out.jsonl.partial")
+    whole = partial.read_bytes()
+    line_ends = [i for i in range(len(whole)) if whole[i : i + 1] == b"\n"]
+    for length in sorted({*range(0, len(whole), 7), *line_ends, *(i + 1 for i in line_ends)}):
+        partial.write_bytes(whole[:length])
+        summary = run(source, output)
+        assert read(output) == EXPECTED and list(summary.failed) == [5], length
+        output.unlink()
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\0" * 40, b'{"row": 9, "squ\n', b'"row"\n', b'{"row": 2, "square": 4}\n']
+)
+def test_garbage_at_the_end_is_cut_off(source, output, garbage):
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(1))
+    with open(output.with_name("out.jsonl.partial"), "ab") as file:
+        file.write(garbage)
+    assert run(source, output).resumed == 4
+    assert read(output) == EXPECTED
+
+
+def test_a_stopped_run_of_another_kind_is_not_continued(source, output):
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(1))
+    with pytest.raises(jsonl.ResumeError, match=r"temperature: 2\.0 then, 3\.0 now"):
+        run(source, output, settings={**SETTINGS, "temperature": 3.0})
+    with pytest.raises(jsonl.ResumeError, match="grouping: None then, pair now"):
+        run(source, output, settings={**SETTINGS, "grouping": "pair"})
+    source.write_text(source.read_text() + '{"x": 13}\n')
+    with pytest.raises(jsonl.ResumeError, match="input: sha256"):
+        run(source, output)
+    assert run(source, output, overwrite=True).resumed == 0
+    assert read(output) == [*EXPECTED, {"row": 13, "square": 169}]
+
+
+def test_a_complete_output_is_not_touched_unless_told(source, output):
+    output.write_text("precious")
+    with pytest.raises(jsonl.ResumeError, match="exists"):
+        run(source, output)
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(2), overwrite=True)
+    assert output.read_text() == "precious"  # until the new one is complete
+    run(source, output, overwrite=True)
+    assert read(output) == EXPECTED
+
+
+def test_two_runs_with_one_output(source, output):
+    with open(output.with_name("out.jsonl.partial"), "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(jsonl.ResumeError, match="another process"):
+            run(source, output)
+    run(source, output)
+    assert read(output) == EXPECTED
+
+
+def test_an_error_of_the_model_ends_the_run_but_keeps_what_is_done(source, output):
+    def failing(instances):
+        if 9 in instances:
+            raise RuntimeError("out of memory")
+        return answer(instances)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(source, output, failing)
+    assert run(source, output).resumed == 8
+
+
+def test_files_that_cannot_be_opened(source, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path / "absent.jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(FileNotFoundError):
+        run(source, tmp_path / "absent" / "out.jsonl")
+
+
+def test_text_is_written_as_it_is(tmp_path, output):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"x": 1}\n')
+    run(source, output, lambda instances: [{"text": "Fähre ⛴"}])
+    assert "Fähre ⛴" in output.read_text(encoding="utf-8")
