@@ -1,0 +1,47 @@
+// What both ways of computing the attention terms of importance share: chunks of queries whose column sums are added in a
+// fixed order, and the CLS term.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "cpu_attention_block.h"
+
+namespace madtp::cpu {
+
+// received_j is summed over a few chunks of queries. The chunks depend on the length of the sample only, each has its own
+// row of partial sums, and the rows are added in order: the result does not depend on threads or on the batch.
+class ImportanceSums {
+ public:
+  struct Chunk {
+    int64_t b, first_block, last_block;  // blocks [first, last) of the sample
+    float* sums;                         // [length of the sample]
+  };
+
+  // `total_rows`: rows of the buffer, C.
+  ImportanceSums(const CpuKernels& kernels, const Offsets& offsets, int64_t heads, int64_t total_rows);
+
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  const Blocks& blocks(int64_t b) const { return blocks_[b]; }
+  int64_t most_rows() const { return most_rows_; }
+  int64_t longest() const { return longest_; }
+
+  // Where the probabilities of token 0 of sample b, [length], go for one head.
+  float* first_weights(int64_t b, int64_t head) const {
+    return first_weights_.at<float>((head * offsets_.total() + offsets_.start(b)) * 4);
+  }
+
+  // received [C] and cls [C]; `out` holds the attention output.
+  std::tuple<Tensor, Tensor> finish(const HeadRows& out) const;
+
+ private:
+  const CpuKernels& kernels_;
+  const Offsets& offsets_;
+  int64_t heads_, total_rows_, most_rows_ = 0, longest_ = 0;
+  std::vector<Blocks> blocks_;
+  std::vector<Chunk> chunks_;
+  std::vector<int64_t> partial_start_, partial_count_;  // of each sample: floats before its partial sums, their rows
+  Buffer partial_{0}, first_weights_;
+};
+
+}  // namespace madtp::cpu

@@ -1,0 +1,108 @@
+// The table of vectorised block kernels, one per instruction set, and the choice made at run time.
+//
+// The kernels are compiled once per instruction set (cpu_avx512bf16.cpp, ...) from the same templates, know raw pointers
+// only and work on one block: threads, offsets and memory belong to the operations (attention.cpp, ...). Nothing here may
+// define a function with external linkage in a header: it would be compiled with several instruction sets, and the linker
+// keeps an arbitrary one.
+#pragma once
+
+#include <cstdint>
+
+namespace madtp::cpu {
+
+// Element type of a tensor in memory.
+enum class Type : int { f32, bf16, f16 };
+
+// Type in which factors enter a matrix product. Sums are float32 always.
+enum class Factor : int { f32, bf16 };
+
+struct RowsToLoad {
+  const void* source;  // [rows, depth] of `type`
+  Type type;
+  int64_t stride;  // elements between rows
+  int64_t rows;
+  int64_t depth;
+};
+
+// Left operand: `rows` rows (rounded up to tile_rows in memory) of `stride` elements.
+struct LeftRows {
+  const void* data;
+  int64_t stride;
+  int64_t rows;
+};
+
+// Softmax of a block of logits, row by row.
+struct SoftmaxBlock {
+  const float* logits;  // [rows, stride] in units of log 2; columns beyond `columns`, up to whole vectors, are -inf
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+  int64_t visible;       // row r sees the first visible + r columns
+  void* weights;         // [rows, stride] of the factor type: exp(s - max), zero where unseen
+  float* inverse_sum;    // [rows] 1 / sum of the weights, 0 for a row that sees nothing
+  float* lse;            // [rows] natural log-sum-exp
+  float* best;           // [rows, stride] running maximum over heads of s - lse in units of log 2, or null
+  float* first_weights;  // [columns] probabilities of row 0, which then stays out of `best`; null: no such row
+};
+
+struct ScoreBlock {
+  const float* alignment;  // [rows, stride]
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;        // M
+  float factor;           // log2(e) / temperature
+  const float* received;  // [rows]
+  const float* cls;       // [rows]
+  float* best;            // [rows] out: max_m alignment
+  float* state;           // [5, stride] running: column maximum m; sums of w, w received, w best, w cls; w = e^((G - m)/t)
+};
+
+struct CpuKernels {
+  const char* name;
+  int64_t lanes;      // floats in a vector
+  int64_t panel;      // columns in a packed panel (the last panel may be narrower: whole vectors only)
+  int64_t tile_rows;  // rows that a product computes together; left operands are padded to a multiple
+  bool bf16_products;
+
+  // Copies rows into a left operand, converted and zero padded to tile_rows rows and `stride` columns.
+  void (*load_rows)(Factor, const RowsToLoad&, void* to, int64_t stride);
+  // Packs a right operand R[depth, columns]: from its transpose (K, a dictionary: one column per source row), or as is (V).
+  // Needs packed_size(columns, depth) elements.
+  void (*pack_transposed)(Factor, const RowsToLoad&, void* to);
+  void (*pack)(Factor, const RowsToLoad&, void* to);
+
+  // c = scale * left right + bias (a vector per column, whole vectors). c has tile_rows-padded rows.
+  void (*product)(Factor, const LeftRows&, const void* right, int64_t columns, int64_t depth, float scale,
+                  const float* bias, float* c, int64_t c_stride);
+  // out = row_scale * left right, stored as `type` (rows exactly). Of the packed depth only the first `depth` count.
+  void (*scaled_product)(Factor, const LeftRows&, const void* right, int64_t columns, int64_t depth, int64_t packed_depth,
+                         const float* row_scale, Type type, void* out, int64_t out_stride);
+  // best = max(best, scale * left right + bias - row_offset) for the columns of one panel.
+  void (*product_maximum)(Factor, const LeftRows&, const void* panel, int64_t columns, int64_t depth, float scale,
+                          const float* bias, const float* row_offset, float* best, int64_t best_stride);
+
+  void (*softmax)(Factor, const SoftmaxBlock&);
+  // sums[c] += sum_r 2^x[r, c], where row r counts the first visible + r columns only.
+  void (*exp2_column_sums)(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible, float* sums);
+  // cls = sum_h p[h] |out_h| / (sum_h |out_h| + 1e-8) of one token; p is strided by p_stride.
+  float (*norm_weighted_mean)(Type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
+                              const float* p, int64_t p_stride);
+
+  void (*score)(const ScoreBlock&);
+
+  void (*accumulate_row)(Type, const void* row, float weight, float* sums, int64_t size);  // sums += weight * row
+  void (*store_scaled)(Type, const float* sums, float scale, void* row, int64_t size);     // row = scale * sums
+  void (*layer_norm)(Type, const void* row, const float* weight, const float* bias, float eps, void* out, int64_t size);
+};
+
+// The best table that this processor can run.
+const CpuKernels& cpu_kernels();
+
+static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Elements of a packed right operand. The depth is even, because bfloat16 products take two at a time.
+static inline int64_t packed_size(const CpuKernels& kernels, int64_t columns, int64_t depth) {
+  return round_up(columns, kernels.lanes) * round_up(depth, 2);
+}
+
+}  // namespace madtp::cpu

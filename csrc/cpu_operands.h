@@ -1,0 +1,95 @@
+// Views of the tensors of an operation, and attention's keys and values packed for the matrix products.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "cpu_kernels.h"
+#include "cpu_parallel.h"
+
+namespace madtp::cpu {
+
+using at::Tensor;
+
+inline Type type_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Type::f32;
+    case at::kBFloat16: return Type::bf16;
+    case at::kHalf: return Type::f16;
+    default:
+      TORCH_CHECK(false, name, ": the cpu backend takes float32, bfloat16 and float16, got ", tensor.scalar_type());
+  }
+}
+
+// bfloat16 products need an instruction of their own; without it bfloat16 is multiplied in float32, as float16 is.
+inline Factor factor_of(const CpuKernels& kernels, Type type) {
+  return type == Type::bf16 && kernels.bf16_products ? Factor::bf16 : Factor::f32;
+}
+
+inline int64_t factor_bytes(Factor factor) { return factor == Factor::bf16 ? 2 : 4; }
+
+// cu_seqlens on the host.
+struct Offsets {
+  explicit Offsets(const Tensor& cu_seqlens)
+      : tensor(cu_seqlens.contiguous()), data(tensor.const_data_ptr<int32_t>()), samples(tensor.numel() - 1) {}
+
+  int64_t start(int64_t b) const { return data[b]; }
+  int64_t length(int64_t b) const { return data[b + 1] - data[b]; }
+  int64_t total() const { return data[samples]; }
+
+  // Samples from the longest to the shortest: long work items first leave no thread waiting at the end.
+  std::vector<int64_t> longest_first() const;
+
+  Tensor tensor;
+  const int32_t* data;
+  int64_t samples;
+};
+
+// A [C, H, d] tensor.
+struct HeadRows {
+  HeadRows(const char* name, const Tensor& tensor)
+      : data(static_cast<const std::byte*>(tensor.const_data_ptr())),
+        type(type_of(name, tensor)),
+        bytes(tensor.element_size()),
+        row_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)),
+        heads(tensor.size(1)),
+        head_dim(tensor.size(2)) {}
+
+  const void* at(int64_t row, int64_t head) const { return data + (row * row_stride + head * head_stride) * bytes; }
+  RowsToLoad rows(int64_t first, int64_t count, int64_t head) const {
+    return {at(first, head), type, row_stride, count, head_dim};
+  }
+
+  const std::byte* data;
+  Type type;
+  int64_t bytes, row_stride, head_stride, heads, head_dim;
+};
+
+// The keys of all samples and heads, transposed and packed; the values, packed; and the bias of every key in units of
+// log 2, padded to whole vectors with -inf, so that padding keys get no weight.
+class PackedKeys {
+ public:
+  // `v` may be null: importance needs keys only.
+  PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadRows* v, const Offsets& offsets,
+             const c10::optional<Tensor>& key_bias);
+
+  const void* keys(int64_t b, int64_t head) const { return keys_.at(key_start_[b] + head * key_bytes(b)); }
+  const void* values(int64_t b, int64_t head) const { return values_.at(value_start_[b] + head * value_bytes(b)); }
+  const float* bias(int64_t b) const { return bias_.at<float>(bias_start_[b]); }
+
+  // Bytes between the panels of a sample's packed keys.
+  int64_t panel_bytes() const { return kernels_.panel * depth_ * bytes_; }
+
+ private:
+  int64_t key_bytes(int64_t b) const { return key_stride_[b]; }
+  int64_t value_bytes(int64_t b) const { return value_stride_[b]; }
+
+  const CpuKernels& kernels_;
+  int64_t depth_, bytes_;
+  std::vector<int64_t> key_start_, key_stride_, value_start_, value_stride_, bias_start_;
+  Buffer keys_{0}, values_{0}, bias_{0};
+};
+
+}  // namespace madtp::cpu

@@ -1,0 +1,42 @@
+// The four operations on CPU tensors, and attention fused with its importance. Contracts (shapes, dtypes, errors) are those
+// of the Python functions in madtp_kernels; the formula stands at the top of each .cpp file.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace madtp::cpu {
+
+using at::Tensor;
+using OptionalTensor = c10::optional<Tensor>;
+
+// q [Cq, H, d], k and v [Ck, H, d] -> out [Cq, H, d], lse [H, Cq].
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                     const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                     double scale, bool causal, const OptionalTensor& key_bias);
+
+// q, k, out [C, H, d], lse [H, C] -> received [C], cls [C].
+std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k, const Tensor& out, const Tensor& lse,
+                                                const Tensor& cu_seqlens, int64_t max_seqlen, double scale, bool causal,
+                                                const OptionalTensor& key_bias);
+
+// Both of the above for self-attention in one pass, without recomputing the logits -> out, lse, received, cls.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_importance(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                     const Tensor& cu_seqlens, int64_t max_seqlen,
+                                                                     double scale, bool causal,
+                                                                     const OptionalTensor& key_bias);
+
+// x [C, D], dictionary [M, D], received [C], cls [C] -> importance [C], threshold [B].
+std::tuple<Tensor, Tensor> score_tokens(const Tensor& x, const Tensor& dictionary, const Tensor& received,
+                                        const Tensor& cls, const Tensor& cu_seqlens, int64_t max_seqlen,
+                                        double temperature, const OptionalTensor& bias);
+
+// x [C, D], importance [C], ... -> values, cu_out [B+1], ids_out, sizes_out, normed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
+    const Tensor& x, const Tensor& importance, const OptionalTensor& threshold, const OptionalTensor& keep_count,
+    const Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& is_protected, const OptionalTensor& groups,
+    const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes, int64_t merged_id,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact);
+
+}  // namespace madtp::cpu
