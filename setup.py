@@ -48,14 +48,10 @@ def run_outside_isolation(code, *arguments):
     """What the code prints, {"library": path} or {"reason": text}, in the environment that is installed into.
 
     pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, whatever brings
-    torch there. Other front ends build in a virtual environment of their own, so folders that may hold the
-    torch of the environment installed into (VIRTUAL_ENV) come last.
+    torch there. What this process can import comes last, for a torch that is on PYTHONPATH and no isolation.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    if "VIRTUAL_ENV" in os.environ:
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        folders.append(os.path.join(os.environ["VIRTUAL_ENV"], "lib", version, "site-packages"))
     folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
     command = [sys.executable, "-c", code, *map(str, arguments), *folders]
     done = subprocess.run(command, env=environment, cwd=os.sep, stdout=subprocess.PIPE, text=True)

@@ -38,7 +38,15 @@ _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")
 
 
 class BuildError(RuntimeError):
-    """The extension cannot be compiled; the message says what is missing, or shows what the compiler said."""
+    """The extension cannot be compiled; the message says what is missing or which source failed.
+
+    Attributes:
+        output: what the compiler printed, shortened, with the command; "" where none ran.
+    """
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(reason)
+        self.output = output
 
 
 def setting() -> str:
@@ -209,21 +217,26 @@ class _Unit:
             return
         partial = self.object.with_suffix(f".{os.getpid()}.partial")
         try:
-            _execute([*self.command, "-c", str(self.source), "-o", str(partial)], verbose)
+            command = [*self.command, "-c", str(self.source), "-o", str(partial)]
+            _execute(command, f"compile {self.source.name}", verbose)
             os.replace(partial, self.object)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _execute(command: list[str], verbose: bool) -> None:
+def _execute(command: list[str], what: str, verbose: bool) -> None:
     if verbose:
         print(shlex.join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        # Compilers print the cause before the consequences, a killed one prints last; both ends are shown.
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        shown = lines if len(lines) <= 40 else [*lines[:15], f"... {len(lines) - 40} lines ...", *lines[-25:]]
-        raise BuildError("\n".join([f"exit status {done.returncode} from: {shlex.join(command)}", *shown]))
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
+        cause = next((line for line in lines if re.search(r"\berror\b|undefined|Killed", line)), lines[-1])
+        # The first lines name the cause, the last ones are what a compiler says that was killed.
+        shown = lines if len(lines) <= 60 else [*lines[:30], f"... {len(lines) - 60} lines ...", *lines[-30:]]
+        raise BuildError(
+            f"{Path(command[0]).name} could not {what} (exit status {done.returncode}): {cause.strip()}",
+            "\n".join([shlex.join(command), *shown]),
+        )
 
 
 def _jobs() -> int:
@@ -294,7 +307,7 @@ def compile_extension(
     partial = out_dir / f"{LIBRARY_NAME}.{os.getpid()}.partial"
     try:
         objects = [str(unit.object) for unit in units]
-        _execute([*cxx, "-shared", "-fopenmp", *objects, *libraries, "-o", str(partial)], verbose)
+        _execute([*cxx, "-shared", "-fopenmp", *objects, *libraries, "-o", str(partial)], "link", verbose)
         information = {
             "environment": environment_tag(),
             "sources": source_hash(),
@@ -355,6 +368,7 @@ def _main(folder: str) -> int:
         library = compile_extension(Path(folder) / environment_tag(), verbose=True)
         import_library(library)
     except (BuildError, ImportError) as error:
+        print(getattr(error, "output", ""), file=sys.stderr)
         print(json.dumps({"reason": str(error)}))
         return 1
     print(json.dumps({"library": str(library)}))

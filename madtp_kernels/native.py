@@ -95,16 +95,16 @@ def _compile(folder: Path) -> Path:
         # A failure is kept, so that not every start of Python spends a minute on finding it out again.
         failure = folder / "failure.json"
         if setting != "1" and (earlier := _earlier_failure(failure, command)):
-            raise build.BuildError(f"{earlier}\n(on an earlier attempt; {build.SETTING}=1 tries again)")
+            raise build.BuildError(f"{earlier} (details in {failure}; {build.SETTING}=1 tries again)")
         _say(f"compiling the C++ kernels for {build.environment_tag()} with {command}, once: a minute or two")
         start = time.monotonic()
         try:
             library = build.compile_extension(folder, object_dir=folder.parent / "objects")
         except build.BuildError as error:
-            _say(f"they do not compile; slower kernels are used instead. {error}")
             folder.mkdir(parents=True, exist_ok=True)
-            failure.write_text(json.dumps({"compiler": command, "reason": str(error)}), encoding="utf-8")
-            raise
+            record = {"compiler": command, "reason": str(error), "output": error.output.splitlines()}
+            failure.write_text(json.dumps(record, indent=2), encoding="utf-8")
+            raise build.BuildError(f"{error} (details in {failure})") from error
         failure.unlink(missing_ok=True)
         _say(f"compiled in {time.monotonic() - start:.0f} s, kept in {folder}")
         return library
