@@ -28,7 +28,7 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(_C, m) {
   namespace cpu = madtp::cpu;
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("attention", &cpu::attention, release());
