@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+from madtp_kernels import info
 
 
 def add_parser(commands) -> None:
@@ -11,5 +11,4 @@ def add_parser(commands) -> None:
 
 
 def run(args) -> int:
-    runpy.run_module("madtp_kernels.info", run_name="__main__")
-    return 0
+    return info.main([])
