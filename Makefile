@@ -1,0 +1,56 @@
+# make demo    a virtual environment with the project in it, then: madtp demo
+# make test    the same with the test tools, then all tests, against the installed package
+# make bench   the benchmarks (pytest benchmarks/ --benchmark-only)
+# make clean   removes the environment and what builds left
+#
+# VENV=folder of the environment, PYTHON=interpreter it is made from, TORCH=version to install, ARGS=passed on.
+
+VENV = .venv
+PYTHON = python3
+TORCH = torch==2.13.0
+CPU_WHEELS = https://download.pytorch.org/whl/cpu
+ARGS =
+
+PIP = "$(VENV)/bin/python" -m pip --disable-pip-version-check
+
+# torch comes first and from where CPU builds are, so that nothing later pulls the CUDA build and its gigabytes of
+# libraries. --no-deps: only torch itself may come from there.
+ENVIRONMENT = \
+	if [ "$$(cat "$(VENV)/.torch" 2>/dev/null)" != "$(TORCH)" ]; then \
+		echo "== environment: $(VENV), $(TORCH)" && \
+		"$(PYTHON)" -m venv "$(VENV)" && \
+		$(PIP) install --no-deps --retries 2 --extra-index-url $(CPU_WHEELS) "$(TORCH)" && \
+		$(PIP) install "$(TORCH)" && \
+		echo "$(TORCH)" > "$(VENV)/.torch"; \
+	fi
+
+# Installs $$what unless nothing changed since $$stamp was made. Folders count too: a deleted file changes its folder.
+INSTALL = \
+	if [ ! -f "$$stamp" ] || [ -n "$$(find pyproject.toml setup.py csrc madtp_kernels python \
+			-name __pycache__ -prune -o -newer "$$stamp" -print)" ]; then \
+		echo "== installing $$what: compiling the C++ kernels takes a minute or two" && \
+		touch "$$stamp.started" && \
+		$(PIP) install "$$what" && \
+		mv "$$stamp.started" "$$stamp"; \
+	fi
+
+.PHONY: demo test bench clean
+
+# PYTHONPATH and the checkout stay out of the way: it is the installed package that runs.
+demo:
+	@unset PYTHONPATH; $(ENVIRONMENT)
+	@unset PYTHONPATH; what=. stamp="$(VENV)/.installed"; $(INSTALL)
+	@unset PYTHONPATH; "$(VENV)/bin/madtp" demo $(ARGS)
+
+test:
+	@unset PYTHONPATH; $(ENVIRONMENT)
+	@unset PYTHONPATH; what='.[test]' stamp="$(VENV)/.installed-test"; $(INSTALL)
+	@unset PYTHONPATH; "$(VENV)/bin/pytest" tests $(ARGS)
+
+bench:
+	@unset PYTHONPATH; $(ENVIRONMENT)
+	@unset PYTHONPATH; what='.[test]' stamp="$(VENV)/.installed-test"; $(INSTALL)
+	@unset PYTHONPATH; "$(VENV)/bin/pytest" benchmarks --benchmark-only $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" build madtp.egg-info
