@@ -106,7 +106,7 @@ def finite(name: str, value: Tensor, cu_seqlens: Tensor | None = None) -> None:
 
 def positive(name: str, value: float) -> None:
     """Check a host-side number that has to be finite and > 0."""
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:  # false for NaN too, and torch.compile can trace it
         raise ValueError(f"{name}: expected a finite number > 0, got {describe(value)}")
 
 
