@@ -12,7 +12,8 @@ import json
 import pytest
 import torch
 from conftest import golden_families
-from madtp_kernels import RaggedBatch, attention_importance, backends, compact, score_tokens
+from helpers import DEVICE, backends_here, interpreted
+from madtp_kernels import RaggedBatch, attention_importance, compact, score_tokens
 from safetensors.torch import load_file
 
 import madtp
@@ -32,18 +33,10 @@ def pytest_generate_tests(metafunc):
         return
     kind = metafunc.function.family_kind
     families = [f for f in golden_families(metafunc.config) if kind(json.loads((f / "manifest.json").read_text()))]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = ["reference", "triton", "cuda"] if device == "cuda" else ["reference", "cpu", "triton"]
-    marks = {
-        name: pytest.mark.skipif(
-            backends.availability(name, device) is not None, reason=str(backends.availability(name, device))
-        )
-        for name in names
-    }
     rows = [
-        pytest.param(family, name, marks=marks[name], id=f"{family.name}-{name}")
+        pytest.param(family, *backend.values, marks=backend.marks, id=f"{family.name}-{backend.values[0]}")
         for family in families
-        for name in names
+        for backend in backends_here()
     ]
     metafunc.parametrize("family, backend", rows)
 
@@ -56,15 +49,6 @@ def for_family(kind):
         return function
 
     return mark
-
-
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def slow_backend(backend):
-    """Triton's interpreter takes seconds per layer: it checks the first cases only."""
-    return backend == "triton" and backends.interpreted()
 
 
 class Golden:
@@ -144,10 +128,10 @@ def test_reduction_rule(family, backend):
     compared = 0
     for name, case in golden.manifest["cases"].items():
         x, probabilities, cls, alignment = (
-            inputs[f"{name}.{key}"].to(device()) for key in ("x", "self_attn", "cls_attn", "token_attn")
+            inputs[f"{name}.{key}"].to(DEVICE) for key in ("x", "self_attn", "cls_attn", "token_attn")
         )
         batch, heads, length, _ = probabilities.shape
-        cu = torch.arange(batch + 1, dtype=torch.int32, device=device()) * length
+        cu = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * length
         tokens = batch * length
 
         def packed(t, batch=batch, tokens=tokens):  # [B, N, ...] -> [T, ...] with a token 0 in front of each sample
@@ -156,11 +140,11 @@ def test_reduction_rule(family, backend):
 
         # Queries log P against unit keys give back the official probabilities, with a log-sum-exp of 0.
         q = probabilities.clamp_min(1e-30).log().permute(0, 2, 1, 3).reshape(tokens, heads, length)
-        k = torch.eye(length, device=device())[:, None].expand(length, heads, length).repeat(batch, 1, 1)
+        k = torch.eye(length, device=DEVICE)[:, None].expand(length, heads, length).repeat(batch, 1, 1)
         lse = q.new_zeros(heads, tokens)
         received, _ = attention_importance(q, k, q, lse, cu, length, scale=1.0, backend=backend)
 
-        entries = torch.eye(alignment.shape[2], device=device())
+        entries = torch.eye(alignment.shape[2], device=DEVICE)
         importance, threshold = score_tokens(
             packed(alignment), entries, received, packed(cls), cu, length, case["temperature"], backend=backend
         )
@@ -182,8 +166,8 @@ def test_reduction_rule(family, backend):
                 RaggedBatch(packed(x), cu, length),
                 importance,
                 threshold,
-                groups=torch.zeros(batch, dtype=torch.int32, device=device()),
-                min_keep=torch.full((batch,), min_keep, dtype=torch.int32, device=device()),
+                groups=torch.zeros(batch, dtype=torch.int32, device=DEVICE),
+                min_keep=torch.full((batch,), min_keep, dtype=torch.int32, device=DEVICE),
                 backend=backend,
             )
             rows = result.tokens.to_list()
@@ -235,23 +219,23 @@ def test_vision_transformer(family, backend):
     results = golden.golden
     model = VisionTransformer(golden.sizes(VisionConfig, "vision")).eval()
     weights = golden.weights()
-    dictionary = weights.pop("space_dict").to(device())
+    dictionary = weights.pop("space_dict").to(DEVICE)
     model.load_state_dict({k.removeprefix("visual_encoder."): v for k, v in from_official(weights).items()})
-    model.to(device())
+    model.to(DEVICE)
     pixels = pixels_of(golden.inputs["images_u8"])
     case_temperature, case_input = golden.inputs["case_temperature"], golden.inputs["case_input"]
     summaries = results["sd_img_ft"]
     compared = 0
     for temperature in case_temperature.unique().tolist():
         cases = (case_temperature == temperature).nonzero().flatten()
-        if slow_backend(backend):
+        if interpreted(backend):
             cases = cases[:2] if temperature == 2.0 else cases[:0]
         cases = cases.tolist()
         if not cases:
             continue
         with torch.inference_mode():
             out = model(
-                pixels[case_input[cases]].to(device()), dictionary, Pruning(temperature, backend=backend), summaries=True
+                pixels[case_input[cases]].to(DEVICE), dictionary, Pruning(temperature, backend=backend), summaries=True
             )
         rows = out.stream.tokens.to_list()
         for sample, case in enumerate(cases):
@@ -275,7 +259,7 @@ def test_vision_transformer(family, backend):
 
 def nlvr_model(golden, grouping, backend):
     config = NLVRConfig(golden.sizes(VisionConfig, "vision"), golden.sizes(TextConfig, "text"))
-    return madtp.load(golden.weights(), config=config, grouping=grouping, backend=backend, device=device())
+    return madtp.load(golden.weights(), config=config, grouping=grouping, backend=backend, device=DEVICE)
 
 
 @pytest.mark.parametrize("grouping", ["pair", "instance"])
@@ -293,7 +277,7 @@ def test_nlvr(family, backend, grouping):
     compared = 0
     for temperature in case_temperature.unique().tolist():
         cases = (case_temperature == temperature).nonzero().flatten()
-        if slow_backend(backend):
+        if interpreted(backend):
             cases = cases[:1] if temperature == 2.0 and len(model.text_encoder.encoder.layer) <= 4 else cases[:0]
         cases = cases.tolist()
         if not cases:
@@ -344,4 +328,4 @@ def test_nlvr(family, backend, grouping):
                         **TOLERANCE,
                     )
     # Through the interpreter one small model is checked (the vision family and the four-layer one).
-    assert compared > 0 or slow_backend(backend)
+    assert compared > 0 or interpreted(backend)
