@@ -66,9 +66,9 @@ struct ScoringArguments {
   const float* bias;  // [M] or null
   float* importance;  // [C]
   float* threshold;   // [B]
-  int64_t capacity, max_seqlen, width;
-  int32_t batch, entries;
-  float temperature;
+  int64_t capacity, max_seqlen;
+  int32_t batch, width, entries;
+  double temperature;
 };
 
 // In floats.
@@ -87,8 +87,8 @@ struct CompactionArguments {
   const int32_t* ids;          // [C] or null
   const float* sizes;          // [C] or null
   const float *norm_weight, *norm_bias;  // [D]; no LayerNorm without a weight, no shift without a bias
-  int64_t capacity, max_seqlen, width;
-  int32_t batch, merged_id;
+  int64_t max_seqlen;
+  int32_t batch, width, merged_id;
   float norm_eps;
 };
 

@@ -33,15 +33,16 @@ __device__ void stage(Tile<T, ROWS, BYTES>& tile, const T* matrix, int64_t strid
                       bool is_vectorised) {
   constexpr int kColumns = Tile<T, ROWS, BYTES>::kColumns;
   if (is_vectorised) {
-    constexpr int kPieces = BYTES / kVectorBytes;
-#pragma unroll
-    for (int first = 0; first < ROWS * kPieces; first += THREADS) {
-      const int piece = first + static_cast<int>(threadIdx.x);
-      if (ROWS * kPieces % THREADS != 0 && piece >= ROWS * kPieces) break;
-      const int row = piece / kPieces, column = piece % kPieces * kVectorLanes<T>;
+    // A thread keeps its column, so that addresses advance by a constant.
+    constexpr int kPieces = BYTES / kVectorBytes, kStep = THREADS / kPieces;
+    static_assert(THREADS % kPieces == 0 && ROWS % kStep == 0);
+    const int first_row = static_cast<int>(threadIdx.x) / kPieces;
+    const int column = static_cast<int>(threadIdx.x) % kPieces * kVectorLanes<T>;
+    const T* from = matrix + first_row * stride + column;
+#pragma unroll 2
+    for (int row = first_row; row < first_row + ROWS; row += kStep, from += kStep * stride) {
       const bool is_inside = row < rows && column < columns;
-      const T* from = is_inside ? matrix + row * stride + column : matrix;
-      __pipeline_memcpy_async(tile.at(row, column), from, kVectorBytes, is_inside ? 0 : kVectorBytes);
+      __pipeline_memcpy_async(tile.at(row, column), is_inside ? from : matrix, kVectorBytes, is_inside ? 0 : kVectorBytes);
     }
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < ROWS * kColumns; i += THREADS) {
@@ -116,6 +117,7 @@ __device__ void multiply(Accumulator<N>& c, const Tile<T, ROWS, BYTES>& a, int f
                          const Tile<T, 8 * N, BYTES>& b, int columns) {
   const int g = lane_id() / 4, t = lane_id() % 4;
   if constexpr (std::is_same_v<T, float>) {
+#pragma unroll 1
     for (int k = 0; k < columns; k += 4) {
       const auto low = load<4>(a.at(first_row + g, k)), high = load<4>(a.at(first_row + g + 8, k));
 #pragma unroll

@@ -37,7 +37,7 @@ Grid grid_of(const ImportanceArguments& p) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
     received_kernel(const ImportanceArguments p, const Grid grid, float* partial, const bool is_vectorised) {
   __shared__ TokenTile<T> q_tiles[2], k_tiles[2];
   __shared__ float bias[kTokens], sums[kThreads / 32][kTokens];
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // A warp takes a token, 8 lanes of it a head.
 template <class T, int LANES>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, 3)
     finish_kernel(const ImportanceArguments p, const int token_blocks, const float* partial) {
   const int b = static_cast<int>(blockIdx.x) / token_blocks;
   const int first = static_cast<int>(blockIdx.x) % token_blocks * kFinishTokens;
@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         const T* q = cls_query + head * p.q.head_stride;
         const T* k = static_cast<const T*>(p.k.data) + row * p.k.token_stride + head * p.k.head_stride;
         const T* out = static_cast<const T*>(p.out.data) + row * p.out.token_stride + head * p.out.head_stride;
+#pragma unroll 1
         for (int column = own_lane * LANES; column < p.head_dim; column += kHeadLanes * LANES) {
           const auto q_part = load<LANES>(q + column), k_part = load<LANES>(k + column), out_part = load<LANES>(out + column);
 #pragma unroll
