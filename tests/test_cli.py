@@ -1,4 +1,4 @@
-"""The `madtp` command, on the bundled model: what it prints, writes, refuses, and how it goes on after a stop."""
+"""The `madtp` command on the bundled model: what it prints, writes, refuses, how it goes on after a stop."""
 
 import json
 import os
@@ -320,8 +320,14 @@ def test_demo_of_a_model_without_a_temperature_asks_for_one(madtp_command, tmp_p
     assert code == 0 and "T=5" in out and "untrained" not in out
 
 
-def test_info(madtp_command):
-    code, out, _ = madtp_command("info")
-    assert code == 0
-    for word in ("torch", "reference", "triton"):
-        assert word in out
+def test_info():
+    # In a process of its own: what it finds out about the extension is kept for the life of a process.
+    environment = {**os.environ, "MADTP_KERNELS_BUILD": "0"}
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "madtp", "info", *options], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0
+        for word in ("torch", "reference", "triton"):
+            assert word in done.stdout
+    assert set(json.loads(done.stdout)["backends"]) == {"cpu", "cuda"}

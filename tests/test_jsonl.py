@@ -1,4 +1,4 @@
-"""Batched runs over a JSON Lines file: every row answered once, in order, however often the run is stopped."""
+"""Runs over a JSON Lines file: every row is answered once, in order, however often the run is stopped."""
 
 import fcntl
 import json

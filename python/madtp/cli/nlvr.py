@@ -28,6 +28,7 @@ goes on where it stopped. A row that cannot be answered does not stop the run, b
 
 
 def add_parser(commands) -> None:
+    """Register the command."""
     parser = commands.add_parser(
         "nlvr",
         help="answer statements about pairs of images",
@@ -59,6 +60,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Answer one pair or a file of them."""
     single = [args.images, args.text]
     many = [args.input, args.output]
     if all(single) and not any(many):

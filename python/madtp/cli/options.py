@@ -14,6 +14,7 @@ def positive(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Everything but the model itself."""
     group = parser.add_argument_group("how the model runs")
     pruning = group.add_mutually_exclusive_group()
     pruning.add_argument(
@@ -52,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace):
-    """The model that the options describe. Its tokenizer is opened now: a missing one has to stop a run at once."""
+    """The model that the options describe. A missing tokenizer is found out now."""
     import torch
 
     import madtp
