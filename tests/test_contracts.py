@@ -365,7 +365,7 @@ def test_a_forced_backend_that_is_missing_raises_with_the_reason(op, backend, ge
     if backend == "reference":
         run(op, case, backend)
         return
-    reason = {"cpu": "no C++ compiler was found", "cuda": "no C++ compiler was found", "triton": "triton"}[backend]
+    reason = "triton" if backend == "triton" else re.escape("no C++ compiler was found")
     refuses(op, case, backend, f"^{op}: backend '{backend}' was asked for but cannot run on {DEVICE}: .*{reason}",
             error=BackendError)  # fmt: skip
     with backends.use(backend), pytest.raises(BackendError, match=reason):

@@ -102,6 +102,8 @@ def leaves_of(case):
 @every_variant
 def test_opcheck(op, options, backend, generator):
     case = CASES[op](generator, [3, 0, 1, 4] if interpreted(backend) else LENGTHS, **options)
+    if options.get("exact") is False:
+        case["threshold"] -= 2  # nothing is dropped: opcheck compares every row, so that all have to be defined
     operator = getattr(torch.ops.madtp_kernels, op).default
     torch.library.opcheck(operator, schema_arguments(op, case, backend))
     torch.library.opcheck(operator, schema_arguments(op, differentiable(case), backend))
