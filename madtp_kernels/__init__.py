@@ -5,6 +5,7 @@ Needs torch only; ``python -m madtp_kernels.info`` shows what is available here.
 """
 
 from .attention import attention
+from .attention_with_importance import attention_with_importance
 from .backends import BackendError
 from .checks import set_debug
 from .compaction import Compacted, compact
@@ -22,6 +23,7 @@ __all__ = [
     "RaggedBatch",
     "attention",
     "attention_importance",
+    "attention_with_importance",
     "compact",
     "prune",
     "score_tokens",

@@ -50,6 +50,23 @@ def attention(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         BackendError: a backend asked for by name cannot run.
     """
+    arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias)
+    return torch.ops.madtp_kernels.attention(*arguments, backend or "")
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None,
+    causal: bool,
+    key_bias: Tensor | None,
+) -> tuple:
+    """The arguments of an attention as the implementations rely on them, or the ValueError that :func:`attention` describes."""
     checks.floats("q", q, 3, "[Tq, H, d]")
     heads, head_dim = q.shape[1:]
     if not 1 <= head_dim <= 256 or heads < 1:
@@ -63,10 +80,9 @@ def attention(
         checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", (torch.float32, torch.float64), q.device)
     scale = head_dim**-0.5 if scale is None else scale
     checks.positive("scale", scale)
-    return torch.ops.madtp_kernels.attention(
+    return (
         checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(v), checks.unit_stride(cu_seqlens_q),
         checks.unit_stride(cu_seqlens_k), max_seqlen_q, max_seqlen_k, float(scale), causal, checks.unit_stride(key_bias),
-        backend or "",
     )  # fmt: skip
 
 

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, attention
+from madtp_kernels import RaggedBatch, attention, attention_with_importance
 
 from .linear import Linear
-from .pruning import Stream
+from .pruning import Pruning, Stream
 
 
-def self_attention(
-    qkv: Tensor, stream: Stream, *, causal: bool = False, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of every sample over itself from ``qkv [T, 3, H, d]``: ``out [T, H, d]``, ``lse [H, T]``."""
+class Attended(NamedTuple):
+    """What a self-attention sub-layer hands on."""
+
+    out: Tensor
+    """``[T, H * d]``, the heads concatenated, before the output projection."""
+    received: Tensor | None
+    """``[T]`` float32 attention that each token receives; None in a dense layer, as is ``cls``."""
+    cls: Tensor | None
+
+
+def self_attention(qkv: Tensor, stream: Stream, pruning: Pruning, *, causal: bool = False) -> Attended:
+    """Attention of every sample over itself from ``qkv [T, 3, H, d]``; with its importance if the layer is to prune."""
     tokens = stream.tokens
-    return attention(
-        qkv[:, 0], qkv[:, 1], qkv[:, 2], tokens.cu_seqlens, tokens.cu_seqlens, tokens.max_seqlen, tokens.max_seqlen,
-        causal=causal, key_bias=stream.key_bias, backend=backend,
-    )  # fmt: skip
+    q, k, v = qkv.unbind(1)
+    options = {"causal": causal, "key_bias": stream.key_bias, "backend": pruning.backend}
+    if pruning.active:
+        out, _, received, cls = attention_with_importance(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, **options)
+        return Attended(out.flatten(1), received, cls)
+    lengths = (tokens.cu_seqlens, tokens.cu_seqlens, tokens.max_seqlen, tokens.max_seqlen)
+    out, _ = attention(q, k, v, *lengths, **options)
+    return Attended(out.flatten(1), None, None)
 
 
 class CrossAttention(nn.Module):

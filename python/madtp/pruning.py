@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from madtp_kernels import RaggedBatch, attention_importance, prune
+from madtp_kernels import RaggedBatch, prune
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,12 @@ class LayerTrace:
 def prune_layer(
     stream: Stream,
     entering: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    received: Tensor,
+    cls: Tensor,
     guide: tuple[Tensor, Tensor | None],
     pruning: Pruning,
     layer: int,
     *,
-    causal: bool = False,
     norm: tuple[Tensor, Tensor | None, float] | None = None,
 ) -> tuple[Stream, Tensor | None, LayerTrace]:
     """Prune the tokens after a block's attention sub-layer.
@@ -110,7 +108,7 @@ def prune_layer(
     Args:
         stream: tokens ``[T, D]`` after the attention sub-layer (residual added).
         entering: ``[T, D]`` the tokens as they entered the block.
-        qkv: ``[T, 3, H, d]``, out ``[T, H, d]``, lse ``[H, T]``: the block's attention.
+        received, cls: ``[T]`` float32, the importance of the block's attention.
         guide: folded dictionary ``[M, D]`` and bias ``[M]`` or None.
         layer: number of the layer, for the ids of merged tokens.
         norm: LayerNorm that follows, done in the same pass.
@@ -118,16 +116,11 @@ def prune_layer(
     Returns:
         The stream that goes on, the normalised rows (None without ``norm``), and the record of the layer.
     """
-    cu_seqlens, max_seqlen = stream.tokens.cu_seqlens, stream.tokens.max_seqlen
-    received, cls = attention_importance(
-        qkv[:, 0], qkv[:, 1], out, lse, cu_seqlens, max_seqlen,
-        causal=causal, key_bias=stream.key_bias, backend=pruning.backend,
-    )  # fmt: skip
     dictionary, bias = guide
     result = prune(
         stream.tokens, entering, dictionary, received, cls, pruning.temperature, bias=bias, backend=pruning.backend,
         ids=stream.ids, sizes=stream.sizes, merged_id=-(1 + layer), groups=pruning.groups, norm=norm,
     )  # fmt: skip
     tokens, ids, sizes, normed = result.compacted
-    trace = LayerTrace(cu_seqlens, tokens.cu_seqlens, ids, result.importance, result.threshold)
+    trace = LayerTrace(stream.tokens.cu_seqlens, tokens.cu_seqlens, ids, result.importance, result.threshold)
     return Stream(tokens, ids, sizes), normed, trace

@@ -102,11 +102,13 @@ class Layer(nn.Module):
     ) -> tuple[Stream, LayerTrace]:
         entering = stream.tokens.values
         qkv = self.attention.self.qkv(entering).unflatten(-1, (3, self.num_heads, -1))
-        out, lse = self_attention(qkv, stream, backend=pruning.backend)
-        attended = self.attention.output.dense(out.flatten(1), residual=entering)
-        stream = stream.with_values(self.attention.output.LayerNorm(attended))
+        attended = self_attention(qkv, stream, pruning)
+        summed = self.attention.output.dense(attended.out, residual=entering)
+        stream = stream.with_values(self.attention.output.LayerNorm(summed))
         if pruning.active:
-            stream, _, trace = prune_layer(stream, entering, qkv, out, lse, guide, pruning, layer)
+            stream, _, trace = prune_layer(
+                stream, entering, attended.received, attended.cls, guide, pruning, layer
+            )
         else:
             trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
         x = self.crossattention(stream.tokens, images, pruning.backend)

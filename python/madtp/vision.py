@@ -28,22 +28,6 @@ class VisionOutput(NamedTuple):
     """``[B, M, sd_dim]`` alignment summaries summed over the blocks; None if not asked for."""
 
 
-class SelfAttention(nn.Module):
-    """Projections of a block's attention; parameter names as in BLIP (`qkv`, `proj`)."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-
-    def forward(self, x: Tensor, stream: Stream, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised tokens x: ``(x0 + proj(out) [T, D], qkv [T, 3, H, d], out [T, H, d], lse [H, T])``, x0 the stream's."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        out, lse = self_attention(qkv, stream, backend=backend)
-        return self.proj(out.flatten(1), residual=stream.tokens.values), qkv, out, lse
-
-
 class Block(nn.Module):
     """x + attention(norm1(x)), then pruning, then x + mlp(norm2(x))."""
 
@@ -51,7 +35,10 @@ class Block(nn.Module):
         super().__init__()
         width = config.embed_dim
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = SelfAttention(width, config.num_heads)
+        self.num_heads = config.num_heads
+        self.attn = nn.Module()
+        self.attn.qkv = Linear(width, 3 * width)
+        self.attn.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Module()
         self.mlp.fc1 = Linear(width, int(width * config.mlp_ratio))
@@ -61,12 +48,13 @@ class Block(nn.Module):
         self, stream: Stream, guide: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
     ) -> tuple[Stream, LayerTrace]:
         entering = stream.tokens.values
-        attended, qkv, out, lse = self.attn(self.norm1(entering), stream, pruning.backend)
-        stream = stream.with_values(attended)
+        qkv = self.attn.qkv(self.norm1(entering)).unflatten(-1, (3, self.num_heads, -1))
+        attended = self_attention(qkv, stream, pruning)
+        stream = stream.with_values(self.attn.proj(attended.out, residual=entering))
         if pruning.active:
             norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
             stream, normed, trace = prune_layer(
-                stream, entering, qkv, out, lse, guide, pruning, layer, norm=norm
+                stream, entering, attended.received, attended.cls, guide, pruning, layer, norm=norm
             )
         else:
             normed = self.norm2(stream.tokens.values)
