@@ -45,7 +45,7 @@ demo:
 test:
 	@unset PYTHONPATH; $(ENVIRONMENT)
 	@unset PYTHONPATH; what='.[test]' stamp="$(VENV)/.installed-test"; $(INSTALL)
-	@unset PYTHONPATH; "$(VENV)/bin/pytest" tests $(ARGS)
+	@unset PYTHONPATH; "$(VENV)/bin/pytest" $(ARGS)
 
 bench:
 	@unset PYTHONPATH; $(ENVIRONMENT)
