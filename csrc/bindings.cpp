@@ -4,10 +4,24 @@
 
 #include "cpu_kernels.h"
 #include "ops.h"
+#if defined(MADTP_WITH_CUDA)
+#include "cuda_dispatch.h"
+#endif
 
 namespace {
 
 namespace py = pybind11;
+
+#if defined(MADTP_WITH_CUDA)
+// One function for both devices; the leading tensor decides.
+template <class Result, class... Rest>
+auto by_device(Result (*cpu)(const at::Tensor&, Rest...), Result (*cuda)(const at::Tensor&, Rest...)) {
+  return [=](const at::Tensor& leading, Rest... rest) { return (leading.is_cuda() ? cuda : cpu)(leading, rest...); };
+}
+#define MADTP_OPERATION(name) by_device(&madtp::cpu::name, &madtp::cuda::name)
+#else
+#define MADTP_OPERATION(name) &madtp::cpu::name
+#endif
 
 py::dict build_info() {
   py::dict info;
@@ -29,13 +43,12 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  namespace cpu = madtp::cpu;
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def("attention", &cpu::attention, release());
-  m.def("attention_importance", &cpu::attention_importance, release());
-  m.def("attention_with_importance", &cpu::attention_with_importance, release());
-  m.def("score_tokens", &cpu::score_tokens, release());
-  m.def("compact", &cpu::compact, release());
+  m.def("attention", MADTP_OPERATION(attention), release());
+  m.def("attention_importance", MADTP_OPERATION(attention_importance), release());
+  m.def("attention_with_importance", &madtp::cpu::attention_with_importance, release());
+  m.def("score_tokens", MADTP_OPERATION(score_tokens), release());
+  m.def("compact", MADTP_OPERATION(compact), release());
   m.def("build_info", &build_info);
 }
 
@@ -66,3 +79,12 @@ TORCH_LIBRARY_IMPL(madtp_native, CPU, m) {
   m.impl("score_tokens", &madtp::cpu::score_tokens);
   m.impl("compact", &madtp::cpu::compact);
 }
+
+#if defined(MADTP_WITH_CUDA)
+TORCH_LIBRARY_IMPL(madtp_native, CUDA, m) {
+  m.impl("attention", &madtp::cuda::attention);
+  m.impl("attention_importance", &madtp::cuda::attention_importance);
+  m.impl("score_tokens", &madtp::cuda::score_tokens);
+  m.impl("compact", &madtp::cuda::compact);
+}
+#endif

@@ -20,10 +20,10 @@ struct alignas(kVectorBytes) Tile {
   static constexpr int kColumns = BYTES / static_cast<int>(sizeof(T));
   static constexpr int kPitch = kColumns + kVectorLanes<T>;
 
-  T data[ROWS * kPitch];
+  T data[ROWS][kPitch];
 
-  __device__ T* at(int row, int column) { return data + row * kPitch + column; }
-  __device__ const T* at(int row, int column) const { return data + row * kPitch + column; }
+  __device__ T* at(int row, int column) { return &data[row][column]; }
+  __device__ const T* at(int row, int column) const { return &data[row][column]; }
 };
 
 // Starts to copy rows x columns of a matrix into a tile; the rest of the tile becomes zero. Every thread of the block takes
@@ -118,7 +118,7 @@ __device__ void multiply(Accumulator<N>& c, const Tile<T, ROWS, BYTES>& a, int f
   const int g = lane_id() / 4, t = lane_id() % 4;
   if constexpr (std::is_same_v<T, float>) {
 #pragma unroll 1
-    for (int k = 0; k < columns; k += 4) {
+    for (int k = 0; k < min(columns, Tile<T, ROWS, BYTES>::kColumns); k += 4) {
       const auto low = load<4>(a.at(first_row + g, k)), high = load<4>(a.at(first_row + g + 8, k));
 #pragma unroll
       for (int n = 0; n < N; ++n) {
