@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import resource
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _one(args: argparse.Namespace) -> int:
+    from .. import flops
     from ..predict import nlvr_batch
     from ..processing import load_image
     from ..report.overlay import nlvr_overlay
@@ -80,22 +82,37 @@ def _one(args: argparse.Namespace) -> int:
     images = [load_image(path) for path in args.images]
     model = load_model(args)
     instance = model.processor(*images, args.text)
-    start = time.perf_counter()
     (answer,), output = nlvr_batch(model, [instance])
-    seconds = time.perf_counter() - start
-
     print(f"answer        {answer.answer}  (probability of True: {answer.probability_true:.3f})")
-    for name, tokens in (
-        ("left image", answer.left_tokens), ("right image", answer.right_tokens), ("text", answer.text_tokens)
-    ):  # fmt: skip
+    streams = {
+        "left image": answer.left_tokens,
+        "right image": answer.right_tokens,
+        "text": answer.text_tokens,
+    }
+    for name, tokens in streams.items():
         print(f"{name:12}  {tokens[0]} tokens, {tokens[-1]} after {len(tokens) - 1} layers: {tokens}")
-    full = f"{answer.flops.full:.4g} with what published counts leave out"
-    print(f"GFLOPs        {answer.flops.official:.4g}  ({full})")
-    print(f"time          {seconds * 1000:.1f} ms  (the first call, without loading)")
+    unpruned = [[tokens[0]] * len(tokens) for tokens in streams.values()]
+    dense = flops.nlvr(model.config, list(zip(*unpruned[:2], strict=True)), unpruned[2], guided=False)
+    print(f"GFLOPs        {answer.flops.official:.4g}  (dense: {dense.official:.4g})")
+
+    # The first call has also loaded kernels and packed weights; a second one tells what an answer takes.
+    start = time.perf_counter()
+    nlvr_batch(model, [instance])
+    print(f"time          {(time.perf_counter() - start) * 1000:.1f} ms")
+    print(f"peak memory   {_peak_gib(model.device):.2f} GiB")
     if args.save_overlay:
         nlvr_overlay(*images, output, model.config).save(args.save_overlay)
         print(f"overlay       {args.save_overlay}")
     return 0
+
+
+def _peak_gib(device) -> float:
+    """Most memory in use so far: of the GPU, or of this process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _many(args: argparse.Namespace) -> int:
