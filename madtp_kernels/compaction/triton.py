@@ -72,14 +72,13 @@ def _rows_before(
             kept = tl.load(counts + o_b, mask=m_b, other=0)
         else:
             bound = tl.load(threshold + o_b, mask=m_b, other=0.0)
-            kept = tl.zeros((SAMPLES,), tl.int32)
-            for first in range(1, tl.max(length, 0), BLOCK):
+            flags = tl.zeros((SAMPLES, BLOCK), tl.int32)
+            for first in tl.range(1, tl.max(length, 0), BLOCK, loop_unroll_factor=4):
                 o_j = first + tl.arange(0, BLOCK)[None, :]
                 mask = o_j < length[:, None]
-                flags = _kept(
-                    importance, bound[:, None], 0, protected, bos.to(tl.int64)[:, None], o_j, mask, 0, False
-                )  # fmt: skip
-                kept += tl.sum(flags.to(tl.int32), 1)
+                begin = bos.to(tl.int64)[:, None]
+                flags += _kept(importance, bound[:, None], 0, protected, begin, o_j, mask, 0, False).to(tl.int32)
+            kept = tl.sum(flags, 1)
         least = tl.zeros((SAMPLES,), tl.int32)
         if min_keep is not None:
             least = tl.load(min_keep + o_b, mask=m_b, other=0)
@@ -170,7 +169,8 @@ def _merge_rows(
 
     o_d = tl.arange(0, BLOCK_D)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in tl.range(0, count, ROWS, loop_unroll_factor=4):
+    # Whole rounds of the unrolled loop: its eight loads then fly together, and no rest is left to a slow loop.
+    for start in tl.range(0, tl.cdiv(count, 8 * ROWS) * (8 * ROWS), ROWS, loop_unroll_factor=8):
         o_r = start + tl.arange(0, ROWS)
         m_r = o_r < count
         rows = bos + tl.load(dropped + bos + o_r, mask=m_r, other=0)
@@ -220,7 +220,7 @@ def _compact_kernel(
         least = tl.load(min_keep + i_b)
     pruned = _is_pruned(kept, length, least)
     begin_out = _rows_before(
-        importance, threshold, counts, protected, min_keep, cu_seqlens, i_b, RANKED, SAMPLES, BLOCK // 2
+        importance, threshold, counts, protected, min_keep, cu_seqlens, i_b, RANKED, SAMPLES, BLOCK // 8
     ).to(tl.int64)  # fmt: skip
     if slot == 0:
         if i_b == 0:
@@ -316,12 +316,15 @@ def _cuts(
     return counts, cuts
 
 
-def _blocks(block_d: int) -> tuple[int, int]:
-    """Rows moved at once and rows merged at once, with 8 warps: 32 and 16 registers of bfloat16 a thread.
+def _blocks(block_d: int, element_size: int, normed: bool) -> tuple[int, int]:
+    """Rows moved at once and rows merged at once.
 
-    The merge keeps four steps in flight (its loop is unrolled) beside a float32 accumulator of one step's size.
+    32 KiB over 8 warps are 8 loads of 16 bytes a thread, in few enough registers for two or three programs on a
+    multiprocessor; LayerNorm holds its rows in float32. The merge keeps eight steps in flight (its loop is unrolled) beside
+    a float32 accumulator of one step's size.
     """
-    return max(1, min(64, 16384 // block_d)), max(1, min(64, 8192 // block_d))
+    moved = 8192 if normed else 32768 // element_size
+    return max(1, min(64, moved // block_d)), max(1, min(64, 8192 // element_size // block_d))
 
 
 def compact(
@@ -361,7 +364,7 @@ def compact(
     if ranked:
         counts, cuts = _cuts(importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups)
     block_d = block(width)
-    copy_rows, merge_rows = _blocks(block_d)
+    copy_rows, merge_rows = _blocks(block_d, x.element_size(), norm_weight is not None)
     # A few programs per multiprocessor: each pays once for counting the samples before its own.
     tiles = triton.cdiv(max_seqlen, copy_rows)
     chunk = copy_rows * max(1, min(16, batch * tiles // (4 * multiprocessors(x))))

@@ -167,10 +167,8 @@ def _add_blocks_kernel(
 def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, pipeline stages. The bits of a result depend on them: never on the batch."""
     if dtype == torch.float32:
-        return (32, 32, 4, 1) if block_d <= 128 else (16, 16, 4, 1)
-    if block_d <= 64:
-        return 128, 64, 4, 3
-    return (128, 64, 4, 2) if block_d <= 128 else (64, 64, 4, 2)
+        return (64, 64, 8, 1) if block_d <= 128 else (32, 32, 8, 1)
+    return {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}.get(max(block_d, 64), (64, 64, 8, 2))
 
 
 def attention_importance(

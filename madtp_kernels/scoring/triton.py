@@ -34,17 +34,21 @@ def _total(values, begin, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _alignment(
-    x, dictionary, bias, x_token, dictionary_entry, row, o_j, tokens, first_entry, WIDTH, M,
+    x, dictionary, bias, x_token, dictionary_entry, tokens, first_entry, WIDTH, M,
     BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<x_j, dictionary_m> + bias_m of a tile of tokens and a block of entries, float32 [BLOCK_J, BLOCK_M]."""
+    """<x_j, dictionary_m> + bias_m of a block of entries and the tile of ``tokens`` rows that x points at.
+
+    float32 [BLOCK_M, BLOCK_J]. Entries are the rows: the sums over tokens then stay inside a thread, but for four lanes.
+    """
+    o_j = tl.arange(0, BLOCK_J)
     o_m = first_entry + tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, BLOCK_K)
-    x_rows = x + (row + o_j)[:, None] * x_token + o_k[None, :]
+    x_rows = x + o_j.to(tl.int64)[:, None] * x_token + o_k[None, :]
     d_rows = dictionary + o_m.to(tl.int64)[:, None] * dictionary_entry + o_k[None, :]
     m_j = (o_j < tokens)[:, None]
     m_m = (o_m < M)[:, None]
-    alignment = tl.zeros((BLOCK_J, BLOCK_M), tl.float32)
+    alignment = tl.zeros((BLOCK_M, BLOCK_J), tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
         m_x, m_d = m_j, m_m
         if not EVEN:
@@ -52,60 +56,76 @@ def _alignment(
             m_d = m_d & (start + o_k < WIDTH)[None, :]
         x_tile = tl.load(x_rows + start, mask=m_x, other=0.0)
         d_tile = tl.load(d_rows + start, mask=m_d, other=0.0)
-        alignment = product(x_tile, tl.trans(d_tile), alignment, PRECISION)
+        alignment = product(d_tile, tl.trans(x_tile), alignment, PRECISION)
     if bias is not None:
-        alignment += tl.load(bias + o_m, mask=o_m < M, other=0.0)[None, :]
+        alignment += tl.load(bias + o_m, mask=o_m < M, other=0.0)[:, None]
     return alignment
 
 
 @triton.jit
+def _best(alignment, first_entry, M, BLOCK_M: tl.constexpr):
+    """The largest alignment of each token with the entries of a block."""
+    in_block = first_entry + tl.arange(0, BLOCK_M) < M
+    return tl.max(tl.where(in_block[:, None], alignment, float("-inf")), 0)
+
+
+@triton.jit
 def _leave_statistics(
-    alignment, best, weight, valid, left, first_entry, entries, scale_log2,
-    BLOCK_M: tl.constexpr,
+    alignment, best, received, cls, received_total, tokens, left, entries, scale_log2,
+    BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Store the four numbers per entry of one tile; ``left`` points at the tile's rows, ``entries`` numbers each."""
-    y = tl.where(valid[:, None], alignment * scale_log2, float("-inf"))
-    peak = tl.max(y, 0)
-    w = tl.exp2(y - peak[None, :])
-    left += first_entry + tl.arange(0, BLOCK_M)
+    """Store the four numbers per entry of one tile; ``left`` points at the first, each kind takes ``entries`` numbers."""
+    o_j = tl.arange(0, BLOCK_J)
+    left += tl.arange(0, BLOCK_M)
+    y = tl.where((o_j < tokens)[None, :], alignment * scale_log2, float("-inf"))
+    peak = tl.max(y, 1)
+    w = tl.exp2(y - peak[:, None])
     tl.store(left, peak)
-    tl.store(left + entries, tl.sum(w, 0))
-    tl.store(left + 2 * entries, tl.sum(w * weight[:, None], 0))
-    tl.store(left + 3 * entries, tl.sum(w * best[:, None], 0))
+    tl.store(left + entries, tl.sum(w, 1))
+    tl.store(left + 3 * entries, tl.sum(w * best[None, :], 1))
+    score = tl.load(received + o_j, mask=o_j < tokens, other=0.0) / (received_total + EPS)
+    score += tl.load(cls + o_j, mask=o_j < tokens, other=0.0)
+    tl.store(left + 2 * entries, tl.sum(w * score[None, :], 1))
 
 
 @triton.jit
 def _tile(
-    x, dictionary, bias, received, cls, importance, left, x_token, dictionary_entry, begin, tokens, i_t,
-    received_total, WIDTH, M, entries, scale_log2, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x, dictionary, bias, received, cls, importance, left, x_token, dictionary_entry, tokens, received_total,
+    WIDTH, M, entries, scale_log2, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens: the best alignment of each goes to ``importance`` for now, the statistics to ``left``."""
-    o_j = i_t * BLOCK_J + tl.arange(0, BLOCK_J)
-    valid = o_j < tokens
-    best = tl.full((BLOCK_J,), float("-inf"), tl.float32)
-    for first_entry in range(0, M, BLOCK_M):
+    """The tile of ``tokens`` tokens that the pointers stand at: the best alignment of each goes to ``importance`` for
+    now, the statistics to ``left``.
+    """
+    o_j = tl.arange(0, BLOCK_J)
+    if ONE_BLOCK:
         alignment = _alignment(
-            x, dictionary, bias, x_token, dictionary_entry, begin, o_j, tokens, first_entry, WIDTH, M,
-            BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
-        )  # fmt: skip
-        in_block = first_entry + tl.arange(0, BLOCK_M) < M
-        best = tl.maximum(best, tl.max(tl.where(in_block[None, :], alignment, float("-inf")), 1))
-        if ONE_BLOCK:
-            weight = tl.load(received + begin + o_j, mask=valid, other=0.0) / (received_total + EPS)
-            weight += tl.load(cls + begin + o_j, mask=valid, other=0.0)
-            _leave_statistics(alignment, best, weight, valid, left, 0, entries, scale_log2, BLOCK_M)
-    tl.store(importance + begin + o_j, best, mask=valid)
-    if not ONE_BLOCK:
+            x, dictionary, bias, x_token, dictionary_entry, tokens, 0, WIDTH, M, BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION
+        )
+        best = _best(alignment, 0, M, BLOCK_M)
+        tl.store(importance + o_j, best, mask=o_j < tokens)
+        _leave_statistics(
+            alignment, best, received, cls, received_total, tokens, left, entries, scale_log2, BLOCK_J, BLOCK_M
+        )
+    else:
         # The sums need the best over all entries first; the products are cheap enough to be made twice.
-        weight = tl.load(received + begin + o_j, mask=valid, other=0.0) / (received_total + EPS)
-        weight += tl.load(cls + begin + o_j, mask=valid, other=0.0)
-        for first_entry in range(0, M, BLOCK_M):
+        best = tl.full((BLOCK_J,), float("-inf"), tl.float32)
+        for first_entry in tl.range(0, M, BLOCK_M, disable_licm=True):
             alignment = _alignment(
-                x, dictionary, bias, x_token, dictionary_entry, begin, o_j, tokens, first_entry, WIDTH, M,
+                x, dictionary, bias, x_token, dictionary_entry, tokens, first_entry, WIDTH, M,
                 BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
             )  # fmt: skip
-            _leave_statistics(alignment, best, weight, valid, left, first_entry, entries, scale_log2, BLOCK_M)
+            best = tl.maximum(best, _best(alignment, first_entry, M, BLOCK_M))
+        tl.store(importance + o_j, best, mask=o_j < tokens)
+        for first_entry in tl.range(0, M, BLOCK_M, disable_licm=True):
+            alignment = _alignment(
+                x, dictionary, bias, x_token, dictionary_entry, tokens, first_entry, WIDTH, M,
+                BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
+            )  # fmt: skip
+            _leave_statistics(
+                alignment, best, received, cls, received_total, tokens, left + first_entry, entries, scale_log2,
+                BLOCK_J, BLOCK_M,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -169,10 +189,12 @@ def _score_kernel(
     first_tile, last_tile = slot, slot + 1
     if ONE_LAUNCH:
         last_tile = tl.cdiv(tokens, BLOCK_J)
-    for i_t in range(first_tile, last_tile):
+    for i_t in tl.range(first_tile, last_tile, disable_licm=True):
+        begin = bos + 1 + i_t * BLOCK_J
         _tile(
-            x, dictionary, bias, received, cls, importance, left + tl.cast(i_t, tl.int64) * (STATISTICS * entries),
-            x_token, dictionary_entry, bos + 1, tokens, i_t, received_total, WIDTH, M, entries, scale_log2,
+            x + begin * x_token, dictionary, bias, received + begin, cls + begin, importance + begin,
+            left + tl.cast(i_t, tl.int64) * (STATISTICS * entries), x_token, dictionary_entry,
+            tokens - i_t * BLOCK_J, received_total, WIDTH, M, entries, scale_log2,
             BLOCK_J, BLOCK_M, BLOCK_K, ONE_BLOCK, EVEN, PRECISION,
         )  # fmt: skip
     if ONE_LAUNCH:
