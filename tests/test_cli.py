@@ -115,7 +115,8 @@ def test_one_pair(madtp_command, model, tmp_path):
     for name in ("left", "right", "text"):
         tokens = getattr(expected, f"{name}_tokens")
         assert re.search(rf"{name}.* {tokens[0]} tokens, {tokens[-1]} after", out) and str(tokens) in out
-    assert re.search(rf"GFLOPs +{expected.flops.official:.4g} +\(dense: 0.0\d+\)", out) and re.search(r"time +[\d.]+ ms", out)
+    assert re.search(rf"GFLOPs +{expected.flops.official:.4g} +\(dense: 0.0\d+\)", out)
+    assert re.search(r"time +[\d.]+ ms", out)
     assert 0.1 < float(re.search(r"peak memory +([\d.]+) GiB", out)[1]) < 100
     with Image.open(overlay) as picture:
         assert picture.height > 2 * 200 and picture.width > 4 * 200

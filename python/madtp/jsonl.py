@@ -218,3 +218,6 @@ def _publish(file, output: Path) -> None:
         complete.flush()
         os.fsync(complete.fileno())
     os.replace(temporary, output)
+    folder = os.open(output.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, before the partial file goes
+    os.close(folder)

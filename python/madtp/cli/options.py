@@ -70,5 +70,5 @@ def load_model(args: argparse.Namespace):
         tokenizer=args.tokenizer,
         grouping=args.grouping,
     )
-    model.processor.tokenizer  # noqa: B018
+    _ = model.processor.tokenizer
     return model
