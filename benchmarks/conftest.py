@@ -1,0 +1,63 @@
+"""Fixtures and options of the benchmarks, and the summary that they print: every time, then every goal."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file are not installed
+
+import measure  # noqa: E402
+
+RECORDS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--records", metavar="FILE", help="write what was measured to this JSON file, for report.py")
+    parser.addoption("--device-name", metavar="NAME", help="what to call this machine in the records")
+
+
+def pytest_configure(config):
+    config.stash[RECORDS] = []
+
+
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    @pytest.fixture
+    def benchmark():
+        """Without pytest-benchmark everything is timed all the same, only its table is missing."""
+
+
+@pytest.fixture
+def run(request, benchmark):
+    """Check, time and record one comparison; returns its record."""
+
+    def run(comparison: measure.Comparison) -> dict:
+        record = measure.compare(comparison, benchmark)
+        request.config.stash[RECORDS].append(record)
+        return record
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(measure.environment(config.getoption("--device-name")))
+
+
+def pytest_sessionfinish(session):
+    records, path = session.config.stash[RECORDS], session.config.getoption("--records")
+    if records and path:
+        measure.write_records(Path(path), records, session.config.getoption("--device-name"))
+
+
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's table
+def pytest_terminal_summary(terminalreporter, config):
+    records = config.stash[RECORDS]
+    if records:
+        terminalreporter.section("median times")
+        terminalreporter.write("\n".join(measure.time_lines(records)) + "\n")
+        terminalreporter.section("goals")
+        terminalreporter.write("\n".join(measure.goal_lines(records)) + "\n")

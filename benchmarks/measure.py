@@ -1,0 +1,357 @@
+"""How the benchmarks measure: candidates take turns, a wrong answer is not timed, ceilings come from the same run.
+
+A :class:`Comparison` names its candidates and what their times have to satisfy; :func:`compare` checks it, times it and
+returns one flat record that goes to pytest-benchmark's ``extra_info`` and into the JSON files that `report.py` reads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import madtp_kernels
+import torch
+import torch.nn.functional as F
+from madtp_kernels import backends, native
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Larger than any cache: what a timed call reads comes from memory, on a GPU because it is overwritten in between.
+_LARGE_BYTES = 2**31 if ON_GPU else 2**28
+
+
+class WrongAnswer(AssertionError):
+    """A candidate does not compute what it should; it is not timed."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``time(candidate) <= at_most * time(baseline)``."""
+
+    candidate: str
+    baseline: str
+    at_most: float
+
+
+@dataclass
+class Comparison:
+    """Candidates that are timed in turn.
+
+    Attributes:
+        name: what is compared; together with ``facts`` it identifies a record.
+        candidates: name to a call without arguments. The first is the subject: what pytest-benchmark's table shows.
+        check: raises :class:`WrongAnswer` unless the candidates compute what they should; it also warms them up.
+        facts: sizes and settings, copied into the record.
+        gflop, gbytes: arithmetic (a multiply-add is 2) and least memory traffic of the subject, in 1e9.
+        goals: what the times have to satisfy; reported, not asserted: a slow machine is not a wrong program.
+        synchronising: candidates that wait for the device by themselves and cannot be captured in a CUDA graph.
+        capture: on a GPU, time replays of a CUDA graph, so that launch gaps of Python stay out of small operations.
+        budget: seconds that the rounds may take, as long as ``min_rounds`` are done.
+    """
+
+    name: str
+    candidates: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    facts: dict[str, object] = field(default_factory=dict)
+    gflop: float = 0.0
+    gbytes: float = 0.0
+    goals: tuple[Goal, ...] = ()
+    synchronising: tuple[str, ...] = ()
+    capture: bool = True
+    budget: float = 2.0
+    min_rounds: int = 3
+
+
+# ---- clocks -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _large_buffer() -> torch.Tensor:
+    return torch.empty(_LARGE_BYTES // 4, dtype=torch.float32, device=DEVICE).normal_()
+
+
+@functools.cache
+def _scratch() -> torch.Tensor:
+    return torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+
+
+def _flush() -> None:
+    """Evict the GPU's L2. It also takes longer than a launch, so the events below wait for the device, not for Python."""
+    if ON_GPU:
+        _scratch().zero_()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Duration of one call, on the device's own clock where it has one."""
+    if not ON_GPU:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as replays of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay(_keep_alive=result):
+        graph.replay()
+
+    return replay
+
+
+def _rounds(seconds_per_round: float, comparison: Comparison) -> int:
+    return max(comparison.min_rounds, min(50, int(comparison.budget / max(seconds_per_round, 1e-6))))
+
+
+# ---- ceilings -----------------------------------------------------------------------------------------------------
+
+
+def _median_seconds(call: Callable[[], object], rounds: int = 7) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        _flush()
+        times.append(_seconds(call))
+    return statistics.median(times)
+
+
+@functools.cache
+def copy_gbps() -> float:
+    """Memory bandwidth of a large copy, bytes read plus bytes written, GB/s."""
+    source, target = _large_buffer().chunk(2)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source)) / 1e9
+
+
+@functools.cache
+def product_gflops(dtype: torch.dtype) -> float:
+    """The best rate that this torch reaches on a large matrix product in this dtype, GFLOP/s (a multiply-add is 2)."""
+    n = 8192 if ON_GPU else 2048
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
+    paths = [lambda: F.linear(a, b)]
+    with torch.inference_mode():
+        if not ON_GPU and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            packed = torch.ops.mkldnn._reorder_linear_weight(b)
+            paths.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
+        return 2 * n**3 / min(_median_seconds(path, rounds=5) for path in paths) / 1e9
+
+
+# ---- comparisons --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def compare(comparison: Comparison, benchmark=None) -> dict:
+    """Check the candidates, time them in turn, and return the record.
+
+    Args:
+        comparison: what to time.
+        benchmark: pytest-benchmark's fixture; its table then shows the subject, its ``extra_info`` holds the record.
+
+    Raises:
+        WrongAnswer: the check failed; nothing was timed.
+    """
+    comparison.check()
+    calls = dict(comparison.candidates)
+    if ON_GPU and comparison.capture:
+        calls = {n: c if n in comparison.synchronising else _captured(c) for n, c in calls.items()}
+    subject, *others = calls
+
+    first = {}
+    for name, call in calls.items():  # a second warm-up, with the memory that the other candidates leave behind
+        _flush()
+        first[name] = _seconds(call)
+    total = sum(first.values())
+    # Rounds of many seconds need no warm-up beyond the check: there, the first pass is a round.
+    times = {name: [seconds] if total > 4 else [] for name, seconds in first.items()}
+    rounds = _rounds(total, comparison) - (total > 4)
+
+    turns = itertools.count()
+
+    def time_others() -> None:
+        turn = next(turns) % max(1, len(others))
+        for name in others[turn:] + others[:turn]:
+            _flush()
+            times[name].append(_seconds(calls[name]))
+        _flush()
+
+    def time_subject() -> None:
+        times[subject].append(_seconds(calls[subject]))
+
+    if benchmark is None:
+        for _ in range(rounds):
+            time_others()
+            time_subject()
+    else:
+        benchmark.pedantic(time_subject, setup=time_others, rounds=rounds, iterations=1)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    record = _record(comparison, medians, {name: min(values) for name, values in times.items()}, len(times[subject]))
+    if benchmark is not None:
+        benchmark.extra_info.update(record)
+    return record
+
+
+def _record(comparison: Comparison, medians: dict[str, float], fastest: dict[str, float], rounds: int) -> dict:
+    subject = next(iter(medians))
+    dtype = comparison.facts.get("dtype")
+    record = {
+        "name": comparison.name,
+        **comparison.facts,
+        "subject": subject,
+        "milliseconds": {name: seconds * 1e3 for name, seconds in medians.items()},
+        "fastest_milliseconds": {name: seconds * 1e3 for name, seconds in fastest.items()},
+        "ratio": {name: medians[subject] / seconds for name, seconds in medians.items() if name != subject},
+        "rounds": rounds,
+    }
+    if comparison.gflop:
+        record["gflops"] = comparison.gflop / medians[subject]
+        record["of_product"] = record["gflops"] / product_gflops(DTYPES[dtype])
+    if comparison.gbytes:
+        record["gbps"] = comparison.gbytes / medians[subject]
+        record["of_copy"] = record["gbps"] / copy_gbps()
+    record["goals"] = [
+        {
+            "candidate": goal.candidate,
+            "baseline": goal.baseline,
+            "at_most": goal.at_most,
+            "ratio": medians[goal.candidate] / medians[goal.baseline],
+            "met": medians[goal.candidate] <= goal.at_most * medians[goal.baseline],
+        }
+        for goal in comparison.goals
+    ]
+    return record
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """``|ours - exact| / |exact|`` in float64; NaN if anything is."""
+    exact = exact.double()
+    return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def require(ours: torch.Tensor, exact: torch.Tensor, at_most: float, what: str) -> None:
+    """Raise :class:`WrongAnswer` unless the relative error is small and everything is finite."""
+    if ours.shape != exact.shape:
+        raise WrongAnswer(f"{what}: shape {list(ours.shape)} instead of {list(exact.shape)}")
+    error = relative_error(ours, exact)
+    if not error <= at_most:  # catches NaN
+        raise WrongAnswer(f"{what}: relative error {error:.3g}, at most {at_most:.3g} is right")
+
+
+# ---- environment and files ----------------------------------------------------------------------------------------
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(device_name: str | None = None) -> dict:
+    """What a record depends on besides the code: device, versions, threads, the backend that served, ceilings."""
+    if not device_name:
+        device_name = torch.cuda.get_device_name() if ON_GPU else f"{_cpu_name()} ({len(os.sched_getaffinity(0))} cores)"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    try:
+        extension = dict(native.load().build_info())
+    except native.Unavailable as error:
+        extension = {"unavailable": str(error)}
+    served, _ = backends.resolve("attention", "attention", "", torch.empty(0, device=DEVICE))
+    return {
+        "device": device_name,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backend": served,
+        "copy_gbps": copy_gbps(),
+        "product_gflops": {name: product_gflops(dtype) for name, dtype in DTYPES.items()},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version,
+        "madtp_kernels": madtp_kernels.__version__,
+        "extension": extension,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's: ``AMD EPYC (2 cores)`` to ``amd-epyc-2-cores``."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def write_records(path: Path, records: Iterable[dict], device_name: str | None = None) -> None:
+    """Write a JSON file of records with the environment they were measured in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(device_name), "records": list(records)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def goal_lines(records: Iterable[dict]) -> list[str]:
+    """One line for each goal: what was asked, what was measured."""
+    lines = []
+    for record in records:
+        facts = " ".join(str(record[key]) for key in ("dtype", "batch") if key in record)
+        for goal in record["goals"]:
+            verdict = "met   " if goal["met"] else "MISSED"
+            lines.append(
+                f"{verdict} {goal['ratio']:6.3f} (goal {goal['at_most']:.3f})  {record['name']} {facts}: "
+                f"{goal['candidate']} / {goal['baseline']}"
+            )
+    return lines
+
+
+def time_lines(records: Iterable[dict]) -> list[str]:
+    """One line for each record: median milliseconds of every candidate, and the fraction of the ceilings."""
+    lines = []
+    for record in records:
+        facts = " ".join(str(record[key]) for key in ("dtype", "batch") if key in record)
+        times = ", ".join(f"{name} {value:.4g}" for name, value in record["milliseconds"].items())
+        rates = "".join(
+            f"; {record[rate]:.3g} {unit} = {record[fraction]:.0%} of a {ceiling}"
+            for rate, unit, fraction, ceiling in (
+                ("gflops", "GFLOP/s", "of_product", "matrix product"),
+                ("gbps", "GB/s", "of_copy", "large copy"),
+            )
+            if rate in record
+        )
+        lines.append(f"{record['name']} {facts}: {times} ms{rates}")
+    return lines

@@ -1,0 +1,100 @@
+"""The real-size BLIP-NLVR with random weights on synthetic pairs: as we run it, dense and pruned, and in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import madtp
+import torch
+from madtp import flops
+from madtp.models.nlvr import NLVR, NLVROutput
+from madtp_kernels import RaggedBatch
+from torch import Tensor
+
+import inputs
+from baselines import PlainNLVR
+from measure import DEVICE, DTYPES
+
+
+@functools.cache
+def model(dtype: str) -> NLVR:
+    """Random weights with peaked attention; the same in every dtype."""
+    return madtp.load("random:base", device=DEVICE, dtype=DTYPES[dtype])
+
+
+@dataclass
+class Pairs:
+    """Pairs of images with a statement each, ready for the device."""
+
+    pixels: Tensor
+    """``[2B, 3, S, S]``: the left images, then the right ones."""
+    input_ids: RaggedBatch
+    padded_ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor, ids: list[Tensor]) -> Pairs:
+        ragged = RaggedBatch.from_list(ids).to(DEVICE)
+        padded, mask = ragged.to_padded(0)
+        return cls(pixels, ragged, padded, mask)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def take(self, start: int, stop: int) -> Pairs:
+        batch = len(self)
+        pixels = torch.cat([self.pixels[start:stop], self.pixels[batch + start : batch + stop]])
+        return Pairs.of(pixels, self.input_ids.to_list()[start:stop])
+
+
+@functools.cache
+def pairs(dtype: str, count: int) -> Pairs:
+    config = model(dtype).config
+    pixels = inputs.images(2 * count, config.vision.image_size).to(DEVICE, DTYPES[dtype])
+    return Pairs.of(pixels, inputs.texts(count, config.text.vocab_size))
+
+
+def answer(
+    dtype: str, batch: Pairs, temperature: float, *, grouping: str = "instance", backend: str | None = None
+) -> NLVROutput:
+    """One forward of our model."""
+    net = model(dtype)
+    net.grouping, net.backend = grouping, backend
+    return net(batch.pixels, batch.input_ids, temperature=temperature)
+
+
+def one_by_one(dtype: str, singles: list[Pairs], temperature: float) -> list[NLVROutput]:
+    return [answer(dtype, single, temperature) for single in singles]
+
+
+@functools.cache
+def plain(dtype: str) -> PlainNLVR:
+    return PlainNLVR(model(dtype))
+
+
+def plain_answer(dtype: str, batch: Pairs) -> Tensor:
+    """Logits of the dense model in plain PyTorch."""
+    return plain(dtype)(batch.pixels, batch.padded_ids, batch.mask)
+
+
+def gflops_per_pair(dtype: str, output: NLVROutput, *, guided: bool) -> float:
+    """Mean official GFLOPs (one multiply-add = 1) of the pairs of a forward."""
+    costs = flops.from_output(model(dtype).config, output, guided=guided)
+    return sum(cost.official for cost in costs) / len(costs)
+
+
+@functools.cache
+def temperature_for(dtype: str, reduction: float, count: int = 4) -> float:
+    """The temperature at which the first ``count`` pairs need ``reduction`` fewer official GFLOPs, within half a percent."""
+    with torch.inference_mode():
+        sample = pairs(dtype, count)
+        dense = gflops_per_pair(dtype, answer(dtype, sample, 0.0), guided=False)
+        low, high = 0.5, 64.0
+        for _ in range(12):
+            middle = (low * high) ** 0.5
+            reached = 1 - gflops_per_pair(dtype, answer(dtype, sample, middle), guided=True) / dense
+            if abs(reached - reduction) < 0.005:
+                break
+            low, high = (middle, high) if reached < reduction else (low, middle)
+    return middle

@@ -1,0 +1,104 @@
+"""The whole real-size BLIP-NLVR: our dense model against plain PyTorch, pruned ones against the dense, batches against singles."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import nlvr
+from measure import DTYPES, ON_GPU, Comparison, Goal, WrongAnswer, relative_error, require
+
+BATCHES = [1, 8, 16, 64] if ON_GPU else [1, 8, 16]
+REDUCTIONS = (0.5, 0.8)  # of the official GFLOPs
+PLAIN_UP_TO = 64 if ON_GPU else 8  # plain PyTorch at larger batches costs minutes on a CPU and shows nothing new
+
+
+def name_of(reduction: float) -> str:
+    return f"pruned {reduction:.0%}"
+
+
+@functools.cache
+def check(dtype: str) -> None:
+    """Two pairs: dense against plain PyTorch, pruned against the reference backend, token by token in float32."""
+    with torch.inference_mode():
+        sample = nlvr.pairs(dtype, 2)
+        exact = nlvr.plain_answer("float32", nlvr.pairs("float32", 2))
+        plain = nlvr.plain_answer(dtype, sample)
+        dense = nlvr.answer(dtype, sample, 0.0).logits
+        require(dense, exact, 2 * relative_error(plain, exact) + 1e-3, "dense model")
+        for reduction in REDUCTIONS:
+            temperature = nlvr.temperature_for(dtype, reduction)
+            ours = nlvr.answer(dtype, sample, temperature)
+            exact = nlvr.answer(dtype, sample, temperature, backend="reference")
+            if dtype == "float32":
+                for name, theirs in (("vision", exact.vision), ("text", exact.text)):
+                    for layer, (a, b) in enumerate(zip(getattr(ours, name), theirs, strict=True)):
+                        if not torch.equal(*(record.ids[: int(record.cu_seqlens[-1])] for record in (a, b))):
+                            raise WrongAnswer(f"{name_of(reduction)}: {name} layer {layer} keeps other tokens")
+                require(ours.logits, exact.logits, 1e-3, name_of(reduction))
+            else:
+                # Borderline tokens may go either way in bfloat16, and later layers follow them.
+                costs = [nlvr.gflops_per_pair(dtype, output, guided=True) for output in (ours, exact)]
+                if not abs(costs[0] / costs[1] - 1) < 0.05:
+                    raise WrongAnswer(f"{name_of(reduction)}: {costs[0]:.1f} GFLOPs, the reference {costs[1]:.1f}")
+                require(ours.logits, exact.logits, 0.3, name_of(reduction))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nlvr(run, dtype, batch):
+    pairs = nlvr.pairs(dtype, batch)
+    temperatures = {name_of(r): nlvr.temperature_for(dtype, r) for r in REDUCTIONS}
+    candidates = {"dense": lambda: nlvr.answer(dtype, pairs, 0.0)}
+    for name, temperature in temperatures.items():
+        candidates[name] = functools.partial(nlvr.answer, dtype, pairs, temperature)
+    grouped = {}
+    if batch == BATCHES[1]:
+        for name, temperature in temperatures.items():
+            grouped[f"{name}, batch maximum"] = functools.partial(
+                nlvr.answer, dtype, pairs, temperature, grouping="batch"
+            )
+        candidates |= grouped
+        singles = [pairs.take(b, b + 1) for b in range(batch)]
+        for name, temperature in {"dense": 0.0, **temperatures}.items():
+            candidates[f"{name}, one by one"] = functools.partial(nlvr.one_by_one, dtype, singles, temperature)
+    if batch <= PLAIN_UP_TO:
+        candidates["dense, plain PyTorch"] = lambda: nlvr.plain_answer(dtype, pairs)
+
+    with torch.inference_mode():
+        gflops = {
+            name: nlvr.gflops_per_pair(dtype, candidates[name](), guided=name != "dense")
+            for name in ("dense", *temperatures, *grouped)
+        }
+
+    goals = []
+    if batch <= PLAIN_UP_TO and not ON_GPU:
+        goals.append(Goal("dense", "dense, plain PyTorch", 0.65 if dtype == "float32" else 0.3))
+    for name in temperatures:
+        if batch > 1:
+            goals.append(Goal(name, "dense", 1.15 * gflops[name] / gflops["dense"]))
+        else:
+            goals.append(Goal(name, "dense", 1.0))
+    if f"dense, one by one" in candidates:
+        goals += [Goal(name, f"{name}, one by one", 1.0) for name in ("dense", *temperatures)]
+
+    run(
+        Comparison(
+            "BLIP-NLVR",
+            candidates,
+            lambda: check(dtype),
+            {
+                "dtype": dtype,
+                "batch": f"{batch} pairs",
+                "pairs": batch,
+                "temperature": temperatures,
+                "gflops_per_pair": gflops,
+            },
+            gflop=2 * batch * gflops["dense"],
+            goals=tuple(goals),
+            capture=False,
+            budget=8,
+        )
+    )

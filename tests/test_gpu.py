@@ -1,0 +1,278 @@
+"""What only a GPU can show: no wait for the device in a forward, CUDA graphs that follow new data and lengths, launch counts.
+
+Skipped without a CUDA device. `benchmarks/gpu_check.sh` runs this file, and its small cases once more under compute-sanitizer.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, total, with_spare_rows
+from madtp_kernels import RaggedBatch, prune
+
+from madtp.checkpoints import randomize
+from madtp.config import NLVRConfig, TextConfig, VisionConfig
+from madtp.models.nlvr import NLVR
+from madtp.pruning import Pruning, Stream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_kernel = pytest.mark.parametrize("backend", backends_here(kernels_only=True))
+each_operation = pytest.mark.parametrize("op", OPERATIONS)
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    """Whatever waits for the device inside raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(call):
+    """The call as a CUDA graph: a function that replays it and returns the tensors it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, tunes, allocates workspaces
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
+
+
+@pytest.fixture
+def as_in_use():
+    """PyTorch's default algorithms: its deterministic ones, which the other tests ask for, may wait for the device."""
+    torch.use_deterministic_algorithms(False)
+
+
+# ---- the operations -------------------------------------------------------------------------------------------------
+
+
+def capacity_case(op, generator, lengths, capacity, most, dtype):
+    """A case whose tensors have ``capacity`` rows and whose length bound is ``most``, whatever the lengths are."""
+    case = with_spare_rows(CASES[op](generator, lengths, dtype=dtype), capacity - sum(lengths))
+    for name, value in case.items():
+        if isinstance(value, RaggedBatch):
+            case[name] = RaggedBatch(value.values, value.cu_seqlens, most)
+        elif name.startswith("max_seqlen"):
+            case[name] = most
+    return case
+
+
+def tensors_of(case):
+    for name, value in case.items():
+        if isinstance(value, RaggedBatch):
+            yield f"{name}.values", value.values
+            yield f"{name}.cu_seqlens", value.cu_seqlens
+        elif torch.is_tensor(value):
+            yield name, value
+
+
+@each_kernel
+@each_operation
+@each_dtype
+def test_small_uneven_batch_agrees_with_the_reference(op, backend, dtype, generator):
+    """Small enough for compute-sanitizer: empty samples, single tokens, lengths around a tile's, spare rows full of NaN."""
+    case = with_spare_rows(CASES[op](generator, [0, 1, 2, 3, 0, 17, 64, 65, 129, 0], dtype=dtype), 5)
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    for ours, exact in zip(run(op, case, backend), run(op, case, "reference"), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+
+
+@each_kernel
+@each_operation
+@each_dtype
+def test_operation_does_not_wait_for_the_device(op, backend, dtype, generator):
+    case = capacity_case(op, generator, [70, 0, 33, 1, 128], 400, 150, dtype)
+    OPERATIONS[op](**case, backend=backend)  # compiles
+    with no_synchronisation():
+        OPERATIONS[op](**case, backend=backend)
+
+
+@each_kernel
+@each_operation
+@each_dtype
+def test_operation_in_a_graph_follows_new_data_and_lengths(op, backend, dtype, generator):
+    case = capacity_case(op, generator, [70, 0, 33, 1, 128], 400, 150, dtype)
+    replay = captured(lambda: flat(op, OPERATIONS[op](**case, backend=backend)))
+    for lengths in ([3, 150, 0, 90, 20], [0, 0, 1, 0, 0], [80, 80, 80, 80, 80]):
+        fresh = capacity_case(op, generator, lengths, 400, 150, dtype)
+        expected = flat(op, OPERATIONS[op](**fresh, backend=backend))
+        for (_, target), (_, source) in zip(tensors_of(case), tensors_of(fresh), strict=True):
+            target.copy_(source)
+        results = replay()
+        rows = int(expected[1][-1]) if op == "compact" else total(fresh)
+        for ours, theirs in zip(results, expected, strict=True):
+            defined = ours.shape.index(400) if 400 in ours.shape else None
+            if defined is not None:
+                ours, theirs = ours.narrow(defined, 0, rows), theirs.narrow(defined, 0, rows)
+            assert torch.equal(ours, theirs), lengths
+
+
+def pruning_case(generator, lengths, capacity, dtype, width=128, entries=100):
+    """Arguments of `prune` in a buffer of ``capacity`` rows."""
+    x = normal(generator, capacity, width, dtype=dtype)
+    return dict(
+        x=RaggedBatch(x, offsets(lengths), max(lengths)),
+        entering=normal(generator, capacity, width, dtype=dtype),
+        dictionary=normal(generator, entries, width, dtype=dtype),
+        received=normal(generator, capacity).exp(),
+        cls=normal(generator, capacity).exp() / max(lengths),
+        temperature=20.0,
+        norm=(normal(generator, width, dtype=dtype), normal(generator, width, dtype=dtype), 1e-6),
+    )
+
+
+@each_kernel
+@each_dtype
+def test_from_scores_to_normalised_rows_in_two_launches(backend, dtype, generator, as_in_use):
+    case = pruning_case(generator, [577, 300, 577, 120], 2000, dtype)
+    prune(**case, backend=backend)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        prune(**case, backend=backend)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) <= 2, launched
+
+
+@each_kernel
+def test_pruning_does_not_wait_for_the_device(backend, generator, as_in_use):
+    case = pruning_case(generator, [577, 300, 0, 1, 577, 120], 2000, torch.bfloat16)
+    prune(**case, backend=backend)
+    with no_synchronisation():
+        prune(**case, backend=backend)
+
+
+# ---- whole forwards -------------------------------------------------------------------------------------------------
+
+
+VISION = VisionConfig(image_size=96, patch_size=16, embed_dim=128, depth=3, num_heads=2, sd_num=20, sd_dim=128)
+TEXT = TextConfig(
+    hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256, vocab_size=200,
+    max_position_embeddings=64, encoder_width=128,
+)  # fmt: skip
+TEMPERATURE = 4.0
+BATCH, MOST_WORDS = 3, 20
+
+
+def small_model(dtype, backend):
+    model = NLVR(NLVRConfig(VISION, TEXT, merge_from=1), TEMPERATURE, backend=backend).cuda().to(dtype)
+    randomize(model)
+    return model.eval()
+
+
+def pictures(generator, dtype):
+    return normal(generator, 2 * BATCH, 3, VISION.image_size, VISION.image_size, dtype=dtype)
+
+
+def statements(generator, lengths):
+    """Word ids in a buffer for ``BATCH`` of the longest statements; the rows that are left over name a word that exists."""
+    ids = torch.zeros(BATCH * MOST_WORDS, dtype=torch.int64)
+    ids[: sum(lengths)] = torch.randint(1, TEXT.vocab_size, (sum(lengths),), generator=generator)
+    return RaggedBatch(ids.cuda(), offsets(lengths), MOST_WORDS)
+
+
+@each_kernel
+@each_dtype
+@torch.inference_mode()
+def test_vision_blocks_do_not_wait_for_the_device(backend, dtype, generator, as_in_use):
+    model = small_model(dtype, backend)
+    pixels, pruning = pictures(generator, dtype), Pruning(TEMPERATURE, backend=backend)
+    model.visual_encoder(pixels, model.space_dict, pruning)
+    with no_synchronisation():
+        output = model.visual_encoder(pixels, model.space_dict, pruning)
+    assert output.trace[-1].pruned.any()
+
+
+@each_kernel
+@each_dtype
+@torch.inference_mode()
+def test_vision_blocks_in_a_graph_follow_ragged_input(backend, dtype, generator, as_in_use):
+    """The graph is captured for one set of token numbers and replayed with others, in the same buffers."""
+    model = small_model(dtype, backend)
+    guide, pruning = (model.space_dict, None), Pruning(TEMPERATURE, backend=backend)
+
+    def forward(tokens):
+        stream, traces = Stream.start(tokens, use_sizes=False), []
+        for layer, block in enumerate(model.visual_encoder.blocks):
+            stream, trace = block(stream, guide, pruning, layer)
+            traces.append(trace)
+        return stream.tokens.values, stream.tokens.cu_seqlens, stream.ids
+
+    capacity, most, width = 130, 50, VISION.embed_dim
+    values = normal(generator, capacity, width, dtype=dtype)
+    static = RaggedBatch(values, offsets([40, 50, 10, 30]), most)
+    replay = captured(lambda: forward(static))
+    for lengths in ([37, 37, 37, 10], [5, 0, 50, 1], [12, 13, 14, 15]):
+        fresh = RaggedBatch(normal(generator, capacity, width, dtype=dtype), offsets(lengths), most)
+        expected, expected_cu, expected_ids = forward(fresh)
+        static.values.copy_(fresh.values)
+        static.cu_seqlens.copy_(fresh.cu_seqlens)
+        ours, cu, ids = replay()
+        assert torch.equal(cu, expected_cu)
+        rows = int(cu[-1])
+        assert torch.equal(ids[:rows], expected_ids[:rows])
+        torch.testing.assert_close(ours[:rows], expected[:rows])
+
+
+@each_kernel
+@each_dtype
+@torch.inference_mode()
+def test_whole_model_does_not_wait_for_the_device(backend, dtype, generator, as_in_use):
+    model = small_model(dtype, backend)
+    pixels, words = pictures(generator, dtype), statements(generator, [9, 20, 14])
+    model(pixels, words)
+    with no_synchronisation():
+        output = model(pixels, words)
+    assert output.logits.isfinite().all()
+
+
+@each_kernel
+@each_dtype
+@torch.inference_mode()
+def test_whole_model_in_a_graph_follows_new_pairs(backend, dtype, generator, as_in_use):
+    model = small_model(dtype, backend)
+    pixels, words = pictures(generator, dtype), statements(generator, [9, 20, 14])
+    replay = captured(lambda: model(pixels, words))
+    for lengths in ([20, 20, 20], [1, 7, 13]):
+        other_pixels, other_words = pictures(generator, dtype), statements(generator, lengths)
+        expected = model(other_pixels, other_words)
+        pixels.copy_(other_pixels)
+        words.values.copy_(other_words.values)
+        words.cu_seqlens.copy_(other_words.cu_seqlens)
+        output = replay()
+        torch.testing.assert_close(output.logits, expected.logits)
+        for ours, theirs in zip(output.vision + output.text, expected.vision + expected.text, strict=True):
+            assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+
+
+@each_kernel
+@torch.inference_mode()
+def test_whole_model_agrees_with_the_reference(backend, generator, as_in_use):
+    model = small_model(torch.float32, backend)
+    pixels, words = pictures(generator, torch.float32), statements(generator, [9, 20, 14])
+    ours = model(pixels, words)
+    model.backend = "reference"
+    exact = model(pixels, words)
+    for a, b in zip(ours.vision + ours.text, exact.vision + exact.text, strict=True):
+        assert torch.equal(a.cu_seqlens, b.cu_seqlens)
+    torch.testing.assert_close(ours.logits, exact.logits, rtol=1e-3, atol=1e-3)
