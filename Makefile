@@ -3,7 +3,7 @@
 # make bench   the benchmarks (pytest benchmarks/ --benchmark-only)
 # make clean   removes the environment and what builds left
 #
-# VENV=folder of the environment, PYTHON=interpreter it is made from, TORCH=version to install, ARGS=passed on.
+# VENV=folder of the environment, PYTHON=interpreter to make it from, TORCH=version, ARGS=passed on
 
 VENV = .venv
 PYTHON = python3
@@ -13,8 +13,8 @@ ARGS =
 
 PIP = "$(VENV)/bin/python" -m pip --disable-pip-version-check
 
-# torch comes first and from where CPU builds are, so that nothing later pulls the CUDA build and its gigabytes of
-# libraries. --no-deps: only torch itself may come from there.
+# torch comes first and from where CPU builds are, so that nothing later pulls the CUDA build and gigabytes of
+# libraries with it. --no-deps: only torch itself may come from there.
 ENVIRONMENT = \
 	if [ "$$(cat "$(VENV)/.torch" 2>/dev/null)" != "$(TORCH)" ]; then \
 		echo "== environment: $(VENV), $(TORCH)" && \
@@ -24,7 +24,7 @@ ENVIRONMENT = \
 		echo "$(TORCH)" > "$(VENV)/.torch"; \
 	fi
 
-# Installs $$what unless nothing changed since $$stamp was made. Folders count too: a deleted file changes its folder.
+# Installs $$what unless nothing changed since $$stamp was made; a deleted file shows in its folder.
 INSTALL = \
 	if [ ! -f "$$stamp" ] || [ -n "$$(find pyproject.toml setup.py csrc madtp_kernels python \
 			-name __pycache__ -prune -o -newer "$$stamp" -print)" ]; then \

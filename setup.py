@@ -47,8 +47,8 @@ except (ImportError, RuntimeError) as error:
 def run_outside_isolation(code, *arguments):
     """What the code prints, {"library": path} or {"reason": text}, in the environment that is installed into.
 
-    pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, whatever brings
-    torch there. What this process can import comes last, for a torch that is on PYTHONPATH and no isolation.
+    pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, wherever torch
+    comes from there. What this process can import comes last, for a torch on PYTHONPATH and no isolation.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
@@ -127,7 +127,7 @@ setup(
     package_dir={"madtp_kernels.csrc": "csrc", "madtp": "python/madtp"},
     package_data={
         "madtp_kernels.csrc": ["*.cpp", "*.h", "*.cu", "*.cuh"],
-        "madtp": [f"**/*.{suffix}" for suffix in ("txt", "json", "jsonl", "safetensors", "png", "jpg")],
+        "madtp": ["data/**/*"],
     },
     include_package_data=False,
     cmdclass={

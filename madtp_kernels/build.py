@@ -33,7 +33,7 @@ LIBRARY_NAME = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 CUDA_ARCHITECTURES = (80, 90, 100)
 
 _COMPILE_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-DNDEBUG")
-_NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DNDEBUG")
+_NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DNDEBUG", "--threads=0")
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")
 
 

@@ -1,6 +1,6 @@
 """``python -m madtp_kernels.info [--json]``: versions, and which backends run here or why they do not.
 
-Asking whether the C++ backends run loads the extension, so this also compiles it where that has not happened yet.
+Loading the extension shows whether the C++ backends run; where it is not compiled yet, it is compiled.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _extension() -> dict[str, object] | None:
 def collect() -> dict:
     """Everything that is shown, as plain JSON types.
 
-    ``backends[device][name]`` is None for a backend that runs on tensors of that device, else the reason why it does
-    not; devices are "cpu" and "cuda".
+    ``backends[device][name]`` is None for a backend that runs on tensors of that device, else the reason why
+    it does not; devices are "cpu" and "cuda".
     """
     return {
         "versions": {
@@ -81,7 +81,7 @@ def _text(info: dict) -> str:
         lines += [f"{'extension':14}{info['extension']['file']}", f"{'':14}{', '.join(shown)}"]
     for device, reasons in info["backends"].items():
         lines += ["", f"backends for {device} tensors"]
-        lines += [f"  {name:12}{'available' if reason is None else reason}" for name, reason in reasons.items()]
+        lines += [f"  {name:12}{reason or 'available'}" for name, reason in reasons.items()]
     return "\n".join(lines)
 
 

@@ -1,0 +1,369 @@
+"""Wheels, how the extension is compiled, there and at first use, and what is said where that fails.
+
+The sources in csrc take minutes to compile, and whoever runs these tests has compiled them on installing. A
+module that compiles in a second stands in their place; everything else is the real checkout, copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from madtp_kernels import backends, build, info
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MODULE = """\
+// flags: -DFROM_FLAGS=1
+#include <Python.h>
+#include "answer.h"
+#ifndef FROM_FLAGS
+#define FROM_FLAGS 0
+#endif
+static PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:O,s:i,s:i}", "cuda", Py_False, "answer", answer(), "flags", FROM_FLAGS);
+}
+static PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr}, {}};
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+"""
+
+
+def _why_nothing_compiles() -> str | None:
+    try:
+        build.check_requirements()
+        build.compiler()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+needs_compiler = pytest.mark.skipif(_why_nothing_compiles() is not None, reason=str(_why_nothing_compiles()))
+
+
+def write_sources(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "bindings.cpp").write_text(MODULE)
+    (folder / "answer.h").write_text("int answer();\n")
+    (folder / "answer.cpp").write_text('#include "answer.h"\nint answer() { return 42; }\n')
+
+
+def environment(cache: Path, **settings: str | None) -> dict[str, str]:
+    """This process's environment without what steers the project, with a cache of its own."""
+    dropped = ("PYTHONPATH", "CXX", build.SETTING, "MADTP_KERNELS_BACKEND", "TRITON_INTERPRET")
+    result = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**result, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **settings}
+
+
+def python(*arguments, cwd: Path, env: dict[str, str], check: bool = True, executable: str = sys.executable):
+    command = [executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    if check and done.returncode:
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("madtp_kernels", "python"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_sources(folder / "csrc")
+    return folder
+
+
+def build_wheel(checkout: Path, tmp_path: Path, *options: str, executable: str = sys.executable, **settings):
+    """What ``pip wheel`` printed, and the wheel or None; skips where pip cannot fetch setuptools."""
+    command = ("-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", tmp_path / "wheels", checkout)
+    env = environment(tmp_path / "cache", **settings)
+    done = python(*command, cwd=tmp_path, env=env, check=False, executable=executable)
+    said = done.stdout + done.stderr
+    if re.search(r"No matching distribution found for setuptools|No module named pip", said):
+        pytest.skip(f"pip cannot set up a build here: {said[-300:]}")
+    wheels = list((tmp_path / "wheels").glob("*.whl"))
+    assert len(wheels) == (done.returncode == 0), said
+    return said, next(iter(wheels), None)
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def extract(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(checkout, tmp_path_factory):
+    """Built with MADTP_KERNELS_BUILD=0, by the tools of this environment."""
+    folder = tmp_path_factory.mktemp("pure")
+    return build_wheel(checkout, folder, "--no-build-isolation", MADTP_KERNELS_BUILD="0")[1]
+
+
+@pytest.fixture
+def site(pure_wheel, tmp_path):
+    """A folder to put on PYTHONPATH: the package as installed from a wheel without an extension."""
+    return extract(pure_wheel, tmp_path / "site")
+
+
+LOAD = """
+import json
+from madtp_kernels import native
+try:
+    print(json.dumps({"file": native.load().__file__, **native.load().build_info()}))
+except native.Unavailable as error:
+    print(json.dumps({"reason": str(error)}))
+"""
+
+
+def load(site: Path, tmp_path: Path, **settings: str):
+    """What native.load() gives in a new process, and what was said on stderr."""
+    env = environment(tmp_path / "cache", PYTHONPATH=str(site), **settings)
+    done = python("-c", LOAD, cwd=tmp_path, env=env)
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+# ---- wheels
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_wheel_built_in_isolation_holds_an_extension_for_the_torch_that_is_here(checkout, tmp_path):
+    said, wheel = build_wheel(checkout, tmp_path, MADTP_KERNELS_BUILD="1")
+    assert wheel is not None, said
+    assert "torch" not in "".join(re.findall(r"(?:Collecting|Downloading) .*", said))
+    library = f"madtp_kernels/{build.LIBRARY_NAME}"
+    assert {library, "madtp_kernels/_C.json", "madtp_kernels/csrc/bindings.cpp"} <= contents(wheel)
+    assert not wheel.name.endswith("-none-any.whl")
+    site = extract(wheel, tmp_path / "site")
+    assert json.loads((site / "madtp_kernels/_C.json").read_text())["environment"] == build.environment_tag()
+    loaded, said = load(site, tmp_path, MADTP_KERNELS_BUILD="0")
+    assert loaded["file"] == str(site / library) and loaded["answer"] == 42
+    assert said == ""
+
+
+def test_wheel_without_extension_is_pure_and_complete(pure_wheel):
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    names = contents(pure_wheel)
+    assert not [name for name in names if name.endswith(".so")]
+    for folder, pattern in ("madtp_kernels", "*.py"), ("python/madtp", "*.py"), ("python/madtp/data", "*.*"):
+        paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)]
+        assert paths and {path.removeprefix("python/") for path in paths} <= names
+    assert {"madtp_kernels/csrc/bindings.cpp", "madtp_kernels/csrc/answer.h"} <= names
+
+
+def test_metadata(pure_wheel):
+    with zipfile.ZipFile(pure_wheel) as archive:
+        folder = next(name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name)
+        metadata = archive.read(f"{folder}/METADATA").decode()
+        assert "madtp = madtp.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
+        assert "Apache License" in archive.read(f"{folder}/licenses/LICENSE").decode()
+    assert "Requires-Dist: torch>=2.10\n" in metadata and "Requires-Dist: transformers>=5.17\n" in metadata
+    assert "License-Expression: Apache-2.0\n" in metadata and "Requires-Python: >=3.10\n" in metadata
+    requires = re.search(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert "torch" not in requires[1]
+
+
+def test_wheel_without_a_compiler_says_what_is_missing(checkout, tmp_path):
+    said, wheel = build_wheel(checkout, tmp_path, "--no-build-isolation", CXX="/nonexistent/g++")
+    assert wheel.name.endswith("-none-any.whl")
+    assert "no C++ compiler: CXX names '/nonexistent/g++', which does not exist" in said
+
+
+def test_strict_build_without_a_compiler_fails_with_the_reason(checkout, tmp_path):
+    strict = {"CXX": "/nonexistent/g++", "MADTP_KERNELS_BUILD": "1"}
+    said, wheel = build_wheel(checkout, tmp_path, "--no-build-isolation", **strict)
+    assert wheel is None
+    assert "the C++ extension was not compiled: no C++ compiler" in said
+
+
+@pytest.mark.slow
+def test_wheel_built_where_there_is_no_torch(checkout, tmp_path):
+    python("-m", "venv", tmp_path / "venv", cwd=tmp_path, env=environment(tmp_path))
+    said, wheel = build_wheel(checkout, tmp_path, executable=str(tmp_path / "venv/bin/python"))
+    assert wheel.name.endswith("-none-any.whl")
+    assert re.search(r"first use will try again: torch cannot be imported in .*No module named 'torch'", said)
+
+
+@needs_compiler
+def test_editable_install_compiles_into_the_cache_and_not_into_the_checkout(checkout, tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    python("-c", code, cwd=checkout, env=environment(tmp_path / "cache", MADTP_KERNELS_BUILD="1"))
+    assert not list((checkout / "madtp_kernels").rglob("*.so"))
+    loaded, said = load(checkout, tmp_path)
+    assert loaded["answer"] == 42 and Path(loaded["file"]).is_relative_to(tmp_path / "cache")
+    assert said == ""
+
+
+# ---- first use
+
+
+@needs_compiler
+def test_first_use_compiles_once_for_all_processes(site, tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = list(pool.map(lambda _: load(site, tmp_path), range(3)))
+    assert {loaded["answer"] for loaded, _ in outcomes} == {42}
+    assert all(Path(loaded["file"]).is_relative_to(tmp_path / "cache") for loaded, _ in outcomes)
+    assert "".join(said for _, said in outcomes).count("compiling the C++ kernels") == 1
+    assert load(site, tmp_path)[1] == ""
+
+
+@needs_compiler
+def test_extension_compiled_for_another_torch_or_other_sources_is_not_used(site, tmp_path):
+    library = Path(load(site, tmp_path)[0]["file"])
+    installed = site / "madtp_kernels"
+    for path in (library, library.with_name("_C.json")):
+        shutil.move(path, installed)
+    assert load(site, tmp_path)[0]["file"] == str(installed / library.name)
+    record = json.loads((installed / "_C.json").read_text())
+    for change in ({"environment": "torch0.0"}, {"sources": "0"}):
+        (installed / "_C.json").write_text(json.dumps({**record, **change}))
+        assert "forbids compiling one" in load(site, tmp_path, MADTP_KERNELS_BUILD="0")[0]["reason"]
+    assert Path(load(site, tmp_path)[0]["file"]).is_relative_to(tmp_path / "cache")
+
+
+@needs_compiler
+def test_failure_to_compile_is_explained_kept_and_tried_again_on_request(site, tmp_path):
+    source = site / "madtp_kernels/csrc/answer.cpp"
+    source.write_text("int answer() { return nothing; }\n")
+    first, said = load(site, tmp_path)
+    assert re.search(r"could not compile answer\.cpp .*error:.*nothing.*details in", first["reason"])
+    assert "compiling the C++ kernels" in said
+    again, said = load(site, tmp_path)
+    assert "MADTP_KERNELS_BUILD=1 tries again" in again["reason"] and said == ""
+    details = json.loads(Path(re.search(r"details in (.*failure\.json)", again["reason"])[1]).read_text())
+    assert any("return nothing" in line for line in details["output"])
+    assert "compiling" in load(site, tmp_path, MADTP_KERNELS_BUILD="1")[1]
+    source.write_text("int answer() { return 7; }\n")
+    assert load(site, tmp_path)[0]["answer"] == 7
+
+
+@needs_compiler
+def test_cached_extension_that_does_not_load_is_compiled_again(site, tmp_path):
+    cached = Path(load(site, tmp_path)[0]["file"])
+    cached.write_bytes(b"not a library")
+    loaded, said = load(site, tmp_path)
+    assert loaded["answer"] == 42 and "compiling" in said
+
+
+def test_environment_can_forbid_compiling(site, tmp_path):
+    outcome, said = load(site, tmp_path, MADTP_KERNELS_BUILD="0")
+    assert outcome["reason"].endswith("is installed, and MADTP_KERNELS_BUILD=0 forbids compiling one")
+    assert said == ""
+    assert "expected 0 (never compile), 1" in load(site, tmp_path, MADTP_KERNELS_BUILD="no")[0]["reason"]
+
+
+@needs_compiler
+def test_cache_that_cannot_be_written_is_named(site, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert str(tmp_path / "cache") in load(site, tmp_path)[0]["reason"]
+
+
+ANSWER = """
+import torch
+from madtp_kernels import BackendError, RaggedBatch, compact
+batch = RaggedBatch.from_list([torch.randn(5, 8), torch.randn(3, 8)])
+importance, threshold = torch.rand(8), torch.full((2,), 0.5)
+by_itself = compact(batch, importance, threshold)
+reference = compact(batch, importance, threshold, backend="reference")
+assert torch.equal(by_itself.tokens.values, reference.tokens.values)
+try:
+    compact(batch, importance, threshold, backend="cpu")
+except BackendError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("variable", ["CXX", "PATH"])
+def test_operations_answer_where_there_is_no_compiler(site, tmp_path, variable):
+    env = environment(tmp_path / "cache", PYTHONPATH=str(site), **{variable: "/nonexistent"})
+    done = python("-c", ANSWER, cwd=tmp_path, env=env)
+    assert "no C++ compiler" in done.stdout
+    assert "compact: backend 'cpu' is not used on cpu: no C++ compiler" in done.stderr
+
+
+# ---- the build
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    write_sources(tmp_path / "csrc")
+    monkeypatch.setattr(build, "source_dir", lambda: tmp_path / "csrc")
+    return tmp_path / "csrc"
+
+
+@needs_compiler
+def test_only_what_changed_is_compiled_again(sources, tmp_path, capfd):
+    def compiled() -> list[str]:
+        build.compile_extension(tmp_path / "out", verbose=True)
+        return sorted(re.findall(r"-c \S*/(\w+\.cpp)", capfd.readouterr().err))
+
+    assert compiled() == ["answer.cpp", "bindings.cpp"]
+    assert compiled() == []
+    (sources / "answer.cpp").write_text('#include "answer.h"\nint answer() { return 43; }\n')
+    assert compiled() == ["answer.cpp"]
+    (sources / "answer.h").write_text("int answer();  // included by both\n")
+    assert compiled() == ["answer.cpp", "bindings.cpp"]
+    (sources / "bindings.cpp").write_text(MODULE.replace("-DFROM_FLAGS=1", "-DFROM_FLAGS=2"))
+    assert compiled() == ["bindings.cpp"]
+    assert len(list((tmp_path / "out/objects").iterdir())) == 2
+
+
+@needs_compiler
+def test_flags_of_a_single_source_apply_on_x86_64_only(sources, tmp_path, monkeypatch):
+    library = build.compile_extension(tmp_path / "here")
+    expected = int(platform.machine() == "x86_64")
+    assert build.import_library(library).build_info()["flags"] == expected
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    library = build.compile_extension(tmp_path / "there")
+    assert build.import_library(library).build_info()["flags"] == 0
+
+
+@needs_compiler
+def test_source_that_does_not_compile_is_named_with_what_the_compiler_said(sources, tmp_path):
+    (sources / "answer.cpp").write_text("int answer() { return nothing; }\n")
+    with pytest.raises(build.BuildError, match=r"could not compile answer\.cpp .*error: ") as caught:
+        build.compile_extension(tmp_path / "out")
+    assert "return nothing" in caught.value.output
+    assert not list((tmp_path / "out").glob("_C*"))
+
+
+# ---- info
+
+
+def test_info_names_versions_and_every_backend_with_its_reason(site, tmp_path):
+    env = environment(tmp_path / "cache", PYTHONPATH=str(site), CXX="/nonexistent/g++")
+    shown = python("-m", "madtp_kernels.info", cwd=tmp_path, env=env).stdout
+    for name in ("python", "torch", "triton", "transformers", "compiler", "nvcc", "GPU"):
+        assert re.search(rf"^{name} +\S", shown, re.MULTILINE), shown
+    collected = json.loads(python("-m", "madtp_kernels.info", "--json", cwd=tmp_path, env=env).stdout)
+    assert collected["versions"]["torch"] == torch.__version__
+    assert collected["extension"] is None
+    assert set(collected["backends"]) == {"cpu", "cuda"}
+    for device, reasons in collected["backends"].items():
+        assert set(reasons) == set(backends.NAMES) and reasons["reference"] is None
+        for name, reason in reasons.items():
+            assert f"{name:12}{reason or 'available'}" in shown, (device, name)
+    assert "no C++ compiler: CXX names '/nonexistent/g++'" in collected["backends"]["cpu"]["cpu"]
+
+
+def test_info_of_this_installation():
+    collected = info.collect()
+    assert json.loads(json.dumps(collected)) == collected
+    assert (collected["extension"] is None) == (collected["backends"]["cpu"]["cpu"] is not None)
