@@ -286,7 +286,7 @@ def _locate(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix in (".pth", ".pt", ".safetensors", ".bin"):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors", ".bin"):
         from huggingface_hub import snapshot_download
 
         try:
