@@ -34,7 +34,9 @@ def attention_with_importance(
         ``out [T, H, d]``, ``lse [H, T]``, ``received [T]``, ``cls [T]``.
     """
     checks.floats("q", q, 3, "[T, H, d]")
-    inputs = [t for t in (q, k, v, key_bias) if t is not None]
+    checks.tensor("k", k, tuple(q.shape), "[T, H, d]", q.dtype, q.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, q, "q")
+    inputs = [t for t in (q, k, v, key_bias) if isinstance(t, Tensor)]
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     separate = wants_grad or torch.compiler.is_compiling()
     if separate or backends.resolve("attention", "attention", backend or "", q)[0] != "cpu":
@@ -44,7 +46,6 @@ def attention_with_importance(
     q, k, v, cu_seqlens, _, max_seqlen, _, scale, causal, key_bias = checked(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias
     )
-    checks.tensor("k", k, tuple(q.shape), "[T, H, d]", q.dtype, q.device)
     return torch.ops.madtp_kernels.attention_with_importance(
         q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias
     )

@@ -77,7 +77,8 @@ def checked(
     checks.offsets("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, "k")
     checks.tensor("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B+1]", torch.int32, q.device)
     if key_bias is not None:
-        checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", (torch.float32, torch.float64), q.device)
+        score_dtype = torch.promote_types(q.dtype, torch.float32)
+        checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", score_dtype, q.device)
     scale = head_dim**-0.5 if scale is None else scale
     checks.positive("scale", scale)
     return (

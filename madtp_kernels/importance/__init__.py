@@ -55,7 +55,7 @@ def attention_importance(
     checks.tensor("lse", lse, (shape[1], shape[0]), "[H, T]", score_dtype, q.device)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, q, "q")
     if key_bias is not None:
-        checks.tensor("key_bias", key_bias, (shape[0],), "[T]", (torch.float32, torch.float64), q.device)
+        checks.tensor("key_bias", key_bias, (shape[0],), "[T]", score_dtype, q.device)
     scale = shape[2] ** -0.5 if scale is None else scale
     checks.positive("scale", scale)
     return torch.ops.madtp_kernels.attention_importance(
