@@ -26,11 +26,11 @@ ENVIRONMENT = \
 
 # Installs $$what unless nothing changed since $$stamp was made; a deleted file shows in its folder.
 INSTALL = \
-	if [ ! -f "$$stamp" ] || [ -n "$$(find pyproject.toml setup.py csrc madtp_kernels python \
+	if [ ! -f "$$stamp" ] || [ -n "$$(find pyproject.toml constraints.txt setup.py csrc madtp_kernels python \
 			-name __pycache__ -prune -o -newer "$$stamp" -print)" ]; then \
 		echo "== installing $$what: compiling the C++ kernels takes a minute or two" && \
 		touch "$$stamp.started" && \
-		$(PIP) install "$$what" && \
+		$(PIP) install -c constraints.txt "$$what" && \
 		mv "$$stamp.started" "$$stamp"; \
 	fi
 
