@@ -6,6 +6,7 @@ Kernels live with their operations. Nothing here waits for a device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -16,6 +17,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 EPS = tl.constexpr(1e-8)  # MADTP adds it to every denominator
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def on_device_of_first(function: Callable) -> Callable:
+    """Make the device of the first argument the current one during the call: Triton launches on the current device."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *rest):
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return function(first, *rest)
+        with torch.cuda.device(first.device):
+            return function(first, *rest)
+
+    return guarded
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import LN2, LOG2E, block, dot_precision, product
+from ..triton_utils import LN2, LOG2E, block, dot_precision, on_device_of_first, product
 
 
 @triton.jit
@@ -219,6 +219,7 @@ def _varlen_attention(
     return out, lse
 
 
+@on_device_of_first
 def attention(
     q: Tensor,
     k: Tensor,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, block, multiprocessors
+from ..triton_utils import EPS, block, multiprocessors, on_device_of_first
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
@@ -327,6 +327,7 @@ def _blocks(block_d: int, element_size: int, normed: bool) -> tuple[int, int]:
     return max(1, min(64, moved // block_d)), max(1, min(64, 8192 // element_size // block_d))
 
 
+@on_device_of_first
 def compact(
     x: Tensor,
     importance: Tensor,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, dot_precision, multiprocessors, product
+from ..triton_utils import EPS, LOG2E, block, dot_precision, multiprocessors, on_device_of_first, product
 
 
 @triton.jit
@@ -171,6 +171,7 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     return {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}.get(max(block_d, 64), (64, 64, 8, 2))
 
 
+@on_device_of_first
 def attention_importance(
     q: Tensor,
     k: Tensor,

@@ -4,8 +4,9 @@ Tokens go in tiles. For every dictionary entry a tile leaves four numbers: the l
 exponentials below it: 1, received share + CLS term, alignment. The threshold is linear in the terms of the importance, so
 these are enough, and the tiles of a sample merge as an online softmax does.
 
-A large batch takes one launch, one program per sample. A small one would leave the device idle that way: there every tile
-gets a program, and a second, tiny launch merges. Both do the same arithmetic in the same order: the bits are the same.
+A large batch, or one of small samples, takes one launch, one program per sample. A few large samples would leave the device
+idle that way: there every tile gets a program, and a second, tiny launch merges. Both do the same arithmetic in the same
+order: the bits are the same.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, dot_precision, product
+from ..triton_utils import EPS, LOG2E, block, dot_precision, on_device_of_first, product
 
 STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
 TOKEN_BLOCK = 1024  # tokens per step where only scores are read
-ONE_LAUNCH_FROM = 64  # samples: about half the multiprocessors of the GPUs in mind
 
 
 @triton.jit
@@ -226,9 +226,19 @@ def _merge_kernel(
 
 def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Tokens of a tile, widths of a step, warps, pipeline stages. They decide the bits of a result: never the batch."""
-    return (32, 32, 8, 1) if dtype == torch.float32 else (128, 64, 8, 3)
+    return (64, 32, 8, 1) if dtype == torch.float32 else (128, 64, 8, 3)
 
 
+def _one_launch(batch: int, max_seqlen: int, width: int, element_size: int) -> bool:
+    """Whether one program per sample is as good as one per tile.
+
+    It is if the samples fill about half of a large GPU (64 programs). It is also if a sample is so small that one
+    multiprocessor reads it, at some 100 bytes a nanosecond, in about the time of a second launch.
+    """
+    return batch >= 64 or max_seqlen * width * element_size <= 512 * 1024
+
+
+@on_device_of_first
 def score_tokens(
     x: Tensor,
     dictionary: Tensor,
@@ -251,7 +261,7 @@ def score_tokens(
     block_m = min(block(entries), 128)
     padded = triton.cdiv(entries, block_m) * block_m
     left = torch.empty(capacity // block_j + batch, STATISTICS.value, padded, dtype=torch.float32, device=x.device)
-    one_launch = batch >= ONE_LAUNCH_FROM
+    one_launch = _one_launch(batch, max_seqlen, width, x.element_size())
     slots = 1 if one_launch else max(1, triton.cdiv(max_seqlen - 1, block_j))
     _score_kernel[(batch * slots,)](
         x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens,

@@ -1,0 +1,246 @@
+"""Every Triton kernel, compiled ahead of time for sm_80, sm_90 and sm_100 on a machine without a GPU.
+
+The operations are called as usual on CPU tensors of real size, with a stand-in for Triton's driver that names the target and
+with launches replaced by compilation: what is compiled is what a GPU would get, specialisations included. Registers, stack
+(which is where spilled registers go) and shared memory are read from the machine code.
+
+    python tests/test_triton_aot.py 90      prints the table for one target
+"""
+
+import collections
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import madtp_kernels
+import pytest
+import torch
+
+TARGETS = [80, 90, 100]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# 99 KiB is what a block may take on the smallest relatives of these targets (sm_86, sm_89, sm_120).
+SHARED_MEMORY = 99 * 1024
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+MATRIX_KERNELS = {"_attention_kernel", "_importance_kernel", "_score_kernel"}
+WIDE_ACCESS = {"_compact_kernel": ("ld.global.v4", "st.global.v4")}
+# 8 warps of 128 registers: the assembler likes to stop there, where two programs fit, at the price of a few words of stack.
+SPILL_ALLOWANCE = 32  # bytes a thread
+# Besides the usual shape, for sm_90: wide heads and rows, more entries than a block; widths that no block divides.
+OTHER_SHAPES = [
+    {"head_dim": 128, "heads": 4, "width": 1024, "entries": 300},
+    {"head_dim": 80, "heads": 3, "width": 1001, "entries": 7},
+]
+
+
+# ---- in the subprocess: compile and report ----------------------------------------------------------------------------
+
+
+class Target:
+    """Stands in for Triton's CUDA driver as far as compilation asks: which device, and what is it?"""
+
+    def __init__(self, capability):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+@contextlib.contextmanager
+def compiling(capability):
+    """Launches inside the block compile for the target and do not run; yields the list of (name, compiled kernel)."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled = []
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    driver.set_active(Target(capability))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = launch
+
+
+def resources(kernel):
+    """Registers, stack and shared memory of a compiled kernel, and how often each instruction of interest occurs."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    ptx = kernel.asm["ptx"]
+    words = [*MATRIX_INSTRUCTION.values(), *WIDE_ACCESS["_compact_kernel"], "tf32"]
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "instructions": {word: ptx.count(word) for word in words},
+    }
+
+
+def launches(dtype, tokens=577, heads=12, head_dim=64, width=768, entries=100):
+    """Call the operations so that each kernel is launched in each of its shapes; yields a label after each call."""
+    from madtp_kernels.attention import triton as attention
+    from madtp_kernels.compaction import triton as compaction
+    from madtp_kernels.importance import triton as importance
+    from madtp_kernels.scoring import triton as scoring
+
+    cu = torch.tensor([0, tokens], dtype=torch.int32)
+    per_token = torch.zeros(tokens)
+    q, k, v = torch.zeros(tokens, 3, heads, head_dim, dtype=dtype).unbind(1)
+    for causal, bias in [(False, None), (True, per_token)]:
+        attention.attention(q, k, v, cu, cu, tokens, tokens, 0.125, causal, bias)
+        yield "causal, key bias" if causal else "plain"
+
+    out, lse = torch.zeros(tokens, heads, head_dim, dtype=dtype), torch.zeros(heads, tokens)
+    for label, multiprocessors in [("one launch", 1), ("two launches", 1000)]:
+        importance.multiprocessors = lambda tensor, count=multiprocessors: count
+        importance.attention_importance(q, k, out, lse, cu, tokens, 0.125, False, None)
+        yield label
+
+    x, dictionary = torch.zeros(tokens, width, dtype=dtype), torch.zeros(entries, width, dtype=dtype)
+    for label, one_launch in [("one launch", True), ("two launches", False)]:
+        scoring._one_launch = lambda *sizes, choice=one_launch: choice
+        scoring.score_tokens(x, dictionary, per_token, per_token, cu, tokens, 1.0, None)
+        yield label
+
+    group, protected = torch.zeros(1, dtype=torch.int32), torch.zeros(tokens, dtype=torch.bool)
+    norm = torch.zeros(width, dtype=dtype)
+    for label, *options, weight in [
+        ("plain", None, None, None, None, None, None),
+        ("LayerNorm", None, None, None, None, None, norm),
+        ("all options", protected, group, group, cu[:1].expand(tokens).contiguous(), per_token, norm),
+    ]:
+        compaction.compact(
+            x, per_token, torch.zeros(1), None, cu, tokens, *options, -1, weight, weight, 1e-6, False
+        )  # fmt: skip
+        yield label
+
+
+def report(capability):
+    """Resources of every kernel for one target."""
+    shapes = [(dtype, {}) for dtype in DTYPES]
+    if capability == 90:
+        shapes += [("bfloat16", shape) for shape in OTHER_SHAPES]
+    rows = []
+    with compiling(capability) as compiled:
+        for dtype, shape in shapes:
+            for label in launches(DTYPES[dtype], **shape):
+                case = {"dtype": dtype, "case": label, "shape": shape}
+                rows += [{"kernel": name, **case, **resources(kernel)} for name, kernel in compiled]
+                compiled.clear()
+    return rows
+
+
+def describe(row):
+    shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
+    used = " ".join(f"{word} x{count}" for word, count in row["instructions"].items() if count)
+    return (
+        f"{row['kernel']:20} {row['dtype']:9} {row['case']:17} {row['warps']} warps {row['registers']:4} registers "
+        f"{row['stack']:4} B stack {row['shared']:7} B shared  {used} {shape}"
+    )
+
+
+# ---- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Rows of every target, compiled side by side in processes without Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    workers = {
+        target: subprocess.Popen(
+            [sys.executable, __file__, str(target), "--json"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for target in TARGETS
+    }
+    rows = {}
+    for target, worker in workers.items():
+        output, errors = worker.communicate()
+        assert worker.returncode == 0, f"compiling for sm_{target} failed:\n{errors[-4000:]}"
+        rows[target] = json.loads(output)
+    return rows
+
+
+def kernels_in_the_source():
+    modules = Path(madtp_kernels.__file__).parent.glob("*/triton.py")
+    return {name for module in modules for name in re.findall(r"^def (_\w+_kernel)\(", module.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(reports, target):
+    compiled = collections.defaultdict(set)
+    for row in reports[target]:
+        compiled[row["dtype"]].add(row["kernel"])
+    for dtype in DTYPES:
+        assert compiled[dtype] == kernels_in_the_source()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_are_not_spilled(reports, target):
+    spilling = [describe(row) for row in reports[target] if row["stack"] > SPILL_ALLOWANCE]
+    assert not spilling, "\n".join(spilling)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_fits_the_smallest_relative(reports, target):
+    large = [describe(row) for row in reports[target] if row["shared"] > SHARED_MEMORY]
+    assert not large, "\n".join(large)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_compactions_fit_a_multiprocessor(reports, target):
+    # One program waits for memory while another computes; 65,536 registers are there for all.
+    rows = [row for row in reports[target] if row["kernel"] == "_compact_kernel" and not row["shape"]]
+    assert rows and all(2 * 32 * row["warps"] * row["registers"] <= 65536 for row in rows)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_matrix_products_use_the_matrix_units(reports, target):
+    rows = [row for row in reports[target] if row["kernel"] in MATRIX_KERNELS and not row["shape"]]
+    for row in rows:
+        used = {word for word in MATRIX_INSTRUCTION.values() if row["instructions"][word]}
+        expected = set() if row["dtype"] == "float32" else {MATRIX_INSTRUCTION[target]}
+        assert used == expected, describe(row)
+        assert row["dtype"] != "float32" or not row["instructions"]["tf32"], describe(row)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_move_in_accesses_of_16_bytes(reports, target):
+    rows = [row for row in reports[target] if row["kernel"] in WIDE_ACCESS and not row["shape"]]
+    for row in rows:
+        assert all(row["instructions"][word] for word in WIDE_ACCESS[row["kernel"]]), describe(row)
+
+
+if __name__ == "__main__":
+    result = report(int(sys.argv[1]))
+    print(json.dumps(result) if "--json" in sys.argv else "\n".join(map(describe, result)))

@@ -1,0 +1,425 @@
+"""The Triton kernels against the reference: through Triton's interpreter on the CPU, as compiled kernels where there is a GPU.
+
+Inputs are drawn afresh on every run; the seed of a failing case is in its message. Rows beyond the last token hold NaN, as
+do all outputs before they are written (conftest), so that whoever reads or forgets a row shows.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from madtp_kernels.attention import reference as attention_reference
+from madtp_kernels.attention import triton as attention_triton
+from madtp_kernels.compaction import reference as compaction_reference
+from madtp_kernels.compaction import triton as compaction_triton
+from madtp_kernels.importance import reference as importance_reference
+from madtp_kernels.importance import triton as importance_triton
+from madtp_kernels.scoring import reference as scoring_reference
+from madtp_kernels.scoring import triton as scoring_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LENGTHS = [5, 0, 1, 37, 2, 70]  # empty, CLS alone, nothing to prune, more than one tile of each kernel
+SPARE = 3  # rows of the buffer beyond the last token
+
+# Error against the float64 reference on the same inputs. float32: a few rounding errors of sums of about a hundred terms
+# around 1. 16 bits: probabilities and results are rounded to 8 (bfloat16) or 11 (float16) bits.
+ERROR = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    value = random.randrange(2**31)
+    print("seed", value)
+    random.seed(value)
+    torch.manual_seed(value)
+
+
+def offsets(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+def poisoned(tensor, tokens):
+    """The tensor with NaN in the rows that hold no token."""
+    tensor[tokens:] = float("nan")
+    return tensor
+
+
+def random_qkv(tokens, heads, width, dtype):
+    """Query, key and value as views of one buffer, as a fused projection leaves them."""
+    fused = torch.randn(tokens + SPARE, 3, heads, width, device=DEVICE).to(dtype)
+    return poisoned(fused, tokens).unbind(1)
+
+
+def wide(*tensors):
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def assert_near(name, got, expected, bound):
+    error = (got.double() - expected.double()).abs().max().item() if got.numel() else 0.0
+    assert error <= bound, f"{name}: error {error:.2e}, expected at most {bound:.0e}"
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+
+def check_attention(implementation, dtype, lengths_q, lengths_k, width, causal, biased):
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    q = random_qkv(sum(lengths_q), 3, width, dtype)[0]
+    _, k, v = random_qkv(sum(lengths_k), 3, width, dtype)
+    bias = poisoned(torch.randn(k.shape[0], device=DEVICE), sum(lengths_k)) if biased else None
+    shared = (cu_q, cu_k, max(lengths_q), max(lengths_k), 0.3, causal)
+    expected_out, expected_lse = attention_reference.attention(*wide(q, k, v), *shared, *wide(bias))
+    out, lse = implementation(q, k, v, *shared, bias)
+    tokens = sum(lengths_q)
+    assert out.dtype == dtype and out.is_contiguous() and out.shape == q.shape
+    assert_near("out", out[:tokens], expected_out[:tokens], ERROR[dtype])
+    keyless = expected_lse == float("-inf")
+    assert torch.equal((lse == float("-inf"))[:, :tokens], keyless[:, :tokens])
+    seen = ~keyless[:, :tokens]
+    assert_near("lse", lse[:, :tokens][seen], expected_lse[:, :tokens][seen], 5e-6)
+    return out, lse
+
+
+def own_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, bias):
+    return attention_triton._triton_attention(q, k, v, cu_q, cu_k, max_q, scale, causal, bias)
+
+
+# On a GPU the operation may choose PyTorch's kernel; elsewhere the choice always falls on the own one.
+IMPLEMENTATIONS = [own_kernel] if DEVICE == "cpu" else [own_kernel, attention_triton.attention]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "key_bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_self_attention(implementation, dtype, causal, biased):
+    check_attention(implementation, dtype, LENGTHS, LENGTHS, 24, causal, biased)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cross_attention_with_queries_that_see_no_key(implementation, dtype, causal):
+    check_attention(implementation, dtype, [5, 3, 0, 70, 9, 2], [66, 0, 4, 3, 9, 1], 16, causal, False)
+
+
+@pytest.mark.parametrize("width", [1, 64, 100, 200])
+def test_head_widths(width):
+    check_attention(attention_triton.attention, torch.float32, [3, 40], [3, 40], width, False, False)
+
+
+# ---- importance -----------------------------------------------------------------------------------------------------
+
+
+def importance_inputs(lengths, dtype, causal, biased, heads=3, width=20):
+    q, k, v = random_qkv(sum(lengths), heads, width, dtype)
+    cu = offsets(lengths)
+    bias = poisoned(torch.randn(q.shape[0], device=DEVICE), sum(lengths)) if biased else None
+    shared = (cu, cu, max(lengths), max(lengths), 0.3, causal)
+    out, lse = attention_reference.attention(*wide(q, k, v), *shared, *wide(bias))
+    out = poisoned(out.to(dtype), sum(lengths))
+    lse = lse.float()
+    lse[:, sum(lengths) :] = float("nan")
+    return q, k, out, lse, cu, max(lengths), 0.3, causal, bias
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "key_bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_importance(dtype, causal, biased):
+    arguments = importance_inputs(LENGTHS, dtype, causal, biased)
+    expected = importance_reference.attention_importance(
+        *wide(*arguments[:4]), *arguments[4:8], *wide(arguments[8])
+    )
+    got = attention_importance_with(1, *arguments)
+    for name, mine, reference in zip(("received", "cls"), got, expected, strict=True):
+        # Products of 16-bit inputs are exact in float32: the tolerance is float32's for every dtype, at sums of about 10.
+        assert_near(name, mine[: sum(LENGTHS)], reference[: sum(LENGTHS)], 5e-5)
+
+
+def attention_importance_with(multiprocessors, *arguments):
+    """The operation on a device of so many multiprocessors: few mean one program per key block, many one per tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance_triton, "multiprocessors", lambda tensor: multiprocessors)
+        return importance_triton.attention_importance(*arguments)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_importance_has_the_same_bits_in_one_launch_and_in_two(causal):
+    lengths = [150, 3, 0, 1, 290]
+    arguments = importance_inputs(lengths, torch.float16, causal, False, heads=2, width=16)
+    one = attention_importance_with(1, *arguments)
+    two = attention_importance_with(1000, *arguments)
+    for mine, other in zip(one, two, strict=True):
+        assert torch.equal(mine[: sum(lengths)], other[: sum(lengths)])
+
+
+# ---- scoring --------------------------------------------------------------------------------------------------------
+
+
+def scoring_inputs(lengths, dtype, entries, biased, width=48):
+    tokens = sum(lengths)
+    x = poisoned(torch.randn(tokens + SPARE, 2 * width, device=DEVICE), tokens).to(dtype)[:, :width]
+    dictionary = torch.randn(entries, width, device=DEVICE).to(dtype)
+    received = poisoned(torch.rand(tokens + SPARE, device=DEVICE), tokens)
+    cls = poisoned(torch.rand(tokens + SPARE, device=DEVICE), tokens)
+    # A bias of about the size of the alignments, positive: a sum of best alignments near 0 would only test conditioning.
+    bias = torch.rand(entries, device=DEVICE) + 10 if biased else None
+    return x, dictionary, received, cls, offsets(lengths), max(lengths), 1.7, bias
+
+
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one-launch", "two-launches"])
+@pytest.mark.parametrize("entries", [1, 100, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scoring(dtype, entries, one_launch, monkeypatch):
+    monkeypatch.setattr(scoring_triton, "_one_launch", lambda *sizes: one_launch)
+    arguments = scoring_inputs(LENGTHS, dtype, entries, biased=entries < 100)
+    expected = scoring_reference.score_tokens(*wide(*arguments[:4]), *arguments[4:7], *wide(arguments[7]))
+    importance, threshold = scoring_triton.score_tokens(*arguments)
+    tokens = sum(LENGTHS)
+    assert_near("importance", importance[:tokens], expected[0][:tokens], 2e-6)
+    assert_near("threshold", threshold, expected[1], 2e-6)
+
+
+def test_scoring_has_the_same_bits_in_one_launch_and_in_two(monkeypatch):
+    lengths = [300, 1, 40]
+    arguments = scoring_inputs(lengths, torch.float32, 30, False)
+    results = []
+    for one_launch in (True, False):
+        monkeypatch.setattr(scoring_triton, "_one_launch", lambda *sizes, choice=one_launch: choice)
+        results.append(scoring_triton.score_tokens(*arguments))
+    assert torch.equal(results[0][0][: sum(lengths)], results[1][0][: sum(lengths)])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+# ---- compaction -----------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "threshold": {},
+    "protected": {"protected": True},
+    "min_keep": {"min_keep": True},
+    "ids-sizes": {"ids": True, "sizes": True},
+    "norm": {"norm": True},
+    "norm-no-bias": {"norm": True, "norm_bias": False},
+    "groups": {"groups": True},
+    "groups-protected": {"groups": True, "protected": True, "sizes": True},
+    "count": {"count": True},
+    "count-ties": {"count": True, "ties": True, "protected": True},
+    "count-groups": {"count": True, "groups": True, "min_keep": True},
+    "everything": {"groups": True, "protected": True, "min_keep": True, "ids": True, "sizes": True, "norm": True},
+}
+
+
+def compaction_inputs(lengths, dtype, exact, options, width=40):
+    tokens, batch = sum(lengths), len(lengths)
+    rows = tokens + SPARE
+
+    def integers(high, size):
+        return torch.randint(0, high, (size,), dtype=torch.int32, device=DEVICE)
+
+    x = poisoned(torch.randn(rows, 2 * width, device=DEVICE), tokens).to(dtype)[:, :width]
+    importance = torch.rand(rows, device=DEVICE)
+    if options.get("ties"):
+        importance = (importance * 4).round() / 4
+    counted = options.get("count")
+    norm_bias = options.get("norm") and options.get("norm_bias", True)
+    return (
+        x,
+        poisoned(importance, tokens),
+        None if counted else torch.rand(batch, device=DEVICE),
+        integers(40, batch) if counted else None,
+        offsets(lengths),
+        max(lengths) + 5,
+        torch.rand(rows, device=DEVICE) < 0.2 if options.get("protected") else None,
+        integers(batch, batch) if options.get("groups") else None,
+        integers(4, batch) if options.get("min_keep") else None,
+        integers(1000, rows) if options.get("ids") else None,
+        poisoned(torch.rand(rows, device=DEVICE) * 3 + 1, tokens) if options.get("sizes") else None,
+        -7,
+        torch.randn(width, device=DEVICE).to(dtype) if options.get("norm") else None,
+        torch.randn(width, device=DEVICE).to(dtype) if norm_bias else None,
+        1e-5,
+        exact,
+    )
+
+
+def check_compaction(arguments):
+    values, cu_out, ids, sizes, normed = compaction_triton.compact(*arguments)
+    expected = compaction_reference.compact(*arguments)
+    assert torch.equal(cu_out, expected[1])
+    rows = int(cu_out[-1])
+    for mine, reference in zip((values, ids, sizes, normed), (expected[0], *expected[2:]), strict=True):
+        assert mine.shape == reference.shape and mine.dtype == reference.dtype
+    assert torch.equal(ids[:rows], expected[2][:rows])
+    # Merged rows are rounded once after a float32 sum in another order; LayerNorm can amplify a difference in its row.
+    bound = {torch.float32: 5e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[values.dtype]
+    assert_near("values", values[:rows], expected[0][:rows], bound)
+    assert_near("sizes", sizes[:rows], expected[3][:rows], 1e-4)
+    assert_near("normed", normed[:rows], expected[4][:rows], 20 * bound)
+    merged = ids[:rows] == -7
+    assert torch.equal(values[:rows][~merged], expected[0][:rows][~merged]), "kept rows must be exact copies"
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_compaction(options):
+    dtype, exact = random.choice(DTYPES), random.random() < 0.5
+    print(dtype, "exact" if exact else "bound")
+    check_compaction(compaction_inputs(LENGTHS, dtype, exact, options))
+
+
+def test_compaction_of_many_uneven_samples():
+    lengths = [random.choice([0, 1, 2, 3, 8]) for _ in range(37)]  # more samples than are counted at once
+    lengths[random.randrange(37)] = 200
+    check_compaction(compaction_inputs(lengths, torch.float32, False, {}, width=5))
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 2.0], ids=["all-kept", "nothing-kept"])
+def test_compaction_leaves_a_sample_alone(threshold):
+    arguments = list(compaction_inputs(LENGTHS, torch.bfloat16, True, {}))
+    arguments[2] = torch.full_like(arguments[2], threshold)
+    values, cu_out, ids, *_ = compaction_triton.compact(*arguments)
+    assert torch.equal(cu_out, arguments[4])
+    assert torch.equal(values, arguments[0][: sum(LENGTHS)])
+    assert torch.equal(ids, torch.cat([torch.arange(n) for n in LENGTHS]).to(ids))
+
+
+# ---- every operation ------------------------------------------------------------------------------------------------
+
+
+def run_all(lengths, x, qkv, keep_rows):
+    """All four operations one after the other, in float32, on the rows of a larger batch."""
+    q, k, v = (t[keep_rows] for t in qkv)
+    x, cu, longest = x[keep_rows], offsets(lengths), 90
+    out, lse = attention_triton.attention(q, k, v, cu, cu, longest, longest, 0.25, False, None)
+    received, cls = importance_triton.attention_importance(q, k, out, lse, cu, longest, 0.25, False, None)
+    generator = torch.Generator().manual_seed(5)
+    dictionary = torch.randn(20, x.shape[1], generator=generator).to(x)
+    importance, threshold = scoring_triton.score_tokens(x, dictionary, received, cls, cu, longest, 1.0, None)
+    values, cu_out, ids, *_ = compaction_triton.compact(
+        x, importance, threshold, None, cu, longest, None, None, None, None, None, -1, None, None, 0.0, False
+    )
+    return out, received, cls, importance, threshold, values, ids, cu_out
+
+
+def test_a_sample_has_the_same_bits_alone_and_in_a_batch():
+    lengths = [33, 1, 90, 0, 12, 71]
+    x = torch.randn(sum(lengths), 24, device=DEVICE)
+    qkv = torch.randn(sum(lengths), 3, 2, 16, device=DEVICE).unbind(1)
+    together = run_all(lengths, x, qkv, slice(None))
+    begin = 0
+    for b, length in enumerate(lengths):
+        if length:
+            alone = run_all([length], x, qkv, slice(begin, begin + length))
+            new_begin, new_end = together[-1][b : b + 2].tolist()
+            assert int(alone[-1][1]) == new_end - new_begin
+            for mine, other in zip(alone[:4], together[:4], strict=True):
+                assert torch.equal(mine, other[begin : begin + length])
+            assert torch.equal(alone[4][0], together[4][b])
+            for mine, other in zip(alone[5:7], together[5:7], strict=True):
+                assert torch.equal(mine[: new_end - new_begin], other[new_begin:new_end])
+        begin += length
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0], [1]], ids=str)
+def test_next_to_nothing(lengths):
+    tokens, width = sum(lengths), 16
+    cu = offsets(lengths)
+    q = torch.randn(tokens, 2, width, device=DEVICE)
+    longest = max(lengths, default=0)
+    out, lse = attention_triton.attention(q, q, q, cu, cu, longest, longest, 1.0, False, None)
+    received, cls = importance_triton.attention_importance(q, q, out, lse, cu, longest, 1.0, False, None)
+    x = torch.randn(tokens, width, device=DEVICE)
+    importance, threshold = scoring_triton.score_tokens(x, x.new_ones(3, width), received, cls, cu, longest, 1.0, None)
+    for zeros in (received, cls, importance, threshold):
+        assert torch.equal(zeros, torch.zeros_like(zeros))
+    values, cu_out, ids, *_ = compaction_triton.compact(
+        x, importance, threshold, None, cu, longest, None, None, None, None, None, -1, None, None, 0.0, True
+    )
+    assert torch.equal(values, x) and torch.equal(cu_out, cu) and torch.equal(ids, torch.zeros_like(ids))
+    assert torch.equal(out, q)
+
+
+# ---- the choice between PyTorch's kernel and the own one ---------------------------------------------------------------
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that claims to be on a CUDA device: the choice looks at nothing else."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def varlen_of(monkeypatch):
+    """Install a stand-in for torch.nn.attention.varlen with the given parameters; returns what it was called with."""
+
+    def install(*parameters):
+        calls = []
+
+        def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+            calls.append(options)
+            return q.clone(), torch.full((q.shape[1], q.shape[0]), float("inf"))
+
+        known = (varlen_attn, "lse please", frozenset(parameters))
+        monkeypatch.setattr(attention_triton, "_varlen", lambda: known)
+        monkeypatch.setattr(attention_triton, "_tensor_cores", lambda device: True)
+        return calls
+
+    return install
+
+
+def refusal(head_dim=64, dtype=torch.bfloat16, scale=0.125, causal=False, bias=None, spoil=lambda t: t):
+    fused = torch.zeros(8, 3, 2, head_dim, dtype=dtype).as_subclass(OnCuda)
+    return attention_triton.varlen_refusal(*(spoil(t) for t in fused.unbind(1)), scale, causal, bias)
+
+
+NEWEST = ("scale", "window_size", "num_splits")
+
+
+def test_flash_attention_serves_16_bits_without_bias(varlen_of):
+    varlen_of(*NEWEST)
+    assert refusal() is None and refusal(causal=True) is None and refusal(dtype=torch.float16, scale=3.0) is None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": torch.float32},
+        {"head_dim": 60},
+        {"head_dim": 264},
+        {"bias": torch.zeros(8)},
+        {"spoil": lambda t: t[:0]},
+        {"spoil": lambda t: t[..., 1:9]},  # not aligned to 16 bytes
+    ],
+    ids=["float32", "d=60", "d=264", "key_bias", "empty", "misaligned"],
+)
+def test_flash_attention_refuses(varlen_of, case):
+    varlen_of(*NEWEST)
+    assert refusal(**case)
+
+
+def test_flash_attention_of_older_pytorch(varlen_of):
+    varlen_of("is_causal")
+    assert refusal(scale=0.125) is None  # 1 / sqrt(64), its fixed scale
+    assert refusal(scale=0.2)
+
+
+@pytest.mark.parametrize(
+    "parameters, causal, expected",
+    [
+        (NEWEST, False, {"scale": 0.5, "num_splits": 1}),
+        (NEWEST, True, {"scale": 0.5, "num_splits": 1, "window_size": (-1, 0)}),
+        (("scale", "window_size"), True, {"scale": 0.5, "window_size": (-1, 0)}),
+        (("is_causal",), True, {"is_causal": True}),
+    ],
+)
+def test_flash_attention_is_called_as_its_version_wants(varlen_of, parameters, causal, expected):
+    calls = varlen_of(*parameters)
+    q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    cu = offsets([4]).cpu()
+    _, lse = attention_triton._varlen_attention(q, q, q, cu, cu.clone(), 4, 4, 0.5, causal)
+    assert calls == [{"return_aux": "lse please", **expected}]
+    assert (lse == float("-inf")).all(), "flash marks a query without keys by +inf"
