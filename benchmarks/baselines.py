@@ -101,7 +101,7 @@ def batch_maximum_compact(x: Tensor, importance: Tensor, threshold: Tensor) -> T
 def dense_block(block, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """One ViT block on padded tokens ``x [B, L, D]`` with `scaled_dot_product_attention`; ``mask [B, 1, 1, L]`` or None."""
     batch, length, width = x.shape
-    heads = block.attn.num_heads
+    heads = block.num_heads
     h = _norm(block.norm1, x)
     q, k, v = _linear(block.attn.qkv, h).view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

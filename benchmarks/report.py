@@ -24,6 +24,8 @@ TABLES = ("goals", "model", "blocks", "operations")
 # Candidates that are not ours, in the order in which tables show them.
 BASELINES = ("sdpa", "sdpa one by one", "eager", "eager with scores", "batch maximum", "copy", "dense layer")
 
+LINES = {"float32": "-", "bfloat16": "--"}
+
 
 class BadFile(ValueError):
     """A file that holds no records; the message says why."""
@@ -219,41 +221,43 @@ def _model_records(records: list[dict]) -> list[dict]:
 
 def _plot_flops(axes, records: list[dict]) -> bool:
     """Speed-up over our own dense model against the FLOPs ratio; on the diagonal every FLOP saved is time saved."""
-    found = _model_records(records)
-    most = 1.0
-    for record in found:
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for record in _model_records(records):
         times, flops = record["milliseconds"], record["gflops_per_pair"]
-        for suffix, marker, label in (("", "o", "per instance"), (", batch maximum", "x", "batch maximum")):
-            points = [
-                (flops["dense"] / flops[name], times["dense"] / times[name.removesuffix(", batch maximum") + suffix])
-                for name in flops
-                if name.startswith("pruned") and name.endswith("batch maximum") == bool(suffix)
-            ]
-            if points:
-                most = max(most, *(max(point) for point in points))
-                axes.plot(*zip(*points), marker, label=f"{record['dtype']}, {record['pairs']} pairs, {label}")
+        for name in flops:
+            if name.startswith("pruned"):
+                kind = "batch maximum" if name.endswith("batch maximum") else f"{record['pairs']} pairs"
+                series = points.setdefault((record["dtype"], kind), [])
+                series.append((flops["dense"] / flops[name], times["dense"] / times[name]))
+    for (dtype, kind), series in points.items():
+        marker = "x" if kind == "batch maximum" else "o"
+        axes.plot(*zip(*sorted(series)), marker + LINES[dtype], markersize=5, label=f"{dtype}, {kind}")
+    most = max((value for series in points.values() for point in series for value in point), default=1.0)
     axes.plot([1, most], [1, most], "k:", linewidth=1, label="time follows FLOPs")
     axes.set_xlabel("FLOPs ratio, dense / pruned")
     axes.set_ylabel("speed-up over our dense model")
-    return bool(found)
+    return bool(points)
 
 
 def _plot_batch(axes, records: list[dict]) -> bool:
     """Time per pair against the batch size."""
-    found = _model_records(records)
-    series: dict[str, list[tuple[int, float]]] = {}
-    for record in found:
+    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for record in _model_records(records):
         for name, value in record["milliseconds"].items():
             if not name.endswith("one by one"):
-                series.setdefault(f"{name}, {record['dtype']}", []).append((record["pairs"], value / record["pairs"]))
-    for name, points in series.items():
-        if len(points) > 1:
-            axes.plot(*zip(*points), marker="o", markersize=3, label=name)
+                series.setdefault((record["dtype"], name), []).append((record["pairs"], value / record["pairs"]))
+    series = {key: points for key, points in series.items() if len(points) > 1}
+    colours: dict[str, str] = {}
+    for (dtype, name), points in series.items():
+        colour = colours.setdefault(name, f"C{len(colours)}")
+        axes.plot(*zip(*points), "o" + LINES[dtype], color=colour, markersize=3, label=f"{dtype}, {name}")
+    sizes = sorted({size for points in series.values() for size, _ in points})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("pairs in the batch")
     axes.set_ylabel("ms per pair")
-    return any(len(points) > 1 for points in series.values())
+    return bool(series)
 
 
 def _plot_spread(axes, records: list[dict]) -> bool:
@@ -263,7 +267,7 @@ def _plot_spread(axes, records: list[dict]) -> bool:
         rows = [record for record in found if record["dtype"] == dtype]
         for baseline in ("batch maximum", "padded, plain PyTorch"):
             points = [(r["spread"], r["milliseconds"][baseline] / r["milliseconds"]["ragged"]) for r in rows]
-            axes.plot(*zip(*points), marker="o", label=f"over {baseline}, {dtype}")
+            axes.plot(*zip(*points), "o" + LINES[dtype], markersize=4, label=f"over {baseline}, {dtype}")
     axes.axhline(1, color="k", linestyle=":", linewidth=1)
     axes.set_xlabel("standard deviation of the sample lengths / mean")
     axes.set_ylabel("speed-up of ragged execution")
@@ -278,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files, or folders of them")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write plots here, in a folder for each device if several")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write plots here; in one folder per device, if there are several")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file, not to the terminal")
     parser.add_argument("--only", choices=TABLES, help="this table only")
     options = parser.parse_args(arguments)
@@ -297,8 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(text)
     if options.out:
-        for number, (device, (_, records)) in enumerate(devices.items()):
-            folder = options.out if len(devices) == 1 else options.out / f"{number}"
+        for device, (_, records) in devices.items():
+            own = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+            folder = options.out if len(devices) == 1 else options.out / own
             try:
                 written = draw(records, device, folder)
             except ImportError:

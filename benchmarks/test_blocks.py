@@ -6,6 +6,7 @@ import pytest
 import torch
 from madtp.config import VisionConfig
 from madtp.flops import vit
+from madtp.pruning import Stream
 from madtp_kernels import RaggedBatch
 
 import baselines
@@ -65,7 +66,7 @@ def test_block_with_half_the_tokens(run, dtype):
     guide = blocks.dictionary(dtype)
     whole = blocks.embedded(dtype, BATCH, DEPTH)
     half = blocks.subset(whole, [(inputs.LENGTH + 1) // 2] * BATCH)
-    start = blocks.Stream.start(half, use_sizes=False)
+    start = Stream.start(half, use_sizes=False)
     with torch.inference_mode():
         temperature, left = blocks.temperature_for(block, start, guide, 0.95)
     padded = whole.values.view(BATCH, inputs.LENGTH, inputs.WIDTH)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from madtp_kernels import RaggedBatch, attention, attention_importance, compact, prune, score_tokens
+from madtp_kernels import attention, attention_importance, attention_with_importance, compact, prune, score_tokens
 
 import baselines
 import inputs
@@ -48,6 +48,10 @@ class Attended:
     def importance(self, out, lse, backend: str | None = None, qkv: torch.Tensor | None = None):
         q, k, _ = (self.qkv.values if qkv is None else qkv).unbind(1)
         return attention_importance(q, k, out, lse, self.cu, self.most, backend=backend)
+
+    def attend_with_importance(self):
+        q, k, v = self.qkv.values.unbind(1)
+        return attention_with_importance(q, k, v, self.cu, self.most)
 
     @functools.cached_property
     def exact(self):
@@ -90,16 +94,18 @@ class Attended:
 
     def check_importance(self) -> None:
         self.check_attention()
-        out, lse = self.attend()
+        together = self.attend_with_importance()
+        require(together[0], self.exact[0], 2 * relative_error(self.pack(self.fused()), self.exact[0]) + ROUNDING, "out")
+        alone = self.importance(*self.attend())
         eager = self.eager_with_scores()[1:]
-        for name, ours, theirs, exact in zip(
-            ("received", "cls"), self.importance(out, lse), eager, self.exact[2:], strict=True
-        ):
+        for number, name in enumerate(("received", "cls")):
+            exact = self.exact[2 + number]
             kept = torch.ones_like(exact, dtype=torch.bool)
             kept[self.cu[:-1].long()] = False
-            theirs = theirs[self.mask[:, 1:]]
-            require(theirs, exact[kept], 0.05, f"eager {name}")
-            require(ours[kept], exact[kept], 2 * relative_error(theirs, exact[kept]) + ROUNDING, name)
+            exact, theirs = exact[kept], eager[number][self.mask[:, 1:]]
+            require(theirs, exact, 0.05, f"eager {name}")
+            for ours in (together[2 + number], alone[number]):
+                require(ours[kept], exact, 2 * relative_error(theirs, exact) + ROUNDING, name)
 
 
 @each_case
@@ -126,7 +132,7 @@ def test_attention_with_importance(run, dtype, batch):
     data = Attended(dtype, batch)
     attended = data.attend()
     candidates = {
-        "attention + importance": lambda: data.importance(*data.attend()),
+        "attention + importance": data.attend_with_importance,
         "attention": data.attend,
         "importance": lambda: data.importance(*attended),
         "sdpa": data.fused,
