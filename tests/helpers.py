@@ -18,6 +18,7 @@ EPS = 1e-8  # MADTP adds it to every denominator
 OPERATIONS = {
     "attention": madtp_kernels.attention,
     "attention_importance": madtp_kernels.attention_importance,
+    "attention_with_importance": madtp_kernels.attention_with_importance,
     "score_tokens": madtp_kernels.score_tokens,
     "compact": madtp_kernels.compact,
 }
@@ -130,6 +131,14 @@ def importance_case(generator, lengths, heads=2, head_dim=8, dtype=torch.float32
     }
 
 
+def both_case(generator, lengths, heads=2, head_dim=8, dtype=torch.float32, **options):
+    """Self-attention that is asked for its importance too."""
+    case = attention_case(generator, lengths, heads, head_dim, dtype, **options)
+    shared = {name: case[name] for name in ("q", "k", "v")}
+    shared |= {"cu_seqlens": case["cu_seqlens_q"], "max_seqlen": case["max_seqlen_q"]}
+    return shared | {name: case[name] for name in ("causal", "key_bias")}
+
+
 def scoring_case(generator, lengths, width=16, entries=5, dtype=torch.float32, *, temperature=1.0, bias=False):
     tokens = sum(lengths)
     return {
@@ -177,6 +186,7 @@ def compaction_case(
 CASES = {
     "attention": attention_case,
     "attention_importance": importance_case,
+    "attention_with_importance": both_case,
     "score_tokens": scoring_case,
     "compact": compaction_case,
 }
@@ -207,8 +217,8 @@ def run(op, case, backend=None):
         rows = int(results[1][-1])
         return (results[0][:rows], results[1], *(t[:rows] for t in results[2:]))
     rows = total(case)
-    if op == "attention":
-        return results[0][:rows], results[1][:, :rows]
+    if op.startswith("attention") and op != "attention_importance":
+        return results[0][:rows], results[1][:, :rows], *(r[:rows] for r in results[2:])
     return (results[0][:rows], *(t[:rows] if op == "attention_importance" else t for t in results[1:]))
 
 
@@ -302,6 +312,11 @@ def eager_attention_importance(q, k, out, cu_seqlens, causal=False, key_bias=Non
     return torch.cat(received), torch.cat(cls)
 
 
+def eager_attention_with_importance(q, k, v, cu_seqlens, max_seqlen, **options):
+    out, lse = eager_attention(q, k, v, cu_seqlens, cu_seqlens, **options)
+    return out, lse, *eager_attention_importance(q, k, out, cu_seqlens, **options)
+
+
 def eager_score_tokens(x, dictionary, received, cls, cu_seqlens, temperature, bias=None, **_):
     importance, threshold = [], []
     for start, stop in _samples(cu_seqlens):
@@ -322,6 +337,7 @@ def eager_merge(x, weight):
 EAGER = {
     "attention": eager_attention,
     "attention_importance": eager_attention_importance,
+    "attention_with_importance": eager_attention_with_importance,
     "score_tokens": eager_score_tokens,
 }
 

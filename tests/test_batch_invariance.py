@@ -27,11 +27,12 @@ def pieces(op, case, backend):
     cu = case["cu_seqlens_q" if op == "attention" else "cu_seqlens"].tolist()
     samples = []
     for b, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
-        first, second = results
-        if op == "attention":
-            samples.append([first[start:stop], second[:, start:stop]])
+        first, second, *rest = results
+        if op in ("attention", "attention_with_importance"):
+            second = second[:, start:stop]
         else:
-            samples.append([first[start:stop], second[b : b + 1] if op == "score_tokens" else second[start:stop]])
+            second = second[b : b + 1] if op == "score_tokens" else second[start:stop]
+        samples.append([first[start:stop], second, *(r[start:stop] for r in rest)])
     return samples
 
 

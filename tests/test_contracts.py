@@ -47,6 +47,7 @@ def shown(value):
 TENSORS = {
     "attention": "q k v cu_seqlens_q cu_seqlens_k key_bias",
     "attention_importance": "q k out lse cu_seqlens key_bias",
+    "attention_with_importance": "q k v cu_seqlens key_bias",
     "score_tokens": "x dictionary received cls cu_seqlens bias",
     "compact": "x importance threshold keep_count protected groups min_keep ids sizes",
 }
@@ -57,6 +58,8 @@ SIZED = [
     ("attention", "k", 1), ("attention", "k", 2), ("attention", "v", 0), ("attention", "v", 1), ("attention", "v", 2),
     ("attention", "cu_seqlens_k", 0), ("attention", "key_bias", 0),
     *[("attention_importance", name, axis) for name in ("k", "out") for axis in range(3)],
+    *[("attention_with_importance", name, axis) for name in ("k", "v") for axis in range(3)],
+    ("attention_with_importance", "key_bias", 0),
     ("attention_importance", "lse", 0), ("attention_importance", "lse", 1), ("attention_importance", "key_bias", 0),
     ("score_tokens", "dictionary", 1),
     *[("score_tokens", name, 0) for name in ("received", "cls", "bias")],
@@ -159,7 +162,7 @@ def test_queries_and_keys_have_to_be_the_same_samples(backend, generator):
 # ---- sizes and numbers
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_importance"])
+@pytest.mark.parametrize("op", ["attention", "attention_importance", "attention_with_importance"])
 @pytest.mark.parametrize("heads, head_dim", [(0, 8), (2, 0), (2, 257)])
 def test_heads_of_impossible_size(op, heads, head_dim, backend, generator):
     case = case_of(op, generator)
@@ -180,12 +183,19 @@ def test_temperature(value, backend, generator):
     refuses("score_tokens", case, backend, "^temperature: expected a finite number > 0, got", got)
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_importance"])
+@pytest.mark.parametrize("op", ["attention", "attention_importance", "attention_with_importance"])
 @pytest.mark.parametrize("value", NOT_POSITIVE, ids=str)
 def test_scale(op, value, backend, generator):
     case = case_of(op, generator) | {"scale": value}
     got = "float32" if torch.is_tensor(value) else re.escape(repr(value))
     refuses(op, case, backend, "^scale: expected a finite number > 0, got", got)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_importance", "attention_with_importance"])
+def test_key_bias_of_another_precision_than_the_logits(op, backend, generator):
+    case = case_of(op, generator, dtype=torch.bfloat16)
+    case["key_bias"] = case["key_bias"].double()
+    refuses(op, case, backend, "^key_bias: expected", "float32", "got float64")
 
 
 def test_empty_dictionary(backend, generator):
@@ -247,8 +257,9 @@ def test_batches_with_nothing_to_do(op, lengths, backend, generator):
     case = CASES[op](generator, lengths)
     results = run(op, case, backend)
     tokens = sum(lengths)
-    if op == "attention":
+    if "v" in case:
         torch.testing.assert_close(results[0], case["v"])
+        assert all((r == 0).all() and r.shape == (tokens,) for r in results[2:])
     elif op == "compact":
         assert torch.equal(results[0], case["x"].values)
         assert torch.equal(results[1], case["x"].cu_seqlens)
@@ -270,6 +281,11 @@ def test_scores_of_the_first_token_and_of_undefined_rows_do_not_matter(backend, 
 
 
 # ---- the choice of a backend
+
+
+def log_name(op):
+    """Attention with importance goes by the choice that is made for attention."""
+    return "attention" if op == "attention_with_importance" else op
 
 
 @pytest.fixture
@@ -306,7 +322,8 @@ def test_unknown_backend(op, backend, generator):
 def test_a_forced_backend_that_is_for_another_device_raises_with_the_reason(op, backend, generator):
     case = CASES[op](generator, LENGTHS)
     other = "cuda" if DEVICE == "cpu" else "cpu"
-    refuses(op, case, other, f"^{op}: backend '{other}' .*{DEVICE}: the {other} backend takes {other}", error=BackendError)
+    message = f"^{log_name(op)}: backend '{other}' .*{DEVICE}: the {other} backend takes {other}"
+    refuses(op, case, other, message, error=BackendError)
 
 
 def test_double_precision_is_left_to_the_reference(backend, generator):
@@ -349,12 +366,14 @@ def test_an_automatic_choice_falls_back_with_one_log_line(op, backend, generator
     with caplog.at_level(logging.WARNING, logger="madtp_kernels"):
         first = run(op, case)
         again = run(op, case)
-        CASES[op](generator, LENGTHS, dtype=torch.bfloat16)
+        OPERATIONS[op](**CASES[op](generator, LENGTHS, dtype=torch.bfloat16))
     lines = [r.getMessage() for r in caplog.records if r.name == "madtp_kernels"]
     preferred = "cpu" if DEVICE == "cpu" else "triton"
-    assert len([line for line in lines if line.startswith(f"{op}: backend '{preferred}' is not used")]) == 1
+    parts = ["attention", "attention_importance"] if op == "attention_with_importance" else [op]
+    for part in parts:
+        assert len([line for line in lines if line.startswith(f"{part}: backend '{preferred}' is not used")]) == 1
     if DEVICE == "cpu":
-        assert lines == [f"{op}: backend 'cpu' is not used on cpu: no C++ compiler was found"]
+        assert lines == [f"{part}: backend 'cpu' is not used on cpu: no C++ compiler was found" for part in parts]
     for ours, theirs, expected in zip(first, again, run(op, case, "reference"), strict=True):
         assert torch.equal(ours, expected) and torch.equal(theirs, expected)
 
@@ -366,8 +385,8 @@ def test_a_forced_backend_that_is_missing_raises_with_the_reason(op, backend, ge
         run(op, case, backend)
         return
     reason = "triton" if backend == "triton" else re.escape("no C++ compiler was found")
-    refuses(op, case, backend, f"^{op}: backend '{backend}' was asked for but cannot run on {DEVICE}: .*{reason}",
-            error=BackendError)  # fmt: skip
+    message = f"^{log_name(op)}: backend '{backend}' was asked for but cannot run on {DEVICE}: .*{reason}"
+    refuses(op, case, backend, message, error=BackendError)
     with backends.use(backend), pytest.raises(BackendError, match=reason):
         run(op, case)
 
