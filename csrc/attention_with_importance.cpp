@@ -22,32 +22,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_importance(const Tenso
   const Offsets offsets(cu_seqlens);
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
-  const PackedKeys packed(kernels, keys, &values, offsets, key_bias);
-  const AttentionCall call{kernels, queries, offsets, offsets, packed, static_cast<float>(scale * 1.4426950408889634),
-                           causal,  out,     lse};
   const ImportanceSums sums(kernels, offsets, queries.heads, q.size(0));
 
-  const auto& chunks = sums.chunks();
-  const int64_t columns = round_up(sums.longest(), kernels.panel);
-  share_items(static_cast<int64_t>(chunks.size()), [&](const auto& next) {
-    const AttentionCall::Scratch scratch(call, sums.most_rows(), columns);
-    const Buffer memory(sums.most_rows() * columns * 4);
-    float* const best = memory.at<float>();
-    for (size_t item = next(); item < chunks.size(); item = next()) {
-      const auto& [b, first_block, last_block, received] = chunks[item];
-      const Blocks& blocks = sums.blocks(b);
-      const int64_t length = offsets.length(b), width = call.stride(b);
-      std::fill_n(received, length, 0.0f);
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t first = blocks.first(block), rows = blocks.size(block);
-        std::fill_n(best, rows * width, -std::numeric_limits<float>::infinity());
-        for (int64_t head = 0; head < queries.heads; ++head) {
-          call.run(scratch, b, head, first, rows, best, first == 0 ? sums.first_weights(b, head) : nullptr);
+  for (const auto& samples : sample_groups(kernels, keys, offsets)) {
+    const PackedKeys packed(kernels, keys, &values, offsets, key_bias, samples);
+    const AttentionCall call{kernels, queries, offsets, offsets, packed, static_cast<float>(scale),
+                             causal,  out,     lse};
+    const auto chunks = sums.chunks(samples);
+    const int64_t rows_most = sums.most_rows(samples), columns = call.stride(samples.front());
+    share_items(static_cast<int64_t>(chunks.size()), [&](const auto& next) {
+      const AttentionCall::Scratch scratch(call, rows_most, columns);
+      const Buffer memory(rows_most * columns * 4);
+      float* const best = memory.at<float>();
+      for (size_t item = next(); item < chunks.size(); item = next()) {
+        const auto& [b, first_block, last_block, received] = chunks[item];
+        const Blocks& blocks = sums.blocks(b);
+        const int64_t length = offsets.length(b), width = call.stride(b);
+        std::fill_n(received, length, 0.0f);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          const int64_t first = blocks.first(block), rows = blocks.size(block);
+          std::fill_n(best, rows * width, -std::numeric_limits<float>::infinity());
+          for (int64_t head = 0; head < queries.heads; ++head) {
+            const AttentionCall::Block now{b, head, first, rows}, following{b, head + 1, first, rows};
+            call.run(scratch, now, head + 1 < queries.heads ? &following : nullptr, best,
+                     first == 0 ? sums.first_weights(b, head) : nullptr);
+          }
+          kernels.exp_column_sums(best, width, rows, length, length, received);
         }
-        kernels.exp2_column_sums(best, width, rows, length, length, received);
       }
-    }
-  });
+    });
+  }
   const auto [received, cls] = sums.finish(HeadRows("out", out));
   return {out, lse, received, cls};
 }

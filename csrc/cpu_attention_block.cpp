@@ -28,8 +28,9 @@ AttentionCall::Scratch::Scratch(const AttentionCall& call, int64_t rows, int64_t
       weights_bytes(logits_bytes),
       memory(rows_bytes + logits_bytes + weights_bytes + round_up(rows * 4, 64)) {}
 
-void AttentionCall::run(const Scratch& scratch, int64_t b, int64_t head, int64_t first, int64_t rows, float* best,
+void AttentionCall::run(const Scratch& scratch, const Block& block, const Block* next, float* best,
                         float* first_weights) const {
+  const auto [b, head, first, rows] = block;
   const Factor factor = factor_of(kernels, q.type);
   const int64_t bytes = factor_bytes(factor), depth = round_up(q.head_dim, 2);
   const int64_t queries = offsets_q.length(b), keys = offsets_k.length(b), width = stride(b);
@@ -45,6 +46,7 @@ void AttentionCall::run(const Scratch& scratch, int64_t b, int64_t head, int64_t
 
   const int64_t row = offsets_q.start(b) + first;
   kernels.load_rows(factor, q.rows(row, rows, head), left, depth);
+  if (next != nullptr) q.prefetch(offsets_q.start(next->b) + next->first, next->rows, next->head);
   kernels.product(factor, {left, depth, rows}, packed.keys(b, head), columns, q.head_dim, scale, packed.bias(b), logits,
                   width);
   kernels.softmax(factor, {logits, width, rows, columns, visible, weights, inverse,

@@ -23,7 +23,7 @@ struct AttentionCall {
   const Offsets& offsets_q;
   const Offsets& offsets_k;
   const PackedKeys& packed;
-  float scale;  // of the logits in units of log 2
+  float scale;
   bool causal;
   Tensor& out;  // [Cq, H, d] contiguous
   Tensor& lse;  // [H, Cq] contiguous
@@ -37,9 +37,12 @@ struct AttentionCall {
     Buffer memory;
   };
 
-  // Attends queries [first, first + rows) of sample b in one head. `best` and `first_weights`: see SoftmaxBlock.
-  void run(const Scratch& scratch, int64_t b, int64_t head, int64_t first, int64_t rows, float* best,
-           float* first_weights) const;
+  struct Block {
+    int64_t b, head, first, rows;  // queries [first, first + rows) of sample b
+  };
+
+  // Attends a block. `next` is the block that follows in this thread, or null. `best` and `first_weights`: see SoftmaxBlock.
+  void run(const Scratch& scratch, const Block& block, const Block* next, float* best, float* first_weights) const;
 };
 
 }  // namespace madtp::cpu

@@ -136,7 +136,7 @@ void product_maximum(const LeftRows& left, const void* panel, int64_t columns, i
       left, static_cast<const typename Product::element*>(panel), (columns + kLanes - 1) / kLanes,
       (depth + Product::kDepth - 1) / Product::kDepth, [&](int64_t row, int v, vf sum) {
         float* to = best + row * best_stride + v * kLanes;
-        const vf value = fma(sum, factor, load(bias + v * kLanes) - broadcast(row_offset[row]));
+        const vf value = fma(sum, factor, load(bias + v * kLanes)) - broadcast(row_offset[row]);
         store(to, maximum(load(to), value));
       });
 }

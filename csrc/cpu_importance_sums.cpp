@@ -13,6 +13,8 @@ constexpr int64_t kMostChunks = 64;
 
 constexpr int64_t kTokensPerItem = 128;
 
+int64_t partial_stride(int64_t length) { return round_up(length, 16); }
+
 }  // namespace
 
 ImportanceSums::ImportanceSums(const CpuKernels& kernels, const Offsets& offsets, int64_t heads, int64_t total_rows)
@@ -21,30 +23,37 @@ ImportanceSums::ImportanceSums(const CpuKernels& kernels, const Offsets& offsets
       heads_(heads),
       total_rows_(total_rows),
       first_weights_(heads * offsets.total() * 4) {
-  partial_start_.resize(offsets.samples);
-  partial_count_.resize(offsets.samples);
-  for (int64_t b = 0; b < offsets.samples; ++b) {
-    const int64_t length = offsets.length(b);
-    blocks_.emplace_back(kernels, length, length, kLeastBlocks);
-    longest_ = std::max(longest_, length);
-    most_rows_ = std::max(most_rows_, length > 0 ? blocks_[b].rows : 0);
-  }
   int64_t floats = 0;
-  for (const int64_t b : offsets.longest_first()) {
-    const int64_t count = blocks_[b].count, per_chunk = (count + kMostChunks - 1) / kMostChunks;
-    partial_start_[b] = floats;
-    for (int64_t block = 0; block < count; block += per_chunk) {
-      chunks_.push_back({b, block, std::min(block + per_chunk, count), nullptr});
-      floats += round_up(offsets.length(b), 16);
-    }
-    partial_count_[b] = count == 0 ? 0 : (count + per_chunk - 1) / per_chunk;
+  for (int64_t b = 0; b < offsets.samples; ++b) {
+    blocks_.emplace_back(kernels, offsets.length(b), offsets.length(b), kLeastBlocks);
+    partial_start_.push_back(floats);
+    floats += chunk_count(b) * partial_stride(offsets.length(b));
   }
   partial_ = Buffer(floats * 4);
-  floats = 0;
-  for (Chunk& chunk : chunks_) {
-    chunk.sums = partial_.at<float>(floats * 4);
-    floats += round_up(offsets.length(chunk.b), 16);
+}
+
+int64_t ImportanceSums::blocks_per_chunk(int64_t b) const { return (blocks_[b].count + kMostChunks - 1) / kMostChunks; }
+
+int64_t ImportanceSums::chunk_count(int64_t b) const {
+  return blocks_[b].count == 0 ? 0 : (blocks_[b].count + blocks_per_chunk(b) - 1) / blocks_per_chunk(b);
+}
+
+std::vector<ImportanceSums::Chunk> ImportanceSums::chunks(const std::vector<int64_t>& samples) const {
+  std::vector<Chunk> chunks;
+  for (const int64_t b : samples) {
+    for (int64_t chunk = 0; chunk < chunk_count(b); ++chunk) {
+      const int64_t first = chunk * blocks_per_chunk(b);
+      chunks.push_back({b, first, std::min(first + blocks_per_chunk(b), blocks_[b].count),
+                        partial_.at<float>((partial_start_[b] + chunk * partial_stride(offsets_.length(b))) * 4)});
+    }
   }
+  return chunks;
+}
+
+int64_t ImportanceSums::most_rows(const std::vector<int64_t>& samples) const {
+  int64_t most = 0;
+  for (const int64_t b : samples) most = std::max(most, blocks_[b].rows);
+  return most;
 }
 
 std::tuple<Tensor, Tensor> ImportanceSums::finish(const HeadRows& out) const {
@@ -59,12 +68,12 @@ std::tuple<Tensor, Tensor> ImportanceSums::finish(const HeadRows& out) const {
   }
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t item) {
     const auto [b, first] = items[item];
-    const int64_t start = offsets_.start(b), length = offsets_.length(b), row = round_up(length, 16);
+    const int64_t start = offsets_.start(b), length = offsets_.length(b);
     const float* partial = partial_.at<float>(partial_start_[b] * 4);
     for (int64_t j = first; j < std::min(first + kTokensPerItem, length); ++j) {
-      float sum = 0.0f;
-      for (int64_t chunk = 0; chunk < partial_count_[b]; ++chunk) sum += partial[chunk * row + j];
-      received_data[start + j] = j == 0 ? 0.0f : sum;
+      double sum = 0.0;
+      for (int64_t chunk = 0; chunk < chunk_count(b); ++chunk) sum += partial[chunk * partial_stride(length) + j];
+      received_data[start + j] = j == 0 ? 0.0f : static_cast<float>(sum);
       cls_data[start + j] =
           j == 0 ? 0.0f
                  : kernels_.norm_weighted_mean(out.type, out.at(start + j, 0), out.head_stride, heads_, out.head_dim,

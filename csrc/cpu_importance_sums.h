@@ -21,10 +21,10 @@ class ImportanceSums {
   // `total_rows`: rows of the buffer, C.
   ImportanceSums(const CpuKernels& kernels, const Offsets& offsets, int64_t heads, int64_t total_rows);
 
-  const std::vector<Chunk>& chunks() const { return chunks_; }
+  std::vector<Chunk> chunks(const std::vector<int64_t>& samples) const;
   const Blocks& blocks(int64_t b) const { return blocks_[b]; }
-  int64_t most_rows() const { return most_rows_; }
-  int64_t longest() const { return longest_; }
+  // Rows of the largest block.
+  int64_t most_rows(const std::vector<int64_t>& samples) const;
 
   // Where the probabilities of token 0 of sample b, [length], go for one head.
   float* first_weights(int64_t b, int64_t head) const {
@@ -35,12 +35,14 @@ class ImportanceSums {
   std::tuple<Tensor, Tensor> finish(const HeadRows& out) const;
 
  private:
+  int64_t blocks_per_chunk(int64_t b) const;
+  int64_t chunk_count(int64_t b) const;
+
   const CpuKernels& kernels_;
   const Offsets& offsets_;
-  int64_t heads_, total_rows_, most_rows_ = 0, longest_ = 0;
+  int64_t heads_, total_rows_;
   std::vector<Blocks> blocks_;
-  std::vector<Chunk> chunks_;
-  std::vector<int64_t> partial_start_, partial_count_;  // of each sample: floats before its partial sums, their rows
+  std::vector<int64_t> partial_start_;  // of each sample: floats before its partial sums
   Buffer partial_{0}, first_weights_;
 };
 

@@ -33,7 +33,7 @@ struct LeftRows {
 
 // Softmax of a block of logits, row by row.
 struct SoftmaxBlock {
-  const float* logits;  // [rows, stride] in units of log 2; columns beyond `columns`, up to whole vectors, are -inf
+  const float* logits;  // [rows, stride]; columns beyond `columns`, up to whole vectors, are -inf
   int64_t stride;
   int64_t rows;
   int64_t columns;
@@ -41,7 +41,7 @@ struct SoftmaxBlock {
   void* weights;         // [rows, stride] of the factor type: exp(s - max), zero where unseen
   float* inverse_sum;    // [rows] 1 / sum of the weights, 0 for a row that sees nothing
   float* lse;            // [rows] natural log-sum-exp
-  float* best;           // [rows, stride] running maximum over heads of s - lse in units of log 2, or null
+  float* best;           // [rows, stride] running maximum over heads of s - lse, or null
   float* first_weights;  // [columns] probabilities of row 0, which then stays out of `best`; null: no such row
 };
 
@@ -66,10 +66,11 @@ struct CpuKernels {
 
   // Copies rows into a left operand, converted and zero padded to tile_rows rows and `stride` columns.
   void (*load_rows)(Factor, const RowsToLoad&, void* to, int64_t stride);
-  // Packs a right operand R[depth, columns]: from its transpose (K, a dictionary: one column per source row), or as is (V).
-  // Needs packed_size(columns, depth) elements.
-  void (*pack_transposed)(Factor, const RowsToLoad&, void* to);
-  void (*pack)(Factor, const RowsToLoad&, void* to);
+  // Packs part of a right operand R[depth, columns] of packed_size(columns, depth) elements: the columns from first_column on,
+  // a multiple of the lanes, each a source row (K, a dictionary); or the depths from first_depth on, even, each a source
+  // row (V).
+  void (*pack_transposed)(Factor, const RowsToLoad&, int64_t first_column, int64_t columns, void* to);
+  void (*pack)(Factor, const RowsToLoad&, int64_t first_depth, int64_t depth, void* to);
 
   // c = scale * left right + bias (a vector per column, whole vectors). c has tile_rows-padded rows.
   void (*product)(Factor, const LeftRows&, const void* right, int64_t columns, int64_t depth, float scale,
@@ -82,8 +83,8 @@ struct CpuKernels {
                           const float* bias, const float* row_offset, float* best, int64_t best_stride);
 
   void (*softmax)(Factor, const SoftmaxBlock&);
-  // sums[c] += sum_r 2^x[r, c], where row r counts the first visible + r columns only.
-  void (*exp2_column_sums)(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible, float* sums);
+  // sums[c] += sum_r e^x[r, c], where row r counts the first visible + r columns only.
+  void (*exp_column_sums)(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible, float* sums);
   // cls = sum_h p[h] |out_h| / (sum_h |out_h| + 1e-8) of one token; p is strided by p_stride.
   float (*norm_weighted_mean)(Type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
                               const float* p, int64_t p_stride);

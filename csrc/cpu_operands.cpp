@@ -6,6 +6,14 @@
 
 namespace madtp::cpu {
 
+namespace {
+
+constexpr int64_t kTokensTogether = 16;  // a multiple of every instruction set's lanes
+constexpr int64_t kTokensPerItem = 64;
+constexpr int64_t kGroupBytes = int64_t{32} << 20;  // of packed keys and values
+
+}  // namespace
+
 std::vector<int64_t> Offsets::longest_first() const {
   std::vector<int64_t> order(samples);
   std::iota(order.begin(), order.end(), 0);
@@ -13,43 +21,75 @@ std::vector<int64_t> Offsets::longest_first() const {
   return order;
 }
 
+std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const HeadRows& k, const Offsets& offsets) {
+  std::vector<std::vector<int64_t>> groups;
+  int64_t bytes = kGroupBytes;
+  for (const int64_t b : offsets.longest_first()) {
+    const int64_t size =
+        2 * k.heads * packed_size(kernels, offsets.length(b), k.head_dim) * factor_bytes(factor_of(kernels, k.type));
+    if (bytes + size > kGroupBytes) {
+      groups.emplace_back();
+      bytes = 0;
+    }
+    groups.back().push_back(b);
+    bytes += size;
+  }
+  return groups;
+}
+
 PackedKeys::PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadRows* v, const Offsets& offsets,
-                       const c10::optional<Tensor>& key_bias)
-    : kernels_(kernels) {
+                       const c10::optional<Tensor>& key_bias, const std::vector<int64_t>& samples)
+    : kernels_(kernels), place_(offsets.samples) {
   const Factor factor = factor_of(kernels, k.type);
   bytes_ = factor_bytes(factor);
   depth_ = factor == Factor::bf16 ? round_up(k.head_dim, 2) : k.head_dim;
-  int64_t key_total = 0, value_total = 0, bias_total = 0;
-  for (int64_t b = 0; b < offsets.samples; ++b) {
+  int64_t total = 0;
+  const auto reserve = [&total](int64_t bytes) {
+    total += round_up(bytes, 64);
+    return total - round_up(bytes, 64);
+  };
+  for (const int64_t b : samples) {
     const int64_t length = offsets.length(b);
-    key_start_.push_back(key_total);
-    key_stride_.push_back(round_up(packed_size(kernels, length, k.head_dim) * bytes_, 64));
-    key_total += key_stride_[b] * k.heads;
-    value_start_.push_back(value_total);
-    value_stride_.push_back(v == nullptr ? 0 : round_up(packed_size(kernels, v->head_dim, length) * bytes_, 64));
-    value_total += value_stride_[b] * k.heads;
-    bias_start_.push_back(bias_total);
-    bias_total += round_up(round_up(length, kernels.lanes) * 4, 64);
+    Place& place = place_[b];
+    place.keys_stride = round_up(packed_size(kernels, length, k.head_dim) * bytes_, 64);
+    place.keys = reserve(place.keys_stride * k.heads);
+    place.values_stride = v == nullptr ? 0 : round_up(packed_size(kernels, v->head_dim, length) * bytes_, 64);
+    place.values = reserve(place.values_stride * k.heads);
+    place.bias = reserve(round_up(length, kernels.lanes) * 4);
   }
-  keys_ = Buffer(key_total);
-  values_ = Buffer(value_total);
-  bias_ = Buffer(bias_total);
+  memory_ = Buffer(total);
 
   const Tensor bias = key_bias.has_value() ? key_bias->to(at::kFloat).contiguous() : Tensor();
   const float* given_bias = key_bias.has_value() ? bias.const_data_ptr<float>() : nullptr;
-  for_each_item(offsets.samples * k.heads, [&](int64_t item) {
-    const int64_t b = item / k.heads, head = item % k.heads, start = offsets.start(b), length = offsets.length(b);
-    if (length == 0) return;
-    kernels.pack_transposed(factor, k.rows(start, length, head), keys_.at(key_start_[b] + head * key_stride_[b]));
-    if (v != nullptr) {
-      kernels.pack(factor, v->rows(start, length, head), values_.at(value_start_[b] + head * value_stride_[b]));
-    }
-    if (head > 0) return;
-    float* padded = bias_.at<float>(bias_start_[b]);
-    for (int64_t j = 0; j < length; ++j) {
-      padded[j] = given_bias == nullptr ? 0.0f : static_cast<float>(given_bias[start + j] * 1.4426950408889634);
-    }
+  for (const int64_t b : samples) {
+    float* padded = memory_.at<float>(place_[b].bias);
+    const int64_t start = offsets.start(b), length = offsets.length(b);
+    for (int64_t j = 0; j < length; ++j) padded[j] = given_bias == nullptr ? 0.0f : given_bias[start + j];
     std::fill(padded + length, padded + round_up(length, kernels.lanes), -std::numeric_limits<float>::infinity());
+  }
+
+  std::vector<std::pair<int64_t, int64_t>> items;  // sample, first token
+  for (const int64_t b : samples) {
+    for (int64_t j = 0; j < offsets.length(b); j += kTokensPerItem) items.emplace_back(b, j);
+  }
+  for_each_item(static_cast<int64_t>(items.size()), [&](int64_t item) {
+    const auto [b, first] = items[item];
+    const int64_t start = offsets.start(b), length = offsets.length(b);
+    const int64_t last = std::min(first + kTokensPerItem, length);
+    // Few tokens at a time, all heads of them: the memory is read in order.
+    for (int64_t j = first; j < last; j += kTokensTogether) {
+      const int64_t count = std::min(kTokensTogether, last - j);
+      for (int64_t head = 0; head < k.heads; ++head) {
+        if (head + 1 < k.heads) k.prefetch(start + j, count, head + 1);
+        if (head + 1 < k.heads && v != nullptr) v->prefetch(start + j, count, head + 1);
+        kernels.pack_transposed(factor, k.rows(start + j, count, head), j, length,
+                                memory_.at(place_[b].keys + head * place_[b].keys_stride));
+        if (v != nullptr) {
+          kernels.pack(factor, v->rows(start + j, count, head), j, length,
+                       memory_.at(place_[b].values + head * place_[b].values_stride));
+        }
+      }
+    }
   });
 }
 

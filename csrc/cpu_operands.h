@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "cpu_memory.h"
 #include "cpu_parallel.h"
 
 namespace madtp::cpu {
@@ -61,35 +62,49 @@ struct HeadRows {
   RowsToLoad rows(int64_t first, int64_t count, int64_t head) const {
     return {at(first, head), type, row_stride, count, head_dim};
   }
+  // Asks for rows that will be needed soon: a head's rows lie too far apart for the processor to foresee them.
+  void prefetch(int64_t first, int64_t count, int64_t head) const {
+    for (int64_t row = first; row < first + count; ++row) {
+      const auto* p = static_cast<const char*>(at(row, head));
+      for (int64_t i = 0; i < head_dim * bytes; i += 64) __builtin_prefetch(p + i);
+    }
+  }
 
   const std::byte* data;
   Type type;
   int64_t bytes, row_stride, head_stride, heads, head_dim;
 };
 
-// The keys of all samples and heads, transposed and packed; the values, packed; and the bias of every key in units of
-// log 2, padded to whole vectors with -inf, so that padding keys get no weight.
+// Attention is done for groups of samples, one after the other, so that the memory for packed keys and values is bounded, and
+// each group's are still in the cache when they are used. From the longest sample to the shortest.
+std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const HeadRows& k, const Offsets& offsets);
+
+// The keys of a group of samples, all heads, transposed and packed; the values, packed; and the bias of every key,
+// padded to whole vectors with -inf, so that padding keys get no weight.
 class PackedKeys {
  public:
   // `v` may be null: importance needs keys only.
   PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadRows* v, const Offsets& offsets,
-             const c10::optional<Tensor>& key_bias);
+             const c10::optional<Tensor>& key_bias, const std::vector<int64_t>& samples);
 
-  const void* keys(int64_t b, int64_t head) const { return keys_.at(key_start_[b] + head * key_bytes(b)); }
-  const void* values(int64_t b, int64_t head) const { return values_.at(value_start_[b] + head * value_bytes(b)); }
-  const float* bias(int64_t b) const { return bias_.at<float>(bias_start_[b]); }
+  const void* keys(int64_t b, int64_t head) const { return memory_.at(place_[b].keys + head * place_[b].keys_stride); }
+  const void* values(int64_t b, int64_t head) const {
+    return memory_.at(place_[b].values + head * place_[b].values_stride);
+  }
+  const float* bias(int64_t b) const { return memory_.at<float>(place_[b].bias); }
 
   // Bytes between the panels of a sample's packed keys.
   int64_t panel_bytes() const { return kernels_.panel * depth_ * bytes_; }
 
  private:
-  int64_t key_bytes(int64_t b) const { return key_stride_[b]; }
-  int64_t value_bytes(int64_t b) const { return value_stride_[b]; }
+  struct Place {  // in bytes; of the samples of this group
+    int64_t keys, keys_stride, values, values_stride, bias;
+  };
 
   const CpuKernels& kernels_;
   int64_t depth_, bytes_;
-  std::vector<int64_t> key_start_, key_stride_, value_start_, value_stride_, bias_start_;
-  Buffer keys_{0}, values_{0}, bias_{0};
+  std::vector<Place> place_;
+  Buffer memory_{0};
 };
 
 }  // namespace madtp::cpu

@@ -1,6 +1,8 @@
 // Copies between tensors and the operands of cpu_gemm.h: conversion to the factor type, zero padding, packing.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu_gemm.h"
 
 namespace madtp::cpu::MADTP_ISA {
@@ -17,10 +19,15 @@ MADTP_INLINE void load_row(const Source* from, int64_t size, float* to, int64_t 
   }
 }
 
+#if defined(__AVX512BF16__)
 MADTP_INLINE void load_row(const bf16* from, int64_t size, bf16* to, int64_t columns) {
-  std::memcpy(to, from, static_cast<size_t>(size) * sizeof(bf16));
-  for (int64_t i = size; i < columns; ++i) to[i].bits = 0;
+  for (int64_t i = 0; i < columns; i += 32) {
+    const auto given = static_cast<__mmask32>((1ull << larger(0, smaller(32, size - i))) - 1);
+    const auto wanted = static_cast<__mmask32>((1ull << smaller(32, columns - i)) - 1);
+    _mm512_mask_storeu_epi16(to + i, wanted, _mm512_maskz_loadu_epi16(given, from + i));
+  }
 }
+#endif
 
 template <class Source, class Element>
 void load_rows(const RowsToLoad& rows, Element* to, int64_t stride) {
@@ -41,66 +48,112 @@ MADTP_INLINE PackedVector packed_vector(int64_t vector, int64_t vectors, int64_t
   return {before + (vector - panel) * kLanes * depth_per_step, width};
 }
 
-// Source rows become columns. The values of a step (one float, or a pair of bfloat16) move as one 32-bit unit.
-template <class Unit>
-MADTP_INLINE void transpose_vector(const Unit* rows, int64_t rows_stride, int64_t steps, Unit* to, int64_t step) {
-  for (int64_t s = 0; s < steps; ++s)
-    for (int64_t c = 0; c < kLanes; ++c) to[s * step + c] = rows[c * rows_stride + s];
+// to[s * step + c] = step s of row c, for kLanes rows and steps; a step is 32 bits, one float or a pair of bfloat16.
+// `row_bytes` lie between rows.
+#if defined(__AVX512F__)
+MADTP_INLINE void transpose_square(const void* rows, int64_t row_bytes, uint32_t* to, int64_t step) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(static_cast<const char*>(rows) + i * row_bytes);
+  // Pairs of rows, then fours: each 128-bit part k of the result holds one step of four rows.
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 g + i] part k: rows 4 g .. 4 g + 3 of step 4 k + i. Gather the four groups of a step.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), low23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512i high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd), high23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_storeu_si512(to + i * step, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + (4 + i) * step, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + (8 + i) * step, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(to + (12 + i) * step, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
 }
+#else
+MADTP_INLINE void transpose_square(const void* rows, int64_t row_bytes, uint32_t* to, int64_t step) {
+  for (int64_t c = 0; c < kLanes; ++c) {
+    uint32_t row[kLanes];
+    std::memcpy(row, static_cast<const char*>(rows) + c * row_bytes, sizeof row);
+    for (int64_t s = 0; s < kLanes; ++s) to[s * step + c] = row[s];
+  }
+}
+#endif
 
-constexpr int64_t kChunk = 64;  // depths that are transposed at a time
-
+// Source rows become columns [first_column, first_column + rows) of `columns`.
 template <class Source, class Product>
-void pack_transposed(const RowsToLoad& rows, typename Product::element* to) {
+void pack_transposed(const RowsToLoad& rows, int64_t first_column, int64_t columns, typename Product::element* to) {
   using Element = typename Product::element;
+  constexpr int64_t kSquare = kLanes * Product::kDepth;  // depths of a square of steps
   const auto* from = static_cast<const Source*>(rows.source);
-  const int64_t columns = rows.rows, vectors = (columns + kLanes - 1) / kLanes;
+  const int64_t vectors = (columns + kLanes - 1) / kLanes;
   const int64_t steps = (rows.depth + Product::kDepth - 1) / Product::kDepth;
-  alignas(64) Element chunk[kLanes * kChunk];
-  for (int64_t v = 0; v < vectors; ++v) {
-    const PackedVector at = packed_vector(v, vectors, steps, Product::kDepth);
-    for (int64_t s = 0; s < steps; s += kChunk / Product::kDepth) {
-      const int64_t chunk_steps = smaller(kChunk / Product::kDepth, steps - s), first = s * Product::kDepth;
-      const int64_t size = smaller(rows.depth - first, kChunk);
-      for (int64_t c = 0; c < kLanes; ++c) {
-        const int64_t column = v * kLanes + c;
-        load_row(from + column * (column < columns ? rows.stride : 0) + first, column < columns ? size : 0,
-                 chunk + c * kChunk, chunk_steps * Product::kDepth);
+  alignas(64) Element chunk[kLanes * kSquare];
+  alignas(64) uint32_t turned[kLanes * kLanes];
+  for (int64_t column = 0; column < rows.rows; column += kLanes) {
+    const PackedVector at = packed_vector((first_column + column) / kLanes, vectors, steps, Product::kDepth);
+    auto* target = reinterpret_cast<uint32_t*>(to + at.start);
+    const int64_t step = at.step / Product::kDepth;
+    for (int64_t s = 0; s < steps; s += kLanes, target += kLanes * step) {
+      const int64_t depth = s * Product::kDepth, size = smaller(rows.depth - depth, kSquare);
+      const void* square = chunk;
+      int64_t row_bytes = sizeof(Element) * kSquare;
+      if (std::is_same_v<Source, Element> && size == kSquare && column + kLanes <= rows.rows) {
+        square = from + column * rows.stride + depth;
+        row_bytes = sizeof(Element) * rows.stride;
+      } else {
+        for (int64_t c = 0; c < kLanes; ++c) {
+          const bool exists = column + c < rows.rows;
+          load_row(from + (exists ? (column + c) * rows.stride + depth : 0), exists ? size : 0, chunk + c * kSquare, kSquare);
+        }
       }
-      transpose_vector(reinterpret_cast<const uint32_t*>(chunk), kChunk / Product::kDepth, chunk_steps,
-                       reinterpret_cast<uint32_t*>(to + at.start + s * at.step), at.step / Product::kDepth);
+      if (steps - s >= kLanes) {
+        transpose_square(square, row_bytes, target, step);
+      } else {
+        transpose_square(square, row_bytes, turned, kLanes);
+        for (int64_t i = 0; i < steps - s; ++i) std::memcpy(target + i * step, turned + i * kLanes, 4 * kLanes);
+      }
     }
   }
 }
 
-// Source rows are the depth.
+// Source rows are the depths [first_depth, first_depth + rows) of `depth`.
 template <class Source>
-void pack_f32(const RowsToLoad& rows, int64_t columns, float* to) {
+void pack_f32(const RowsToLoad& rows, int64_t first_depth, int64_t depth, float* to) {
   const auto* from = static_cast<const Source*>(rows.source);
-  const int64_t vectors = (columns + kLanes - 1) / kLanes;
-  for (int64_t v = 0; v < vectors; ++v) {
-    const PackedVector at = packed_vector(v, vectors, rows.rows, 1);
-    const int64_t given = smaller(kLanes, columns - v * kLanes);
-    for (int64_t s = 0; s < rows.rows; ++s) {
-      const Source* p = from + s * rows.stride + v * kLanes;
-      store(to + at.start + s * at.step, given == kLanes ? load(p) : load_n(p, given));
+  const int64_t columns = rows.depth, vectors = (columns + kLanes - 1) / kLanes;
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const PackedVector at = packed_vector(v, vectors, depth, 1);
+      const Source* p = from + r * rows.stride + v * kLanes;
+      const int64_t given = smaller(kLanes, columns - v * kLanes);
+      store(to + at.start + (first_depth + r) * at.step, given == kLanes ? load(p) : load_n(p, given));
     }
   }
 }
 
 #if defined(__AVX512BF16__)
-MADTP_INLINE void pack_bf16(const RowsToLoad& rows, int64_t columns, bf16* to) {
+MADTP_INLINE void pack_bf16(const RowsToLoad& rows, int64_t first_depth, int64_t depth, bf16* to) {
   const auto* from = static_cast<const bf16*>(rows.source);
-  const int64_t vectors = (columns + kLanes - 1) / kLanes, steps = (rows.rows + 1) / 2;
-  for (int64_t v = 0; v < vectors; ++v) {
-    const PackedVector at = packed_vector(v, vectors, steps, 2);
-    const __mmask16 given = first_lanes(smaller(kLanes, columns - v * kLanes));
-    for (int64_t s = 0; s < steps; ++s) {
-      const bf16* even = from + 2 * s * rows.stride + v * kLanes;
-      const __mmask16 has_odd = 2 * s + 1 < rows.rows ? given : 0;
+  const int64_t columns = rows.depth, vectors = (columns + kLanes - 1) / kLanes, steps = (depth + 1) / 2;
+  for (int64_t r = 0; r < rows.rows; r += 2) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const PackedVector at = packed_vector(v, vectors, steps, 2);
+      const __mmask16 given = first_lanes(smaller(kLanes, columns - v * kLanes));
+      const bf16* even = from + r * rows.stride + v * kLanes;
+      const __mmask16 has_odd = r + 1 < rows.rows ? given : 0;
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(given, even));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(has_odd, even + rows.stride));
-      _mm512_storeu_si512(to + at.start + s * at.step, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      _mm512_storeu_si512(to + at.start + (first_depth + r) / 2 * at.step, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
 }

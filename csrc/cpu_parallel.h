@@ -1,14 +1,11 @@
-// Work shared between threads, and memory for it.
+// Work shared between threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 
 namespace madtp::cpu {
 
@@ -29,23 +26,5 @@ void for_each_item(int64_t items, const Item& run) {
     for (int64_t item = next(); item < items; item = next()) run(item);
   });
 }
-
-// Uninitialised memory, aligned to a cache line.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes)
-      : data_(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}))) {}
-
-  template <class T = void>
-  T* at(int64_t byte_offset = 0) const {
-    return reinterpret_cast<T*>(data_.get() + byte_offset);
-  }
-
- private:
-  struct Delete {
-    void operator()(std::byte* data) const { ::operator delete(data, std::align_val_t{64}); }
-  };
-  std::unique_ptr<std::byte[], Delete> data_;
-};
 
 }  // namespace madtp::cpu

@@ -39,8 +39,8 @@ MADTP_INLINE uint32_t as_bits(float value) {
 }
 
 // 2^f = p(f) for f in [0, 1): relative minimax polynomials, highest coefficient first.
-constexpr float kExp2[7] = {0.00021702249068766832f, 0.0012439689598977566f, 0.009678840637207031f, 0.055483341217041016f,
-                            0.24022983014583588f,    0.6931470036506653f,    1.0f};  // 6e-8 after rounding
+constexpr float kExp2[7] = {0.000215659718378447f, 0.0012482289457693696f, 0.009673775173723698f, 0.05548618361353874f,
+                            0.24022908508777618f,  0.6931470632553101f,    1.0f};  // 6e-8 after rounding
 constexpr float kExp2Short[5] = {0.01353416033089161f, 0.05201147496700287f, 0.2414427548646927f, 0.6930038332939148f,
                                  1.0000026226043701f};  // 3e-6, for weights that are rounded to bfloat16
 

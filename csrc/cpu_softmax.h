@@ -1,5 +1,5 @@
-// Softmax of blocks of logits, and the column sums of probabilities. Logits are in units of log 2, so that 2^x is the
-// exponential; a block's rows are complete, so the softmax is exact in one pass, without rescaling.
+// Softmax of blocks of logits, and the column sums of probabilities. A block's rows are complete, so the softmax needs no
+// rescaling.
 #pragma once
 
 #include "cpu_simd.h"
@@ -16,20 +16,27 @@ MADTP_INLINE vf hide_from(vf x, int64_t n) {
   return load(lanes);
 }
 
-// weights[0, size) = 2^(row - top); returns their sum before rounding. `size` is a multiple of kLanes.
-MADTP_INLINE float exponentials(const float* row, int64_t size, float top, float* weights) {
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2ERest = static_cast<float>(1.4426950408889634 - static_cast<double>(kLog2E));
+constexpr double kLn2 = 0.6931471805599453;
+
+// e^x. Rounding log2(e) alone would give all probabilities the same relative error, which sums do not average out.
+MADTP_INLINE vf exponential(vf x) { return exp2(fma(x, broadcast(kLog2E), x * broadcast(kLog2ERest))); }
+
+// weights[0, size) = 2^(row log2(e) + shift); returns their sum before rounding. `size` is a multiple of kLanes.
+MADTP_INLINE float exponentials(const float* row, int64_t size, float shift_value, float* weights) {
   vf sum[2] = {broadcast(0.0f), broadcast(0.0f)};
-  const vf shift = broadcast(top);
+  const vf factor = broadcast(kLog2E), shift = broadcast(shift_value);
   int64_t j = 0;
   for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
     for (int u = 0; u < 2; ++u) {
-      const vf w = exp2(load(row + j + u * kLanes) - shift);
+      const vf w = exp2(fma(load(row + j + u * kLanes), factor, shift));
       store(weights + j + u * kLanes, w);
       sum[u] = sum[u] + w;
     }
   }
   if (j < size) {
-    const vf w = exp2(load(row + j) - shift);
+    const vf w = exp2(fma(load(row + j), factor, shift));
     store(weights + j, w);
     sum[0] = sum[0] + w;
   }
@@ -37,24 +44,34 @@ MADTP_INLINE float exponentials(const float* row, int64_t size, float top, float
 }
 
 #if defined(__AVX512BF16__)
-MADTP_INLINE float exponentials(const float* row, int64_t size, float top, bf16* weights) {
+MADTP_INLINE float exponentials(const float* row, int64_t size, float shift_value, bf16* weights) {
   vf sum[2] = {broadcast(0.0f), broadcast(0.0f)};
-  const vf shift = broadcast(top);
+  const vf factor = broadcast(kLog2E), shift = broadcast(shift_value);
   int64_t j = 0;
   for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
-    const vf w0 = exp2_short(load(row + j) - shift), w1 = exp2_short(load(row + j + kLanes) - shift);
+    const vf w0 = exp2_short(fma(load(row + j), factor, shift)), w1 = exp2_short(fma(load(row + j + kLanes), factor, shift));
     _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(w1, w0));
     sum[0] = sum[0] + w0;
     sum[1] = sum[1] + w1;
   }
   if (j < size) {
-    const vf w = exp2_short(load(row + j) - shift);
+    const vf w = exp2_short(fma(load(row + j), factor, shift));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), (__m256i)_mm512_cvtneps_pbh(w));
     sum[0] = sum[0] + w;
   }
   return sum_lanes(sum[0] + sum[1]);
 }
 #endif
+
+// log2 of a positive normal number, to about 1e-9: the series of artanh, on a mantissa in [sqrt(1/2), sqrt(2)).
+MADTP_INLINE double log2_of(float x) {
+  const uint32_t offset = as_bits(x) - 0x3f3504f3u;  // bits of sqrt(1/2)
+  const double exponent = static_cast<int32_t>(offset) >> 23;
+  const double mantissa = as_float((offset & 0x7fffffu) + 0x3f3504f3u);
+  const double t = (mantissa - 1.0) / (mantissa + 1.0), square = t * t;
+  const double series = 1.0 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square * (1.0 / 9))));
+  return exponent + 2.8853900817779268 * t * series;  // 2 / ln 2
+}
 
 template <class Element>
 void softmax(const SoftmaxBlock& block) {
@@ -81,33 +98,42 @@ void softmax(const SoftmaxBlock& block) {
       continue;
     }
 
-    const float sum = exponentials(row, size, row_top, weights);
+    // Rounding the shift is harmless: the log-sum-exp takes the rounded one back.
+    const float shift = -row_top * kLog2E;
+    const float sum = exponentials(row, size, shift, weights);
     std::memset(weights + size, 0, static_cast<size_t>(padded - size) * sizeof(Element));
-    const double log2_sum = static_cast<double>(row_top) + static_cast<double>(__builtin_log2f(sum));
+    const float lse = static_cast<float>((log2_of(sum) - shift) * kLn2);
     block.inverse_sum[r] = 1.0f / sum;
-    block.lse[r] = static_cast<float>(log2_sum * 0.6931471805599453);
+    block.lse[r] = lse;
 
-    const vf offset = broadcast(static_cast<float>(log2_sum));
+    const vf offset = broadcast(lse);
     if (is_first) {
       for (int64_t j = 0; j < block.columns; j += kLanes) {
-        const vf p = j < size ? exp2(load(row + j) - offset) : broadcast(0.0f);
+        const vf p = j < size ? exponential(load(row + j) - offset) : broadcast(0.0f);
         store_n(block.first_weights + j, p, smaller(kLanes, block.columns - j));
       }
     } else if (block.best != nullptr) {
       float* best = block.best + r * block.stride;
-      for (int64_t j = 0; j < size; j += kLanes) store(best + j, maximum(load(best + j), load(row + j) - offset));
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
+        const vf a = maximum(load(best + j), load(row + j) - offset);
+        const vf b = maximum(load(best + j + kLanes), load(row + j + kLanes) - offset);
+        store(best + j, a);
+        store(best + j + kLanes, b);
+      }
+      if (j < size) store(best + j, maximum(load(best + j), load(row + j) - offset));
     }
   }
 }
 
-MADTP_INLINE void exp2_column_sums(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible,
+MADTP_INLINE void exp_column_sums(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible,
                                    float* sums) {
   for (int64_t j = 0; j < columns; j += kLanes) {
     vf sum = broadcast(0.0f);
     for (int64_t r = larger(0, j + 1 - visible); r < rows; ++r) {
       vf value = load(x + r * stride + j);
       if (visible + r < j + kLanes) value = hide_from(value, visible + r - j);
-      sum = sum + exp2(value);
+      sum = sum + exponential(value);
     }
     const int64_t n = smaller(kLanes, columns - j);
     store_n(sums + j, load_n(sums + j, n) + sum, n);

@@ -46,22 +46,29 @@ CpuKernels make_table() {
 #endif
 
   table.load_rows = [](Factor factor, const RowsToLoad& rows, void* to, int64_t stride) {
+#if defined(__AVX512BF16__)
     if (factor == Factor::bf16) return load_rows<bf16>(rows, static_cast<bf16*>(to), stride);
+#endif
+    (void)factor;
     with_type(rows.type, [&]<class T>(T*) { load_rows<T>(rows, static_cast<float*>(to), stride); });
   };
-  table.pack_transposed = [](Factor factor, const RowsToLoad& rows, void* to) {
+  table.pack_transposed = [](Factor factor, const RowsToLoad& rows, int64_t first_column, int64_t columns, void* to) {
 #if defined(__AVX512BF16__)
-    if (factor == Factor::bf16) return pack_transposed<bf16, ProductBF16>(rows, static_cast<bf16*>(to));
+    if (factor == Factor::bf16) {
+      return pack_transposed<bf16, ProductBF16>(rows, first_column, columns, static_cast<bf16*>(to));
+    }
 #endif
     (void)factor;
-    with_type(rows.type, [&]<class T>(T*) { pack_transposed<T, ProductF32>(rows, static_cast<float*>(to)); });
+    with_type(rows.type, [&]<class T>(T*) {
+      pack_transposed<T, ProductF32>(rows, first_column, columns, static_cast<float*>(to));
+    });
   };
-  table.pack = [](Factor factor, const RowsToLoad& rows, void* to) {
+  table.pack = [](Factor factor, const RowsToLoad& rows, int64_t first_depth, int64_t depth, void* to) {
 #if defined(__AVX512BF16__)
-    if (factor == Factor::bf16) return pack_bf16(rows, rows.depth, static_cast<bf16*>(to));
+    if (factor == Factor::bf16) return pack_bf16(rows, first_depth, depth, static_cast<bf16*>(to));
 #endif
     (void)factor;
-    with_type(rows.type, [&]<class T>(T*) { pack_f32<T>(rows, rows.depth, static_cast<float*>(to)); });
+    with_type(rows.type, [&]<class T>(T*) { pack_f32<T>(rows, first_depth, depth, static_cast<float*>(to)); });
   };
 
   table.product = [](Factor factor, const LeftRows& left, const void* right, int64_t columns, int64_t depth, float scale,
@@ -86,8 +93,8 @@ CpuKernels make_table() {
   table.softmax = [](Factor factor, const SoftmaxBlock& block) {
     with_product(factor, [&]<class P>(P) { softmax<typename P::element>(block); });
   };
-  table.exp2_column_sums = [](const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible,
-                              float* sums) { exp2_column_sums(x, stride, rows, columns, visible, sums); };
+  table.exp_column_sums = [](const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible,
+                              float* sums) { exp_column_sums(x, stride, rows, columns, visible, sums); };
   table.norm_weighted_mean = [](Type type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
                                 const float* p, int64_t p_stride) {
     return with_type(type, [&]<class T>(T*) {

@@ -14,6 +14,97 @@
 
 namespace madtp::cpu {
 
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct ImportanceCall {
+  const CpuKernels& kernels;
+  const HeadRows& q;
+  const Offsets& offsets;
+  const PackedKeys& packed;
+  const ImportanceSums& sums;
+  const Tensor& lse;  // [H, C] contiguous
+  float scale;
+  bool causal;
+
+  // A thread's memory for blocks of up to `rows` queries: all heads' queries and their log-sum-exp, and one tile.
+  struct Scratch {
+    Scratch(const ImportanceCall& call, int64_t rows)
+        : queries_stride(rows * round_up(call.q.head_dim, 2) * 4),
+          lse_stride(rows * 4),
+          queries(call.q.heads * queries_stride),
+          lse(call.q.heads * lse_stride),
+          tile_memory(rows * call.kernels.panel * 4),
+          tile(tile_memory.at<float>()) {}
+    int64_t queries_stride, lse_stride;
+    Buffer queries, lse, tile_memory;
+    float* tile;
+  };
+
+  struct Block {
+    int64_t b, first, rows;  // queries [first, first + rows) of sample b
+  };
+
+  void load(const Scratch& scratch, const Block& block) const;
+  // Running maximum over `head` of s - lse, in the tile of the block's first `rows` queries and the panel from `column` on.
+  void maximum(const Scratch& scratch, const Block& block, int64_t rows, int64_t column, int64_t head) const;
+  void run(const Scratch& scratch, const Block& block, float* received) const;
+};
+
+void ImportanceCall::load(const Scratch& scratch, const Block& block) const {
+  const int64_t row = offsets.start(block.b) + block.first;
+  for (int64_t head = 0; head < q.heads; ++head) {
+    if (head + 1 < q.heads) q.prefetch(row, block.rows, head + 1);
+    kernels.load_rows(factor_of(kernels, q.type), q.rows(row, block.rows, head),
+                      scratch.queries.at(head * scratch.queries_stride), round_up(q.head_dim, 2));
+    const float* const from = lse.const_data_ptr<float>() + head * lse.size(1) + row;
+    float* const to = scratch.lse.at<float>(head * scratch.lse_stride);
+    // A query that sees nothing gives nothing: s - inf.
+    for (int64_t r = 0; r < block.rows; ++r) to[r] = from[r] == -kInfinity ? kInfinity : from[r];
+    std::fill(to + block.rows, to + round_up(block.rows, kernels.tile_rows), 0.0f);
+  }
+}
+
+void ImportanceCall::maximum(const Scratch& scratch, const Block& block, int64_t rows, int64_t column,
+                             int64_t head) const {
+  const int64_t columns = std::min(kernels.panel, offsets.length(block.b) - column);
+  const auto* const panel = static_cast<const std::byte*>(packed.keys(block.b, head)) +
+                            column / kernels.panel * packed.panel_bytes();
+  kernels.product_maximum(factor_of(kernels, q.type),
+                          {scratch.queries.at(head * scratch.queries_stride), round_up(q.head_dim, 2), rows}, panel,
+                          columns, q.head_dim, scale, packed.bias(block.b) + column,
+                          scratch.lse.at<float>(head * scratch.lse_stride), scratch.tile, kernels.panel);
+}
+
+void ImportanceCall::run(const Scratch& scratch, const Block& block, float* received) const {
+  const auto [b, first, rows] = block;
+  const int64_t length = offsets.length(b), panel = kernels.panel;
+  const int64_t visible = causal ? first + 1 : length;  // to the first query
+  const int64_t visible_to_last = std::min(visible + rows - 1, length);
+  load(scratch, block);
+  for (int64_t column = 0; column < length; column += panel) {
+    const int64_t columns = std::min(panel, length - column);
+    if (first == 0) {  // token 0: its probabilities are wanted head by head
+      for (int64_t head = 0; head < q.heads; ++head) {
+        float* const weights = sums.first_weights(b, head) + column;
+        std::fill_n(weights, columns, 0.0f);
+        if (column >= visible) continue;
+        std::fill_n(scratch.tile, kernels.tile_rows * panel, -kInfinity);
+        maximum(scratch, block, 1, column, head);
+        kernels.exp_column_sums(scratch.tile, panel, 1, columns, visible - column, weights);
+      }
+    }
+    if (column >= visible_to_last) continue;
+    std::fill_n(scratch.tile, round_up(rows, kernels.tile_rows) * panel, -kInfinity);
+    for (int64_t head = 0; head < q.heads; ++head) maximum(scratch, block, rows, column, head);
+    if (first == 0) std::fill_n(scratch.tile, panel, -kInfinity);
+    kernels.exp_column_sums(scratch.tile, panel, rows, columns, visible - column, received + column);
+  }
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k, const Tensor& out, const Tensor& lse,
                                                 const Tensor& cu_seqlens, int64_t, double scale, bool causal,
                                                 const OptionalTensor& key_bias) {
@@ -21,75 +112,25 @@ std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k
   const HeadRows queries("q", q), keys("k", k), outputs("out", out);
   const Offsets offsets(cu_seqlens);
   const Tensor lse_dense = lse.contiguous();
-  const float* const lse_data = lse_dense.const_data_ptr<float>();
-  const PackedKeys packed(kernels, keys, nullptr, offsets, key_bias);
   const ImportanceSums sums(kernels, offsets, queries.heads, q.size(0));
 
-  const Factor factor = factor_of(kernels, queries.type);
-  const int64_t heads = queries.heads, depth = round_up(queries.head_dim, 2);
-  const float log2_scale = static_cast<float>(scale * 1.4426950408889634);
-  const int64_t left_bytes = sums.most_rows() * depth * factor_bytes(factor);
-  const auto& chunks = sums.chunks();
-
-  share_items(static_cast<int64_t>(chunks.size()), [&](const auto& next) {
-    const Buffer left(heads * left_bytes), offset(heads * sums.most_rows() * 4),
-        tile(sums.most_rows() * kernels.panel * 4);
-    for (size_t item = next(); item < chunks.size(); item = next()) {
-      const auto& [b, first_block, last_block, received] = chunks[item];
-      const Blocks& blocks = sums.blocks(b);
-      const int64_t start = offsets.start(b), length = offsets.length(b);
-      std::fill_n(received, length, 0.0f);
-      for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t first = blocks.first(block), rows = blocks.size(block), stride = sums.most_rows();
-        for (int64_t head = 0; head < heads; ++head) {
-          kernels.load_rows(factor, queries.rows(start + first, rows, head), left.at(head * left_bytes), depth);
-          float* const head_offset = offset.at<float>(head * stride * 4);
-          for (int64_t r = 0; r < round_up(rows, kernels.tile_rows); ++r) {
-            const float value = r < rows ? lse_data[head * lse_dense.size(1) + start + first + r] : 0.0f;
-            // A query that sees nothing gives nothing: s - inf.
-            head_offset[r] = value == -std::numeric_limits<float>::infinity()
-                                 ? std::numeric_limits<float>::infinity()
-                                 : static_cast<float>(value * 1.4426950408889634);
-          }
-        }
-        const int64_t visible = causal ? first + 1 : length;
-        for (int64_t column = 0; column < std::min(visible + rows - 1, length); column += kernels.panel) {
-          const int64_t columns = std::min(kernels.panel, length - column);
-          const auto product = [&](int64_t head, int64_t tile_rows) {
-            kernels.product_maximum(factor, {left.at(head * left_bytes), depth, tile_rows},
-                                    static_cast<const std::byte*>(packed.keys(b, head)) +
-                                        column / kernels.panel * packed.panel_bytes(),
-                                    columns, queries.head_dim, log2_scale, packed.bias(b) + column,
-                                    offset.at<float>(head * stride * 4), tile.at<float>(), kernels.panel);
-          };
-          const auto clear = [&](int64_t tile_rows) {
-            std::fill_n(tile.at<float>(), round_up(tile_rows, kernels.tile_rows) * kernels.panel,
-                        -std::numeric_limits<float>::infinity());
-          };
-          if (first == 0) {  // token 0, whose probabilities are wanted head by head
-            for (int64_t head = 0; head < heads; ++head) {
-              clear(1);
-              product(head, 1);
-              float* const weights = sums.first_weights(b, head) + column;
-              std::fill_n(weights, columns, 0.0f);
-              kernels.exp2_column_sums(tile.at<float>(), kernels.panel, 1, columns, visible - column, weights);
-            }
-          }
-          clear(rows);
-          for (int64_t head = 0; head < heads; ++head) product(head, rows);
-          if (first == 0) std::fill_n(tile.at<float>(), columns, -std::numeric_limits<float>::infinity());
-          kernels.exp2_column_sums(tile.at<float>(), kernels.panel, rows, columns, visible - column, received + column);
-        }
-        // A causal token 0 sees itself only.
-        if (first == 0 && causal) {
-          const int64_t done = std::min(round_up(std::min(visible + rows - 1, length), kernels.panel), length);
-          for (int64_t head = 0; head < heads; ++head) {
-            std::fill_n(sums.first_weights(b, head) + done, length - done, 0.0f);
-          }
+  for (const auto& samples : sample_groups(kernels, keys, offsets)) {
+    const PackedKeys packed(kernels, keys, nullptr, offsets, key_bias, samples);
+    const ImportanceCall call{kernels, queries, offsets, packed, sums, lse_dense,
+                              static_cast<float>(scale), causal};
+    const auto chunks = sums.chunks(samples);
+    share_items(static_cast<int64_t>(chunks.size()), [&](const auto& next) {
+      const ImportanceCall::Scratch scratch(call, sums.most_rows(samples));
+      for (size_t item = next(); item < chunks.size(); item = next()) {
+        const auto& [b, first_block, last_block, received] = chunks[item];
+        const Blocks& blocks = sums.blocks(b);
+        std::fill_n(received, offsets.length(b), 0.0f);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          call.run(scratch, {b, blocks.first(block), blocks.size(block)}, received);
         }
       }
-    }
-  });
+    });
+  }
   return sums.finish(outputs);
 }
 

@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor> score_tokens(const Tensor& x, const Tensor& dictionar
 
   const Buffer packed(packed_size(kernels, entries, size) * factor_bytes(factor));
   kernels.pack_transposed(
-      factor, {dictionary.const_data_ptr(), type_of("dictionary", dictionary), dictionary.stride(0), entries, size},
-      packed.at());
+      factor, {dictionary.const_data_ptr(), type_of("dictionary", dictionary), dictionary.stride(0), entries, size}, 0,
+      entries, packed.at());
   const Buffer padded_bias(stride * 4);
   std::fill_n(padded_bias.at<float>(), stride, 0.0f);
   if (bias.has_value()) {

@@ -1,0 +1,30 @@
+// Working memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace madtp::cpu {
+
+// Uninitialised memory, aligned to a cache line. Large blocks ask for huge pages, and when freed are kept for the next call,
+// up to 64 MiB: fresh pages from the system cost as much as packing into them.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept;
+  Buffer& operator=(Buffer&& other) noexcept;
+
+  template <class T = void>
+  T* at(int64_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(data_ + byte_offset);
+  }
+
+ private:
+  std::byte* data_;
+  size_t capacity_;
+};
+
+}  // namespace madtp::cpu
