@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madtp_kernels import backends
+
 from .config import NLVRConfig, TextConfig, VisionConfig
 from .models.nlvr import NLVR
 from .processing import NLVRProcessor
@@ -117,19 +119,21 @@ def infer_config(state: Mapping[str, Tensor]) -> NLVRConfig:
         CheckpointError: a tensor that tells a size is missing.
     """
 
-    def shape(key: str) -> torch.Size:
+    def shape(key: str, dims: int) -> torch.Size:
         if key not in state:
             raise CheckpointError(f"not a BLIP-NLVR checkpoint: {key} is missing")
+        if state[key].dim() != dims:
+            raise CheckpointError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
         return state[key].shape
 
     def count(pattern: str) -> int:
         found = [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
         return max(found, default=-1) + 1
 
-    width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight")
-    side = _grid(shape("visual_encoder.pos_embed")[1] - 1)
-    sd_num, sd_dim = state["space_dict"].shape if "space_dict" in state else (100, width)
-    vocab, hidden = shape("text_encoder.embeddings.word_embeddings.weight")
+    width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight", 4)
+    side = _grid(shape("visual_encoder.pos_embed", 3)[1] - 1)
+    sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, width)
+    vocab, hidden = shape("text_encoder.embeddings.word_embeddings.weight", 2)
     merges = [
         int(m.group(1))
         for m in map(re.compile(r"text_encoder\.encoder\.layer\.(\d+)\.crossattention\.output\.merge_layer").match, state)
@@ -143,7 +147,7 @@ def infer_config(state: Mapping[str, Tensor]) -> NLVRConfig:
             embed_dim=width,
             depth=count(r"visual_encoder\.blocks\.(\d+)\."),
             num_heads=max(1, width // 64),
-            mlp_ratio=shape("visual_encoder.blocks.0.mlp.fc1.weight")[0] / width,
+            mlp_ratio=shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
             sd_num=sd_num,
             sd_dim=sd_dim,
             map_func="visual_encoder.img_query_model.q_map.0.weight" in state,
@@ -152,9 +156,9 @@ def infer_config(state: Mapping[str, Tensor]) -> NLVRConfig:
             hidden_size=hidden,
             num_hidden_layers=layers,
             num_attention_heads=max(1, hidden // 64),
-            intermediate_size=shape("text_encoder.encoder.layer.0.intermediate.dense.weight")[0],
+            intermediate_size=shape("text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0],
             vocab_size=vocab,
-            max_position_embeddings=shape("text_encoder.embeddings.position_embeddings.weight")[0],
+            max_position_embeddings=shape("text_encoder.embeddings.position_embeddings.weight", 2)[0],
             encoder_width=width,
         ),
         merge_from=min(merges, default=NLVRConfig.merge_from),
@@ -188,8 +192,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
     state = content.get("model", content)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected tensors under 'model', found other values")
-    temperature = content.get("temperature")
-    return dict(state), None if temperature is None else float(temperature)
+    try:
+        temperature = None if content.get("temperature") is None else float(content["temperature"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: temperature: expected a number, got {content['temperature']!r}") from error
+    return dict(state), temperature
 
 
 def load(
@@ -232,6 +239,8 @@ def load(
     """
     if task != "nlvr":
         raise ValueError(f"task: expected 'nlvr', got {task!r}")
+    if backend is not None and backend not in backends.NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if isinstance(config, dict):
         config = NLVRConfig.from_dict(config)
     if isinstance(source, Mapping):
@@ -255,8 +264,8 @@ def load(
             state, found_temperature = read_file(directory)
 
     temperature = next((t for t in (temperature, found_temperature) if t is not None), 0.0)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
     if state is not None:
         state = from_official(_duplicate_cross_attention(state))
         config = config or infer_config(state)
