@@ -1,0 +1,516 @@
+"""From files to models and back: MADTP and BLIP checkpoints, saved directories, state dicts; and files that are refused."""
+
+import dataclasses
+import json
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file, save_file
+
+import madtp
+from madtp import CheckpointError, NLVRConfig, TextConfig, VisionConfig
+from madtp.checkpoints import from_official, interpolate_positions, randomize, to_official
+from madtp.models.nlvr import NLVR
+
+VOCABULARY = 200  # of the bundled tokenizer
+SIZES = NLVRConfig(
+    vision=VisionConfig(image_size=64, patch_size=16, embed_dim=128, depth=2, num_heads=2, sd_num=10, sd_dim=128),
+    text=TextConfig(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256, vocab_size=VOCABULARY,
+        max_position_embeddings=40, encoder_width=128,
+    ),
+    merge_from=2,
+)  # fmt: skip
+POSITIONS = "visual_encoder.pos_embed"
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = NLVR(SIZES, temperature=2.0).eval()
+    randomize(model, seed=3)
+    return model
+
+
+@pytest.fixture
+def batch(generator):
+    """Two pairs of pictures and two texts."""
+    texts = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (9, 4)]
+    return torch.randn(4, 3, 64, 64, generator=generator), texts
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same_weights(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+def same_answer(ours, theirs, batch):
+    with torch.inference_mode():
+        a, b = ours(*batch), theirs(*batch)
+    assert torch.equal(a.logits, b.logits)
+    for one, other in zip(a.vision + a.text, b.vision + b.text, strict=True):
+        assert torch.equal(one.ids, other.ids)
+
+
+# ---- MADTP checkpoint files
+
+
+def test_madtp_file_round_trip(model, batch, tmp_path):
+    """`{'model', 'epoch', 'temperature'}` with the official key names, as MADTP's training scripts save it."""
+    path = tmp_path / "checkpoint_best.pth"
+    torch.save({"model": to_official(model.state_dict()), "epoch": 7, "temperature": 3.25}, path)
+    loaded = madtp.load(path)
+    assert loaded.temperature == 3.25 and not loaded.training
+    assert loaded.config == SIZES
+    same_weights(loaded, model)
+    with_own_temperature = madtp.load(str(path), temperature=2.0)
+    assert with_own_temperature.temperature == 2.0
+    same_answer(with_own_temperature, model, batch)
+
+
+def test_official_key_names(model):
+    official = to_official(model.state_dict())
+    layer = "text_encoder.encoder.layer.2"
+    for key, shape in {
+        "space_dict": (10, 128),
+        "visual_encoder.blocks.1.attn.qkv.weight": (384, 128),
+        f"{layer}.attention.self.query.weight": (128, 128),
+        f"{layer}.attention.self.value.bias": (128,),
+        f"{layer}.crossattention.self0.query.weight": (128, 128),
+        f"{layer}.crossattention.self1.key.weight": (128, 128),
+        f"{layer}.crossattention.self1.value.bias": (128,),
+        f"{layer}.crossattention.output.dense1.weight": (128, 128),
+        f"{layer}.crossattention.output.merge_layer.weight": (128, 256),
+        f"{layer}.intermediate.dense.weight": (256, 128),
+        "cls_head.2.weight": (2, 128),
+    }.items():
+        assert tuple(official[key].shape) == shape, key
+    assert not any(".self.qkv." in key or ".kv." in key for key in official)
+    back = from_official(official)
+    assert back.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(back[key], value), key
+
+
+def test_key_names_of_the_official_checkpoints():
+    """The golden state dicts carry the keys that the official classes really have."""
+    for family in sorted(GOLDEN.glob("nlvr_*")):
+        official = load_file(family / "state_dict.safetensors")
+        ours = to_official(from_official(official))
+        assert set(official) - set(ours) <= {"text_encoder.embeddings.position_ids"}
+        assert set(ours) <= set(official)
+        for key in ours:
+            assert torch.equal(ours[key], official[key]), key
+
+
+def test_buffers_of_the_official_classes_are_no_weights(model, tmp_path):
+    official = to_official(model.state_dict()) | {"text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    path = tmp_path / "model.pth"
+    torch.save({"model": official}, path)
+    same_weights(madtp.load(path), model)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_state_dicts_and_safetensors_files(official, model, tmp_path):
+    state = to_official(model.state_dict()) if official else state_of(model)
+    same_weights(madtp.load(state), model)
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    same_weights(madtp.load(path), model)
+    assert madtp.load(path).temperature == 0.0
+
+
+def test_loading_does_not_change_the_state_dict(model):
+    state = to_official(model.state_dict())
+    keys, copy = list(state), {key: value.clone() for key, value in state.items()}
+    loaded = madtp.load(state)
+    with torch.no_grad():
+        loaded.space_dict.zero_()
+    assert list(state) == keys
+    for key in keys:
+        assert torch.equal(state[key], copy[key]), key
+
+
+# ---- original BLIP checkpoints
+
+
+def original_blip(model):
+    """What BLIP-NLVR starts from: no dictionary, no merge layers, one cross-attention per layer."""
+    state = {}
+    for key, value in to_official(model.state_dict()).items():
+        if key == "space_dict" or ".merge_layer." in key or ".self1." in key or ".dense1." in key:
+            continue
+        state[key.replace(".self0.", ".self.").replace(".dense0.", ".dense.")] = value
+    return state
+
+
+def test_a_single_cross_attention_serves_both_images(model, tmp_path, caplog):
+    path = tmp_path / "model_base.pth"
+    torch.save({"model": original_blip(model)}, path)
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        loaded = madtp.load(path, config=SIZES)
+    assert loaded.temperature == 0.0
+    for layer, own in zip(loaded.text_encoder.encoder.layer, model.text_encoder.encoder.layer, strict=True):
+        cross, expected = layer.crossattention, own.crossattention
+        for twin in (cross.self0, cross.self1):
+            assert torch.equal(twin.query.weight, expected.self0.query.weight)
+            assert torch.equal(twin.kv.weight, expected.self0.kv.weight)
+            assert torch.equal(twin.kv.bias, expected.self0.kv.bias)
+        for twin in (cross.output.dense0, cross.output.dense1):
+            assert torch.equal(twin.weight, expected.output.dense0.weight)
+        assert cross.self0.kv.weight.data_ptr() != cross.self1.kv.weight.data_ptr(), "copies, not the same tensor"
+
+
+def test_weights_that_had_to_be_made_up_are_named(model, caplog):
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        loaded = madtp.load(original_blip(model), config=SIZES)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "madtp"]
+    assert "space_dict" in line and "layer.2.crossattention.output.merge_layer.weight" in line and "at random" in line
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
+    assert loaded.space_dict.std() > 0.5  # official: N(0, 1)
+    caplog.clear()
+    madtp.load(state_of(model))
+    assert not [r for r in caplog.records if r.name == "madtp"]
+
+
+def cubic(distance):
+    """Keys' convolution kernel with a = -0.75, which is PyTorch's."""
+    a, t = -0.75, abs(distance)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def interpolation_matrix(old, new):
+    """Row i: weights of the old samples in new sample i; pixel centres, edges repeated."""
+    matrix = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        nearest = int(torch.tensor(centre).floor())
+        for j in range(nearest - 1, nearest + 3):
+            matrix[i, min(max(j, 0), old - 1)] += cubic(centre - j)
+    return matrix
+
+
+@pytest.mark.parametrize("old, new", [(4, 6), (6, 4), (24, 30), (3, 3)])
+def test_position_interpolation_is_separable_cubic_convolution(old, new, generator):
+    positions = torch.randn(1, old * old + 1, 5, generator=generator)
+    ours = interpolate_positions(positions, new * new)
+    assert ours.shape == (1, new * new + 1, 5)
+    assert torch.equal(ours[:, 0], positions[:, 0]), "the CLS position stays"
+    matrix = interpolation_matrix(old, new)
+    grid = positions[0, 1:].double().reshape(old, old, 5)
+    expected = torch.einsum("ia,jb,abd->ijd", matrix, matrix, grid).reshape(1, -1, 5)
+    torch.testing.assert_close(ours[:, 1:].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_position_embedding_of_another_image_size(model):
+    state = state_of(model)
+    loaded = madtp.load(state, image_size=96)
+    assert loaded.config.vision.image_size == 96
+    assert torch.equal(loaded.state_dict()[POSITIONS], interpolate_positions(state[POSITIONS], 36))
+    with torch.inference_mode():
+        out = loaded(torch.randn(2, 3, 96, 96), [torch.tensor([5, 6, 7])])
+    assert out.vision[0].lengths_in.tolist() == [37, 37] and out.logits.isfinite().all()
+    same = {key: value for key, value in loaded.state_dict().items() if key != POSITIONS}
+    assert all(torch.equal(value, state[key]) for key, value in same.items())
+
+
+def test_position_embedding_of_a_grid_that_is_not_square(model):
+    state = state_of(model)
+    state[POSITIONS] = state[POSITIONS][:, :16]
+    with pytest.raises(CheckpointError, match="visual_encoder.pos_embed: 15 patches do not form a square grid"):
+        madtp.load(state)
+
+
+# ---- weights that do not fit
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(model):
+    state = state_of(model)
+    del state["cls_head.2.bias"]
+    state["text_decoder.something"] = torch.zeros(2)
+    state["cls_head.0.weight"] = torch.zeros(128, 64)
+    with pytest.raises(CheckpointError) as caught:
+        madtp.load(state)
+    message = str(caught.value)
+    assert "the state dict" in message
+    assert "missing: cls_head.2.bias" in message
+    assert "unexpected: text_decoder.something" in message
+    assert "of another shape: cls_head.0.weight [128, 64] instead of [128, 128]" in message
+
+
+def test_an_incomplete_projection_is_named(model):
+    state = to_official(model.state_dict())
+    del state["text_encoder.encoder.layer.1.attention.self.key.weight"]
+    with pytest.raises(CheckpointError, match=r"layer\.1\.attention\.self\.qkv\.weight.*unexpected.*self\.query\.weight"):
+        madtp.load(state)
+
+
+@pytest.mark.parametrize("key", ["visual_encoder.patch_embed.proj.weight", "text_encoder.embeddings.word_embeddings.weight"])
+def test_something_else_than_blip_nlvr(key, model):
+    state = state_of(model)
+    del state[key]
+    with pytest.raises(CheckpointError, match=f"not a BLIP-NLVR checkpoint: {key} is missing"):
+        madtp.load(state)
+    with pytest.raises(CheckpointError, match="not a BLIP-NLVR checkpoint"):
+        madtp.load({"conv1.weight": torch.zeros(3, 3)})
+
+
+def test_a_tensor_that_cannot_tell_a_size(model):
+    for key in ("visual_encoder.patch_embed.proj.weight", "space_dict", POSITIONS):
+        state = state_of(model)
+        state[key] = state[key].flatten()
+        with pytest.raises(CheckpointError, match=f"{key}: expected [234] dimensions, got"):
+            madtp.load(state)
+
+
+def test_the_file_is_named_when_its_weights_do_not_fit(model, tmp_path):
+    state = state_of(model)
+    del state["cls_head.2.bias"]
+    path = tmp_path / "half.safetensors"
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"half\.safetensors: .*missing: cls_head\.2\.bias"):
+        madtp.load(path)
+
+
+# ---- files that cannot be read
+
+
+class Intruder:
+    """Unpickling it would create a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    path, trace = tmp_path / "intruder.pth", tmp_path / "was here"
+    torch.save({"model": {}, "extra": Intruder(str(trace))}, path)
+    with pytest.raises(CheckpointError, match=r"intruder\.pth: refused, because .* could run code.*safetensors"):
+        madtp.load(path)
+    assert not trace.exists()
+    path.write_bytes(pickle.dumps(Intruder(str(trace))))
+    with pytest.raises(CheckpointError, match=r"intruder\.pth: "):
+        madtp.load(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_files(suffix, share, model, tmp_path):
+    path = tmp_path / f"cut{suffix}"
+    torch.save({"model": state_of(model)}, path) if suffix == ".pth" else save_file(state_of(model), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=rf"cut\{suffix}: "):
+        madtp.load(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1, 2], "expected a state dict or {'model': state dict}, got list"),
+        ({"model": [1]}, "expected tensors under 'model'"),
+        ({"model": {"a": 1}}, "expected tensors under 'model'"),
+        ({"epoch": 3, "temperature": 1.0}, "expected tensors under 'model'"),
+        ({"model": {}, "temperature": 1.0}, "not a BLIP-NLVR checkpoint"),
+        ({"model": {"a": torch.zeros(1)}, "temperature": "hot"}, r"odd\.pth: temperature: expected a number, got 'hot'"),
+    ],
+)
+def test_files_with_other_contents(content, message, tmp_path):
+    path = tmp_path / "odd.pth"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message.replace("{", r"\{")):
+        madtp.load(path)
+
+
+def test_things_that_are_not_there(tmp_path):
+    for source in (tmp_path / "nothing.pth", "nothing.pth", "runs/nothing.pth", str(tmp_path / "a" / "b" / "c")):
+        with pytest.raises(CheckpointError, match="no such file or directory"):
+            madtp.load(source)
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; a model directory holds config\.json and"):
+        madtp.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SIZES.to_dict()))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
+        madtp.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"task": "vqa"}', "holds a model for task 'vqa', not 'nlvr'"),
+        ('{"vision": {"width": 3}}', "config.vision: unknown keys width; known are"),
+        ('{"vision": {"image_size": 100}}', "vision.image_size: 100 is not a multiple of patch_size 16"),
+        ('{"vision": {"num_heads": 7}}', "vision.embed_dim: 768 is not a multiple of num_heads 7"),
+        ('{"vision": {"sd_dim": 64}}', "vision.sd_dim: without a map"),
+        ('{"text": {"num_attention_heads": 7}}', "text.hidden_size: 768 is not a multiple"),
+    ],
+)
+def test_model_directories_with_a_bad_config(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        madtp.load(tmp_path)
+
+
+def test_a_hub_id_without_a_network(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="nobody/no-such-model: neither a path nor reachable on the hub: "):
+        madtp.load("nobody/no-such-model")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"task": "vqa"}, "task: expected 'nlvr', got 'vqa'"),
+        ({"temperature": -1.0}, "temperature: expected a number >= 0, got -1.0"),
+        ({"temperature": "warm"}, "temperature: expected a number >= 0, got 'warm'"),
+        ({"temperature": float("nan")}, "temperature: expected a number >= 0, got nan"),
+        ({"temperature": float("inf")}, "temperature: expected a number >= 0, got inf"),
+        ({"grouping": "triple"}, "grouping: expected one of instance, pair, batch, got 'triple'"),
+        ({"image_size": 50}, "vision.image_size: 50 is not a multiple of patch_size 16"),
+        ({"backend": "gpu"}, "backend: expected one of"),
+    ],
+)
+def test_arguments_that_make_no_sense(options, message, model):
+    with pytest.raises(ValueError, match=message):
+        madtp.load(state_of(model), **options)
+
+
+# ---- saved directories
+
+
+def test_save_and_load_round_trip(model, batch, tmp_path):
+    source = madtp.load(state_of(model), temperature=2.0, tokenizer="demo")
+    madtp.save_pretrained(source, tmp_path / "saved")
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {"model.safetensors", "config.json", "tokenizer"}
+    loaded = madtp.load(tmp_path / "saved")
+    assert loaded.temperature == 2.0 and loaded.config == SIZES
+    same_weights(loaded, source)
+    same_answer(loaded, source, batch)
+    sentence = "Two dogs, and a cat."
+    assert torch.equal(loaded.processor.text(sentence), source.processor.text(sentence))
+    assert madtp.load(tmp_path / "saved", temperature=0.0).temperature == 0.0
+
+
+def test_saving_over_an_older_model_replaces_it(model, tmp_path):
+    first = madtp.load(state_of(model), temperature=1.0, tokenizer="demo")
+    madtp.save_pretrained(first, tmp_path)
+    with torch.no_grad():
+        first.space_dict.add_(1.0)
+    first.temperature = 4.0
+    madtp.save_pretrained(first, tmp_path)
+    loaded = madtp.load(tmp_path)
+    same_weights(loaded, first)
+    assert loaded.temperature == 4.0
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_model_without_a_tokenizer_is_saved_with_a_warning(model, tmp_path, caplog):
+    source = madtp.load(state_of(model), tokenizer=tmp_path / "no tokenizer here")
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        madtp.save_pretrained(source, tmp_path / "saved")
+    assert any("saved without a tokenizer" in r.getMessage() for r in caplog.records)
+    same_weights(madtp.load(tmp_path / "saved"), model)
+
+
+def test_half_precision_weights_are_saved_as_they_are(model, tmp_path):
+    source = madtp.load(state_of(model), dtype=torch.bfloat16, tokenizer="demo")
+    assert {p.dtype for p in source.parameters()} == {torch.bfloat16}
+    madtp.save_pretrained(source, tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    same_weights(madtp.load(tmp_path, dtype=torch.bfloat16), source)
+    assert madtp.load(tmp_path).dtype == torch.float32
+
+
+# ---- sizes
+
+
+def test_sizes_are_read_off_the_tensors(model):
+    assert madtp.load(to_official(model.state_dict())).config == SIZES
+    other = dataclasses.replace(
+        SIZES,
+        vision=dataclasses.replace(SIZES.vision, image_size=48, depth=1, sd_num=3, sd_dim=32, mlp_ratio=2.0, map_func=True),
+        text=dataclasses.replace(SIZES.text, hidden_size=64, num_attention_heads=1, num_hidden_layers=2, max_position_embeddings=17),
+        merge_from=1,
+    )  # fmt: skip
+    narrow = NLVR(other)
+    randomize(narrow)
+    assert madtp.load(state_of(narrow)).config == other
+
+
+def test_config_round_trip():
+    for config in (SIZES, NLVRConfig()):
+        assert NLVRConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert NLVRConfig.from_dict({"merge_from": 3, "temperature": 2.0}).merge_from == 3
+
+
+def test_config_may_be_given_as_a_dict(model):
+    assert madtp.load(state_of(model), config=SIZES.to_dict()).config == SIZES
+
+
+def test_the_real_size_has_the_official_number_of_parameters():
+    with torch.device("meta"):
+        model = NLVR(NLVRConfig())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 259_448_834
+    official = to_official(model.state_dict())
+    assert len(official) == 579  # the official 580 include the buffer position_ids
+    assert official["visual_encoder.pos_embed"].shape == (1, 577, 768)
+    assert official["text_encoder.embeddings.word_embeddings.weight"].shape == (30524, 768)
+    merged = [key for key in official if key.endswith("merge_layer.weight")]
+    assert len(merged) == 6 and official[merged[0]].shape == (768, 1536)
+
+
+def test_random_weights_follow_the_seed():
+    ours, theirs, others = (NLVR(SIZES) for _ in range(3))
+    randomize(ours, seed=1)
+    randomize(theirs, seed=1)
+    randomize(others, seed=2)
+    same_weights(ours, theirs)
+    assert not torch.equal(ours.space_dict, others.space_dict)
+
+
+def test_the_bundled_model_loads_and_knows_words():
+    model = madtp.load("demo")
+    ids = model.processor.text("two dogs")
+    assert ids[0] == model.config.text.vocab_size - 1, "[ENC] comes last in the vocabulary"
+    assert model.temperature > 0
+
+
+# ---- temperature 0
+
+
+def test_temperature_zero_is_the_dense_model(model, batch):
+    state = state_of(model)
+    cold, hot = madtp.load(state, temperature=0.0), madtp.load(state, temperature=2.0)
+    with torch.inference_mode():
+        expected = cold(*batch)
+        with hot.dense():
+            dense = hot(*batch)
+        by_call = hot(*batch, temperature=0.0)
+        pruned = hot(*batch)
+    for out in (dense, by_call):
+        assert torch.equal(out.logits, expected.logits)
+        assert all(torch.equal(t.lengths, t.lengths_in) and t.importance is None for t in out.vision + out.text)
+    assert hot.temperature == 2.0
+    assert int(pruned.vision[-1].lengths.sum()) < int(expected.vision[-1].lengths.sum())
+    # A dictionary is of no use to a dense model: another one gives the same answer.
+    state["space_dict"] = torch.randn_like(state["space_dict"])
+    with torch.inference_mode():
+        assert torch.equal(madtp.load(state, temperature=0.0)(*batch).logits, expected.logits)
