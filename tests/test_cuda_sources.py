@@ -1,0 +1,335 @@
+"""The CUDA sources on a machine without a GPU: nvcc compiles them, and they run on the CPU through `cuda_emulator`.
+
+The emulator (see `cuda_emulator/cuda_runtime.h`) executes the very sources, launchers and tensor code included, thread by
+thread, and reports accesses out of bounds, misaligned ones and barriers that not all threads reach. What it cannot show: the
+two tensor-core instructions and the asynchronous copy themselves, of which it executes the documented meaning, and speed. On
+a machine with a GPU the other test files run the "cuda" backend.
+"""
+
+import concurrent.futures
+import importlib.util
+import os
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    OPERATIONS,
+    attention_case,
+    compaction_case,
+    importance_case,
+    run,
+    scoring_case,
+    take_samples,
+    with_spare_rows,
+)
+from test_properties import check_attention, check_compaction, check_importance, check_scores
+from torch.utils import cpp_extension
+
+from madtp_kernels import RaggedBatch, backends, build
+
+SOURCES = sorted(build.source_dir().glob("*.cu"))
+HEADERS = [*build.source_dir().glob("*.cuh"), build.source_dir() / "cuda_ops.h"]
+EMULATOR = Path(__file__).parent / "cuda_emulator"
+NVCC = build.find_nvcc()
+STATIC_SHARED_BYTES = 48 * 1024  # what a block may have without asking for more
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_operation = pytest.mark.parametrize("op", ["attention", "attention_importance", "score_tokens", "compact"])
+
+
+# ---- compilation ----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_sources_of_every_operation():
+    assert [source.stem for source in SOURCES] == ["attention", "compaction", "importance", "scoring"]
+
+
+@pytest.mark.parametrize("source", [*SOURCES, *HEADERS], ids=lambda path: path.name)
+def test_free_of_torch(source):
+    """So that nvcc compiles them on a machine whose torch has no CUDA headers."""
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', source.read_text(), re.MULTILINE)
+    assert not [name for name in included if re.match(r"torch|ATen|c10|pybind11|cuda_dispatch", name)]
+
+
+def architectures():
+    """Those of the build that this nvcc knows."""
+    known = subprocess.run([NVCC.path, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [number for number in build.CUDA_ARCHITECTURES if f"compute_{number}" in known]
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_nvcc_compiles_without_spills(source, tmp_path):
+    """For every architecture, without warnings, register spills or stack frames, in static shared memory."""
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures()]
+    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{source.parent}"]
+    command = [NVCC.path, *flags, *targets, "-c", source, "-o", tmp_path / "object.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = done.stderr.split("Compiling entry function ")[1:]
+    assert {int(re.search(r"for 'sm_(\d+)'", kernel)[1]) for kernel in kernels} == set(architectures())
+    for kernel in kernels:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel, kernel
+        shared = re.search(r"(\d+) bytes smem", kernel)
+        assert shared is None or int(shared[1]) <= STATIC_SHARED_BYTES, kernel
+
+
+# ---- execution ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The extension module with the four operations, compiled for the emulator."""
+    try:
+        compiler = build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("cuda_emulator")
+    includes = [f"-I{EMULATOR}", f"-I{build.source_dir()}"]
+    for path in (*cpp_extension.include_paths(), sysconfig.get_path("include")):
+        includes += ["-isystem", path]
+    # Jumps between stacks look like mistakes to fortified functions.
+    flags = ["-U_FORTIFY_SOURCE", "-std=c++20", "-fPIC", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DMODULE_NAME=cuda_emulated"]
+    # Whatever would corrupt memory or trap on a GPU has to raise here.
+    kernel_flags = ["-O2", "-fno-strict-aliasing", "-x", "c++"]
+    kernel_flags += ["-fsanitize=bounds,alignment,null,shift,signed-integer-overflow,integer-divide-by-zero"]
+
+    def compiled(source):
+        result = folder / f"{source.name}.o"
+        own = kernel_flags if source.suffix == ".cu" else []
+        subprocess.run([*compiler, *flags, *own, *includes, "-c", source, "-o", result], check=True)
+        return result
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compiled, [*sorted(EMULATOR.glob("*.cpp")), *SOURCES]))
+    library = folder / "cuda_emulated.so"
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
+    subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", library], check=True)
+    specification = importlib.util.spec_from_file_location("cuda_emulated", library)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def at_the_end_of_memory(value):
+    """A copy with the same strides and the same alignment whose last element is the last of the allocation."""
+    if not torch.is_tensor(value) or value.numel() == 0:
+        return value
+    before = value.storage_offset() % (16 // value.element_size())
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    buffer = value.new_empty(before + extent)
+    return buffer.as_strided(value.shape, value.stride(), before).copy_(value)
+
+
+@pytest.fixture
+def cuda(emulated, monkeypatch):
+    """The "cuda" backend on CPU tensors: what reads or writes beyond one of them raises. Returns the emulator."""
+    resolve = backends.resolve
+
+    def resolve_emulated(op, package, requested, leading):
+        if requested != "cuda":
+            return resolve(op, package, requested, leading)
+
+        def implementation(*arguments):
+            emulated.guard_allocations(True)
+            try:
+                return getattr(emulated, op)(*map(at_the_end_of_memory, arguments))
+            finally:
+                emulated.guard_allocations(False)
+
+        return "cuda", implementation
+
+    monkeypatch.setattr(backends, "resolve", resolve_emulated)
+    yield emulated
+    emulated.set_order(0)
+
+
+# Blocks take 64 tokens: lengths around that, empty samples, single tokens.
+LENGTHS = [5, 0, 1, 66, 130, 2]
+
+
+@every_dtype
+@pytest.mark.parametrize("heads, head_dim", [(3, 64), (2, 40), (1, 3), (5, 1), (2, 100), (1, 256)])
+@pytest.mark.parametrize("causal, bias", [(False, False), (True, True)], ids=["plain", "causal-bias"])
+def test_attention_and_importance(heads, head_dim, causal, bias, dtype, cuda, generator):
+    options = {"causal": causal, "bias": bias, "gain": 2.0}
+    check_attention(attention_case(generator, LENGTHS, heads, head_dim, dtype, **options), "cuda")
+    check_importance(importance_case(generator, LENGTHS, heads, head_dim, dtype, **options), "cuda")
+
+
+@every_dtype
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_cross_attention(causal, dtype, cuda, generator):
+    """More keys than queries, fewer, none; under the causal mask some queries see no key."""
+    lengths, key_lengths = [3, 70, 65, 0, 7, 1], [70, 5, 64, 9, 0, 130]
+    check_attention(
+        attention_case(generator, lengths, 2, 64, dtype, key_lengths=key_lengths, causal=causal, bias=True), "cuda"
+    )
+
+
+def test_importance_of_more_query_blocks_than_shares(cuda, generator):
+    check_importance(importance_case(generator, [1100], 1, 8, torch.bfloat16), "cuda")
+    check_importance(importance_case(generator, [1100], 1, 8, torch.bfloat16, causal=True), "cuda")
+
+
+@every_dtype
+@pytest.mark.parametrize("width, entries", [(64, 5), (40, 128), (3, 1), (100, 129), (96, 300)])
+@pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.05, True)], ids=["plain", "sharp-bias"])
+def test_scores(width, entries, temperature, bias, dtype, cuda, generator):
+    check_scores(scoring_case(generator, LENGTHS, width, entries, dtype, temperature=temperature, bias=bias), "cuda")
+
+
+def test_a_temperature_so_small_that_its_inverse_overflows(cuda, generator):
+    importance, threshold = run("score_tokens", scoring_case(generator, LENGTHS, temperature=1e-300), "cuda")
+    assert importance.isfinite().all() and threshold.isfinite().all()
+
+
+OPTIONS = "by_count groups protected min_keep ids sizes norm".split()
+
+
+@every_dtype
+@pytest.mark.parametrize("width", [40, 3])
+@pytest.mark.parametrize("chosen", [*OPTIONS, "", "ties", " ".join(OPTIONS), "groups protected ties sizes"])
+def test_compaction(width, chosen, dtype, cuda, generator):
+    options = dict.fromkeys(chosen.split(), True)
+    lengths = [*LENGTHS, 3, 300]
+    for exact in (True, False):
+        check_compaction(compaction_case(generator, lengths, width, dtype, exact=exact, **options), "cuda")
+
+
+@every_dtype
+def test_compaction_of_wide_rows_and_of_many_samples(dtype, cuda, generator):
+    check_compaction(compaction_case(generator, [20, 9], 1104, dtype, norm=True, sizes=True), "cuda")
+    check_compaction(compaction_case(generator, [2, 0, 1, 5] * 65, 8, dtype, groups=True), "cuda")
+
+
+def test_compaction_ranks_any_scores(cuda, generator):
+    """Negative, equal, and the two zeros, which are equal too."""
+    scores = torch.tensor([9.0, -0.0, 0.0, -1.0, 0.0, -0.0, -2.0, -1e-40, 1e-40, -1.0])
+    for keep in range(1, 8):
+        case = compaction_case(generator, [10], 8, by_count=True)
+        case |= {"importance": scores, "keep_count": torch.tensor([keep], dtype=torch.int32)}
+        check_compaction(case, "cuda")
+
+
+@every_operation
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [1, 0, 1]], ids=str)
+def test_batches_with_nothing_to_do(op, lengths, cuda, generator):
+    case = CASES[op](generator, lengths)
+    for ours, expected in zip(run(op, case, "cuda"), run(op, case, "reference"), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def optional_of(op):
+    return OPTIONS[1:] if op == "compact" else ["bias"]
+
+
+def full_case(op, generator, lengths, dtype=torch.float32):
+    return CASES[op](generator, lengths, dtype=dtype, **dict.fromkeys(optional_of(op), True))
+
+
+def same(results, others):
+    return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+@every_dtype
+@every_operation
+def test_no_row_beyond_the_last_sample_is_read_or_written(op, dtype, cuda, generator):
+    """Spare rows are NaN on input; on output they stay as they were allocated. The length bound need not be tight."""
+    case = full_case(op, generator, LENGTHS, dtype)
+    wide = with_spare_rows(case, 70)
+    for name, value in wide.items():
+        if name.startswith("max_seqlen"):
+            wide[name] = value + 1000
+        elif isinstance(value, RaggedBatch):
+            wide[name] = RaggedBatch(value.values, value.cu_seqlens, value.max_seqlen + 1000)
+    if op == "compact":
+        wide["exact"] = case["exact"] = False
+    assert same(run(op, wide, "cuda"), run(op, case, "cuda"))
+    rows = sum(LENGTHS)
+    results = OPERATIONS[op](**wide, backend="cuda")
+    if op == "compact":
+        rows = int(results.tokens.cu_seqlens[-1])
+        spare = [t[rows:] for t in (results.tokens.values, results.sizes, results.normed)]
+        assert (results.ids[rows:] == torch.iinfo(torch.int32).max).all()
+    else:
+        spare = [t[:, rows:] if op == "attention" and t.dim() == 2 else t[rows:] for t in results[: 1 if "score" in op else 2]]
+    assert all(t.isnan().all() and t.numel() for t in spare)
+
+
+@every_dtype
+@every_operation
+def test_strided_and_misaligned_views(op, dtype, cuda, generator):
+    """Views into a larger buffer, from every element on: also where rows cannot be read 16 bytes at a time."""
+    case = full_case(op, generator, LENGTHS, dtype)
+    expected = run(op, case, "cuda")
+    for before, between in ((0, 24), (8, 16), (1, 7), (3, 0)):
+
+        def view(value, before=before, between=between):
+            buffer = value.new_empty(*value.shape[:-1], before + value.shape[-1] + between)
+            return buffer[..., before : before + value.shape[-1]].copy_(value)
+
+        viewed = dict(case)
+        for name in {"q", "k", "v", "out", "lse", "x", "dictionary"} & set(case):
+            value = case[name]
+            viewed[name] = value.with_values(view(value.values)) if isinstance(value, RaggedBatch) else view(value)
+        results = run(op, viewed, "cuda")
+        # The CLS term and merged rows are summed in another order where rows are read element by element.
+        if before % 8 == between % 8 == 0:
+            assert same(results, expected)
+        for ours, theirs in zip(results, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_interleaved_queries_keys_and_values(cuda, generator):
+    """q, k, v as a fused projection leaves them: [T, 3, H, d]."""
+    qkv = torch.randn(sum(LENGTHS), 3, 4, 32, generator=generator)
+    case = attention_case(generator, LENGTHS, 4, 32)
+    case |= dict(zip("qkv", qkv.unbind(1), strict=True))
+    check_attention(case, "cuda")
+
+
+@every_dtype
+@every_operation
+def test_a_sample_has_the_same_bits_alone_and_in_a_batch(op, dtype, cuda, generator):
+    options = {"protected": True, "sizes": True, "norm": True} if op == "compact" else {"bias": True}
+    case = CASES[op](generator, LENGTHS, dtype=dtype, **options)
+    batch = run(op, take_samples(case, [4, 3, 0]), "cuda")
+    alone = [run(op, take_samples(case, [i]), "cuda") for i in (4, 3, 0)]
+    for i, together in enumerate(batch):
+        if op == "compact" and i == 1:  # the offsets
+            continue
+        axis = 1 if op == "attention" and i == 1 else 0
+        assert torch.equal(together, torch.cat([results[i] for results in alone], axis))
+
+
+@every_dtype
+@every_operation
+def test_the_order_in_which_threads_and_blocks_run_does_not_matter(op, dtype, cuda, generator):
+    """A missing barrier, or a sum in the order of arrival, would show."""
+    cases = [full_case(op, generator, [70, 3, 135], dtype)]
+    if op == "compact":
+        cases.append(compaction_case(generator, [70, 3, 300], 40, dtype, by_count=True))
+    for case in cases:
+        expected = run(op, case, "cuda")
+        for order in (1, 2, 3):
+            cuda.set_order(order)
+            assert same(run(op, case, "cuda"), expected)
+        cuda.set_order(0)
+
+
+def test_the_emulator_reports_what_a_gpu_would_not(emulated):
+    """An access beyond the end of a tensor, here by offsets that do not fit it."""
+    emulated.guard_allocations(True)
+    q, cu_seqlens = torch.zeros(4, 1, 8), torch.tensor([0, 600], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="memory that is not allocated"):
+        emulated.attention(q, q, q, cu_seqlens, cu_seqlens, 600, 600, 1.0, False, None)
+    emulated.guard_allocations(False)
