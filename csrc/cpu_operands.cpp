@@ -23,11 +23,11 @@ std::vector<int64_t> Offsets::longest_first() const {
 
 std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const HeadRows& k, const Offsets& offsets) {
   std::vector<std::vector<int64_t>> groups;
-  int64_t bytes = kGroupBytes;
+  int64_t bytes = 0;
   for (const int64_t b : offsets.longest_first()) {
     const int64_t size =
         2 * k.heads * packed_size(kernels, offsets.length(b), k.head_dim) * factor_bytes(factor_of(kernels, k.type));
-    if (bytes + size > kGroupBytes) {
+    if (groups.empty() || bytes + size > kGroupBytes) {
       groups.emplace_back();
       bytes = 0;
     }
