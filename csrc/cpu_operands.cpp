@@ -80,8 +80,8 @@ PackedKeys::PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadR
     for (int64_t j = first; j < last; j += kTokensTogether) {
       const int64_t count = std::min(kTokensTogether, last - j);
       for (int64_t head = 0; head < k.heads; ++head) {
-        if (head + 1 < k.heads) k.prefetch(start + j, count, head + 1);
-        if (head + 1 < k.heads && v != nullptr) v->prefetch(start + j, count, head + 1);
+        k.prefetch(start + j + count, std::min(kTokensTogether, last - j - count), head);
+        if (v != nullptr) v->prefetch(start + j + count, std::min(kTokensTogether, last - j - count), head);
         kernels.pack_transposed(factor, k.rows(start + j, count, head), j, length,
                                 memory_.at(place_[b].keys + head * place_[b].keys_stride));
         if (v != nullptr) {

@@ -66,7 +66,7 @@ struct HeadRows {
   void prefetch(int64_t first, int64_t count, int64_t head) const {
     for (int64_t row = first; row < first + count; ++row) {
       const auto* p = static_cast<const char*>(at(row, head));
-      for (int64_t i = 0; i < head_dim * bytes; i += 64) __builtin_prefetch(p + i);
+      for (int64_t i = 0; i < head_dim * bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
     }
   }
 

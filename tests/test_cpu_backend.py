@@ -1,0 +1,282 @@
+"""The C++ kernels for CPUs, where they differ from the other backends: instruction sets, threads, memory, and operators.
+
+Their results on any legal shape are checked with everyone's, in `test_properties.py`.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    DEVICE,
+    attention_case,
+    both_case,
+    compaction_case,
+    missing,
+    normal,
+    offsets,
+    run,
+    spare_rows,
+)
+
+from madtp_kernels import RaggedBatch, attention, compact, native
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cpu", reason="the CPU kernels are tested where the tensors are on the CPU"),
+    pytest.mark.skipif(DEVICE == "cpu" and missing("cpu") is not None, reason=str(missing("cpu"))),
+]
+
+TESTS = Path(__file__).parent
+LENGTHS = [3, 0, 700, 1, 41, 2, 130, 64, 65]  # several blocks and chunks, and next to nothing
+
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+
+def same_bits(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ---- instruction sets -----------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(arguments, **environment):
+    """Standard output of a Python process; its failure is the test's."""
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, cwd=TESTS, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def instruction_set(name):
+    """What the kernels run with when that set is asked for, or None where the processor lacks it."""
+    program = "from madtp_kernels import native; print(native.load().build_info()['cpu'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"MADTP_KERNELS_CPU": name}, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+def test_lesser_instruction_sets(name):
+    """All properties hold with the kernels of older processors too; the best set is tested by default."""
+    if instruction_set(name) is None:
+        pytest.skip(f"this processor does not have {name}")
+    assert instruction_set(name) == name
+    files = ["test_properties.py", "test_batch_invariance.py"]
+    in_fresh_process(["-m", "pytest", "-q", "-x", "-k", "cpu and not nlvr", *files], MADTP_KERNELS_CPU=name)
+
+
+def test_unknown_instruction_set_is_refused_by_name():
+    assert instruction_set("avx1024") is None
+    program = "from madtp_kernels import native; native.load().build_info()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"MADTP_KERNELS_CPU": "avx1024"}, capture_output=True, text=True
+    )
+    assert "avx1024" in done.stderr and "portable" in done.stderr
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@every_dtype
+@pytest.mark.parametrize("op", CASES)
+def test_same_bits_with_any_number_of_threads(op, dtype, threads, generator):
+    case = CASES[op](generator, LENGTHS, dtype=dtype)
+    threads(1)
+    alone = run(op, case, "cpu")
+    for count in (2, 3, 7):
+        threads(count)
+        for _ in range(3):
+            assert same_bits(run(op, case, "cpu"), alone), f"{count} threads"
+
+
+def test_calls_from_several_python_threads(generator):
+    """The kernels let go of the interpreter and share their kept memory: calls at the same time do not meet in it."""
+    cases = [both_case(generator, [400 + 31 * i, i], heads=4, head_dim=64) for i in range(4)]
+    alone = [run("attention_with_importance", case, "cpu") for case in cases]
+    wrong = []
+
+    def call(i):
+        for _ in range(8):
+            if not same_bits(run("attention_with_importance", cases[i], "cpu"), alone[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("head_dim", [1, 31, 33, 64, 80, 96, 128, 200, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_pass_gives_the_bits_of_attention_alone(dtype, head_dim, causal, generator):
+    case = both_case(generator, [5, 0, 100, 17], 3, head_dim, dtype, causal=causal, bias=True)
+    both = run("attention_with_importance", case, "cpu")
+    alone = {name: case[name] for name in ("q", "k", "v", "causal", "key_bias")}
+    cu, most = case["cu_seqlens"], case["max_seqlen"]
+    alone |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": most, "max_seqlen_k": most}
+    assert same_bits(both[:2], run("attention", alone, "cpu"))
+
+
+def test_queries_in_pieces_give_the_bits_of_the_whole(generator):
+    """The blocks that a sample is cut into leave no trace: neither does cutting its queries by hand."""
+    case = attention_case(generator, [100], 2, 64, key_lengths=[333])
+    whole = run("attention", case, "cpu")
+    for first, last in ((0, 1), (1, 50), (50, 100)):
+        piece = case | {"q": case["q"][first:last], "cu_seqlens_q": offsets([last - first])}
+        out, lse = run("attention", piece, "cpu")
+        assert torch.equal(out, whole[0][first:last]) and torch.equal(lse, whole[1][:, first:last])
+
+
+@every_dtype
+def test_keys_at_minus_infinity_are_not_seen(dtype, generator):
+    case = attention_case(generator, [40, 9], 2, 32, dtype)
+    hidden = torch.rand(49, generator=generator) < 0.5
+    hidden[0], hidden[40:] = False, True  # the second sample sees nothing
+    case["key_bias"] = torch.zeros(49).masked_fill(hidden, float("-inf"))
+    out, lse = run("attention", case, "cpu")
+    seen = case | {
+        "k": case["k"][~hidden],
+        "v": case["v"][~hidden],
+        "key_bias": None,
+        "cu_seqlens_k": offsets([int((~hidden).sum()), 0]),
+    }
+    want_out, want_lse = run("attention", seen, "reference")
+    torch.testing.assert_close(out, want_out, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-2)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    assert (out[40:] == 0).all() and (lse[:, 40:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("gain", [1e-6, 300.0, 3e4])
+def test_logits_of_any_size(gain, generator):
+    """Thousands apart: no overflow, the largest takes all."""
+    case = both_case(generator, [50, 7], 3, 16, gain=gain)
+    ours, want = run("attention_with_importance", case, "cpu"), run("attention_with_importance", case, "reference")
+    for a, b in zip(ours, want, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_not_a_number_spreads_to_its_sample_only(generator):
+    case = attention_case(generator, [20, 30], 2, 16)
+    case["q"][3, 0, 5] = float("nan")
+    out, lse = run("attention", case, "cpu")
+    assert out[3, 0].isnan().all() and lse[0, 3].isnan()
+    out[3, 0], lse[0, 3] = 0, 0
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+PEAK = """
+import resource, torch
+from madtp_kernels import attention_with_importance, ragged
+length = 12_000
+q, k, v = torch.randn(3, length, 2, 16).unbind()
+cu = ragged.offsets_from_lengths([length], "cpu")
+attention_with_importance(*(t[:10] for t in (q, k, v)), ragged.offsets_from_lengths([10], "cpu"), 10, backend="cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attention_with_importance(q, k, v, cu, length, backend="cpu")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_grows_with_tokens_only():
+    """One head's probabilities of 12,000 tokens would take 576 MB; queries, keys and values take 1.5 MB each."""
+    assert int(in_fresh_process(["-c", PEAK])) * 1024 < 40e6
+
+
+# ---- compaction -----------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("by_count", [False, True])
+def test_exact_and_bounded_results_hold_the_same_rows(dtype, by_count, generator):
+    case = compaction_case(
+        generator, LENGTHS, 37, dtype, by_count=by_count, protected=True, sizes=True, ids=True, norm=True
+    )
+    exact = run("compact", case | {"exact": True}, "cpu")
+    bounded = compact(**case | {"exact": False}, backend="cpu")
+    assert bounded.tokens.values.shape[0] == case["x"].values.shape[0]
+    assert same_bits(exact, run("compact", case | {"exact": False}, "cpu"))
+    assert exact[0].shape[0] == int(exact[1][-1])
+
+
+def test_kept_rows_are_copies_bit_for_bit(generator):
+    """NaN payloads and negative zeros included."""
+    case = compaction_case(generator, [64, 300], 50)
+    case["x"].values[::7] = -0.0
+    case["x"].values[::11] = float("nan")
+    values, cu, ids = run("compact", case, "cpu")[:3]
+    for b, start in enumerate((0, 64)):
+        rows = slice(int(cu[b]), int(cu[b + 1]) - 1)  # without the merged one
+        want = case["x"].values[start + ids[rows].long()]
+        assert torch.equal(values[rows].view(torch.int32), want.view(torch.int32))
+
+
+def test_rows_with_gaps_between_them(generator):
+    wide = normal(generator, 200, 2, 24)
+    for x in (wide[:, 0], wide[:, 1]):
+        case = compaction_case(generator, [150, 50], 24) | {"x": RaggedBatch(x, offsets([150, 50]), 150)}
+        dense = case | {"x": RaggedBatch(x.contiguous(), offsets([150, 50]), 150)}
+        assert same_bits(run("compact", case, "cpu"), run("compact", dense, "cpu"))
+
+
+# ---- the extension itself -------------------------------------------------------------------------------------------
+
+
+def test_module_and_operators_are_the_same_functions(generator):
+    module, operators = native.load(), torch.ops.madtp_native
+    q, k, v = (normal(generator, 12, 2, 8) for _ in range(3))
+    cu = offsets([5, 7])
+    both = (q, k, v, cu, 7, 0.3, False, None)
+    attended = module.attention(q, k, v, cu, cu, 7, 7, 0.3, False, None)
+    assert same_bits(operators.attention(q, k, v, cu, cu, 7, 7, 0.3, False, None), attended)
+    importance = module.attention_importance(q, k, *attended, cu, 7, 0.3, False, None)
+    assert same_bits(operators.attention_importance(q, k, *attended, cu, 7, 0.3, False, None), importance)
+    assert same_bits(operators.attention_with_importance(*both), module.attention_with_importance(*both))
+    x, dictionary = normal(generator, 12, 16), normal(generator, 3, 16)
+    scoring = (x, dictionary, *importance, cu, 7, 1.0, None)
+    scores = module.score_tokens(*scoring)
+    assert same_bits(operators.score_tokens(*scoring), scores)
+    compaction = (x, *scores, None, cu, 7, None, None, None, None, None, -1, None, None, 1e-6, True)
+    assert same_bits(operators.compact(*compaction), module.compact(*compaction))
+
+
+def test_double_precision_is_refused_by_name():
+    q = torch.zeros(4, 1, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="q: the cpu backend takes float32, bfloat16 and float16, got Double"):
+        native.load().attention(q, q, q, offsets([4]), offsets([4]), 4, 4, 1.0, False, None)
+
+
+@every_dtype
+def test_nothing_is_read_beyond_the_last_sample(dtype, generator):
+    """The buffer ends in rows of NaN, and the last sample has a length that fills no block, vector or pair."""
+    case = attention_case(generator, [40, 37], 2, 33, dtype, bias=True)
+    want = run("attention", case, "cpu")
+    spare = {name: spare_rows(case[name], 3) for name in ("q", "k", "v", "key_bias")}
+    assert same_bits(run("attention", case | spare, "cpu"), want)
+    out, lse = attention(**case | spare, backend="cpu")
+    assert out.shape[0] == 80 and lse.shape == (2, 80)
