@@ -17,6 +17,7 @@ RECORDS = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     parser.addoption("--records", metavar="FILE", help="write what was measured to this JSON file, for report.py")
+    parser.addoption("--patience", type=int, default=1, metavar="N", help="N times as many rounds, for a noisy machine")
     parser.addoption("--device-name", metavar="NAME", help="what to call this machine in the records")
 
 
@@ -36,7 +37,7 @@ def run(request, benchmark):
     """Check, time and record one comparison; returns its record."""
 
     def run(comparison: measure.Comparison) -> dict:
-        record = measure.compare(comparison, benchmark)
+        record = measure.compare(comparison, benchmark, request.config.getoption("--patience"))
         request.config.stash[RECORDS].append(record)
         return record
 

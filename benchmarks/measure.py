@@ -59,6 +59,7 @@ class Comparison:
         synchronising: candidates that wait for the device by themselves and cannot be captured in a CUDA graph.
         capture: on a GPU, time replays of a CUDA graph, so that launch gaps of Python stay out of small operations.
         budget: seconds that the rounds may take, as long as ``min_rounds`` are done.
+        warm_up: a pass over all candidates before the rounds; where a pass takes tens of seconds, the check has to do.
     """
 
     name: str
@@ -70,8 +71,9 @@ class Comparison:
     goals: tuple[Goal, ...] = ()
     synchronising: tuple[str, ...] = ()
     capture: bool = True
-    budget: float = 2.0
+    budget: float = 0.5 if ON_GPU else 1.5
     min_rounds: int = 3
+    warm_up: bool = True
 
 
 # ---- clocks -------------------------------------------------------------------------------------------------------
@@ -125,10 +127,6 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def _rounds(seconds_per_round: float, comparison: Comparison) -> int:
-    return max(comparison.min_rounds, min(50, int(comparison.budget / max(seconds_per_round, 1e-6))))
-
-
 # ---- ceilings -----------------------------------------------------------------------------------------------------
 
 
@@ -165,12 +163,13 @@ def product_gflops(dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def compare(comparison: Comparison, benchmark=None) -> dict:
+def compare(comparison: Comparison, benchmark=None, patience: int = 1) -> dict:
     """Check the candidates, time them in turn, and return the record.
 
     Args:
         comparison: what to time.
         benchmark: pytest-benchmark's fixture; its table then shows the subject, its ``extra_info`` holds the record.
+        patience: this many times the rounds.
 
     Raises:
         WrongAnswer: the check failed; nothing was timed.
@@ -181,14 +180,18 @@ def compare(comparison: Comparison, benchmark=None) -> dict:
         calls = {n: c if n in comparison.synchronising else _captured(c) for n, c in calls.items()}
     subject, *others = calls
 
-    first = {}
-    for name, call in calls.items():  # a second warm-up, with the memory that the other candidates leave behind
-        _flush()
-        first[name] = _seconds(call)
-    total = sum(first.values())
-    # Rounds of many seconds need no warm-up beyond the check: there, the first pass is a round.
-    times = {name: [seconds] if total > 4 else [] for name, seconds in first.items()}
-    rounds = _rounds(total, comparison) - (total > 4)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = patience * comparison.min_rounds
+    if comparison.warm_up:
+        first = {}
+        for name, call in calls.items():  # with the memory that the other candidates leave behind
+            _flush()
+            first[name] = _seconds(call)
+        total = sum(first.values())
+        rounds = max(rounds, min(50, int(patience * comparison.budget / total)))
+        if total > 4 and rounds > 1:  # so long a pass is as good as a round
+            times = {name: [seconds] for name, seconds in first.items()}
+            rounds -= 1
 
     turns = itertools.count()
 

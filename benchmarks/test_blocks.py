@@ -112,6 +112,7 @@ def test_twelve_blocks_that_drop_five_percent_each(run, dtype, batch):
         else:
             check_pruned(dtype, stack[0], blocks.embedded(dtype, 1, DEPTH), guide, temperatures[0])
 
+    long = batch > 8 and not ON_GPU
     run(
         Comparison(
             "twelve blocks",
@@ -122,13 +123,13 @@ def test_twelve_blocks_that_drop_five_percent_each(run, dtype, batch):
             check,
             {"dtype": dtype, "batch": f"{batch} x 577", "share_left": final.tokens.num_tokens / inputs.LENGTH},
             goals=(Goal("dropping 5 % each", "dense", 1.0),),
-            min_rounds=2,
-            budget=3,
+            min_rounds=1 if long else 2,
+            warm_up=not long,
         )
     )
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.15, 0.3, 0.5])
+@pytest.mark.parametrize("spread", [0.0, 0.25, 0.5])
 @each_dtype
 def test_samples_that_kept_different_numbers(run, dtype, spread):
     """One dense block on samples of 289 tokens on average: ragged, and padded to the largest as batch-maximum code does."""

@@ -155,7 +155,7 @@ def test_attention_with_importance(run, dtype, batch):
             candidates,
             data.check_importance,
             data.facts,
-            gflop=6 * data.squares * inputs.WIDTH / 1e9,
+            gflop=4 * data.squares * inputs.WIDTH / 1e9,
             gbytes=4 * data.qkv.values.nbytes / 3 / 1e9,
             goals=goals,
         )
@@ -332,6 +332,7 @@ def test_prune(run, dense_layer, dtype, batch):
         "prune + LayerNorm": lambda: data.pruned(norm=True),
         "score": data.score,
         "compact": data.compacted,
+        "alignment product": lambda: F.linear(data.entering, data.dictionary),
         "copy": copy,
         "copy incl. LayerNorm's rows": copy_with_norm,
         "dense layer": dense_layer(dtype, data.lengths),
