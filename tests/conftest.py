@@ -4,6 +4,10 @@ import os
 import random
 from pathlib import Path
 
+# Small shapes gain nothing from a second thread, and lose a lot where something else runs on the machine. Commands that
+# tests start inherit it. Tests about threads set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -263,7 +263,12 @@ def test_a_killed_run_goes_on(madtp_command, tmp_path, signal_number, exit_code)
     arguments = ["nlvr", *MODEL, "--input", str(source), "--output", str(output), "--batch-size", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "madtp", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "madtp", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background leaves SIGINT ignored, and commands inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 10):

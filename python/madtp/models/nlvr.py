@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch
+from madtp_kernels import RaggedBatch, checks
 
 from ..config import NLVRConfig
 from ..pruning import LayerTrace, Pruning, Stream
@@ -119,14 +119,18 @@ class NLVR(nn.Module):
             ValueError: sizes that do not fit the model or each other.
         """
         if not isinstance(input_ids, RaggedBatch):
-            input_ids = RaggedBatch.from_list(list(input_ids))
+            texts = list(input_ids)
+            if not texts:
+                raise ValueError("input_ids: expected at least one text, got none")
+            input_ids = RaggedBatch.from_list(texts)
+        _check_ids(input_ids, self.config.text.vocab_size)
         input_ids = input_ids.to(self.device)
         batch = input_ids.batch_size
         if pixels.shape[0] != 2 * batch:
             raise ValueError(f"pixels: expected two images for each of {batch} texts, got {pixels.shape[0]} images")
         temperature = self.temperature if temperature is None else float(temperature)
-        if temperature < 0:
-            raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
 
         vision = self.visual_encoder(
             pixels.to(self.device, self.dtype), self.space_dict, self._pruning(temperature, 2, batch), summaries
@@ -145,6 +149,21 @@ class NLVR(nn.Module):
             last_hidden_state=states,
             summaries=(vision.summary, text.summary) if summaries else None,
         )
+
+
+def _check_ids(input_ids: RaggedBatch, vocabulary: int) -> None:
+    """Every text has a first token, which answers for it, and every id has an embedding."""
+    ids = input_ids.values
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"input_ids: expected int64 ids [T], got {checks.describe(ids)}")
+    if not checks.may_read(ids):
+        return
+    empty = (input_ids.lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"input_ids: expected at least one token per text, text {empty[0]} has none")
+    ids = ids[: input_ids.num_tokens]
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(f"input_ids: expected ids in 0..{vocabulary - 1}, got {ids.min()}..{ids.max()}")
 
 
 def split(stream: Stream, batch: int) -> tuple[Stream, Stream]:
