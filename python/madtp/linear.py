@@ -60,17 +60,24 @@ def _packable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_packs: weakref.WeakKeyDictionary[Linear, tuple[tuple, Tensor]] = weakref.WeakKeyDictionary()
+# Layer -> (what its weight was when it was packed, a sample of its elements, the packed weight).
+_packs: weakref.WeakKeyDictionary[Linear, tuple[tuple, Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _packed(layer: Linear) -> Tensor:
-    """The layer's weight in oneDNN's layout; packed again when the weight was changed or replaced."""
+    """The layer's weight in oneDNN's layout; packed again when the weight was changed or replaced.
+
+    Writes through `.data` do not count as changes to PyTorch, so a sample of 64 elements is compared as well: that finds any
+    update of the whole weight. Someone who edits single elements through `.data` has to assign a new parameter.
+    """
     weight = layer.weight
     key = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
+    sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
     found = _packs.get(layer)
-    if found is None or found[0] != key:
-        found = _packs[layer] = (key, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
-    return found[1]
+    if found is None or found[0] != key or not torch.equal(found[1], sample):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        found = _packs[layer] = (key, sample.clone(), packed)
+    return found[2]
 
 
 @functools.cache
