@@ -58,6 +58,7 @@ class Comparison:
         goals: what the times have to satisfy; reported, not asserted: a slow machine is not a wrong program.
         synchronising: candidates that wait for the device by themselves and cannot be captured in a CUDA graph.
         capture: on a GPU, time replays of a CUDA graph, so that launch gaps of Python stay out of small operations.
+        finish: called after the rounds, before the record is made: may add facts and goals that follow from the results.
         budget: seconds that the rounds may take, as long as ``min_rounds`` are done.
         warm_up: a pass over all candidates before the rounds; where a pass takes tens of seconds, the check has to do.
     """
@@ -71,6 +72,7 @@ class Comparison:
     goals: tuple[Goal, ...] = ()
     synchronising: tuple[str, ...] = ()
     capture: bool = True
+    finish: Callable[[Comparison], None] | None = None
     budget: float = 0.5 if ON_GPU else 1.5
     min_rounds: int = 3
     warm_up: bool = True
@@ -211,6 +213,8 @@ def compare(comparison: Comparison, benchmark=None, patience: int = 1) -> dict:
             time_subject()
     else:
         benchmark.pedantic(time_subject, setup=time_others, rounds=rounds, iterations=1)
+    if comparison.finish:
+        comparison.finish(comparison)
     medians = {name: statistics.median(values) for name, values in times.items()}
     record = _record(comparison, medians, {name: min(values) for name, values in times.items()}, len(times[subject]))
     if benchmark is not None:

@@ -324,7 +324,7 @@ def test_prune(run, dense_layer, dtype, batch):
         data.check_score()
         data.check_compaction()
         ours, exact = data.pruned(), data.compacted(backend="reference")
-        if not torch.equal(ours.compacted.ids[: data.rows_out], exact.ids):
+        if not torch.equal(ours.compacted.ids[: data.rows_out], exact.ids[: data.rows_out]):
             raise WrongAnswer("prune: other tokens than the reference with the same scores")
 
     candidates = {

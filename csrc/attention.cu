@@ -3,8 +3,8 @@
 //   s[h, i, j] = scale * <q_hi, k_hj> + key_bias_j      lse[h, i] = log sum_j exp s[h, i, j]
 //   out[i, h] = sum_j exp(s[h, i, j] - lse[h, i]) v_hj
 //
-// A block takes 64 queries of one sample and head, a warp 16 of them, and walks over the keys with an online softmax. Logits
-// are in units of log 2. The head dimension is staged 128 bytes at a time.
+// A block takes 64 queries of one sample and head, a warp 16 of them, and walks over the keys with an online
+// softmax. Logits are in units of log 2. The head dimension is staged 128 bytes at a time.
 #include "cuda_ops.h"
 #include "cuda_tile.cuh"
 

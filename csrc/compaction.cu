@@ -1,10 +1,10 @@
-// Selection, compaction and merging: which tokens survive, then each sample's token 0, survivors in order, and one row
-// sum_dropped w x / (sum_dropped w + 1e-8) for the others, w = importance (times size).
+// Selection, compaction and merging: which tokens survive, then each sample's token 0, survivors in order,
+// and one row sum_dropped w x / (sum_dropped w + 1e-8) for the others, w = importance (times size).
 //
-// One block decides for a sample: counts, finds the cut-off score where a number of tokens is asked for, and scans; the result
-// is an order of the sample's tokens, survivors first. Then one block adds up the new lengths, and warps move rows, reading
-// each once; the first blocks of that launch make the merged rows, which take longest. Nothing depends on the order in which
-// blocks run.
+// One block decides for a sample: counts, finds the cut-off score where a number of tokens is asked for, and
+// scans; the result is an order of the sample's tokens, survivors first. Then one block adds up the new
+// lengths, and warps move rows, reading each once; the first blocks of that launch make the merged rows,
+// which take longest. Nothing depends on the order in which blocks run.
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
@@ -65,8 +65,8 @@ __device__ bool exceeds_threshold(const CompactionArguments& p, int b, int64_t r
   return p.importance[row] > p.threshold[b] || is_protected(p, row);
 }
 
-// Orders the tokens of a sample: protected ones first, then by importance, then by position, earlier first. All distinct, for
-// any bits of the importance, so that exactly K tokens are the K best. 1 + 32 + 31 bits.
+// Orders the tokens of a sample: protected ones first, then by importance, then by position, earlier first.
+// All distinct, for any bits of the importance, so that exactly K tokens are the K best. 1 + 32 + 31 bits.
 constexpr int kPositionBits = 31;
 
 __device__ uint64_t rank_key(const CompactionArguments& p, const Prunable& tokens, int j) {
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const CompactionArgumen
   if (threadIdx.x == 0) selection.own[b] = own;
 }
 
-// The rank_key of the `keep` best token (1 <= keep <= count), or one between it and the next: by bisection, bit after bit.
+// The rank_key of the `keep` best token (1 <= keep <= count), or one between it and the next: by bisection,
+// bit after bit.
 __device__ uint64_t cut_off(const CompactionArguments& p, const Prunable& tokens, int keep, BlockTotal& total) {
   const int position_bits = 32 - __clz(tokens.count);
   uint64_t cut = 0;
@@ -231,9 +232,11 @@ __device__ void normalise_row(const CompactionArguments& p, const T* row, T* to)
   }
 }
 
-// A block makes the merged row of a sample: every warp adds up every eighth dropped row, then the warps' sums are added.
+// A block makes the merged row of a sample: every warp adds up every eighth dropped row, then the warps' sums
+// are added.
 template <int LANES, class T>
-__device__ void merge_rows(const CompactionArguments& p, const Selection& selection, const CompactedRows& result, int b) {
+__device__ void merge_rows(const CompactionArguments& p, const Selection& selection, const CompactedRows& result,
+                           int b) {
   constexpr int kColumns = 32 * LANES * kVectorsInFlight;
   __shared__ float sums[kWarps][kColumns];
   __shared__ float weight_sums[kWarps], size_sums[kWarps];
@@ -316,7 +319,8 @@ __device__ void merge_rows(const CompactionArguments& p, const Selection& select
   }
 }
 
-// The first block of each sample merges; the others take 32 of its surviving rows each, a warp one after another.
+// The first block of each sample merges; the others take 32 of its surviving rows each, a warp one after
+// another.
 template <class T, int LANES>
 __global__ void __launch_bounds__(kThreads, 3)
     compaction_kernel(const CompactionArguments p, const Selection selection, const CompactedRows result,
@@ -359,8 +363,8 @@ const char* launch_compaction(const CompactionArguments& p, const Selection& sel
     using T = typename decltype(tag)::type;
     const int row_blocks = static_cast<int>(ceil_div(p.max_seqlen, kBlockRows));
     // Result buffers are contiguous and start on a vector: what holds for the width holds for their rows.
-    const auto kernel = is_vectorisable(p.x.data, p.x.stride, p.width, sizeof(T)) ? compaction_kernel<T, kVectorLanes<T>>
-                                                                                  : compaction_kernel<T, 1>;
+    const bool is_vectorised = is_vectorisable(p.x.data, p.x.stride, p.width, sizeof(T));
+    const auto kernel = is_vectorised ? compaction_kernel<T, kVectorLanes<T>> : compaction_kernel<T, 1>;
     return launch(kernel, p.batch * int64_t{1 + row_blocks}, kThreads, stream, p, selection, result, row_blocks);
   });
 }

@@ -46,6 +46,8 @@ MADTP_INLINE void tile(const typename Product::element* left, int64_t left_strid
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(0.0f);
+  // Unrolled so that the processor foresees the end of the loop, which a head of 64 makes short.
+#pragma GCC unroll 4
   for (int64_t step = 0; step < steps; ++step) {
     typename Product::vector columns[kVectors];
 #pragma GCC unroll 4

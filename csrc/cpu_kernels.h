@@ -33,7 +33,7 @@ struct LeftRows {
 
 // Softmax of a block of logits, row by row.
 struct SoftmaxBlock {
-  const float* logits;  // [rows, stride]; columns beyond `columns`, up to whole vectors, are -inf
+  float* logits;        // [rows, stride]; columns beyond `columns`, up to whole vectors, are -inf; becomes -inf where unseen
   int64_t stride;
   int64_t rows;
   int64_t columns;

@@ -23,45 +23,67 @@ constexpr double kLn2 = 0.6931471805599453;
 // e^x. Rounding log2(e) alone would give all probabilities the same relative error, which sums do not average out.
 MADTP_INLINE vf exponential(vf x) { return exp2(fma(x, broadcast(kLog2E), x * broadcast(kLog2ERest))); }
 
-// weights[0, size) = 2^(row log2(e) + shift); returns their sum before rounding. `size` is a multiple of kLanes.
-MADTP_INLINE float exponentials(const float* row, int64_t size, float shift_value, float* weights) {
-  vf sum[2] = {broadcast(0.0f), broadcast(0.0f)};
-  const vf factor = broadcast(kLog2E), shift = broadcast(shift_value);
-  int64_t j = 0;
-  for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
-    for (int u = 0; u < 2; ++u) {
-      const vf w = exp2(fma(load(row + j + u * kLanes), factor, shift));
-      store(weights + j + u * kLanes, w);
-      sum[u] = sum[u] + w;
-    }
+// The two vectors of weights at j = 0, 2 kLanes, ...
+MADTP_INLINE void store_pair(float* to, vf first, vf second) {
+  store(to, first);
+  store(to + kLanes, second);
+}
+
+// The running maximum of s - lse that a finished row still has to enter. That needs loads and stores, exponentials need
+// arithmetic: it is done along with those of the next row.
+struct Pending {
+  const float* row;
+  float* best;  // null: nothing to do
+  float lse;
+
+  MADTP_INLINE void update(const Pending& pending, int64_t j) {
+    const vf value = load(pending.row + j) - broadcast(pending.lse);
+    store(pending.best + j, maximum(load(pending.best + j), value));
   }
-  if (j < size) {
-    const vf w = exp2(fma(load(row + j), factor, shift));
-    store(weights + j, w);
-    sum[0] = sum[0] + w;
-  }
-  return sum_lanes(sum[0] + sum[1]);
+};
+
+template <class Element>
+MADTP_INLINE vf weight_exp2(vf x) {
+  return exp2(x);
 }
 
 #if defined(__AVX512BF16__)
-MADTP_INLINE float exponentials(const float* row, int64_t size, float shift_value, bf16* weights) {
+MADTP_INLINE void store_pair(bf16* to, vf first, vf second) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+template <>
+inline __attribute__((always_inline)) vf weight_exp2<bf16>(vf x) {
+  return exp2_short(x);
+}
+#endif
+
+// weights[0, size) = 2^(row log2(e) + shift); returns their sum before rounding. `size` is a multiple of kLanes.
+template <bool kUpdate, class Element>
+MADTP_INLINE float exponentials(const float* row, int64_t size, float shift_value, Element* weights,
+                                const Pending& pending) {
   vf sum[2] = {broadcast(0.0f), broadcast(0.0f)};
   const vf factor = broadcast(kLog2E), shift = broadcast(shift_value);
   int64_t j = 0;
   for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
-    const vf w0 = exp2_short(fma(load(row + j), factor, shift)), w1 = exp2_short(fma(load(row + j + kLanes), factor, shift));
-    _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(w1, w0));
-    sum[0] = sum[0] + w0;
-    sum[1] = sum[1] + w1;
+    const vf first = weight_exp2<Element>(fma(load(row + j), factor, shift));
+    const vf second = weight_exp2<Element>(fma(load(row + j + kLanes), factor, shift));
+    store_pair(weights + j, first, second);
+    sum[0] = sum[0] + first;
+    sum[1] = sum[1] + second;
+    if constexpr (kUpdate) {
+      Pending::update(pending, j);
+      Pending::update(pending, j + kLanes);
+    }
   }
   if (j < size) {
-    const vf w = exp2_short(fma(load(row + j), factor, shift));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), (__m256i)_mm512_cvtneps_pbh(w));
-    sum[0] = sum[0] + w;
+    const vf last = weight_exp2<Element>(fma(load(row + j), factor, shift));
+    store(weights + j, last);
+    sum[0] = sum[0] + last;
+    if constexpr (kUpdate) Pending::update(pending, j);
   }
   return sum_lanes(sum[0] + sum[1]);
 }
-#endif
 
 // log2 of a positive normal number, to about 1e-9: the series of artanh, on a mantissa in [sqrt(1/2), sqrt(2)).
 MADTP_INLINE double log2_of(float x) {
@@ -75,23 +97,19 @@ MADTP_INLINE double log2_of(float x) {
 
 template <class Element>
 void softmax(const SoftmaxBlock& block) {
-  const int64_t padded = (block.columns + kLanes - 1) / kLanes * kLanes;
+  const int64_t size = (block.columns + kLanes - 1) / kLanes * kLanes;
+  Pending pending{nullptr, nullptr, 0.0f};
   for (int64_t r = 0; r < block.rows; ++r) {
-    const float* row = block.logits + r * block.stride;
+    float* row = block.logits + r * block.stride;
     Element* weights = static_cast<Element*>(block.weights) + r * block.stride;
-    const int64_t seen = larger(0, smaller(block.columns, block.visible + r));
-    const int64_t size = (seen + kLanes - 1) / kLanes * kLanes;
-    if (seen < block.columns && seen < size) {
-      float* last = const_cast<float*>(row) + size - kLanes;
-      store(last, hide_from(load(last), kLanes - (size - seen)));
-    }
+    for (int64_t j = larger(0, block.visible + r); j < block.columns; ++j) row[j] = -__builtin_inff();
 
     vf top = broadcast(-__builtin_inff());
     for (int64_t j = 0; j < size; j += kLanes) top = maximum(top, load(row + j));
     const float row_top = max_lanes(top);
     const bool is_first = r == 0 && block.first_weights != nullptr;
     if (row_top == -__builtin_inff()) {
-      std::memset(weights, 0, static_cast<size_t>(padded) * sizeof(Element));
+      std::memset(weights, 0, static_cast<size_t>(size) * sizeof(Element));
       if (is_first) std::memset(block.first_weights, 0, static_cast<size_t>(block.columns) * sizeof(float));
       block.inverse_sum[r] = 0.0f;
       block.lse[r] = -__builtin_inff();
@@ -100,30 +118,20 @@ void softmax(const SoftmaxBlock& block) {
 
     // Rounding the shift is harmless: the log-sum-exp takes the rounded one back.
     const float shift = -row_top * kLog2E;
-    const float sum = exponentials(row, size, shift, weights);
-    std::memset(weights + size, 0, static_cast<size_t>(padded - size) * sizeof(Element));
+    const float sum = pending.best == nullptr ? exponentials<false>(row, size, shift, weights, pending)
+                                              : exponentials<true>(row, size, shift, weights, pending);
     const float lse = static_cast<float>((log2_of(sum) - shift) * kLn2);
     block.inverse_sum[r] = 1.0f / sum;
     block.lse[r] = lse;
-
-    const vf offset = broadcast(lse);
+    pending = {row, is_first || block.best == nullptr ? nullptr : block.best + r * block.stride, lse};
     if (is_first) {
       for (int64_t j = 0; j < block.columns; j += kLanes) {
-        const vf p = j < size ? exponential(load(row + j) - offset) : broadcast(0.0f);
-        store_n(block.first_weights + j, p, smaller(kLanes, block.columns - j));
+        store_n(block.first_weights + j, exponential(load(row + j) - broadcast(lse)), smaller(kLanes, block.columns - j));
       }
-    } else if (block.best != nullptr) {
-      float* best = block.best + r * block.stride;
-      int64_t j = 0;
-      for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
-        const vf a = maximum(load(best + j), load(row + j) - offset);
-        const vf b = maximum(load(best + j + kLanes), load(row + j + kLanes) - offset);
-        store(best + j, a);
-        store(best + j + kLanes, b);
-      }
-      if (j < size) store(best + j, maximum(load(best + j), load(row + j) - offset));
     }
   }
+  if (pending.best == nullptr) return;
+  for (int64_t j = 0; j < size; j += kLanes) Pending::update(pending, j);
 }
 
 MADTP_INLINE void exp_column_sums(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible,

@@ -1,6 +1,6 @@
-// The four operations on CUDA tensors: allocation, strides, device and stream around the launchers of cuda_ops.h. Signatures
-// are those of the CPU operations in ops.h, contracts those of the Python functions in madtp_kernels. Nothing waits for the
-// device, except compact() when asked for an exact result.
+// The four operations on CUDA tensors: allocation, strides, device and stream around the launchers of
+// cuda_ops.h. Signatures are those of the CPU operations in ops.h, contracts those of the Python functions in
+// madtp_kernels. Nothing waits for the device, except compact() when asked for an exact result.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -34,11 +34,12 @@ inline ElementType element_type(const Tensor& tensor) {
 inline HeadRows head_rows(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 inline Rows rows(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0)}; }
 
-// A vector operand as dense memory of one type (copied if it is not), or null. Keeps the memory until the launch.
+// A vector operand as dense memory of one type (copied if it is not), or null. Keeps the memory until the
+// launch.
 template <class T>
-class Vector {
+class Dense {
  public:
-  explicit Vector(const OptionalTensor& tensor) {
+  explicit Dense(const OptionalTensor& tensor) {
     if (tensor.has_value()) tensor_ = tensor->to(c10::CppTypeToScalarType<T>::value).contiguous();
   }
   operator const T*() const { return tensor_.defined() ? tensor_.const_data_ptr<T>() : nullptr; }
@@ -73,8 +74,8 @@ inline std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, co
                                             const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t /*max_seqlen_k*/,
                                             double scale, bool causal, const OptionalTensor& key_bias) {
   const detail::Device device(q);
-  const detail::Vector<int32_t> offsets_q(cu_seqlens_q), offsets_k(cu_seqlens_k);
-  const detail::Vector<float> bias(key_bias);
+  const detail::Dense<int32_t> offsets_q(cu_seqlens_q), offsets_k(cu_seqlens_k);
+  const detail::Dense<float> bias(key_bias);
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   AttentionArguments arguments = {};
@@ -102,8 +103,8 @@ inline std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Te
                                                        const Tensor& lse, const Tensor& cu_seqlens, int64_t max_seqlen,
                                                        double scale, bool causal, const OptionalTensor& key_bias) {
   const detail::Device device(q);
-  const detail::Vector<int32_t> offsets(cu_seqlens);
-  const detail::Vector<float> bias(key_bias);
+  const detail::Dense<int32_t> offsets(cu_seqlens);
+  const detail::Dense<float> bias(key_bias);
   const auto floats = q.options().dtype(at::kFloat);
   Tensor received = at::empty({q.size(0)}, floats), cls = at::empty({q.size(0)}, floats);
   ImportanceArguments arguments = {};
@@ -134,8 +135,8 @@ inline std::tuple<Tensor, Tensor> score_tokens(const Tensor& x, const Tensor& di
                                                const Tensor& cls, const Tensor& cu_seqlens, int64_t max_seqlen,
                                                double temperature, const OptionalTensor& bias) {
   const detail::Device device(x);
-  const detail::Vector<int32_t> offsets(cu_seqlens);
-  const detail::Vector<float> received_data(received), cls_data(cls), bias_data(bias);
+  const detail::Dense<int32_t> offsets(cu_seqlens);
+  const detail::Dense<float> received_data(received), cls_data(cls), bias_data(bias);
   const auto floats = x.options().dtype(at::kFloat);
   Tensor importance = at::empty({x.size(0)}, floats), threshold = at::empty({cu_seqlens.numel() - 1}, floats);
   ScoringArguments arguments = {};
@@ -165,11 +166,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
     const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes, int64_t merged_id,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact) {
   const detail::Device device(x);
-  const detail::Vector<float> importance_data(importance), threshold_data(threshold), sizes_data(sizes),
+  const detail::Dense<float> importance_data(importance), threshold_data(threshold), sizes_data(sizes),
       weight_data(norm_weight), bias_data(norm_bias);
-  const detail::Vector<int32_t> offsets(cu_seqlens), keep_data(keep_count), groups_data(groups), min_data(min_keep),
+  const detail::Dense<int32_t> offsets(cu_seqlens), keep_data(keep_count), groups_data(groups), min_data(min_keep),
       ids_data(ids);
-  const detail::Vector<bool> protected_data(is_protected);
+  const detail::Dense<bool> protected_data(is_protected);
   const auto integers = x.options().dtype(at::kInt);
   const int64_t batch = cu_seqlens.numel() - 1;
   Tensor order = at::empty({x.size(0)}, integers), counts = at::empty({2, batch}, integers);

@@ -1,8 +1,9 @@
-// Launchers of the CUDA kernels: raw pointers, sizes and a stream. Free of torch, so that nvcc alone compiles the .cu files;
-// cuda_dispatch.h calls these for tensors. Contracts are those of the Python functions in madtp_kernels. C is the number of
-// rows in a buffer, T = cu_seqlens[batch] <= C the number of tokens, which only the device knows. Strides count elements; the
-// last dimension of every operand is dense. Each launcher returns null, or the reason why a kernel could not be launched.
-// Nothing here waits for the device or allocates: a workspace comes from the caller, of the size that is asked for first.
+// Launchers of the CUDA kernels: raw pointers, sizes and a stream. Free of torch, so that nvcc alone compiles
+// the .cu files; cuda_dispatch.h calls these for tensors. Contracts are those of the Python functions in
+// madtp_kernels. C is the number of rows in a buffer, T = cu_seqlens[batch] <= C the number of tokens, which
+// only the device knows. Strides count elements; the last dimension of every operand is dense. Each launcher
+// returns null, or the reason why a kernel could not be launched. Nothing here waits for the device or
+// allocates: a workspace comes from the caller, of the size that is asked for first.
 #pragma once
 
 #include <cstdint>
@@ -92,7 +93,8 @@ struct CompactionArguments {
   float norm_eps;
 };
 
-// The decision: which rows of x survive. In device memory of the caller, between the two launches of a compaction.
+// The decision: which rows of x survive. In device memory of the caller, between the two launches of a
+// compaction.
 struct Selection {
   int32_t* order;  // [C]: a sample's surviving positions, ascending, then its dropped ones
   int32_t* kept;   // [B]: how many survive; the sample's length where nothing is pruned

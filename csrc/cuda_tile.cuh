@@ -1,19 +1,20 @@
-// Products of tiles, the inner loop of attention, importance and scoring: tiles of two matrices in shared memory, and a warp's
-// part of the product of one with the transpose of the other. bfloat16 and float16 go through the tensor cores, float32
-// through multiply-adds; sums are float32 either way. Both leave the product with the same lanes, so that what is done with it
-// is written once.
+// Products of tiles, the inner loop of attention, importance and scoring: tiles of two matrices in shared
+// memory, and a warp's part of the product of one with the transpose of the other. bfloat16 and float16 go
+// through the tensor cores, float32 through multiply-adds; sums are float32 either way. Both leave the
+// product with the same lanes, so that what is done with it is written once.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "cuda_utils.cuh"
 
 namespace madtp::cuda {
 
-// BYTES of each of ROWS matrix rows. The pitch of 16 bytes more spreads the rows over the banks of shared memory: the
-// accesses below are free of conflicts for rows of 64 and of 128 bytes.
+// BYTES of each of ROWS matrix rows. The pitch of 16 bytes more spreads the rows over the banks of shared
+// memory: the accesses below are free of conflicts for rows of 64 and of 128 bytes.
 template <class T, int ROWS, int BYTES>
 struct alignas(kVectorBytes) Tile {
   static constexpr int kRows = ROWS;
@@ -26,8 +27,9 @@ struct alignas(kVectorBytes) Tile {
   __device__ const T* at(int row, int column) const { return &data[row][column]; }
 };
 
-// Starts to copy rows x columns of a matrix into a tile; the rest of the tile becomes zero. Every thread of the block takes
-// part. The tile is complete after commit, wait and a barrier. `is_vectorised` as is_vectorisable() says of the matrix.
+// Starts to copy rows x columns of a matrix into a tile; the rest of the tile becomes zero. Every thread of
+// the block takes part. The tile is complete after commit, wait and a barrier. `is_vectorised` as
+// is_vectorisable() says of the matrix.
 template <int THREADS, class T, int ROWS, int BYTES>
 __device__ void stage(Tile<T, ROWS, BYTES>& tile, const T* matrix, int64_t stride, int rows, int columns,
                       bool is_vectorised) {
@@ -42,7 +44,8 @@ __device__ void stage(Tile<T, ROWS, BYTES>& tile, const T* matrix, int64_t strid
 #pragma unroll 2
     for (int row = first_row; row < first_row + ROWS; row += kStep, from += kStep * stride) {
       const bool is_inside = row < rows && column < columns;
-      __pipeline_memcpy_async(tile.at(row, column), is_inside ? from : matrix, kVectorBytes, is_inside ? 0 : kVectorBytes);
+      const int zeros = is_inside ? 0 : kVectorBytes;
+      __pipeline_memcpy_async(tile.at(row, column), is_inside ? from : matrix, kVectorBytes, zeros);
     }
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < ROWS * kColumns; i += THREADS) {
@@ -53,8 +56,8 @@ __device__ void stage(Tile<T, ROWS, BYTES>& tile, const T* matrix, int64_t strid
   }
 }
 
-// A warp's 16 x 8*N numbers. Lane l = 4g + t holds of each block n of 8 columns the elements e = 0..3 at row g + 8*(e/2),
-// column 8n + 2t + e%2: the layout of the tensor cores' results.
+// A warp's 16 x 8*N numbers. Lane l = 4g + t holds of each block n of 8 columns the elements e = 0..3 at row
+// g + 8*(e/2), column 8n + 2t + e%2: the layout of the tensor cores' results.
 template <int N>
 struct Accumulator {
   static constexpr int kRows = 16;
@@ -108,7 +111,9 @@ __device__ uint32_t pair_at(const T* from) {
 template <class T>
 __device__ uint32_t pair_of(T low, T high) {
   const Vector<T, 2> pair = {{low, high}};
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
 }
 
 // c += (rows first_row.. of a) b^T over the first `columns` columns; what a tile has beyond them is zero.

@@ -79,7 +79,8 @@ __device__ void store(T* to, const Vector<T, LANES>& vector) {
   *reinterpret_cast<Vector<T, LANES>*>(to) = vector;
 }
 
-// Whether all rows of a matrix can be read in 16-byte pieces: pitch and width whole pieces, the start on a piece.
+// Whether all rows of a matrix can be read in 16-byte pieces: pitch and width whole pieces, the start on a
+// piece.
 inline bool is_vectorisable(const void* data, int64_t stride, int64_t width, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride * element_bytes % kVectorBytes == 0 &&
          width * element_bytes % kVectorBytes == 0;

@@ -3,10 +3,11 @@
 //   P[h, i, j] = exp(scale * <q_hi, k_hj> + key_bias_j - lse[h, i])
 //   received_j = sum_{i >= 1} max_h P[h, i, j]      cls_j = sum_h P[h, 0, j] |out_hj| / (sum_h |out_hj| + 1e-8)
 //
-// A block of the first kernel takes 64 keys of one sample and every sixteenth block of 64 queries, with all heads inside, so
-// that the maximum over heads stays in registers; max_h exp(z_h) = exp(max_h z_h) needs one exponential for all heads. The
-// second kernel adds the sixteen partial sums and computes the CLS term. Everything counts from token 1 of a sample, and what
-// is added in which order depends on the sample alone. Logits are in units of log 2.
+// A block of the first kernel takes 64 keys of one sample and every sixteenth block of 64 queries, with all
+// heads inside, so that the maximum over heads stays in registers; max_h exp(z_h) = exp(max_h z_h) needs one
+// exponential for all heads. The second kernel adds the sixteen partial sums and computes the CLS term.
+// Everything counts from token 1 of a sample, and what is added in which order depends on the sample alone.
+// Logits are in units of log 2.
 #include "cuda_ops.h"
 #include "cuda_tile.cuh"
 
@@ -177,7 +178,8 @@ __global__ void __launch_bounds__(kFinishThreads, 3)
         const T* out = static_cast<const T*>(p.out.data) + row * p.out.token_stride + head * p.out.head_stride;
 #pragma unroll 1
         for (int column = own_lane * LANES; column < p.head_dim; column += kHeadLanes * LANES) {
-          const auto q_part = load<LANES>(q + column), k_part = load<LANES>(k + column), out_part = load<LANES>(out + column);
+          const auto q_part = load<LANES>(q + column), k_part = load<LANES>(k + column);
+          const auto out_part = load<LANES>(out + column);
 #pragma unroll
           for (int i = 0; i < LANES; ++i) {
             logit = fmaf(to_float(q_part.lanes[i]), to_float(k_part.lanes[i]), logit);
@@ -213,13 +215,14 @@ const char* launch_importance(const ImportanceArguments& p, float* workspace, St
   return with_type(p.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Grid grid = grid_of(p);
-    const bool is_vectorised = is_vectorisable(p.q, p.head_dim, sizeof(T)) && is_vectorisable(p.k, p.head_dim, sizeof(T));
+    const bool is_vectorised =
+        is_vectorisable(p.q, p.head_dim, sizeof(T)) && is_vectorisable(p.k, p.head_dim, sizeof(T));
     const int64_t blocks = int64_t{p.batch} * grid.key_blocks * grid.splits;
     const char* error = launch(received_kernel<T>, blocks, kThreads, stream, p, grid, workspace, is_vectorised);
     if (error != nullptr) return error;
     const int token_blocks = static_cast<int>(ceil_div(p.max_seqlen, kFinishTokens));
-    const auto finish = is_vectorised && is_vectorisable(p.out, p.head_dim, sizeof(T)) ? finish_kernel<T, kVectorLanes<T>>
-                                                                                      : finish_kernel<T, 1>;
+    const bool is_all_vectorised = is_vectorised && is_vectorisable(p.out, p.head_dim, sizeof(T));
+    const auto finish = is_all_vectorised ? finish_kernel<T, kVectorLanes<T>> : finish_kernel<T, 1>;
     return launch(finish, int64_t{p.batch} * token_blocks, kFinishThreads, stream, p, token_blocks,
                   static_cast<const float*>(workspace));
   });

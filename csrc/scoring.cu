@@ -4,10 +4,11 @@
 //   importance_j = (received_j / sum received + g_j / sum g + cls_j) / 3
 //   threshold = min_m sum_j softmax_j(G[j, m] / temperature) importance_j         over the tokens j >= 1 of a sample
 //
-// The threshold is linear in the three terms of the importance, so their weighted sums can be gathered before the sums that
-// divide them are known, and G is never stored: a block of the first kernel takes 64 tokens of one sample, computes G for 128
-// entries at a time and leaves for each entry the largest G and sums of e, e received, e g, e cls with
-// e = exp((G - largest) / temperature). The second kernel puts the blocks of a sample together, in their order.
+// The threshold is linear in the three terms of the importance, so their weighted sums can be gathered before
+// the sums that divide them are known, and G is never stored: a block of the first kernel takes 64 tokens of
+// one sample, computes G for 128 entries at a time and leaves for each entry the largest G and sums of e, e
+// received, e g, e cls with e = exp((G - largest) / temperature). The second kernel puts the blocks of a
+// sample together, in their order.
 #include <algorithm>
 #include <cfloat>
 
@@ -29,10 +30,12 @@ using Alignment = Accumulator<kEntries / 8>;
 constexpr int kReceivedSum = 0, kAlignmentSum = 1, kHeader = 2;
 enum { kLargest, kWeight, kReceived, kAligned, kCls, kStatistics };
 
-__host__ __device__ inline int64_t partial_size(const ScoringArguments& p) { return kHeader + kStatistics * int64_t{p.entries}; }
+__host__ __device__ inline int64_t partial_size(const ScoringArguments& p) {
+  return kHeader + kStatistics * int64_t{p.entries};
+}
 
-// Where a sample's blocks lie. Distinct for distinct samples: a sample of N tokens from row `start` on has at most
-// floor((start + N) / 64) + 1 - floor(start / 64) blocks.
+// Where a sample's blocks lie. Distinct for distinct samples: a sample of N tokens from row `start` on has at
+// most floor((start + N) / 64) + 1 - floor(start / 64) blocks.
 __device__ float* partials_of(const ScoringArguments& p, float* partials, int b, int64_t start) {
   return partials + (start / kTokens + b) * partial_size(p);
 }
@@ -82,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto stage_chunk = [&](int column, int into) {
       if (column < p.width) {
         stage<kThreads>(shared.operands.x[into], x + column, p.x.stride, tokens, p.width - column, is_vectorised);
-        stage<kThreads>(shared.operands.dictionary[into], dictionary + column, p.dictionary.stride, p.entries - first_entry,
-                        p.width - column, is_vectorised);
+        stage<kThreads>(shared.operands.dictionary[into], dictionary + column, p.dictionary.stride,
+                        p.entries - first_entry, p.width - column, is_vectorised);
       }
       __pipeline_commit();
     };
@@ -198,7 +201,9 @@ __global__ void __launch_bounds__(kFinishThreads)
     lowest = fminf(lowest, (received / received_sum + aligned / alignment_sum + cls) / (3.0f * weight));
   }
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) lowest = fminf(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
+  for (int distance = 16; distance > 0; distance /= 2) {
+    lowest = fminf(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
+  }
   if (lane_id() == 0) lowest_of_warp[warp_id()] = lowest;
   __syncthreads();
   if (thread == 0) {
@@ -224,8 +229,8 @@ const char* launch_scoring(const ScoringArguments& p, float* workspace, Stream s
     const int token_blocks = static_cast<int>(ceil_div(p.max_seqlen - 1, kTokens));
     const bool is_vectorised = is_vectorisable(p.x.data, p.x.stride, p.width, sizeof(T)) &&
                                is_vectorisable(p.dictionary.data, p.dictionary.stride, p.width, sizeof(T));
-    return launch(alignment_kernel<T>, int64_t{p.batch} * token_blocks, kThreads, stream, p, token_blocks, workspace, scale,
-                  is_vectorised);
+    return launch(alignment_kernel<T>, int64_t{p.batch} * token_blocks, kThreads, stream, p, token_blocks, workspace,
+                  scale, is_vectorised);
   });
   return error != nullptr ? error : launch(threshold_kernel, p.batch, kFinishThreads, stream, p, workspace, scale);
 }

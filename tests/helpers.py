@@ -157,12 +157,13 @@ def compaction_case(
     generator, lengths, width=16, dtype=torch.float32, *, by_count=False, groups=False, protected=False, min_keep=False,
     ids=False, sizes=False, norm=False, exact=None, ties=False,
 ):  # fmt: skip
-    """``ties`` draws the importance from five values, so that ranking has to break ties."""
+    """``ties`` draws importance and threshold from five values: ranking has to break ties, and scores meet the threshold."""
     tokens, batch = sum(lengths), len(lengths)
-    if ties:
-        importance = torch.randint(1, 6, (tokens,), generator=generator).to(DEVICE).float() / 5
-    else:
-        importance = torch.rand(tokens, generator=generator).to(DEVICE)
+
+    def scores(size):
+        if ties:
+            return torch.randint(1, 6, (size,), generator=generator).to(DEVICE).float() / 5
+        return torch.rand(size, generator=generator).to(DEVICE)
 
     def integers(high, size):
         return torch.randint(0, high, (size,), generator=generator, dtype=torch.int32).to(DEVICE)
@@ -170,8 +171,8 @@ def compaction_case(
     most = max(lengths, default=0)
     return {
         "x": RaggedBatch(normal(generator, tokens, width, dtype=dtype), offsets(lengths), most),
-        "importance": importance,
-        "threshold": None if by_count else torch.rand(batch, generator=generator).to(DEVICE),
+        "importance": scores(tokens),
+        "threshold": None if by_count else scores(batch),
         "keep_count": integers(most + 2, batch) if by_count else None,
         "protected": (torch.rand(tokens, generator=generator) < 0.1).to(DEVICE) if protected else None,
         "groups": integers(max(1, batch // 2), batch) if groups else None,

@@ -1,9 +1,9 @@
-"""The CUDA sources on a machine without a GPU: nvcc compiles them, and they run on the CPU through `cuda_emulator`.
+"""The CUDA sources on a machine without a GPU: nvcc compiles them, and they run in `cuda_emulator` on the CPU.
 
-The emulator (see `cuda_emulator/cuda_runtime.h`) executes the very sources, launchers and tensor code included, thread by
-thread, and reports accesses out of bounds, misaligned ones and barriers that not all threads reach. What it cannot show: the
-two tensor-core instructions and the asynchronous copy themselves, of which it executes the documented meaning, and speed. On
-a machine with a GPU the other test files run the "cuda" backend.
+The emulator (see `cuda_emulator/cuda_runtime.h`) executes the very sources, launchers and tensor code included,
+thread by thread, and reports accesses out of bounds, misaligned ones and barriers that not all threads reach. It
+cannot show speed, nor the instructions that the sources name: of the tensor cores' products and the asynchronous
+copies it executes the documented meaning. On a machine with a GPU the other test files run the "cuda" backend.
 """
 
 import concurrent.futures
@@ -15,7 +15,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import test_conformance
 import torch
+from conftest import GOLDEN
 from helpers import (
     CASES,
     OPERATIONS,
@@ -36,14 +38,16 @@ SOURCES = sorted(build.source_dir().glob("*.cu"))
 HEADERS = [*build.source_dir().glob("*.cuh"), build.source_dir() / "cuda_ops.h"]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 NVCC = build.find_nvcc()
+MODULE = "cuda_emulated"
 STATIC_SHARED_BYTES = 48 * 1024  # what a block may have without asking for more
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-every_operation = pytest.mark.parametrize("op", ["attention", "attention_importance", "score_tokens", "compact"])
+FOUR = ["attention", "attention_importance", "score_tokens", "compact"]
+every_operation = pytest.mark.parametrize("op", FOUR)
 
 
-# ---- compilation ----------------------------------------------------------------------------------------------------
+# ---- compilation ----------------------------------------------------------------------------------------
 
 
 def test_there_are_sources_of_every_operation():
@@ -59,8 +63,8 @@ def test_free_of_torch(source):
 
 def architectures():
     """Those of the build that this nvcc knows."""
-    known = subprocess.run([NVCC.path, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    return [number for number in build.CUDA_ARCHITECTURES if f"compute_{number}" in known]
+    listed = subprocess.run([NVCC.path, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return [number for number in build.CUDA_ARCHITECTURES if f"compute_{number}" in listed.stdout.split()]
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -80,7 +84,7 @@ def test_nvcc_compiles_without_spills(source, tmp_path):
         assert shared is None or int(shared[1]) <= STATIC_SHARED_BYTES, kernel
 
 
-# ---- execution ------------------------------------------------------------------------------------------------------
+# ---- execution ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +99,9 @@ def emulated(tmp_path_factory):
     for path in (*cpp_extension.include_paths(), sysconfig.get_path("include")):
         includes += ["-isystem", path]
     # Jumps between stacks look like mistakes to fortified functions.
-    flags = ["-U_FORTIFY_SOURCE", "-std=c++20", "-fPIC", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DMODULE_NAME=cuda_emulated"]
+    flags = ["-U_FORTIFY_SOURCE", "-std=c++20", "-fPIC", "-g1"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-DMODULE_NAME={MODULE}"]
     # Whatever would corrupt memory or trap on a GPU has to raise here.
     kernel_flags = ["-O2", "-fno-strict-aliasing", "-x", "c++"]
     kernel_flags += ["-fsanitize=bounds,alignment,null,shift,signed-integer-overflow,integer-divide-by-zero"]
@@ -109,18 +114,18 @@ def emulated(tmp_path_factory):
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compiled, [*sorted(EMULATOR.glob("*.cpp")), *SOURCES]))
-    library = folder / "cuda_emulated.so"
+    library = folder / f"{MODULE}.so"
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
     subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", library], check=True)
-    specification = importlib.util.spec_from_file_location("cuda_emulated", library)
+    specification = importlib.util.spec_from_file_location(MODULE, library)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
 def at_the_end_of_memory(value):
-    """A copy with the same strides and the same alignment whose last element is the last of the allocation."""
+    """A copy with the same strides and alignment whose last element is the last of the allocation."""
     if not torch.is_tensor(value) or value.numel() == 0:
         return value
     before = value.storage_offset() % (16 // value.element_size())
@@ -131,7 +136,7 @@ def at_the_end_of_memory(value):
 
 @pytest.fixture
 def cuda(emulated, monkeypatch):
-    """The "cuda" backend on CPU tensors: what reads or writes beyond one of them raises. Returns the emulator."""
+    """The "cuda" backend on CPU tensors; an access beyond one of them raises. Returns the emulator."""
     resolve = backends.resolve
 
     def resolve_emulated(op, package, requested, leading):
@@ -170,9 +175,8 @@ def test_attention_and_importance(heads, head_dim, causal, bias, dtype, cuda, ge
 def test_cross_attention(causal, dtype, cuda, generator):
     """More keys than queries, fewer, none; under the causal mask some queries see no key."""
     lengths, key_lengths = [3, 70, 65, 0, 7, 1], [70, 5, 64, 9, 0, 130]
-    check_attention(
-        attention_case(generator, lengths, 2, 64, dtype, key_lengths=key_lengths, causal=causal, bias=True), "cuda"
-    )
+    options = {"key_lengths": key_lengths, "causal": causal, "bias": True}
+    check_attention(attention_case(generator, lengths, 2, 64, dtype, **options), "cuda")
 
 
 def test_importance_of_more_query_blocks_than_shares(cuda, generator):
@@ -184,7 +188,8 @@ def test_importance_of_more_query_blocks_than_shares(cuda, generator):
 @pytest.mark.parametrize("width, entries", [(64, 5), (40, 128), (3, 1), (100, 129), (96, 300)])
 @pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.05, True)], ids=["plain", "sharp-bias"])
 def test_scores(width, entries, temperature, bias, dtype, cuda, generator):
-    check_scores(scoring_case(generator, LENGTHS, width, entries, dtype, temperature=temperature, bias=bias), "cuda")
+    options = {"temperature": temperature, "bias": bias}
+    check_scores(scoring_case(generator, LENGTHS, width, entries, dtype, **options), "cuda")
 
 
 def test_a_temperature_so_small_that_its_inverse_overflows(cuda, generator):
@@ -243,7 +248,7 @@ def same(results, others):
 @every_dtype
 @every_operation
 def test_no_row_beyond_the_last_sample_is_read_or_written(op, dtype, cuda, generator):
-    """Spare rows are NaN on input; on output they stay as they were allocated. The length bound need not be tight."""
+    """Spare rows are NaN on input and stay as allocated on output. The length bound need not be tight."""
     case = full_case(op, generator, LENGTHS, dtype)
     wide = with_spare_rows(case, 70)
     for name, value in wide.items():
@@ -261,14 +266,15 @@ def test_no_row_beyond_the_last_sample_is_read_or_written(op, dtype, cuda, gener
         spare = [t[rows:] for t in (results.tokens.values, results.sizes, results.normed)]
         assert (results.ids[rows:] == torch.iinfo(torch.int32).max).all()
     else:
-        spare = [t[:, rows:] if op == "attention" and t.dim() == 2 else t[rows:] for t in results[: 1 if "score" in op else 2]]
+        per_token = results[:1] if op == "score_tokens" else results
+        spare = [t[:, rows:] if op == "attention" and t.dim() == 2 else t[rows:] for t in per_token]
     assert all(t.isnan().all() and t.numel() for t in spare)
 
 
 @every_dtype
 @every_operation
 def test_strided_and_misaligned_views(op, dtype, cuda, generator):
-    """Views into a larger buffer, from every element on: also where rows cannot be read 16 bytes at a time."""
+    """Views into a larger buffer, also such that rows cannot be read 16 bytes at a time."""
     case = full_case(op, generator, LENGTHS, dtype)
     expected = run(op, case, "cuda")
     for before, between in ((0, 24), (8, 16), (1, 7), (3, 0)):
@@ -279,8 +285,8 @@ def test_strided_and_misaligned_views(op, dtype, cuda, generator):
 
         viewed = dict(case)
         for name in {"q", "k", "v", "out", "lse", "x", "dictionary"} & set(case):
-            value = case[name]
-            viewed[name] = value.with_values(view(value.values)) if isinstance(value, RaggedBatch) else view(value)
+            ragged = isinstance(case[name], RaggedBatch)
+            viewed[name] = case[name].with_values(view(case[name].values)) if ragged else view(case[name])
         results = run(op, viewed, "cuda")
         # The CLS term and merged rows are summed in another order where rows are read element by element.
         if before % 8 == between % 8 == 0:
@@ -324,6 +330,16 @@ def test_the_order_in_which_threads_and_blocks_run_does_not_matter(op, dtype, cu
             cuda.set_order(order)
             assert same(run(op, case, "cuda"), expected)
         cuda.set_order(0)
+
+
+@pytest.mark.parametrize("family, check", [
+    ("unit", test_conformance.test_reduction_rule),
+    ("vit_a", test_conformance.test_vision_transformer),
+    ("nlvr_4l", test_conformance.test_nlvr),
+])  # fmt: skip
+def test_official_results(family, check, cuda):
+    """Kept tokens and numbers of the official code, checked as for the other backends."""
+    check(GOLDEN / family, "cuda", *(["pair"] if family.startswith("nlvr") else []))
 
 
 def test_the_emulator_reports_what_a_gpu_would_not(emulated):

@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: through Triton's interpreter on the CPU, as compiled kernels where there is a GPU.
 
-Inputs are drawn afresh on every run; the seed of a failing case is in its message. Rows beyond the last token hold NaN, as
-do all outputs before they are written (conftest), so that whoever reads or forgets a row shows.
+Rows beyond the last token hold NaN, as do all outputs before they are written (conftest), so that whoever reads or forgets a
+row shows.
 """
 
 import itertools
@@ -29,11 +29,9 @@ FLOAT32_ERROR = 5e-6  # against float64: a few roundings of sums of about a hund
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    value = random.randrange(2**31)
-    print("seed", value)
-    random.seed(value)
-    torch.manual_seed(value)
+def seed(generator):
+    random.seed(generator.initial_seed())
+    torch.manual_seed(generator.initial_seed())
 
 
 def offsets(lengths):
