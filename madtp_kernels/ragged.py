@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,6 +199,37 @@ def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """``(start, stop)`` of every sample, read on the host: for the references, which loop over samples."""
     bounds = cu_seqlens.tolist()
     return list(zip(bounds, bounds[1:], strict=False))
+
+
+# Elements of a padded [samples, H, Lq, Lk] block of logits that the gradients hold at a time: 64 MB in float32.
+_MOST_LOGITS = 1 << 24
+
+
+def padded_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, heads: int) -> Iterator[tuple[Tensor, ...]]:
+    """Samples of similar length together, for the gradients, which take such a group at a time. Reads the offsets on the host.
+
+    Yields:
+        ``rows_q [G, Lq], seen_q [G, Lq], rows_k [G, Lk], seen_k [G, Lk]``: buffer rows of the group's queries and keys, and
+        which of them exist (a row that does not is one of the same sample's, so it is always safe to read). Samples without
+        queries or without keys are in no group.
+    """
+    starts = [(q0, q1 - q0, k0, k1 - k0) for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True)]
+    left = sorted((s for s in starts if s[1] and s[3]), key=lambda s: (s[1] * s[3], s[1]), reverse=True)
+    device = cu_seqlens_q.device
+    while left:
+        most_q = most_k = size = 0
+        while size < len(left):
+            wide_q, wide_k = max(most_q, left[size][1]), max(most_k, left[size][3])
+            padded, wanted = wide_q * wide_k, left[size][1] * left[size][3]
+            if size and (padded > 2 * wanted or (size + 1) * heads * padded > _MOST_LOGITS):
+                break
+            most_q, most_k, size = wide_q, wide_k, size + 1
+        group, left = torch.tensor(left[:size], device=device), left[size:]
+        rows = []
+        for start, length, most in ((group[:, :1], group[:, 1:2], most_q), (group[:, 2:3], group[:, 3:], most_k)):
+            position = torch.arange(most, device=device)
+            rows += [start + torch.minimum(position, length - 1), position < length]
+        yield tuple(rows)
 
 
 def pack(rows: list[Tensor], like: Tensor, capacity: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ragged import pack, spans
+from ..ragged import pack, padded_groups, spans
 
 
 def logits(q: Tensor, k: Tensor, scale: float, causal: bool, key_bias: Tensor | None) -> Tensor:
@@ -71,18 +71,39 @@ def attention_backward(
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     d_bias = torch.zeros(0 if key_bias is None else k.shape[0], dtype=dtype, device=q.device)
-    for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True):
-        q_b, out_b, d_out_b = (t[q0:q1].to(dtype) for t in (q, out, d_out))
-        k_b, v_b = k[k0:k1].to(dtype), v[k0:k1].to(dtype)
-        s = logits(q_b, k_b, scale, causal, None if key_bias is None else key_bias[k0:k1].to(dtype))
-        seen = lse[:, q0:q1, None].to(dtype)
-        p = (s - seen).exp().masked_fill(seen == float("-inf"), 0.0)  # [H, Lq, Lk]
-        dp = torch.einsum("ihd,jhd->hij", d_out_b, v_b)
-        mean_dp = torch.einsum("ihd,ihd->hi", d_out_b, out_b)[..., None]
-        ds = p * (dp - mean_dp + d_lse[:, q0:q1, None].to(dtype))
-        dq[q0:q1] = scale * torch.einsum("hij,jhd->ihd", ds, k_b)
-        dk[k0:k1] = scale * torch.einsum("hij,ihd->jhd", ds, q_b)
-        dv[k0:k1] = torch.einsum("hij,ihd->jhd", p, d_out_b)
+    for rows_q, seen_q, rows_k, seen_k in padded_groups(cu_seqlens_q, cu_seqlens_k, q.shape[1]):
+        q_g, out_g, d_out_g = (t[rows_q].transpose(1, 2).to(dtype) for t in (q, out, d_out))  # [G, H, Lq, d]
+        k_g, v_g = (t[rows_k].transpose(1, 2).to(dtype) for t in (k, v))
+        lse_g, d_lse_g = (t[:, rows_q].transpose(0, 1)[..., None].to(dtype) for t in (lse, d_lse))  # [G, H, Lq, 1]
+        p = padded_probabilities(q_g, k_g, lse_g, seen_q, seen_k, scale, causal, None if key_bias is None else key_bias[rows_k])
+        mean_dp = (d_out_g * out_g).sum(-1, keepdim=True)
+        ds = p * (d_out_g @ v_g.mT - mean_dp + d_lse_g)
+        dq[rows_q[seen_q]] = (scale * ds @ k_g).transpose(1, 2)[seen_q].to(q.dtype)
+        dk[rows_k[seen_k]] = (scale * ds.mT @ q_g).transpose(1, 2)[seen_k].to(k.dtype)
+        dv[rows_k[seen_k]] = (p.mT @ d_out_g).transpose(1, 2)[seen_k].to(v.dtype)
         if key_bias is not None:
-            d_bias[k0:k1] = ds.sum((0, 1))
+            d_bias[rows_k[seen_k]] = ds.sum((1, 2))[seen_k]
     return dq, dk, dv, d_bias
+
+
+def padded_probabilities(
+    q: Tensor, k: Tensor, lse: Tensor, seen_q: Tensor, seen_k: Tensor, scale: float, causal: bool, key_bias: Tensor | None
+) -> Tensor:
+    """``[G, H, Lq, Lk]`` probabilities exp(s - lse) of samples padded to the same lengths.
+
+    They are 0 for padding, for queries that see no key, and where a causal query may not look.
+
+    Args:
+        q, k: ``[G, H, L, d]``; lse: ``[G, H, Lq, 1]``; seen_q, seen_k: ``[G, L]``, which rows exist.
+    """
+    s = q @ k.mT * scale
+    if key_bias is not None:
+        s = s + key_bias[:, None, None].to(s.dtype)
+    hidden = ~(seen_q[:, :, None] & seen_k[:, None])  # [G, Lq, Lk]
+    if causal:
+        row, column = (torch.arange(n, device=q.device) for n in s.shape[-2:])
+        ahead = (seen_k.sum(1) - seen_q.sum(1))[:, None, None]
+        hidden = hidden | (column > row[:, None] + ahead)
+    # Masked before the exponential: what stands there may be infinite, and would give NaN times zero in a gradient.
+    hidden = hidden[:, None] | (lse == float("-inf"))
+    return (s - lse).masked_fill(hidden, float("-inf")).exp()
