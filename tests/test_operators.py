@@ -155,7 +155,7 @@ def floats_with_gradient(op, case, backend):
 def test_gradcheck(op, options, generator):
     size = {"heads": 2, "head_dim": 3} if op.startswith("attention") else {"width": 5}
     options = {**options, "ties": False} if "ties" in options else options  # a small change decides a tie: a jump
-    case = differentiable(in_double(CASES[op](generator, [3, 0, 1, 6], **size, **options)))
+    case = differentiable(in_double(CASES[op](generator, [5, 0, 1, 6], **size, **options)))
     leaves = list(leaves_of(case).values())
 
     def function(*tensors):
@@ -182,7 +182,7 @@ def test_gradcheck(op, options, generator):
 @pytest.mark.parametrize("backend", backends_here(kernels_only=True))
 @every_variant
 def test_gradients_agree_with_the_reference(op, options, dtype, backend, generator):
-    lengths = [3, 0, 1, 4] if interpreted(backend) else LENGTHS
+    lengths = [4, 0, 1, 5] if interpreted(backend) else LENGTHS
     case = CASES[op](generator, lengths, dtype=dtype, **{k: v for k, v in options.items() if k != "key_lengths"})
     seeds, grads = None, {}
     for name in (backend, "reference"):
