@@ -1,4 +1,4 @@
-"""Linear layers by the fastest path torch has on this machine, with bias, GELU and the residual sum in the same pass.
+"""Linear layers by the fastest path torch has on this machine, with bias, activation and the residual sum in the same pass.
 
 On a CPU at inference oneDNN is called directly, with weights packed once: torch's own `linear` goes to another library for
 float32, repacks at each call, and leaves GELU and sums to separate passes. Which of the two is faster is measured, once per
@@ -19,32 +19,39 @@ from torch import Tensor, nn
 # stay in the cache and in memory that the allocator reuses, instead of fresh pages for every call. 512 to 1024 measured best.
 MLP_ROWS = 1024
 
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose forward can also apply the exact GELU or add a residual."""
+    """`nn.Linear` whose forward can also apply an activation or add a residual."""
 
-    def forward(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """``x [T, in]`` to ``[T, out]``: gelu(x W^T + b), or x W^T + b + residual."""
+    def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """``x [T, in]`` to ``[T, out]``: activation(x W^T + b), or x W^T + b + residual.
+
+        ``activation`` is one of :data:`ACTIVATIONS`: the exact GELU, or OpenAI's x * sigmoid(1.702 x).
+        """
         if _packable(x, self.weight):
             weight = _packed(self)
             if residual is not None:
                 return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, self.bias, "add")
-            kind, algorithm = ("gelu", "none") if gelu else ("none", "")
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, kind, [], algorithm)
+            kind, algorithm = ("gelu", "none") if activation == "gelu" else ("none", "")
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, kind, [], algorithm)
+            # oneDNN has no QuickGELU. The rows are fresh from the product and belong to nobody else.
+            return y.mul_((1.702 * y).sigmoid_()) if activation == "quick_gelu" else y
         y = F.linear(x, self.weight, self.bias)
-        if gelu:
-            y = F.gelu(y)
+        if activation is not None:
+            y = ACTIVATIONS[activation](y)
         return y if residual is None else y + residual
 
 
-def mlp(x: Tensor, first: Linear, second: Linear, residual: Tensor) -> Tensor:
-    """residual + second(gelu(first(x))) for ``x [T, D]``."""
+def mlp(x: Tensor, first: Linear, second: Linear, residual: Tensor, activation: str = "gelu") -> Tensor:
+    """residual + second(activation(first(x))) for ``x [T, D]``."""
     if x.shape[0] <= MLP_ROWS or not _packable(x, first.weight):
-        return second(first(x, gelu=True), residual=residual)
+        return second(first(x, activation=activation), residual=residual)
     out = torch.empty_like(residual)
     for rows in range(0, x.shape[0], MLP_ROWS):
         chunk = slice(rows, rows + MLP_ROWS)
-        out[chunk] = second(first(x[chunk], gelu=True), residual=residual[chunk])
+        out[chunk] = second(first(x[chunk], activation=activation), residual=residual[chunk])
     return out
 
 

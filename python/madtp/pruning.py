@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch, prune
+from madtp_kernels.segments import sample_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Pruning:
     use_sizes: bool = False
     """Let merged tokens weigh what they stand for, in attention and in further merges (not in the paper)."""
     backend: str | None = None
+    min_keep: Tensor | None = None
+    """``[B]`` int32: prune a sample only if more than this many tokens survive (0 by default)."""
+    protected_ids: Tensor | None = None
+    """``[B]`` int32: id of one more token of each sample, beside token 0, that always survives."""
+    weakest_last: bool = False
+    """Order of the kept tokens: ascending, or with the one of the lowest score behind the others (see
+    :func:`weakest_last`)."""
 
     @property
     def active(self) -> bool:
@@ -39,6 +47,8 @@ class Stream:
     """``[T]`` int32: position of the original token in its sample; -(1 + layer) for a token merged in that layer."""
     sizes: Tensor | None = None
     """``[T]`` float32: how many original tokens each stands for; only with ``Pruning.use_sizes``."""
+    masked: Tensor | None = None
+    """``[T]`` bool: padding, which takes part in scores but is never attended to; only where padding is asked for."""
 
     @classmethod
     def start(cls, tokens: RaggedBatch, use_sizes: bool) -> Stream:
@@ -54,8 +64,12 @@ class Stream:
 
     @property
     def key_bias(self) -> Tensor | None:
-        """Log of the sizes: makes a merged token count as the tokens it stands for."""
-        return None if self.sizes is None else self.sizes.log()
+        """Log of the sizes: makes a merged token count as the tokens it stands for. Padding is hidden as in BERT."""
+        bias = None if self.sizes is None else self.sizes.log()
+        if self.masked is None:
+            return bias
+        hidden = self.masked.to(torch.float32) * -10000.0
+        return hidden if bias is None else hidden + bias
 
 
 @dataclass(frozen=True)
@@ -117,10 +131,49 @@ def prune_layer(
         The stream that goes on, the normalised rows (None without ``norm``), and the record of the layer.
     """
     dictionary, bias = guide
+    cu_seqlens, ids, protected = stream.tokens.cu_seqlens, stream.ids, None
+    if pruning.protected_ids is not None and len(ids):
+        protected = ids == pruning.protected_ids[sample_of(cu_seqlens, len(ids))]
+    if pruning.weakest_last:  # the rows' numbers are carried along, from which their scores are found again
+        ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
     result = prune(
         stream.tokens, entering, dictionary, received, cls, pruning.temperature, bias=bias, backend=pruning.backend,
-        ids=stream.ids, sizes=stream.sizes, merged_id=-(1 + layer), groups=pruning.groups, norm=norm,
+        ids=ids, sizes=stream.sizes, merged_id=-(1 + layer), protected=protected, groups=pruning.groups,
+        min_keep=pruning.min_keep, norm=norm,
     )  # fmt: skip
     tokens, ids, sizes, normed = result.compacted
-    trace = LayerTrace(stream.tokens.cu_seqlens, tokens.cu_seqlens, ids, result.importance, result.threshold)
+    if pruning.weakest_last and len(ids):
+        order = weakest_last(ids, result.importance, cu_seqlens, tokens.cu_seqlens)
+        source = ids[order]
+        ids = torch.where(source < 0, source, stream.ids[source.clamp(0, len(stream.ids) - 1)])
+        tokens = tokens.with_values(tokens.values[order])
+        sizes = None if sizes is None else sizes[order]
+        normed = None if normed is None else normed[order]
+    trace = LayerTrace(cu_seqlens, tokens.cu_seqlens, ids, result.importance, result.threshold)
     return Stream(tokens, ids, sizes), normed, trace
+
+
+def weakest_last(source: Tensor, importance: Tensor, cu_seqlens_in: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The order in which `torch.topk(sorted=False)` leaves the kept tokens on a GPU, on which official CLIP text depends.
+
+    It collects everything above the K-th largest score by ascending index, and only then the K-th itself (and its equals).
+    So of each pruned sample the kept token with the lowest score goes behind the other kept ones; the merged token stays last.
+
+    Args:
+        source: ``[T']`` int32 row that each row of the result came from; negative for merged tokens.
+        importance: ``[T]`` float32 of the rows that entered.
+        cu_seqlens_in, cu_seqlens: ``[B+1]`` int32 offsets before and after pruning.
+
+    Returns:
+        ``[T']`` int64: which row of the result goes where. Rows beyond the last sample stay behind all samples. Nothing
+        waits for a device.
+    """
+    batch, rows = len(cu_seqlens) - 1, torch.arange(len(source), device=source.device)
+    sample = torch.where(rows < cu_seqlens[-1], sample_of(cu_seqlens, len(rows)), batch)
+    first = torch.cat([cu_seqlens[:-1], cu_seqlens.new_full((1,), -1)])[sample]
+    pruned = torch.cat([cu_seqlens.diff() < cu_seqlens_in.diff(), cu_seqlens.new_zeros(1, dtype=torch.bool)])[sample]
+    kept = pruned & (source >= 0) & (rows != first)
+    score = importance.detach()[source.clamp(0, len(importance) - 1)].where(kept, torch.inf)
+    lowest = score.new_full((batch + 1,), torch.inf).scatter_reduce(0, sample, score, "amin")
+    rank = torch.where(source < 0, 2, (kept & (score == lowest[sample])).int())  # others, weakest, merged
+    return (sample * 3 + rank).argsort(stable=True)

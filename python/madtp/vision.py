@@ -1,7 +1,8 @@
-"""BLIP's vision transformer on ragged tokens, with MAG and DTP in every block."""
+"""Pre-norm transformer blocks on ragged tokens, with MAG and DTP in every block, and BLIP's vision transformer made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,27 +30,35 @@ class VisionOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then pruning, then x + mlp(norm2(x))."""
+    """x + attention(norm1(x)), then pruning, then x + mlp(norm2(x)): BLIP's ViT and both towers of CLIP.
 
-    def __init__(self, config: VisionConfig) -> None:
+    Args:
+        width, num_heads, hidden: sizes of the tokens, the attention, the MLP.
+        eps: of the LayerNorms.
+        activation: of the MLP, see :class:`madtp.linear.Linear`.
+        causal: tokens attend to themselves and to earlier ones only.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, hidden: int, *, eps: float, activation: str = "gelu", causal: bool = False
+    ) -> None:
         super().__init__()
-        width = config.embed_dim
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.num_heads = config.num_heads
+        self.num_heads, self.activation, self.causal = num_heads, activation, causal
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = nn.Module()
         self.attn.qkv = Linear(width, 3 * width)
         self.attn.proj = Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = nn.Module()
-        self.mlp.fc1 = Linear(width, int(width * config.mlp_ratio))
-        self.mlp.fc2 = Linear(int(width * config.mlp_ratio), width)
+        self.mlp.fc1 = Linear(width, hidden)
+        self.mlp.fc2 = Linear(hidden, width)
 
     def forward(
         self, stream: Stream, guide: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
     ) -> tuple[Stream, LayerTrace]:
         entering = stream.tokens.values
         qkv = self.attn.qkv(self.norm1(entering)).unflatten(-1, (3, self.num_heads, -1))
-        attended = self_attention(qkv, stream, pruning)
+        attended = self_attention(qkv, stream, pruning, causal=self.causal)
         stream = stream.with_values(self.attn.proj(attended.out, residual=entering))
         if pruning.active:
             norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
@@ -59,36 +68,77 @@ class Block(nn.Module):
         else:
             normed = self.norm2(stream.tokens.values)
             trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
-        return stream.with_values(mlp(normed, self.mlp.fc1, self.mlp.fc2, stream.tokens.values)), trace
+        x = mlp(normed, self.mlp.fc1, self.mlp.fc2, stream.tokens.values, self.activation)
+        return stream.with_values(x), trace
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    query_models: Sequence[QueryModel],
+    stream: Stream,
+    dictionary: Tensor | None,
+    pruning: Pruning,
+    summaries: bool,
+) -> tuple[Stream, list[LayerTrace], Tensor | None]:
+    """Tokens through all blocks, each with its query model.
+
+    Returns:
+        The final stream, one record per block, and the alignment summaries ``[B, M, sd_dim]`` summed over the blocks (None
+        without ``summaries``).
+
+    Raises:
+        ValueError: active pruning or summaries without a dictionary.
+    """
+    if dictionary is None and (pruning.active or summaries):
+        raise ValueError("dictionary: pruning needs one, got None")
+    trace, summary = [], None
+    for layer, (block, query_model) in enumerate(zip(blocks, query_models, strict=True)):
+        if summaries:
+            seen = alignment_summary(stream.tokens, dictionary, query_model)
+            summary = seen if summary is None else summary + seen
+        guide = query_model.fold(dictionary) if pruning.active else None
+        stream, record = block(stream, guide, pruning, layer)
+        trace.append(record)
+    return stream, trace, summary
+
+
+def embed_patches(pixels: Tensor, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor, image_size: int) -> RaggedBatch:
+    """``pixels [B, 3, S, S]`` to tokens ``[B * (P + 1), D]``: CLS, then the patches row by row, with positions.
+
+    ``proj`` is the convolution over patches, ``cls_token [1, 1, D]``, ``pos_embed [1, P + 1, D]``.
+
+    Raises:
+        ValueError: pixels of another size.
+    """
+    if pixels.dim() != 4 or pixels.shape[1:] != (3, image_size, image_size):
+        raise ValueError(f"pixels: expected [B, 3, {image_size}, {image_size}], got {list(pixels.shape)}")
+    # A convolution whose stride is its kernel is a linear layer on patches.
+    patches = F.pixel_unshuffle(pixels, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
+    x = F.linear(patches, proj.weight.flatten(1), proj.bias)
+    x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+    length = x.shape[1]
+    cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * length
+    return RaggedBatch(x.flatten(0, 1), cu_seqlens, length)
 
 
 class VisionTransformer(nn.Module):
-    """ViT whose tokens are packed from the patches on. Parameter names are BLIP's (`visual_encoder.*`)."""
+    """BLIP's ViT, whose tokens are packed from the patches on. Parameter names are BLIP's (`visual_encoder.*`)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.embed_dim))
+        width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.img_query_model = QueryModel(config.embed_dim, config.sd_dim, config.map_func)
+        self.patch_embed.proj = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.blocks = nn.ModuleList(Block(width, config.num_heads, hidden, eps=1e-6) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.img_query_model = QueryModel(width, config.sd_dim, config.map_func)
 
     def embed(self, pixels: Tensor) -> RaggedBatch:
-        """``pixels [B, 3, S, S]`` to tokens ``[B * (P + 1), D]``: CLS, then the patches row by row."""
-        size, patch = self.config.image_size, self.config.patch_size
-        if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
-            raise ValueError(f"pixels: expected [B, 3, {size}, {size}], got {list(pixels.shape)}")
-        # A convolution whose stride is its kernel is a linear layer on patches.
-        patches = F.pixel_unshuffle(pixels, patch).flatten(2).mT  # [B, P, 3 * patch * patch]
-        proj = self.patch_embed.proj
-        x = F.linear(patches, proj.weight.flatten(1), proj.bias)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        length = x.shape[1]
-        cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * length
-        return RaggedBatch(x.flatten(0, 1), cu_seqlens, length)
+        """``pixels [B, 3, S, S]`` to the tokens that enter the first block; see :func:`embed_patches`."""
+        return embed_patches(pixels, self.patch_embed.proj, self.cls_token, self.pos_embed, self.config.image_size)
 
     def forward(
         self, pixels: Tensor, dictionary: Tensor | None, pruning: Pruning, summaries: bool = False
@@ -104,15 +154,7 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: pixels of another size, or active pruning without a dictionary.
         """
-        if dictionary is None and (pruning.active or summaries):
-            raise ValueError("dictionary: pruning needs one, got None")
-        guide = self.img_query_model.fold(dictionary) if pruning.active else None
         stream = Stream.start(self.embed(pixels), pruning.use_sizes)
-        trace, summary = [], None
-        for layer, block in enumerate(self.blocks):
-            if summaries:
-                seen = alignment_summary(stream.tokens, dictionary, self.img_query_model)
-                summary = seen if summary is None else summary + seen
-            stream, record = block(stream, guide, pruning, layer)
-            trace.append(record)
+        query_models = [self.img_query_model] * len(self.blocks)
+        stream, trace, summary = run_blocks(self.blocks, query_models, stream, dictionary, pruning, summaries)
         return VisionOutput(stream.with_values(self.norm(stream.tokens.values)), trace, summary)
