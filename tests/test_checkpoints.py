@@ -262,8 +262,14 @@ def test_something_else_than_blip_nlvr(key, model):
     del state[key]
     with pytest.raises(CheckpointError, match=f"not a BLIP-NLVR checkpoint: {key} is missing"):
         madtp.load(state)
-    with pytest.raises(CheckpointError, match="not a BLIP-NLVR checkpoint"):
+
+
+def test_a_task_that_the_keys_do_not_tell():
+    message = r"its keys \(conv1\) do not tell what it is for; give task, one of nlvr, vqa, caption, retrieval"
+    with pytest.raises(CheckpointError, match=message):
         madtp.load({"conv1.weight": torch.zeros(3, 3)})
+    with pytest.raises(CheckpointError, match="not a BLIP-NLVR checkpoint: visual_encoder"):
+        madtp.load({"conv1.weight": torch.zeros(3, 3)}, "nlvr")
 
 
 def test_a_tensor_that_cannot_tell_a_size(model):
@@ -326,7 +332,7 @@ def test_truncated_files(suffix, share, model, tmp_path):
         ({"model": [1]}, "expected tensors under 'model'"),
         ({"model": {"a": 1}}, "expected tensors under 'model'"),
         ({"epoch": 3, "temperature": 1.0}, "expected tensors under 'model'"),
-        ({"model": {}, "temperature": 1.0}, "not a BLIP-NLVR checkpoint"),
+        ({"model": {}, "temperature": 1.0}, r"its keys \(there are none\) do not tell what it is for"),
         ({"model": {"a": torch.zeros(1)}, "temperature": "hot"}, r"odd\.pth: temperature: expected a number, got 'hot'"),
     ],
 )
@@ -354,6 +360,7 @@ def test_things_that_are_not_there(tmp_path):
         ("{", "not JSON"),
         ("[]", "expected a JSON object, got list"),
         ('{"task": "vqa"}', "holds a model for task 'vqa', not 'nlvr'"),
+        ('{"task": "cooking"}', "holds a model for task 'cooking', not 'nlvr'"),
         ('{"vision": {"width": 3}}', "config.vision: unknown keys width; known are"),
         ('{"vision": {"image_size": 100}}', "vision.image_size: 100 is not a multiple of patch_size 16"),
         ('{"vision": {"num_heads": 7}}', "vision.embed_dim: 768 is not a multiple of num_heads 7"),
@@ -364,6 +371,12 @@ def test_things_that_are_not_there(tmp_path):
 def test_model_directories_with_a_bad_config(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
+        madtp.load(tmp_path, "nlvr")
+
+
+def test_model_directories_that_name_no_task(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: 'task' is None, not one of nlvr, vqa"):
         madtp.load(tmp_path)
 
 
@@ -378,7 +391,9 @@ def test_a_hub_id_without_a_network(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"task": "vqa"}, "task: expected 'nlvr', got 'vqa'"),
+        ({"task": "cooking"}, "task: expected one of nlvr, vqa, caption, retrieval.*, got 'cooking'"),
+        ({"task": "vqa"}, "holds a model for task 'nlvr', not 'vqa'"),
+        ({"text_mode": "clean"}, "text_mode: models for task 'nlvr' have only one, got 'clean'"),
         ({"temperature": -1.0}, "temperature: expected a number >= 0, got -1.0"),
         ({"temperature": "warm"}, "temperature: expected a number >= 0, got 'warm'"),
         ({"temperature": float("nan")}, "temperature: expected a number >= 0, got nan"),

@@ -4,6 +4,16 @@
 """
 
 from .checkpoints import CheckpointError, load, save_pretrained
-from .config import NLVRConfig, TextConfig, VisionConfig
+from .config import CaptionConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 
-__all__ = ["CheckpointError", "NLVRConfig", "TextConfig", "VisionConfig", "load", "save_pretrained"]
+__all__ = [
+    "CaptionConfig",
+    "CheckpointError",
+    "NLVRConfig",
+    "RetrievalConfig",
+    "TextConfig",
+    "VQAConfig",
+    "VisionConfig",
+    "load",
+    "save_pretrained",
+]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 
 import safetensors.torch
 import torch
@@ -23,72 +24,28 @@ from torch import Tensor, nn
 
 from madtp_kernels import backends
 
-from .config import NLVRConfig, TextConfig, VisionConfig
-from .models.nlvr import NLVR
-from .processing import NLVRProcessor
+from . import layouts
+from .config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
+from .layouts.blip import from_ours as to_official
+from .layouts.blip import to_ours as from_official
+from .models import MODELS, Model
+from .processing import PROCESSORS
 
-__all__ = ["CheckpointError", "load", "save_pretrained", "to_official"]
+__all__ = ["CheckpointError", "from_official", "load", "save_pretrained", "to_official"]
 
 _log = logging.getLogger("madtp")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
-# Official keys whose tensors are stacked along the first axis into one of ours. The ViT's qkv is fused already.
-_FUSED = (
-    (r"(attention\.self)\.{part}\.(weight|bias)$", ("query", "key", "value"), "qkv"),
-    (r"(crossattention\.self[01])\.{part}\.(weight|bias)$", ("key", "value"), "kv"),
-)
-# Buffers of the official classes that carry no weights.
-_IGNORED = re.compile(r"embeddings\.position_ids$")
+
+# Weights that original BLIP checkpoints lack by design: the dictionary with its map, and what NLVR adds to BLIP.
+_INVENTED = re.compile(r"^space_dict$|^temp$|\.merge_layer\.|_query_model\.q_map\.")
 
 
 class CheckpointError(ValueError):
     """A file that cannot be loaded; the message says which and why."""
 
 
-# ---- key mapping --------------------------------------------------------------------------------------------------
-
-
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MADTP's and BLIP's key names to ours: fuses projections, drops buffers without weights."""
-    state = {key: value for key, value in state.items() if not _IGNORED.search(key)}
-    for pattern, parts, fused in _FUSED:
-        lead = re.compile(r"^(.*)" + pattern.format(part=parts[0]))
-        if fused == "qkv":  # "crossattention.self." would match too; it has another rule
-            lead = re.compile(r"^(.*(?<!cross))" + pattern.format(part=parts[0]))
-        for key in [k for k in state if lead.match(k)]:
-            prefix, module, kind = lead.match(key).groups()
-            sources = [f"{prefix}{module}.{part}.{kind}" for part in parts]
-            if all(source in state for source in sources):
-                state[f"{prefix}{module}.{fused}.{kind}"] = torch.cat([state.pop(source) for source in sources])
-    return state
-
-
-def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our key names to MADTP's: the inverse of :func:`from_official` but for the dropped buffers."""
-    official = {}
-    for key, value in state.items():
-        for _, parts, fused in _FUSED:
-            head, found, kind = key.rpartition(f".{fused}.")
-            if found and not key.startswith("visual_encoder."):
-                chunks = value.chunk(len(parts))
-                official.update({f"{head}.{p}.{kind}": c.clone() for p, c in zip(parts, chunks, strict=True)})
-                break
-        else:
-            official[key] = value
-    return official
-
-
-def _duplicate_cross_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A BLIP checkpoint with one cross-attention per layer, as BLIP-NLVR starts from it: one copy for each image."""
-    twin = {}
-    for key, value in state.items():
-        copies = [key]
-        if "crossattention.self." in key:
-            copies = [key.replace("crossattention.self.", f"crossattention.self{i}.") for i in (0, 1)]
-        elif "crossattention.output.dense." in key:
-            copies = [key.replace("crossattention.output.dense.", f"crossattention.output.dense{i}.") for i in (0, 1)]
-        twin.update({copy: value.clone() if len(copies) > 1 else value for copy in copies})
-    return twin
+# ---- sizes --------------------------------------------------------------------------------------------------------
 
 
 def interpolate_positions(positions: Tensor, patches: int) -> Tensor:
@@ -109,39 +66,34 @@ def _grid(patches: int) -> int:
     return side
 
 
-# ---- sizes --------------------------------------------------------------------------------------------------------
-
-
-def infer_config(state: Mapping[str, Tensor]) -> NLVRConfig:
-    """Sizes of a BLIP-NLVR state dict (our keys). Heads are 64 wide, as in every BLIP; pass a config where they are not.
+def infer_config(state: Mapping[str, Tensor], task: str) -> Config:
+    """Sizes of a BLIP state dict (our keys). Heads are 64 wide, as in every BLIP; pass a config where they are not.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing.
+        CheckpointError: a tensor that tells a size is missing, or of another shape.
     """
 
     def shape(key: str, dims: int) -> torch.Size:
         if key not in state:
-            raise CheckpointError(f"not a BLIP-NLVR checkpoint: {key} is missing")
+            raise CheckpointError(f"not a BLIP-{task.upper()} checkpoint: {key} is missing")
         if state[key].dim() != dims:
             raise CheckpointError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
         return state[key].shape
 
-    def count(pattern: str) -> int:
-        found = [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
-        return max(found, default=-1) + 1
+    def numbers(pattern: str) -> list[int]:
+        return [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
 
+    def count(pattern: str) -> int:
+        return max(numbers(pattern), default=-1) + 1
+
+    text = "text_decoder.bert." if task == "caption" else "text_encoder."
+    layer = re.escape(text) + r"encoder\.layer\.(\d+)\."
     width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight", 4)
     side = _grid(shape("visual_encoder.pos_embed", 3)[1] - 1)
-    sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, width)
-    vocab, hidden = shape("text_encoder.embeddings.word_embeddings.weight", 2)
-    merges = [
-        int(m.group(1))
-        for m in map(re.compile(r"text_encoder\.encoder\.layer\.(\d+)\.crossattention\.output\.merge_layer").match, state)
-        if m
-    ]
-    layers = count(r"text_encoder\.encoder\.layer\.(\d+)\.")
-    return NLVRConfig(
-        vision=VisionConfig(
+    vocab, hidden = shape(f"{text}embeddings.word_embeddings.weight", 2)
+    sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, hidden)
+    sizes = {
+        "vision": VisionConfig(
             image_size=side * patch,
             patch_size=patch,
             embed_dim=width,
@@ -150,19 +102,23 @@ def infer_config(state: Mapping[str, Tensor]) -> NLVRConfig:
             mlp_ratio=shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
             sd_num=sd_num,
             sd_dim=sd_dim,
-            map_func="visual_encoder.img_query_model.q_map.0.weight" in state,
+            map_func="visual_encoder.img_query_model.q_map.0.weight" in state or width != sd_dim,
         ),
-        text=TextConfig(
+        "text": TextConfig(
             hidden_size=hidden,
-            num_hidden_layers=layers,
+            num_hidden_layers=count(layer),
             num_attention_heads=max(1, hidden // 64),
-            intermediate_size=shape("text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0],
+            intermediate_size=shape(f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
             vocab_size=vocab,
-            max_position_embeddings=shape("text_encoder.embeddings.position_embeddings.weight", 2)[0],
+            max_position_embeddings=shape(f"{text}embeddings.position_embeddings.weight", 2)[0],
             encoder_width=width,
         ),
-        merge_from=min(merges, default=NLVRConfig.merge_from),
-    )
+    }
+    if task == "nlvr":
+        sizes["merge_from"] = min(numbers(layer + r"crossattention\.output\.merge_layer"), default=NLVRConfig.merge_from)
+    if task == "retrieval":
+        sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]
+    return CONFIGS[task](**sizes)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -201,61 +157,76 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
 
 def load(
     source: str | os.PathLike | Mapping[str, Tensor],
-    task: str = "nlvr",
+    task: str | None = None,
     *,
     temperature: float | None = None,
-    config: NLVRConfig | dict | None = None,
+    config: Config | dict | None = None,
     image_size: int | None = None,
+    text_mode: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
     grouping: str = "instance",
-) -> NLVR:
+) -> Model:
     """A model in evaluation mode from wherever its weights are.
 
     Args:
         source: one of
             a directory written by :func:`save_pretrained`;
             a MADTP checkpoint file ``{'model', 'epoch', 'temperature'}``;
-            an original BLIP or BLIP-NLVR checkpoint file (position embedding interpolated to ``image_size``, a single
-            cross-attention copied for both images);
+            an original BLIP checkpoint file (position embedding interpolated to ``image_size``; for NLVR, a single
+            cross-attention is copied for both images);
             a Hugging Face hub id of a saved model;
             a state dict with MADTP's or our key names (give ``config`` where heads are not 64 wide);
-            "demo", the small model in the package; or "random:base", the real sizes with random weights.
-        task: "nlvr".
+            "demo", the small NLVR model in the package; or "random:base", the real sizes with random weights (of NLVR where no
+            task is given).
+        task: one of :data:`madtp.models.MODELS`; by default the saved model's, or the one that the key names tell.
         temperature: pruning temperature; by default the checkpoint's, or 0 (dense) where it has none.
         config: sizes; by default the source's own, or read off the tensors.
         image_size: other than the checkpoint's; the position embedding is interpolated.
-        tokenizer: directory, `vocab.txt` or hub id of the WordPiece tokenizer; by default the one saved with the model, or
+        text_mode: "clean" or "compat", for tasks that have both; by default the saved model's, or "clean".
+        tokenizer: directory, `vocab.txt` or hub id of the tokenizer; by default the one saved with the model, or
             bert-base-uncased. It is opened at first use, so that a model that is given ids needs none.
         device, dtype: where and in which precision the model runs.
         backend: force an implementation of the kernels ("reference", "cpu", "triton", "cuda").
-        grouping: "instance", "pair" or "batch"; see :class:`madtp.models.nlvr.NLVR`.
+        grouping: "instance", "batch", or for NLVR "pair"; see :class:`madtp.models.Model`.
 
     Raises:
         CheckpointError: nothing there, a file that cannot be opened safely, or weights that do not fit.
         ValueError: an argument that makes no sense.
     """
-    if task != "nlvr":
-        raise ValueError(f"task: expected 'nlvr', got {task!r}")
+    if task is not None and task not in MODELS:
+        raise ValueError(f"task: expected one of {', '.join(MODELS)}, got {task!r}")
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if isinstance(config, dict):
-        config = NLVRConfig.from_dict(config)
+        task = task or config.get("task")
+        if task not in CONFIGS:
+            raise ValueError(f"task: give one of {', '.join(CONFIGS)}, since config names none")
+        config = CONFIGS[task].from_dict(config)
+    if config is not None:
+        if task not in (None, config.task):
+            raise ValueError(f"config: sizes of a model for task {config.task!r}, not {task!r}")
+        task = config.task
     if isinstance(source, Mapping):
         state, found_temperature, origin = dict(source), None, "the state dict"
     elif source == "random:base":
-        config = config or NLVRConfig()
+        task = task or "nlvr"
+        config = config or CONFIGS[task]()
         state, found_temperature, origin = None, None, source
     else:
         directory = _locate(source)
         origin = str(source)
         if directory.is_dir():
             settings = _read_config(directory / CONFIG)
-            if settings.get("task", task) != task:
-                raise CheckpointError(f"{origin}: holds a model for task {settings['task']!r}, not {task!r}")
-            config = config or NLVRConfig.from_dict(settings)
+            saved_task = settings.get("task", task)
+            if task not in (None, saved_task):
+                raise CheckpointError(f"{origin}: holds a model for task {saved_task!r}, not {task!r}")
+            if saved_task not in CONFIGS:
+                raise CheckpointError(f"{directory / CONFIG}: 'task' is {saved_task!r}, not one of {', '.join(CONFIGS)}")
+            task = saved_task
+            config = config or CONFIGS[task].from_dict(settings)
             state, _ = read_file(directory / WEIGHTS)
             found_temperature = settings.get("temperature")
             if tokenizer is None and (directory / TOKENIZER).exists():
@@ -267,13 +238,21 @@ def load(
     if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
     if state is not None:
-        state = from_official(_duplicate_cross_attention(state))
-        config = config or infer_config(state)
+        layout, task = _recognise(state, task, origin)
+        try:
+            state = layout.to_ours(state, task)
+        except ValueError as error:
+            raise CheckpointError(f"{origin}: {error}") from error
+        config = config or infer_config(state, task)
     if image_size is not None:
         config = replace(config, vision=replace(config.vision, image_size=image_size))
+    if text_mode is not None:
+        if not hasattr(config, "text_mode"):
+            raise ValueError(f"text_mode: models for task {task!r} have only one, got {text_mode!r}")
+        config = replace(config, text_mode=text_mode)
     # Parameters are allocated once, in the dtype asked for, and not initialised twice.
     with torch.device("meta"):
-        model = NLVR(config, temperature, grouping, backend=backend)
+        model = MODELS[task](config, temperature, grouping, backend=backend)
     model = model.to(dtype).to_empty(device=device)
     if state is None:
         randomize(model)
@@ -282,10 +261,26 @@ def load(
     if tokenizer is None:
         # Random weights know no words: the small bundled vocabulary serves, and needs no download.
         tokenizer = "demo" if state is None or source == "demo" else "bert-base-uncased"
-    model.processor = NLVRProcessor(
+    model.processor = PROCESSORS[task](
         config.vision.image_size, config.text.vocab_size, config.text.max_position_embeddings, tokenizer
     )
     return model.eval()
+
+
+def _recognise(state: Mapping[str, Tensor], task: str | None, origin: str) -> tuple[ModuleType, str]:
+    """Layout and task of a state dict. Keys decide; a task that the caller names has to agree where they tell."""
+    found = layouts.recognise(state)
+    if found is None and task is None:
+        modules = sorted({key.split(".")[0] for key in state})
+        some = ", ".join(modules[:8]) + (", ..." if len(modules) > 8 else "")
+        raise CheckpointError(
+            f"{origin}: its keys ({some or 'there are none'}) do not tell what it is for; give task, one of {', '.join(MODELS)}"
+        )
+    if found is None:
+        return layouts.for_task(task), task
+    if task not in (None, found[1]):
+        raise CheckpointError(f"{origin}: holds a model for task {found[1]!r}, not {task!r}")
+    return found
 
 
 def _locate(source: str | os.PathLike) -> Path:
@@ -317,14 +312,14 @@ def _read_config(path: Path) -> dict:
     return settings
 
 
-def _fill(model: NLVR, state: dict[str, Tensor], origin: str) -> None:
+def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:
     """Copy weights into an uninitialised model; make up only what BLIP checkpoints lack by design, and say so."""
     own = model.state_dict()
     position = "visual_encoder.pos_embed"
     if position in state and state[position].shape != own[position].shape:
         state[position] = interpolate_positions(state[position], own[position].shape[1] - 1)
     missing = sorted(set(own) - set(state))
-    invented = [key for key in missing if key == "space_dict" or ".merge_layer." in key]
+    invented = [key for key in missing if _INVENTED.search(key)]
     unexpected = sorted(set(state) - set(own))
     misshapen = [
         f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
@@ -341,11 +336,13 @@ def _fill(model: NLVR, state: dict[str, Tensor], origin: str) -> None:
         if keys
     ]
     if problems:
-        raise CheckpointError(f"{origin}: weights do not fit BLIP-NLVR; " + "; ".join(problems))
+        raise CheckpointError(f"{origin}: weights do not fit a model for task {model.config.task!r}; " + "; ".join(problems))
     with torch.no_grad():
         for key, parameter in own.items():
             if key in state:
                 parameter.copy_(state[key])
+            elif key == "temp":
+                parameter.fill_(0.07)
             elif key.endswith("bias"):
                 parameter.zero_()
             else:
@@ -374,6 +371,8 @@ def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:
         for name, parameter in model.named_parameters():
             if name == "space_dict":
                 fill(parameter, 1.0)
+            elif name == "temp":
+                parameter.fill_(0.07)
             elif "norm" in name.lower():
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif name.endswith("bias"):
@@ -389,7 +388,7 @@ def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: NLVR, directory: str | os.PathLike) -> None:
+def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
     """Write `model.safetensors`, `config.json` (sizes and temperature) and the tokenizer, each file atomically."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,20 @@
-"""Sizes of the models, as plain dataclasses that round-trip through `config.json`."""
+"""Sizes of the models, one plain dataclass per task, that round-trip through `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A BLIP vision transformer. The defaults are ViT-B/16 at 384 pixels."""
+    """A BLIP vision transformer. The defaults are ViT-B/16 at 384 pixels.
+
+    ViT-L/16 has ``embed_dim=1024, depth=24, num_heads=16`` and needs ``map_func=True``, since its tokens are wider than the
+    dictionary's entries. MADTP's release has no such map for BLIP, so no official checkpoint of that size exists; the map is
+    the one of MADTP's CLIP.
+    """
 
     image_size: int = 384
     patch_size: int = 16
@@ -40,7 +46,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A BERT text encoder with cross-attention, in BLIP's `med_config.json` terms. The defaults are BERT-base."""
+    """A BERT encoder or decoder with cross-attention, in BLIP's `med_config.json` terms. The defaults are BERT-base.
+
+    The last two entries of the vocabulary are [DEC], with which decoders begin, and [ENC], which stands first in texts that
+    look at images.
+    """
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -49,6 +59,105 @@ class TextConfig:
     vocab_size: int = 30524
     max_position_embeddings: int = 512
     encoder_width: int = 768
+    """Width of the tokens that cross-attention looks at."""
+    pad_token_id: int = 0
+    sep_token_id: int = 102
+    """[SEP], with which texts end."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+    @property
+    def dec_token_id(self) -> int:
+        return self.vocab_size - 2
+
+    @property
+    def enc_token_id(self) -> int:
+        return self.vocab_size - 1
+
+
+class Config:
+    """What the configurations of all tasks have in common: a task, sections of sizes, and their way to and from JSON."""
+
+    task: ClassVar[str]
+    sections: ClassVar[dict[str, type]] = {"vision": VisionConfig, "text": TextConfig}
+
+    def to_dict(self) -> dict:
+        return {"task": self.task, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """Unknown keys beside the sizes (temperature, task, ...) are left to the caller.
+
+        Raises:
+            ValueError: a size that does not exist, or sizes that do not fit together.
+        """
+        own = {f.name for f in dataclasses.fields(cls)} & set(values)
+        build = {name: _build(cls.sections[name], name, values[name]) for name in own & set(cls.sections)}
+        return cls(**build, **{name: values[name] for name in own - set(cls.sections)})
+
+
+@dataclass(frozen=True)
+class NLVRConfig(Config):
+    """BLIP-NLVR: two images and a statement, true or false."""
+
+    task: ClassVar[str] = "nlvr"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    merge_from: int = 6
+    """First text layer that concatenates its two image streams through a merge layer; earlier ones average them."""
+
+
+@dataclass(frozen=True)
+class VQAConfig(Config):
+    """BLIP-VQA: an image and a question; a decoder of the same sizes as the question encoder answers."""
+
+    task: ClassVar[str] = "vqa"
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=480))
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(frozen=True)
+class CaptionConfig(Config):
+    """BLIP captioning: a decoder describes an image."""
+
+    task: ClassVar[str] = "caption"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(Config):
+    """BLIP retrieval: comparable features of images and texts, and a classifier of pairs."""
+
+    task: ClassVar[str] = "retrieval"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    proj_dim: int = 256
+    """Width of the features."""
+    text_mode: str = "clean"
+    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.retrieval`."""
+
+    def __post_init__(self) -> None:
+        if self.text_mode not in ("clean", "compat"):
+            raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP's causal text transformer. The defaults are those of ViT-L/14."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int | None = None
+    """The end-of-text token. None: the highest id of a text, which is OpenAI's rule."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -58,29 +167,43 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class NLVRConfig:
-    """BLIP-NLVR: two images and a statement, true or false."""
+class CLIPConfig(Config):
+    """CLIP: comparable features of images and texts, from two towers. The defaults are ViT-L/14 at 336 pixels."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    merge_from: int = 6
-    """First text layer that concatenates its two image streams through a merge layer; earlier ones average them."""
+    task: ClassVar[str] = "clip"
+    sections: ClassVar[dict[str, type]] = {"vision": VisionConfig, "text": CLIPTextConfig}
+    vision: VisionConfig = field(
+        default_factory=lambda: VisionConfig(336, 14, embed_dim=1024, depth=24, num_heads=16, map_func=True)
+    )
+    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    embed_dim: int = 768
+    """Width of the features."""
+    text_mode: str = "clean"
+    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.retrieval`."""
 
-    def to_dict(self) -> dict:
-        return {"task": "nlvr", **dataclasses.asdict(self)}
+    def __post_init__(self) -> None:
+        if self.text_mode not in ("clean", "compat"):
+            raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
+    hidden_act: str = "quick_gelu"
+    """Activation of the MLPs: "quick_gelu" or "gelu"."""
+    text_mode: str = "clean"
+    """How text is pruned: "clean", or "compat" as MADTP's official code does; see :mod:`madtp.models.clip`."""
 
-    @classmethod
-    def from_dict(cls, values: dict) -> NLVRConfig:
-        """Unknown keys beside the sizes (temperature, task, ...) are left to the caller.
+    def __post_init__(self) -> None:
+        if not self.vision.map_func:
+            raise ValueError("vision.map_func: expected true, since every block of CLIP has a map to the dictionary")
+        for name, value, choices in (
+            ("hidden_act", self.hidden_act, ("quick_gelu", "gelu")),
+            ("text_mode", self.text_mode, ("clean", "compat")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
-        Raises:
-            ValueError: a size that does not exist, or sizes that do not fit together.
-        """
-        return cls(
-            vision=_build(VisionConfig, "vision", values.get("vision", {})),
-            text=_build(TextConfig, "text", values.get("text", {})),
-            merge_from=values.get("merge_from", cls.merge_from),
-        )
+
+# One entry per task.
+CONFIGS: dict[str, type[Config]] = {
+    config.task: config for config in (NLVRConfig, VQAConfig, CaptionConfig, RetrievalConfig, CLIPConfig)
+}
 
 
 def _build(kind: type, name: str, values: dict):

@@ -197,8 +197,8 @@ def load_tokenizer(source: str | os.PathLike):
     return tokenizer
 
 
-class NLVRProcessor:
-    """Turns (left image, right image, sentence) into BLIP-NLVR's inputs.
+class Processor:
+    """Turns pictures and sentences into a BLIP model's inputs.
 
     image_size: side of the square the pictures are resized to. vocab_size and max_tokens: the model's word
     embedding rows and positions. tokenizer: anything `load_tokenizer` takes, or a tokenizer object; it is
@@ -232,24 +232,43 @@ class NLVRProcessor:
             self._tokenizer = tokenizer
         return self._tokenizer
 
+    def image(self, source) -> torch.Tensor:
+        """Pixels of a picture, float32 [3, image_size, image_size]; sources and errors as in `load_image`."""
+        return to_pixels(load_image(source), self.image_size)
+
+    def _ids(self, text: str, clean, first: str, truncate: int | None = None) -> torch.Tensor:
+        """Token ids int64 [L]: `first`, word pieces, [SEP]; at most `truncate` of them. Raises TextError if the
+        text is not a string, is empty or does not fit the model.
+        """
+        if not isinstance(text, str):
+            raise TextError(f"text must be a string, got {type(text).__name__}")
+        tokenizer = self.tokenizer
+        length = {} if truncate is None else {"truncation": True, "max_length": truncate}
+        ids = torch.tensor(tokenizer(clean(text), **length)["input_ids"], dtype=torch.int64)
+        if len(ids) > self.max_tokens:
+            raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
+        ids[0] = tokenizer.convert_tokens_to_ids(first)
+        return ids
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The words of token ids [L], special tokens left out."""
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+
+
+class NLVRProcessor(Processor):
+    """(left image, right image, sentence) for BLIP-NLVR."""
+
     def images(self, left, right) -> torch.Tensor:
         """Pixels of a pair, float32 [2, 3, image_size, image_size]; sources as in `load_image`, which see for
         errors."""
-        return torch.stack([to_pixels(load_image(source), self.image_size) for source in (left, right)])
+        return torch.stack([self.image(source) for source in (left, right)])
 
     def text(self, sentence: str) -> torch.Tensor:
         """Token ids int64 [L] of a sentence: [ENC], word pieces, [SEP]. Nothing is truncated beyond the 40
         words that BLIP's cleaning keeps. Raises TextError if the sentence is not a string, is empty or does
         not fit the model.
         """
-        if not isinstance(sentence, str):
-            raise TextError(f"text must be a string, got {type(sentence).__name__}")
-        tokenizer = self.tokenizer
-        ids = torch.tensor(tokenizer(clean_sentence(sentence))["input_ids"], dtype=torch.int64)
-        if len(ids) > self.max_tokens:
-            raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
-        ids[0] = tokenizer.convert_tokens_to_ids("[ENC]")
-        return ids
+        return self._ids(sentence, clean_sentence, "[ENC]")
 
     def __call__(self, left, right, sentence: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixels [2, 3, S, S] float32, ids [L] int64) of one instance. Raises ImageError, TextError."""
@@ -261,3 +280,66 @@ class NLVRProcessor:
         tensors."""
         pixels = torch.stack([pixels for pixels, _ in instances], dim=1)  # [2, B, 3, S, S]
         return pixels.flatten(0, 1), [ids for _, ids in instances]
+
+
+class VQAProcessor(Processor):
+    """(image, question) for BLIP-VQA."""
+
+    def text(self, question: str) -> torch.Tensor:
+        """Token ids int64 [L] of a question: [ENC], word pieces, [SEP]; at most 35, as in BLIP. Raises TextError
+        if the question is not a string or is empty."""
+        return self._ids(question, clean_question, "[ENC]", truncate=min(35, self.max_tokens))
+
+    def answer(self, answer: str) -> torch.Tensor:
+        """Token ids int64 [L] of a candidate answer: [DEC], word pieces, [SEP]. Raises TextError if it is not a
+        string or is too long."""
+        return self._ids(answer, str, "[DEC]")
+
+    def __call__(self, image, question: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pixels [3, S, S] float32, ids [L] int64) of one instance. Raises ImageError, TextError."""
+        return self.image(image), self.text(question)
+
+    @staticmethod
+    def collate(instances) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Join instances into a batch: pixels [B, 3, S, S] and B id tensors."""
+        return torch.stack([pixels for pixels, _ in instances]), [ids for _, ids in instances]
+
+
+class CaptionProcessor(Processor):
+    """An image for BLIP captioning, and the prompt that its captions begin with."""
+
+    prompt = "a picture of "
+
+    @property
+    def prompt_ids(self) -> torch.Tensor:
+        """Token ids int64 [P] of the prompt: [DEC] and the words, without [SEP]."""
+        return self._ids(self.prompt, str, "[DEC]")[:-1]
+
+    def __call__(self, image) -> torch.Tensor:
+        """Pixels [3, S, S] float32 of one instance. Raises ImageError."""
+        return self.image(image)
+
+    @staticmethod
+    def collate(instances) -> torch.Tensor:
+        """Join instances into a batch: pixels [B, 3, S, S]."""
+        return torch.stack(list(instances))
+
+
+class RetrievalProcessor(Processor):
+    """Images and sentences for BLIP retrieval, each on its own."""
+
+    def text(self, sentence: str) -> torch.Tensor:
+        """Token ids int64 [L] of a sentence of at most 30 words: [CLS], word pieces, [SEP]; at most 35, as in
+        BLIP. Raises TextError if the sentence is not a string or is empty."""
+        return self._ids(
+            sentence, lambda text: clean_sentence(text, 30), "[CLS]", truncate=min(35, self.max_tokens)
+        )
+
+
+# One entry per task.
+PROCESSORS: dict[str, type] = {
+    "nlvr": NLVRProcessor,
+    "vqa": VQAProcessor,
+    "caption": CaptionProcessor,
+    "retrieval": RetrievalProcessor,
+}

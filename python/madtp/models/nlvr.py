@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, checks
+from madtp_kernels import RaggedBatch
 
 from ..config import NLVRConfig
-from ..pruning import LayerTrace, Pruning, Stream
-from ..text import NLVRTextEncoder
+from ..pruning import LayerTrace, Stream
+from ..text import TextEncoder
 from ..vision import VisionTransformer
-
-GROUPINGS = ("instance", "pair", "batch")
+from .base import Model, first_rows
 
 
 @dataclass(frozen=True)
@@ -37,68 +36,21 @@ class NLVROutput:
     """``(vision [2B, M, sd_dim], text [B, M, sd_dim])`` alignment summaries, if asked for."""
 
 
-class NLVR(nn.Module):
+class NLVR(Model):
     """Two images and a statement per sample, ragged from the embeddings to the head.
 
-    Parameters are named as in MADTP's checkpoints, except that query/key/value projections are fused.
-
-    Args:
-        config: sizes.
-        temperature: pruning temperature; 0 runs dense.
-        grouping: "instance" prunes every image by its own count; "pair" ties the two images of a pair as the official code
-            does at batch size 1; "batch" ties everything in the batch, the official code's batch-maximum execution.
-        use_sizes: merged tokens weigh what they stand for (not in the paper).
-        backend: force an implementation of the kernels.
+    Beside the groupings of every model there is "pair", which ties the two images of a pair as the official code does at batch
+    size 1.
     """
 
-    def __init__(
-        self,
-        config: NLVRConfig,
-        temperature: float = 0.0,
-        grouping: str = "instance",
-        use_sizes: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        if grouping not in GROUPINGS:
-            raise ValueError(f"grouping: expected one of {', '.join(GROUPINGS)}, got {grouping!r}")
-        self.config = config
-        self.temperature = float(temperature)
-        self.grouping = grouping
-        self.use_sizes = use_sizes
-        self.backend = backend
-        self.processor = None
+    groupings = ("instance", "pair", "batch")
+
+    def __init__(self, config: NLVRConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
         width = config.text.hidden_size
-        self.space_dict = nn.Parameter(torch.randn(config.vision.sd_num, config.vision.sd_dim))
         self.visual_encoder = VisionTransformer(config.vision)
-        self.text_encoder = NLVRTextEncoder(config)
+        self.text_encoder = TextEncoder(config.text, config.vision.sd_dim, config.merge_from)
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
-
-    @contextlib.contextmanager
-    def dense(self) -> Iterator[NLVR]:
-        """Run without pruning inside the ``with`` block."""
-        temperature, self.temperature = self.temperature, 0.0
-        try:
-            yield self
-        finally:
-            self.temperature = temperature
-
-    @property
-    def device(self) -> torch.device:
-        return self.space_dict.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.space_dict.dtype
-
-    def _pruning(self, temperature: float, group_size: int, batch: int) -> Pruning:
-        """Settings for a stream of ``group_size * batch`` samples of which every ``batch``-th belongs together."""
-        groups = None
-        if temperature > 0 and self.grouping == "pair" and group_size > 1:
-            groups = torch.arange(group_size * batch, dtype=torch.int32, device=self.device) % batch
-        elif temperature > 0 and self.grouping == "batch":
-            groups = torch.zeros(group_size * batch, dtype=torch.int32, device=self.device)
-        return Pruning(temperature, groups, self.use_sizes, self.backend)
 
     def forward(
         self,
@@ -118,52 +70,28 @@ class NLVR(nn.Module):
         Raises:
             ValueError: sizes that do not fit the model or each other.
         """
-        if not isinstance(input_ids, RaggedBatch):
-            texts = list(input_ids)
-            if not texts:
-                raise ValueError("input_ids: expected at least one text, got none")
-            input_ids = RaggedBatch.from_list(texts)
-        _check_ids(input_ids, self.config.text.vocab_size)
-        input_ids = input_ids.to(self.device)
+        input_ids = self._ids(input_ids)
         batch = input_ids.batch_size
         if pixels.shape[0] != 2 * batch:
             raise ValueError(f"pixels: expected two images for each of {batch} texts, got {pixels.shape[0]} images")
-        temperature = self.temperature if temperature is None else float(temperature)
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-
-        vision = self.visual_encoder(
-            pixels.to(self.device, self.dtype), self.space_dict, self._pruning(temperature, 2, batch), summaries
-        )
+        temperature = self._temperature(temperature)
+        pruning = self._pruning(temperature, 2 * batch)
+        if pruning.active and self.grouping == "pair":
+            groups = torch.arange(2 * batch, dtype=torch.int32, device=self.device) % batch
+            pruning = dataclasses.replace(pruning, groups=groups)
+        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
         images = split(vision.stream, batch)
         text = self.text_encoder(
-            input_ids, images, self.space_dict, self._pruning(temperature, 1, batch), summaries
+            input_ids, images, self.space_dict, self._pruning(temperature, batch), summaries
         )
-        states = text.stream.tokens
-        first = states.values[states.cu_seqlens[:-1].long()]
         return NLVROutput(
-            logits=self.cls_head(first),
+            logits=self.cls_head(first_rows(text.stream.tokens)),
             vision=vision.trace,
             text=text.trace,
             image_embeds=vision.stream.tokens,
-            last_hidden_state=states,
+            last_hidden_state=text.stream.tokens,
             summaries=(vision.summary, text.summary) if summaries else None,
         )
-
-
-def _check_ids(input_ids: RaggedBatch, vocabulary: int) -> None:
-    """Every text has a first token, which answers for it, and every id has an embedding."""
-    ids = input_ids.values
-    if ids.dim() != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"input_ids: expected int64 ids [T], got {checks.describe(ids)}")
-    if not checks.may_read(ids):
-        return
-    empty = (input_ids.lengths == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"input_ids: expected at least one token per text, text {empty[0]} has none")
-    ids = ids[: input_ids.num_tokens]
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(f"input_ids: expected ids in 0..{vocabulary - 1}, got {ids.min()}..{ids.max()}")
 
 
 def split(stream: Stream, batch: int) -> tuple[Stream, Stream]:

@@ -1,0 +1,117 @@
+"""Writing text with the ragged decoder: the search itself is `transformers`', here is what it needs to drive our decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .layers import Runs
+from .pruning import Stream
+from .text import TextDecoder
+
+
+def generate(
+    decoder: TextDecoder,
+    memory: Stream,
+    prompts: Tensor,
+    *,
+    backend: str | None = None,
+    official_lengths: bool = True,
+    **options,
+) -> list[Tensor]:
+    """Continue prompts while looking at encoder states.
+
+    Args:
+        decoder: of a captioning or question answering model.
+        memory: encoder states ``[S, D]``, one sample per prompt.
+        prompts: ``[B, P]`` int64.
+        backend: force an implementation of the kernels.
+        official_lengths: a beam's log-probability is divided by its length. As in the official code (transformers 4.15) that
+            is the number of all its tokens without [SEP]; if False, the number of those after the prompt with [SEP], as in
+            transformers of today.
+        options: of `transformers.GenerationConfig`: num_beams, max_length, min_length, do_sample, top_p, ...
+
+    Returns:
+        One int64 tensor per prompt: what follows it, without [SEP] and padding.
+
+    Raises:
+        ValueError: a length beyond the positions of the model, or an option that `transformers` refuses.
+    """
+    config, limit = decoder.config, decoder.config.max_position_embeddings
+    longest = options.get("max_length", limit)
+    if not prompts.shape[1] < longest <= limit:
+        raise ValueError(f"max_length: expected more than the prompt's {prompts.shape[1]} and at most {limit}, got {longest}")
+    settings = GenerationConfig(
+        pad_token_id=config.pad_token_id, eos_token_id=config.sep_token_id, bos_token_id=config.dec_token_id, **options
+    )
+    sequences = _Generator(decoder, memory, backend, official_lengths).generate(
+        prompts.contiguous(), attention_mask=torch.ones_like(prompts), generation_config=settings
+    )
+    ends = (config.sep_token_id, config.pad_token_id)
+    return [row[: _first(row, ends)] for row in sequences[:, prompts.shape[1] :]]
+
+
+def _first(row: Tensor, ends: tuple[int, ...]) -> int:
+    ids = row.tolist()
+    return next((number for number, token in enumerate(ids) if token in ends), len(ids))
+
+
+class _Generator(PreTrainedModel, GenerationMixin):
+    """Our decoder as `transformers` sees it. Lives for one call."""
+
+    config_class = BertConfig
+    _supports_cache_class = True
+
+    def __init__(self, decoder: TextDecoder, memory: Stream, backend: str | None, official_lengths: bool) -> None:
+        sizes = decoder.config
+        super().__init__(
+            BertConfig(
+                vocab_size=sizes.vocab_size,
+                hidden_size=sizes.hidden_size,
+                num_hidden_layers=sizes.num_hidden_layers,
+                num_attention_heads=sizes.num_attention_heads,
+                intermediate_size=sizes.intermediate_size,
+                max_position_embeddings=sizes.max_position_embeddings,
+                is_decoder=True,
+            )
+        )
+        self.decoder, self.backend, self.official_lengths = decoder, backend, official_lengths
+        self.keys, self.images = decoder.keys(memory), memory.tokens.batch_size
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values=None, **_) -> dict:
+        """Only what the cache does not hold yet goes through the decoder."""
+        return {"input_ids": input_ids[:, past_key_values.get_seq_length() :], "past_key_values": past_key_values}
+
+    def forward(self, input_ids: Tensor, past_key_values=None, **_) -> CausalLMOutputWithPast:
+        """Logits ``[N, 1, V]`` of what comes after ``input_ids [N, L]``; the N rows are the beams, image by image."""
+        from madtp_kernels import RaggedBatch
+
+        rows, new = input_ids.shape
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=input_ids.device) * new
+        texts = RaggedBatch(input_ids.flatten(), starts, new)
+        beams = rows // self.images
+        runs = Runs(torch.arange(self.images + 1, device=input_ids.device) * beams, beams)
+        states = self.decoder(texts, self.keys, runs=runs, cache=past_key_values, backend=self.backend)
+        last = states.values.unflatten(0, (rows, new))[:, -1]
+        return CausalLMOutputWithPast(logits=self.decoder.logits(last)[:, None], past_key_values=past_key_values)
+
+    # Beam search of transformers 4.15 divides by the tokens without [SEP], the prompt among them.
+
+    def _update_finished_beams(self, *, topk_running_sequences, topk_log_probs, cur_len, decoder_prompt_len,
+                               length_penalty, **state):  # fmt: skip
+        if self.official_lengths:
+            # `cur_len + 1` tokens, of which a finished beam's last is [SEP]; one that is cut off at max_length has none.
+            cut = topk_running_sequences[:, :, cur_len] != self.decoder.config.sep_token_id
+            topk_log_probs = topk_log_probs * (cur_len / (cur_len + cut)) ** length_penalty
+            decoder_prompt_len = 1
+        return super()._update_finished_beams(
+            topk_running_sequences=topk_running_sequences, topk_log_probs=topk_log_probs, cur_len=cur_len,
+            decoder_prompt_len=decoder_prompt_len, length_penalty=length_penalty, **state,
+        )  # fmt: skip
+
+    def _check_early_stop_heuristic(self, *, decoder_prompt_len, **state):
+        return super()._check_early_stop_heuristic(
+            decoder_prompt_len=1 if self.official_lengths else decoder_prompt_len, **state
+        )

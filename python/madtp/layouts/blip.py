@@ -1,0 +1,135 @@
+"""Key names of BLIP and MADTP checkpoints (github.com/salesforce/BLIP, github.com/double125/MADTP), which ours follow.
+
+Ours differ in three ways: projections that read the same input are one weight, weights that are tied to others are left out,
+and so are buffers without weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORED", "TASKS", "from_ours", "task_of", "to_ours"]
+
+_log = logging.getLogger("madtp")
+
+# Task -> modules of its model, beside the dictionary.
+TASKS = {
+    "nlvr": {"visual_encoder", "text_encoder", "cls_head"},
+    "vqa": {"visual_encoder", "text_encoder", "text_decoder"},
+    "caption": {"visual_encoder", "text_decoder"},
+    "retrieval": {"visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head", "temp"},
+}
+
+# Modules -> parts that are stacked along the first axis -> ours. The ViT's qkv is fused already.
+FUSED = (
+    (r"attention\.self", ("query", "key", "value"), "qkv"),
+    (r"crossattention\.self[01]?", ("key", "value"), "kv"),
+)
+
+# The output layer of a decoder -> what it is tied to.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+# Keys without a counterpart in our models -> what they are.
+IGNORED = {
+    r"embeddings\.position_ids$": "position numbers",
+    r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.": "momentum copies, for training",
+    r"^((image|text|idx)_queue|ptr_queue|queue_ptr)$": "queues of negatives, for training",
+}
+
+
+def task_of(keys: Iterable[str]) -> str | None:
+    """The task of a MADTP or BLIP checkpoint; None for anything else, and for BLIP's pretraining, which has parts of many."""
+    modules = {key.split(".")[0] for key in keys}
+    if "visual_encoder" not in modules and not modules & {"text_encoder", "text_decoder"}:
+        return None
+    if _pretraining(modules):
+        return None
+    for task, sign in (("nlvr", "cls_head"), ("retrieval", "itm_head"), ("retrieval", "vision_proj")):
+        if sign in modules:
+            return task
+    if "text_decoder" in modules:
+        return "vqa" if "text_encoder" in modules else "caption"
+    return None
+
+
+def _pretraining(modules: set[str]) -> bool:
+    return {"text_decoder", "itm_head"} <= modules
+
+
+def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
+    """MADTP's and BLIP's key names to ours, for the model of a task.
+
+    Of a pretraining checkpoint the parts of other tasks are left out. What is left out is listed by name in the log (INFO).
+
+    Raises:
+        ValueError: an output layer that differs from the embeddings that it is tied to.
+    """
+    known = TASKS.get(task, set()) | {"space_dict"}
+    foreign = task is not None and _pretraining({key.split(".")[0] for key in state})
+    left_out = {}
+    for key in state:
+        reason = next((reason for pattern, reason in IGNORED.items() if re.search(pattern, key)), None)
+        if reason is None and foreign and key.split(".")[0] not in known:
+            reason = "parts of other tasks"
+        if reason is not None:
+            left_out.setdefault(reason, []).append(key)
+    for reason, keys in left_out.items():
+        _log.info("ignored as %s: %s", reason, ", ".join(keys))
+    dropped = {key for keys in left_out.values() for key in keys}
+    ours = {key: value for key, value in state.items() if key not in dropped}
+    if task == "nlvr":
+        ours = _duplicate_cross_attention(ours)
+    for module, parts, fused in FUSED:
+        first = re.compile(rf"^(.*\.)?({module})\.{parts[0]}\.(weight|bias)$")
+        for key in [key for key in ours if first.match(key)]:
+            lead, kind = key.removesuffix(f".{parts[0]}.{key.rpartition('.')[2]}"), key.rpartition(".")[2]
+            sources = [f"{lead}.{part}.{kind}" for part in parts]
+            if all(source in ours for source in sources):
+                ours[f"{lead}.{fused}.{kind}"] = torch.cat([ours.pop(source) for source in sources])
+    for key in [key for key in ours if key.startswith("text_decoder.")]:
+        prefix, name = key.split(".", 1)
+        other = f"{prefix}.{TIED[name]}" if name in TIED else None
+        if other in ours:
+            if not torch.equal(ours[key], ours[other]):
+                raise ValueError(f"{key} differs from {other}, to which it is tied")
+            del ours[key]
+    return ours
+
+
+def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our key names to MADTP's: the inverse of :func:`to_ours` but for what that leaves out. No two tensors share memory."""
+    official = {}
+    for key, value in state.items():
+        for module, parts, fused in FUSED:
+            lead, found, kind = key.rpartition(f".{fused}.")
+            if found and re.search(rf"(^|\.){module}$", lead):
+                chunks = value.chunk(len(parts))
+                official.update({f"{lead}.{p}.{kind}": c.clone() for p, c in zip(parts, chunks, strict=True)})
+                break
+        else:
+            official[key] = value
+    for name, other in TIED.items():
+        if f"text_decoder.{other}" in official:
+            official[f"text_decoder.{name}"] = official[f"text_decoder.{other}"].clone()
+    return official
+
+
+def _duplicate_cross_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A BLIP checkpoint with one cross-attention per layer, as BLIP-NLVR starts from it: one copy for each image."""
+    twin = {}
+    for key, value in state.items():
+        copies = [key]
+        if "crossattention.self." in key:
+            copies = [key.replace("crossattention.self.", f"crossattention.self{i}.") for i in (0, 1)]
+        elif "crossattention.output.dense." in key:
+            copies = [key.replace("crossattention.output.dense.", f"crossattention.output.dense{i}.") for i in (0, 1)]
+        twin.update({copy: value.clone() if len(copies) > 1 else value for copy in copies})
+    return twin

@@ -1,0 +1,120 @@
+"""What the models of all tasks share: the dictionary, the image encoder, how they are pruned, and checks of their inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from madtp_kernels import RaggedBatch, checks
+
+from ..config import Config
+from ..pruning import Pruning
+
+
+class Model(nn.Module):
+    """A pruned vision-language model. Parameters are named as in MADTP's checkpoints, with fused projections.
+
+    Args:
+        config: sizes.
+        temperature: pruning temperature; 0 runs dense.
+        grouping: "instance" prunes every sample by its own count; "batch" keeps equally many tokens of all samples of a batch,
+            the official code's batch-maximum execution. A task may have more.
+        use_sizes: merged tokens weigh what they stand for (not in the paper).
+        backend: force an implementation of the kernels.
+
+    Raises:
+        ValueError: an unknown grouping.
+    """
+
+    groupings: ClassVar[tuple[str, ...]] = ("instance", "batch")
+
+    def __init__(
+        self,
+        config: Config,
+        temperature: float = 0.0,
+        grouping: str = "instance",
+        use_sizes: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if grouping not in self.groupings:
+            raise ValueError(f"grouping: expected one of {', '.join(self.groupings)}, got {grouping!r}")
+        self.config = config
+        self.temperature = float(temperature)
+        self.grouping = grouping
+        self.use_sizes = use_sizes
+        self.backend = backend
+        self.processor = None
+        self.space_dict = nn.Parameter(torch.randn(config.vision.sd_num, config.vision.sd_dim))
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[Model]:
+        """Run without pruning inside the ``with`` block."""
+        temperature, self.temperature = self.temperature, 0.0
+        try:
+            yield self
+        finally:
+            self.temperature = temperature
+
+    @property
+    def device(self) -> torch.device:
+        return self.space_dict.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.space_dict.dtype
+
+    def _temperature(self, temperature: float | None) -> float:
+        """The temperature of a call: its own, or the model's."""
+        temperature = self.temperature if temperature is None else float(temperature)
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+        return temperature
+
+    def _pruning(self, temperature: float, batch: int) -> Pruning:
+        """Settings for a stream of ``batch`` samples."""
+        groups = None
+        if temperature > 0 and self.grouping == "batch":
+            groups = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        return Pruning(temperature, groups, self.use_sizes, self.backend)
+
+    def _ids(self, input_ids: RaggedBatch | Sequence[Tensor], name: str = "input_ids") -> RaggedBatch:
+        """Texts as a ragged batch ``[T]`` on the model's device; checked."""
+        if not isinstance(input_ids, RaggedBatch):
+            texts = list(input_ids)
+            if not texts:
+                raise ValueError(f"{name}: expected at least one text, got none")
+            input_ids = RaggedBatch.from_list(texts)
+        check_ids(input_ids, self.config.text.vocab_size, name)
+        return input_ids.to(self.device)
+
+    def _pixels(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.device, self.dtype)
+
+
+def first_rows(tokens: RaggedBatch) -> Tensor:
+    """``[B, D]``: the first token of each sample, which stands for it."""
+    return tokens.values[tokens.cu_seqlens[:-1].long()]
+
+
+def check_ids(input_ids: RaggedBatch, vocabulary: int, name: str = "input_ids") -> None:
+    """Every text has a first token, which answers for it, and every id has an embedding.
+
+    Raises:
+        ValueError: ids of another shape or dtype, an empty text, an id beyond the vocabulary.
+    """
+    ids = input_ids.values
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"{name}: expected int64 ids [T], got {checks.describe(ids)}")
+    if not checks.may_read(ids):
+        return
+    empty = (input_ids.lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{name}: expected at least one token per text, text {empty[0]} has none")
+    ids = ids[: input_ids.num_tokens]
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(f"{name}: expected ids in 0..{vocabulary - 1}, got {ids.min()}..{ids.max()}")

@@ -1,0 +1,117 @@
+"""BLIP captioning with MADTP pruning: what is in an image?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import RaggedBatch
+
+from ..config import CaptionConfig
+from ..pruning import LayerTrace, Stream
+from ..text import TextDecoder
+from ..vision import VisionTransformer
+from .base import Model
+
+
+@dataclass(frozen=True)
+class CaptionOutput:
+    """Result of :class:`Caption`."""
+
+    images: Stream
+    """Final image tokens ``[T, D]`` of the B images, at which the decoder looks."""
+    vision: list[LayerTrace]
+    """Per vision layer."""
+    logits: RaggedBatch | None = None
+    """``[T, V]`` for each token of the texts, what comes after it; None where no texts were given."""
+    summary: Tensor | None = None
+    """``[B, M, sd_dim]`` alignment summary of the images, if asked for."""
+
+
+class Caption(Model):
+    """Image encoder with pruning, text decoder without."""
+
+    def __init__(self, config: CaptionConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.visual_encoder = VisionTransformer(config.vision)
+        self.text_decoder = TextDecoder(config.text)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        input_ids: RaggedBatch | Sequence[Tensor] | None = None,
+        temperature: float | None = None,
+        summaries: bool = False,
+    ) -> CaptionOutput:
+        """Encode B images and, where there are texts, predict each of their tokens from the earlier ones.
+
+        Args:
+            pixels: ``[B, 3, S, S]`` normalised images.
+            input_ids: B captions of int64 ids with [DEC] at position 0, as a ragged batch ``[T]`` or a list.
+            temperature: for this call instead of the model's own.
+            summaries: also return the alignment summary (training).
+
+        Raises:
+            ValueError: sizes that do not fit the model or each other.
+        """
+        temperature = self._temperature(temperature)
+        pruning = self._pruning(temperature, pixels.shape[0])
+        if input_ids is not None:
+            input_ids = self._ids(input_ids)
+            if input_ids.batch_size != pixels.shape[0]:
+                raise ValueError(f"input_ids: expected a text for each of {pixels.shape[0]} images, got {input_ids.batch_size}")
+        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
+        logits = None
+        if input_ids is not None:
+            keys = self.text_decoder.keys(vision.stream)
+            states = self.text_decoder(input_ids, keys, backend=self.backend)
+            logits = states.with_values(self.text_decoder.logits(states.values))
+        return CaptionOutput(vision.stream, vision.trace, logits, vision.summary)
+
+    def generate(
+        self,
+        images: Stream,
+        prompt_ids: Tensor,
+        *,
+        num_beams: int = 3,
+        max_length: int = 20,
+        min_length: int = 5,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        **options,
+    ) -> list[Tensor]:
+        """Captions of encoded images, by beam search or, with ``top_p``, by nucleus sampling.
+
+        Args:
+            images: ``output.images`` of a forward.
+            prompt_ids: ``[P]`` int64 that each caption begins with, [DEC] first.
+            num_beams: of the beam search; 1 is greedy.
+            max_length, min_length: in tokens, the prompt included.
+            top_p: sample from the most likely tokens that together have this probability (0.9 in BLIP).
+            repetition_penalty: by default 1 (none), and 1.1 when sampling, as in BLIP.
+            options: see :func:`madtp.generation.generate`.
+
+        Returns:
+            One int64 tensor per image: what follows the prompt, without [SEP] and padding.
+
+        Raises:
+            ValueError: lengths beyond the model's positions, or a prompt that is not ``[P]`` int64.
+        """
+        from ..generation import generate
+
+        if prompt_ids.dim() != 1 or prompt_ids.dtype != torch.int64 or not len(prompt_ids):
+            raise ValueError(f"prompt_ids: expected int64 [P], got {prompt_ids.dtype} {list(prompt_ids.shape)}")
+        if top_p is not None:
+            # 50 was the default of the transformers release that the official code runs on.
+            options = {"do_sample": True, "top_p": top_p, "top_k": 50, **options}
+            num_beams = 1
+        if repetition_penalty is None:
+            repetition_penalty = 1.0 if top_p is None else 1.1
+        prompts = prompt_ids.to(self.device).expand(images.tokens.batch_size, -1)
+        return generate(
+            self.text_decoder, images, prompts, backend=self.backend, num_beams=num_beams, max_length=max_length,
+            min_length=min_length, repetition_penalty=repetition_penalty, **options,
+        )  # fmt: skip

@@ -1,0 +1,197 @@
+"""BLIP retrieval with MADTP pruning: features of images and texts that can be compared, and a classifier of pairs.
+
+Features of a collection are computed once and compared by their product; the best matches are then scored as pairs, for which
+the texts look at the images' tokens, without encoding the images again.
+
+Pruned text exists in two modes, which are different models (`RetrievalConfig.text_mode`):
+
+* "clean": a text is its own tokens, nothing is padded.
+* "compat": what MADTP's official code computes, and what its checkpoints were trained with. Texts are padded to 35 tokens. The
+  padding is never attended to, but is scored, counted, and merged like words.
+
+At temperature 0 both give the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp_kernels import RaggedBatch
+
+from ..config import RetrievalConfig
+from ..layers import Runs
+from ..pruning import LayerTrace, Stream
+from ..text import TextEncoder
+from ..vision import VisionTransformer
+from .base import Model, first_rows
+from .vqa import gather_samples
+
+PADDED_LENGTH = 35
+
+
+class Encoded(NamedTuple):
+    """Images or texts, encoded on their own."""
+
+    embeds: Tensor
+    """``[B, P]`` features of length 1."""
+    stream: Stream
+    """Final tokens ``[T, D]``; those of images are what :meth:`Retrieval.match` looks at."""
+    trace: list[LayerTrace]
+    """Per layer."""
+    summary: Tensor | None
+    """``[B, M, sd_dim]`` alignment summary, if asked for."""
+
+
+class Matches(NamedTuple):
+    """Pairs of images and texts, classified."""
+
+    logits: Tensor
+    """``[N, 2]``; class 1 means that the text belongs to the image."""
+    text: list[LayerTrace]
+    """Per text layer; the samples are the pairs, ordered by image (as ``order`` says)."""
+    order: Tensor
+    """``[N]`` int64: the pair that each sample of ``text`` is."""
+
+
+@dataclass(frozen=True)
+class RetrievalOutput:
+    """Result of :class:`Retrieval` for B images and C texts."""
+
+    similarity: Tensor
+    """``[B, C]`` cosine similarities."""
+    image_embeds: Tensor
+    """``[B, P]`` features of length 1."""
+    text_embeds: Tensor
+    """``[C, P]`` features of length 1."""
+    images: Stream
+    """Final image tokens ``[T, D]``."""
+    vision: list[LayerTrace]
+    """Per vision layer; samples are the B images."""
+    text: list[LayerTrace]
+    """Per text layer; samples are the C texts."""
+    summaries: tuple[Tensor, Tensor] | None = None
+    """``(vision [B, M, sd_dim], text [C, M, sd_dim])`` alignment summaries, if asked for."""
+
+
+class Retrieval(Model):
+    """Image and text encoder, both pruned; the text encoder also reads texts with an image in view."""
+
+    def __init__(self, config: RetrievalConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.visual_encoder = VisionTransformer(config.vision)
+        self.text_encoder = TextEncoder(config.text, config.vision.sd_dim)
+        self.vision_proj = nn.Linear(config.vision.embed_dim, config.proj_dim)
+        self.text_proj = nn.Linear(config.text.hidden_size, config.proj_dim)
+        self.itm_head = nn.Linear(config.text.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))  # temperature of the contrastive loss; only training uses it
+
+    def forward(
+        self,
+        pixels: Tensor,
+        input_ids: RaggedBatch | Sequence[Tensor],
+        temperature: float | None = None,
+        summaries: bool = False,
+    ) -> RetrievalOutput:
+        """Compare B images with C texts; arguments and errors as :meth:`encode_image` and :meth:`encode_text`."""
+        image = self.encode_image(pixels, temperature, summaries)
+        text = self.encode_text(input_ids, temperature, summaries)
+        return RetrievalOutput(
+            similarity=image.embeds @ text.embeds.mT,
+            image_embeds=image.embeds,
+            text_embeds=text.embeds,
+            images=image.stream,
+            vision=image.trace,
+            text=text.trace,
+            summaries=(image.summary, text.summary) if summaries else None,
+        )
+
+    def encode_image(self, pixels: Tensor, temperature: float | None = None, summaries: bool = False) -> Encoded:
+        """Features and tokens of images.
+
+        Args:
+            pixels: ``[B, 3, S, S]`` normalised images.
+            temperature: for this call instead of the model's own.
+            summaries: also return the alignment summary (training).
+
+        Raises:
+            ValueError: pixels of another size, or a temperature that makes no sense.
+        """
+        pruning = self._pruning(self._temperature(temperature), pixels.shape[0])
+        stream, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
+        return Encoded(F.normalize(self.vision_proj(first_rows(stream.tokens)), dim=-1), stream, *record)
+
+    def encode_text(
+        self, input_ids: RaggedBatch | Sequence[Tensor], temperature: float | None = None, summaries: bool = False
+    ) -> Encoded:
+        """Features of texts on their own.
+
+        Args:
+            input_ids: C texts of int64 ids with [CLS] at position 0, as a ragged batch ``[T]`` or a list.
+            temperature: for this call instead of the model's own.
+            summaries: also return the alignment summary (training).
+
+        Raises:
+            ValueError: ids that do not fit the model, or a temperature that makes no sense.
+        """
+        input_ids, masked = self._padded(self._ids(input_ids))
+        pruning = self._pruning(self._temperature(temperature), input_ids.batch_size)
+        stream, *record = self.text_encoder(input_ids, (), self.space_dict, pruning, summaries, masked=masked)
+        return Encoded(F.normalize(self.text_proj(first_rows(stream.tokens)), dim=-1), stream, *record)
+
+    def match(
+        self,
+        images: Stream,
+        input_ids: RaggedBatch | Sequence[Tensor],
+        pairs: Sequence[tuple[int, int]],
+        temperature: float | None = None,
+    ) -> Matches:
+        """Does a text belong to an image? Keys and values of an image are computed once for all of its pairs.
+
+        Args:
+            images: ``stream`` of :meth:`encode_image`.
+            input_ids: texts as in :meth:`encode_text`.
+            pairs: N pairs (image, text) of numbers, in any order.
+            temperature: for this call instead of the model's own.
+
+        Raises:
+            ValueError: no pairs, numbers beyond the images or texts, ids that do not fit the model.
+        """
+        input_ids = self._ids(input_ids)
+        batch = images.tokens.batch_size
+        for image, text in pairs:
+            if not (0 <= image < batch and 0 <= text < input_ids.batch_size):
+                raise ValueError(f"pairs: ({image}, {text}) is beyond {batch} images and {input_ids.batch_size} texts")
+        if not len(pairs):
+            raise ValueError("pairs: expected at least one, got none")
+        order = sorted(range(len(pairs)), key=lambda number: pairs[number][0])
+        counts = [0] * batch
+        for image, _ in pairs:
+            counts[image] += 1
+        order = torch.tensor(order, device=self.device)
+        texts = gather_samples(input_ids, torch.tensor([text for _, text in pairs], device=self.device)[order])
+        values = texts.values.clone()
+        values[texts.cu_seqlens[:-1].long()] = self.config.text.enc_token_id
+        texts, masked = self._padded(texts.with_values(values))
+        pruning = self._pruning(self._temperature(temperature), len(pairs))
+        stream, trace, _ = self.text_encoder(
+            texts, (images,), self.space_dict, pruning, runs=Runs.of(counts, self.device), masked=masked
+        )
+        logits = self.itm_head(first_rows(stream.tokens))
+        return Matches(torch.empty_like(logits).index_copy(0, order, logits), trace, order)
+
+    def _padded(self, input_ids: RaggedBatch) -> tuple[RaggedBatch, Tensor | None]:
+        """Texts as the mode wants them, and which of their tokens are padding."""
+        if self.config.text_mode == "clean":
+            return input_ids, None
+        if input_ids.max_seqlen > PADDED_LENGTH:
+            raise ValueError(f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the {PADDED_LENGTH} of text_mode 'compat'")
+        padded, mask = RaggedBatch(input_ids.values, input_ids.cu_seqlens, PADDED_LENGTH).to_padded(
+            self.config.text.pad_token_id
+        )
+        return RaggedBatch.from_lengths(padded.flatten(), [PADDED_LENGTH] * len(padded)), ~mask.flatten()
