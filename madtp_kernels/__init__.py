@@ -1,6 +1,7 @@
 """Kernels that score the tokens of a vision-language transformer and run it on the ones that matter.
 
-Four operations on ragged batches, each with a plain PyTorch reference, a C++ CPU kernel, a Triton kernel and a CUDA kernel.
+Four operations on ragged batches, each with a plain PyTorch reference, a C++ CPU kernel, a Triton kernel and a CUDA kernel,
+and the linear layers between them, which take time for the tokens that are there only.
 Needs torch only; ``python -m madtp_kernels.info`` shows what is available here.
 """
 
@@ -10,6 +11,7 @@ from .backends import BackendError
 from .checks import set_debug
 from .compaction import Compacted, compact
 from .importance import attention_importance
+from .linear import linear
 from .prune import Pruned, prune
 from .ragged import RaggedBatch
 from .scoring import score_tokens
@@ -25,6 +27,7 @@ __all__ = [
     "attention_importance",
     "attention_with_importance",
     "compact",
+    "linear",
     "prune",
     "score_tokens",
     "set_debug",

@@ -17,6 +17,8 @@ from madtp_kernels.compaction import reference as compaction_reference
 from madtp_kernels.compaction import triton as compaction_triton
 from madtp_kernels.importance import reference as importance_reference
 from madtp_kernels.importance import triton as importance_triton
+from madtp_kernels.linear import reference as linear_reference
+from madtp_kernels.linear import triton as linear_triton
 from madtp_kernels.scoring import reference as scoring_reference
 from madtp_kernels.scoring import triton as scoring_triton
 
@@ -285,6 +287,52 @@ def test_compaction_leaves_a_sample_alone(threshold):
     assert torch.equal(cu_out, arguments[4])
     assert torch.equal(values, arguments[0][: sum(LENGTHS)])
     assert torch.equal(ids, torch.cat([torch.arange(n) for n in LENGTHS]).to(ids))
+
+
+# ---- linear ---------------------------------------------------------------------------------------------------------
+
+TILES = {
+    torch.float32: [linear_triton.FLOAT32],
+    torch.bfloat16: [linear_triton.SIXTEEN_BITS, linear_triton.COPY_ENGINE],
+    torch.float16: [linear_triton.SIXTEEN_BITS, linear_triton.COPY_ENGINE],
+}
+EVERY_TILE = [(dtype, tiles, tile) for dtype in DTYPES for tiles in TILES[dtype] for tile in tiles]
+each_tile = pytest.mark.parametrize(
+    "dtype, tiles, tile", EVERY_TILE, ids=[f"{str(d)[6:]}-{'x'.join(map(str, tile[:3]))}" for d, _, tile in EVERY_TILE]
+)
+
+
+def check_linear(dtype, tiles, tile, activation, undefined):
+    """Several tiles in each direction that no tile divides, dealt out to three programs."""
+    if tiles is linear_triton.COPY_ENGINE and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("has no copy engine")
+    lengths, width, columns = [5, 0, 1, 37, 2, 230], 104, 300
+    tokens = sum(lengths)
+    x = torch.randn(tokens + SPARE, 2 * width, device=DEVICE).to(dtype)[:, :width]
+    weight = (torch.randn(columns, width, device=DEVICE) / width**0.5).to(dtype)
+    bias = torch.randn(columns, device=DEVICE).to(dtype)
+    residual = torch.randn(tokens + SPARE, columns, device=DEVICE).to(dtype)
+    x[tokens:], residual[tokens:] = undefined, undefined
+    expected = linear_reference.linear(*wide(x, weight, bias), None, activation, *wide(residual))[:tokens]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_triton, "_tiles", lambda x, weight: tiles)
+        patch.setattr(linear_triton, "multiprocessors", lambda tensor: 3 // tile.programs)
+        got = linear_triton._multiply(tile, x, weight, bias, offsets(lengths), activation, residual)
+    assert got.dtype == dtype
+    # One rounding to 16 bits; the interpreter's cuts off.
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps * expected.abs().max().item()
+    assert_near("out", got[:tokens], expected, FLOAT32_ERROR + rounding)
+    return got[tokens:]
+
+
+@each_tile
+def test_linear(dtype, tiles, tile):
+    check_linear(dtype, tiles, tile, random.choice(["", "gelu", "quick_gelu"]), float("nan"))
+
+
+@each_tile
+def test_linear_writes_no_row_without_a_token(dtype, tiles, tile):
+    assert check_linear(dtype, tiles, tile, "gelu", 1.0).isnan().all()
 
 
 # ---- every operation ------------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""A linear layer over the tokens of a capacity buffer: public function, checks, dispatch, registration, gradient.
+
+The formula is in `reference.py`, the GPU kernel in `triton.py`. The backends "cpu" and "cuda" are the reference: PyTorch's own
+product over all rows of the buffer. On a CPU buffers are exact, so that no row is wasted; the libraries that PyTorch calls on
+a GPU take the number of rows from the host, which does not know it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["linear"]
+
+ACTIVATIONS = ("gelu", "quick_gelu")
+_MOST_TOKENS = 2**31 - 1
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``activation(x weight^T + bias) + residual`` for the first ``T = cu_seqlens[B]`` rows of x.
+
+    After a layer has pruned, T is known to the device only. The Triton kernel reads it there, so that its time follows the
+    tokens, not the buffer; elsewhere all C rows are multiplied.
+
+    Args:
+        x: ``[C, in]`` float32, bfloat16 or float16 (float64 on the reference); rows beyond T are undefined.
+        weight: ``[out, in]`` and bias ``[out]`` as in :func:`torch.nn.functional.linear`, in the dtype of x.
+        cu_seqlens: ``[B+1]`` int32 offsets; only the last one matters.
+        activation: None, "gelu" (exact, by erf) or "quick_gelu" (``z sigmoid(1.702 z)``, CLIP's).
+        residual: ``[C, out]`` in the dtype of x, added last.
+        backend: force "reference", "cpu", "triton" or "cuda"; by default chosen from the device.
+
+    Returns:
+        ``[C, out]`` in the dtype of x; rows beyond T are undefined. Accumulation is in float32, and float32 inputs are
+        multiplied as such, not as tf32, unless PyTorch itself was told otherwise and its product serves. The gradients
+        of x and residual are zero beyond T.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what was expected.
+        BackendError: a backend asked for by name cannot run.
+    """
+    checks.floats("x", x, 2, "[C, in]")
+    checks.tensor("weight", weight, (None, x.shape[1]), "[out, in]", x.dtype, x.device)
+    if bias is not None:
+        checks.tensor("bias", bias, (weight.shape[0],), "[out]", x.dtype, x.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None, 'gelu' or 'quick_gelu', got {checks.describe(activation)}")
+    if residual is not None:
+        checks.tensor("residual", residual, (x.shape[0], weight.shape[0]), "[C, out]", x.dtype, x.device)
+    return torch.ops.madtp_kernels.linear(
+        checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
+        activation or "", checks.unit_stride(residual), backend or "",
+    )  # fmt: skip
+
+
+def _run(*args):
+    *args, backend = args
+    _, implementation = backends.resolve("linear", "linear", backend, args[0])
+    return implementation(*args)
+
+
+def _fake(x, weight, bias, cu_seqlens, activation, residual, backend):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _run_backward(x, weight, bias, cu_seqlens, activation, d_out, backend):
+    if activation:  # the values before it are computed again: keeping them would be the largest tensor of a block
+        z = _run(x, weight, bias, cu_seqlens, "", None, backend)
+        d_out = reference.activation_backward(z, d_out, activation)
+    return reference.linear_backward(x, weight, cu_seqlens, d_out)
+
+
+def _fake_backward(x, weight, bias, cu_seqlens, activation, d_out, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, cu_seqlens, ctx.activation, residual, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias, cu_seqlens)
+    ctx.has_residual = residual is not None
+
+
+def _backward(ctx, d_out):
+    x, weight, bias, cu_seqlens = ctx.saved_tensors
+    d_residual = reference.defined(d_out, cu_seqlens) if ctx.has_residual else None
+    dx, d_weight, d_bias = torch.ops.madtp_kernels.linear_backward(
+        x, weight, bias, cu_seqlens, ctx.activation, d_out, ctx.backend
+    )
+    return dx, d_weight, None if bias is None else d_bias, None, None, d_residual, None
+
+
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, str activation, Tensor? residual, str backend) "
+    "-> Tensor",
+    _run,
+    _fake,
+)
+define(
+    "linear_backward(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, str activation, Tensor d_out, str backend) "
+    "-> (Tensor dx, Tensor d_weight, Tensor d_bias)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate("linear", _setup_context, _backward)

@@ -1,0 +1,55 @@
+"""The linear layer with activation and residual in plain PyTorch: the oracle, and what serves without Triton.
+
+It multiplies every row of the buffer (cuBLAS, oneDNN); rows beyond T give rows beyond T, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUICK_GELU = 1.702  # z sigmoid(1.702 z), CLIP's approximation of GELU
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """``activation`` is "" (none), "gelu" (exact, by erf) or "quick_gelu"."""
+    if activation == "gelu":
+        return F.gelu(z)
+    return z * torch.sigmoid(QUICK_GELU * z) if activation == "quick_gelu" else z
+
+
+def activation_backward(z: Tensor, d_out: Tensor, activation: str) -> Tensor:
+    """Gradient of z from that of activate(z)."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(d_out, z)
+    if activation == "quick_gelu":
+        s = torch.sigmoid(QUICK_GELU * z)
+        return d_out * (s + QUICK_GELU * z * s * (1 - s))
+    return d_out
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, activation: str, residual: Tensor | None
+) -> Tensor:
+    """activation(x weight^T + bias) + residual."""
+    out = activate(F.linear(x, weight, bias), activation)
+    return out if residual is None else out + residual
+
+
+def linear_backward(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor, dz: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of z = x weight^T + bias.
+
+    Sums over tokens leave out the rows beyond T, whatever they hold; dx is zero there, so that sums of other layers may
+    run over all rows. Nothing waits for the device.
+    """
+    dz = defined(dz, cu_seqlens)
+    return dz @ weight, dz.mT @ defined(x, cu_seqlens), dz.sum(0)
+
+
+def defined(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``rows [C, ...]`` with zeros beyond T."""
+    token = torch.arange(rows.shape[0], device=rows.device) < cu_seqlens[-1]
+    return rows.where(token[:, None], 0)

@@ -1,0 +1,359 @@
+"""The linear layer of capacity buffers: accuracy, undefined rows, operator contracts, gradients, bad input, choice of tiles."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICE, backends_here, interpreted, missing, normal, offsets, spare_rows
+
+import madtp_kernels
+from madtp_kernels import BackendError, backends, linear
+from madtp_kernels.linear import reference
+
+ACTIVATIONS = [None, "gelu", "quick_gelu"]
+LENGTHS = [3, 0, 1, 7]
+every_backend = pytest.mark.parametrize("backend", backends_here())
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+
+
+def case_of(generator, lengths=LENGTHS, width=24, columns=40, dtype=torch.float32, activation=None, spare=0, **left_out):
+    """Arguments of `linear` with logits of about 1; ``bias=False`` and ``residual=False`` leave those out."""
+    tokens = sum(lengths)
+    case = {
+        "x": spare_rows(normal(generator, tokens, width, dtype=dtype), spare),
+        "weight": normal(generator, columns, width, dtype=dtype) / width**0.5,
+        "bias": normal(generator, columns, dtype=dtype),
+        "cu_seqlens": offsets(lengths),
+        "activation": activation,
+        "residual": spare_rows(normal(generator, tokens, columns, dtype=dtype), spare),
+    }
+    return case | {name: None for name, wanted in left_out.items() if not wanted}
+
+
+def doubled(case):
+    return {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in case.items()}
+
+
+def tokens_of(case):
+    return int(case["cu_seqlens"][-1])
+
+
+def formula(x, weight, bias, cu_seqlens, activation, residual):
+    """Written out, in float64, without any of the functions under test."""
+    z = x[: int(cu_seqlens[-1])].double() @ weight.double().mT
+    z = z if bias is None else z + bias.double()
+    if activation == "gelu":
+        z = z * 0.5 * torch.special.erfc(-z / 2**0.5)
+    elif activation == "quick_gelu":
+        z = z / (1 + torch.exp(-1.702 * z))
+    return z if residual is None else z + residual[: z.shape[0]].double()
+
+
+def assert_accurate(got, case):
+    exact = formula(**case)
+    assert got.dtype == case["x"].dtype and got.shape == (case["x"].shape[0], case["weight"].shape[0])
+    # float32 sums of terms that add up to about 1; in 16 bits PyTorch rounds after product, activation and sum.
+    largest = max(exact.abs().max().item(), 4.0)
+    bound = 5e-6 if got.dtype == torch.float32 else 1.5 * torch.finfo(got.dtype).eps * largest
+    error = (got[: exact.shape[0]].double() - exact).abs().max().item()
+    assert error <= bound, f"error {error:.2e}, expected at most {bound:.0e}"
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_activation
+@every_backend
+def test_formula(backend, activation, dtype, generator):
+    case = case_of(generator, dtype=dtype, activation=activation)
+    assert_accurate(linear(**case, backend=backend), case)
+
+
+@pytest.mark.parametrize("bias, residual", [(False, False), (True, False), (False, True)])
+@every_backend
+def test_optional_terms(backend, bias, residual, generator):
+    case = case_of(generator, bias=bias, residual=residual)
+    assert_accurate(linear(**case, backend=backend), case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@every_backend
+def test_far_from_zero_an_activation_is_nothing_or_all(backend, activation, generator):
+    case = case_of(generator, lengths=[4], width=1, columns=2, activation=activation, bias=False, residual=False)
+    case["x"] = torch.tensor([[1e4], [100.0], [-100.0], [-1e4]], device=DEVICE)
+    case["weight"] = torch.ones(2, 1, device=DEVICE)
+    expected = torch.tensor([[1e4], [100.0], [0.0], [0.0]], device=DEVICE).expand(4, 2)
+    assert torch.equal(linear(**case, backend=backend).abs(), expected)
+
+
+@every_backend
+def test_undefined_rows_reach_no_result(backend, generator):
+    case = case_of(generator, activation="gelu")
+    tokens = tokens_of(case)
+    expected = linear(**case, backend=backend)
+    wide = case | {name: spare_rows(case[name], 9) for name in ("x", "residual")}
+    assert torch.equal(linear(**wide, backend=backend)[:tokens], expected)
+
+
+@pytest.mark.parametrize("lengths, spare", [([], 0), ([], 4), ([0, 0], 0), ([0], 5), ([1], 0)], ids=str)
+@every_backend
+def test_next_to_nothing(backend, lengths, spare, generator):
+    case = case_of(generator, lengths, spare=spare)
+    got = linear(**case, backend=backend)
+    assert got.shape == (sum(lengths) + spare, 40)
+    if sum(lengths):
+        assert_accurate(got, case)
+
+
+@every_backend
+def test_views_of_larger_buffers(backend, generator):
+    case = case_of(generator)
+    expected = linear(**case, backend=backend)
+    views = dict(case)
+    for name in ("x", "weight", "residual"):
+        wide = normal(generator, case[name].shape[0], 3, case[name].shape[1])
+        wide[:, 1] = case[name]
+        views[name] = wide[:, 1]
+    torch.testing.assert_close(linear(**views, backend=backend), expected)
+    for name in ("x", "weight", "bias", "residual"):
+        wide = normal(generator, *(2 * size for size in case[name].shape))
+        view = wide[tuple(slice(None, None, 2) for _ in case[name].shape)]
+        views[name] = view.copy_(case[name])
+    torch.testing.assert_close(linear(**views, backend=backend), expected)
+
+
+@every_backend
+def test_addresses_beyond_32_bits(backend, generator, monkeypatch):
+    """Rows of x and residual 2^28 elements apart: only the parts that are used exist in memory."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    case = case_of(generator, dtype=torch.bfloat16)
+    expected = linear(**case, backend=backend)
+    for name in ("x", "residual"):
+        rows, columns = case[name].shape
+        spread = torch.empty(rows * 2**28, dtype=torch.bfloat16, device=DEVICE)
+        case[name] = spread.as_strided((rows, columns), (2**28, 1)).copy_(case[name])
+    torch.testing.assert_close(linear(**case, backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_backend
+def test_same_input_same_bits(backend, dtype, generator):
+    case = case_of(generator, dtype=dtype, activation="gelu")
+    expected = linear(**case, backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(linear(**case, backend=backend), expected)
+
+
+# ---- operator, gradients, compilation
+
+
+def differentiable(case):
+    return {n: v.requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in case.items()}
+
+
+def operator_arguments(case, backend):
+    names = ("x", "weight", "bias", "cu_seqlens")
+    return (*(case[n] for n in names), case["activation"] or "", case["residual"], backend)
+
+
+@every_activation
+@every_backend
+def test_opcheck(backend, activation, generator):
+    case = differentiable(case_of(generator, activation=activation))
+    torch.library.opcheck(torch.ops.madtp_kernels.linear.default, operator_arguments(case, backend))
+
+
+@pytest.mark.parametrize("bias, residual", [(True, True), (False, False)])
+@every_activation
+def test_gradcheck(activation, bias, residual, generator):
+    case = doubled(case_of(generator, width=3, columns=4, activation=activation, bias=bias, residual=residual))
+    case = differentiable(case)
+    leaves = {n: v for n, v in case.items() if torch.is_tensor(v) and v.requires_grad}
+
+    def function(*tensors):
+        return linear(**(case | dict(zip(leaves, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@every_activation
+@every_backend
+def test_gradients_see_tokens_only(backend, activation, generator):
+    """Gradients of a buffer full of NaN beyond T, whose output's gradient is NaN there too: those of the tokens alone."""
+    case = case_of(generator, activation=activation)
+    tokens, seed = tokens_of(case), None
+    grads = []
+    for spare in (0, 5):
+        wide = case | {name: spare_rows(case[name].detach(), spare) for name in ("x", "residual")}
+        leaves = [t.detach().clone().requires_grad_() for t in (wide["x"], wide["weight"], wide["bias"], wide["residual"])]
+        wide |= dict(zip(("x", "weight", "bias", "residual"), leaves, strict=True))
+        out = linear(**wide, backend=backend)
+        seed = normal(generator, *out.shape) if seed is None else seed
+        grads.append(torch.autograd.grad(out, leaves, spare_rows(seed, spare)))
+    for alone, buffered in zip(*grads, strict=True):
+        rows = alone.shape[0]
+        torch.testing.assert_close(buffered[:rows], alone)
+        assert (buffered[rows:] == 0).all()
+    exact = {n: v.double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in case.items()}
+    leaves = [exact[n] for n in ("x", "weight", "bias", "residual")]
+    expected = torch.autograd.grad(formula(**exact), leaves, seed[:tokens].double())
+    for got, want in zip(grads[0], expected, strict=True):
+        torch.testing.assert_close(got, want.float(), atol=2e-5, rtol=2e-5)
+
+
+@every_backend
+def test_compile_without_graph_breaks(backend, generator):
+    case = case_of(generator, activation="gelu")
+    tensors = {n: v for n, v in case.items() if torch.is_tensor(v)}
+
+    def block(tensors):
+        return linear(**tensors, activation="gelu", backend=backend) * 2
+
+    torch._dynamo.reset()
+    ours = torch.compile(block, fullgraph=True, backend="aot_eager")(tensors)
+    assert torch.equal(ours, block(tensors))
+
+
+# ---- bad input, backends
+
+
+DAMAGE = {
+    "dtype": lambda v: v.to(torch.int64),
+    "dims": lambda v: v[None],
+    "list": lambda v: v.tolist(),
+    "device": lambda v: v.to("meta"),
+}
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "cu_seqlens", "residual"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_tensors(name, damage, generator):
+    case = case_of(generator)
+    case[name] = DAMAGE[damage](case[name])
+    named = "weight" if (name, damage) == ("x", "device") else name  # x says on which device the others have to be
+    with pytest.raises(ValueError, match=f"^{named}: expected "):
+        linear(**case)
+
+
+@pytest.mark.parametrize("name, axis", [("weight", 1), ("bias", 0), ("residual", 0), ("residual", 1)])
+def test_sizes_that_do_not_fit(name, axis, generator):
+    case = case_of(generator)
+    case[name] = case[name].narrow(axis, 0, case[name].shape[axis] - 1)
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        linear(**case)
+
+
+@pytest.mark.parametrize("activation", ["relu", "", 1])
+def test_unknown_activation(activation, generator):
+    with pytest.raises(ValueError, match="^activation: expected None, 'gelu' or 'quick_gelu', got "):
+        linear(**case_of(generator, activation=activation))
+
+
+@pytest.mark.parametrize("bounds", [[1, 3], [0, 5, 4], [0, 12]], ids=str)
+def test_offsets_that_describe_no_batch(bounds, generator):
+    case = case_of(generator) | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE)}
+    previous = madtp_kernels.checks._debug
+    madtp_kernels.set_debug(True)
+    try:
+        with pytest.raises(ValueError, match="^cu_seqlens: "):
+            linear(**case)
+    finally:
+        madtp_kernels.set_debug(previous)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_backends_without_a_kernel_of_their_own_take_pytorchs_product(name, generator):
+    if name != DEVICE or missing(name):
+        pytest.skip(f"no {name} backend here")
+    case = case_of(generator, activation="gelu")
+    assert backends.resolve("linear", "linear", name, case["x"])[1] is reference.linear
+    assert torch.equal(linear(**case, backend=name), F.gelu(F.linear(case["x"], case["weight"], case["bias"])) + case["residual"])
+
+
+@pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))
+def test_a_backend_that_cannot_run_says_why(generator):
+    with pytest.raises(BackendError, match="linear: backend 'triton' .* float64 is left to the reference"):
+        linear(**doubled(case_of(generator)), backend="triton")
+
+
+# ---- choice of tiles
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """The Triton implementation as on a Hopper GPU of 100 multiprocessors, with measured times to come from `times`."""
+    triton = pytest.importorskip("triton")
+    from madtp_kernels.linear import triton as implementation
+
+    monkeypatch.setattr(implementation, "_copy_engine", lambda device: True)
+    monkeypatch.setattr(implementation, "multiprocessors", lambda tensor: 100)
+    monkeypatch.setattr(implementation, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    implementation.times = []
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **options: implementation.times.pop(0))
+    yield implementation
+    del implementation.times
+
+
+def product(rows, width=768, columns=768, dtype=torch.bfloat16):
+    x, weight = (torch.zeros(size, width, dtype=dtype).as_subclass(OnCuda) for size in (rows, columns))
+    return x, weight, None, "", None
+
+
+def test_small_products_are_not_measured(tiles):
+    assert tiles._choose(*product(36928, 64, 64)) == tiles.COPY_ENGINE[-1]
+    assert tiles._choose(*product(1000, 768, 768)) == tiles.COPY_ENGINE[-1]
+    assert not tiles._fastest
+
+
+def test_without_a_measurement_half_of_the_rows_fill_the_device(tiles):
+    large, middle, small = tiles.COPY_ENGINE
+    chosen = [tiles._unmeasured(tiles.COPY_ENGINE, *product(rows)[:2]) for rows in (300, 8400, 8500, 36928)]
+    assert chosen == [small, small, large, large]
+    narrow = [tiles._unmeasured(tiles.COPY_ENGINE, *product(10**5, columns=columns)[:2]) for columns in (64, 128, 256)]
+    assert narrow == [small, middle, large]
+
+
+def test_the_fastest_is_measured_once_per_size(tiles):
+    large, middle, _ = tiles.COPY_ENGINE
+    tiles.times = [3.0, 1.0, 2.0, 4.0]
+    assert tiles._choose(*product(36000)) == middle and tiles.times == []
+    assert tiles._choose(*product(37000)) == middle
+    tiles.times = [1.0, 2.0, 3.0, 0.9]  # the last is PyTorch's
+    assert tiles._choose(*product(36000, 768, 3072)) is None
+    tiles.times = [1.0, 2.0, 3.0, 4.0]
+    assert tiles._choose(*product(80000)) == large
+    assert tiles._choose(*product(36000)) == middle
+
+
+def test_a_capture_is_not_measured_in(tiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tiles._choose(*product(36928)) == tiles.COPY_ENGINE[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tiles.times = [3.0, 1.0, 2.0, 4.0]
+    assert tiles._choose(*product(36928)) == tiles.COPY_ENGINE[1]
+
+
+def test_measured_with_half_of_the_rows(tiles, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tiles, "_multiply", lambda tile, x, weight, bias, cu, *rest: seen.append((tile, cu.tolist())))
+    monkeypatch.setattr(tiles.triton.testing, "do_bench", lambda call, **options: call() is None)
+    monkeypatch.setattr(tiles.reference, "linear", lambda *_: 1)
+    tiles._choose(*product(36928))
+    assert seen == [(tile, [18464]) for tile in tiles.COPY_ENGINE]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda t: t[:, 1:9], lambda t: t[:, :0], lambda t: t[:, :5].contiguous()], ids=["address", "empty", "stride"]
+)
+def test_the_copy_engine_needs_aligned_operands(tiles, spoil):
+    x, weight = product(64, 64, 64)[:2]
+    assert tiles._tiles(x, weight) == tiles.COPY_ENGINE
+    assert tiles._tiles(spoil(x), spoil(weight)) == tiles.SIXTEEN_BITS
+    assert tiles._tiles(x.float(), weight.float()) == tiles.FLOAT32
