@@ -1,0 +1,176 @@
+"""Train the small dense BLIP-NLVR on shapes, from scratch. Goes on where it stopped when it is started again.
+
+  python experiments/shapes/train_dense.py --directory runs/dense --output experiments/shapes/models/dense
+
+Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone tells, for each
+patch, which shape and colour lies there; then the statements come, simple templates first, and the text encoder also tells
+the two counts that a statement is about. The heads for that are dropped afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from madtp import NLVRConfig, TextConfig, VisionConfig, save_pretrained
+from madtp.compress.dense import encode_images, forward_pairs
+from madtp.compress.run import Run
+from madtp.compress.schedule import linear_decay
+from madtp.data import synthetic
+from madtp.data.synthetic import COLOURS, MAX_COUNT, SHAPES, TEMPLATES, Shapes
+from madtp.models.nlvr import NLVR
+from madtp.processing import NLVRProcessor
+
+CONFIG = NLVRConfig(
+    vision=VisionConfig(image_size=96, patch_size=8, embed_dim=128, depth=6, num_heads=4, sd_num=32, sd_dim=128),
+    text=TextConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=54,
+        max_position_embeddings=16, encoder_width=128,
+    ),
+    merge_from=2,
+)  # fmt: skip
+
+# Last step of each stage and the templates of its statements. The first has none: the image encoder learns alone.
+STAGES = (
+    (600, ()),
+    (1000, ("exist", "both", "neither", "only")),
+    (1800, ("exist", "both", "neither", "only", "count", "at least", "more")),
+    (None, TEMPLATES),
+)
+
+
+class Heads(nn.Module):
+    """What is learnt beside the answers; not part of the model."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch = nn.Linear(width, 1 + len(SHAPES) + 1 + len(COLOURS) + 2)
+        self.count = nn.Linear(width, 2 * (1 + MAX_COUNT))
+
+
+def patch_loss(heads: Heads, embeds: torch.Tensor, batch: synthetic.Batch) -> torch.Tensor:
+    """Shape, colour, and whether an object begins, for each patch. Empty patches weigh less: there are many."""
+    logits = heads.patch(embeds[:, 1:]).float().flatten(0, 1)
+    total = logits.new_zeros(())
+    targets = (batch.patch_shapes, batch.patch_colours, batch.patch_anchors)
+    for part, target in zip(logits.split((1 + len(SHAPES), 1 + len(COLOURS), 2), -1), targets, strict=True):
+        weight = torch.tensor([0.3] + [1.0] * (part.shape[-1] - 1))
+        total = total + F.cross_entropy(part, target.flatten(), weight)
+    return total
+
+
+def losses(model: NLVR, heads: Heads, batch: synthetic.Batch, statements: bool) -> dict[str, torch.Tensor]:
+    """The terms of the loss: patches, and with statements also answers and counts."""
+    with torch.autocast("cpu", torch.bfloat16):
+        if not statements:
+            return {"patch": patch_loss(heads, encode_images(model, batch.pixels), batch)}
+        output = forward_pairs(model, batch.pixels, batch.input_ids, batch.lengths)
+        counts = heads.count(output.states).float().unflatten(-1, (2, -1))
+        return {
+            "answer": F.cross_entropy(output.logits.float().flatten(0, 1), batch.labels.flatten()),
+            "patch": 0.7 * patch_loss(heads, output.image_embeds, batch),
+            "count": 0.4 * 2 * F.cross_entropy(counts.flatten(0, 2), batch.counts.flatten()),
+        }
+
+
+@torch.inference_mode()
+def evaluate(model: NLVR, heads: Heads, split: Shapes, pairs: int) -> dict:
+    """Accuracy on the first pairs of a split, overall, by template, by kind; and of the patches."""
+    right, seen, patches = Counter(), Counter(), []
+    for start in range(0, pairs, 16):
+        batch = split.batch(range(start, min(start + 16, pairs)))
+        output = forward_pairs(model, batch.pixels, batch.input_ids, batch.lengths)
+        correct = output.logits.argmax(-1) == batch.labels
+        shape, colour, _ = heads.patch(output.image_embeds[:, 1:]).split((1 + len(SHAPES), 1 + len(COLOURS), 2), -1)
+        both = (shape.argmax(-1) == batch.patch_shapes) & (colour.argmax(-1) == batch.patch_colours)
+        patches.append(both[batch.patch_shapes > 0])
+        for statements, row in zip(batch.statements, correct.tolist(), strict=True):
+            for statement, hit in zip(statements, row, strict=True):
+                for group in ("all", statement.template, statement.kind):
+                    right[group] += hit
+                    seen[group] += 1
+    accuracy = {group: round(right[group] / seen[group], 4) for group in ("all", *TEMPLATES, *synthetic.KINDS)}
+    return {"accuracy": accuracy, "statements": seen["all"], "patches": round(torch.cat(patches).float().mean().item(), 4)}
+
+
+def initialise(model: NLVR) -> None:
+    """Position embeddings of the patches start as sines and cosines of row and column."""
+    side = CONFIG.vision.image_size // CONFIG.vision.patch_size
+    frequencies = 1 / 100 ** (torch.arange(CONFIG.vision.embed_dim // 4) / (CONFIG.vision.embed_dim // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], -1)  # [side, D / 2]
+    grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], -1)
+    with torch.no_grad():
+        model.visual_encoder.pos_embed[0, 1:] = grid.flatten(0, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
+    parser.add_argument("--output", type=Path, help="where the trained model goes")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--pairs", type=int, default=16, help="pairs per step (default: 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    model, heads = NLVR(CONFIG), Heads(CONFIG.vision.embed_dim)
+    initialise(model)
+    parameters = [p for name, p in model.named_parameters() if name != "space_dict"] + list(heads.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.03},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-3, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    scheduler = linear_decay(optimizer, args.steps, warmup=200)
+    settings = {"steps": args.steps, "pairs": args.pairs, "seed": args.seed, "config": CONFIG.to_dict(), "stages": STAGES}
+    parts = {"model": model, "heads": heads, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(args.directory, parts, settings)
+    train, dev = Shapes("train", args.seed), Shapes("dev", args.seed)
+
+    sums, since = Counter(), run.step
+    with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
+        while run.step < args.steps:
+            templates = next(chosen for last, chosen in STAGES if last is None or run.step < last)
+            first = run.step * args.pairs
+            batch = train.batch(range(first, first + args.pairs), 8 if templates else 0, templates)
+            terms = losses(model, heads, batch, bool(templates))
+            sum(terms.values()).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            sums.update({name: term.item() for name, term in terms.items()})
+            run.advance()
+            bar.update()
+            if run.step % 100 == 0:
+                run.log(pairs=run.step * args.pairs, loss={k: round(v / (run.step - since), 4) for k, v in sums.items()})
+                sums, since = Counter(), run.step
+            if run.step % 300 == 0 or run.step == args.steps:
+                result = evaluate(model, heads, dev, 64)
+                run.log(pairs=run.step * args.pairs, dev=result)
+                bar.write(f"step {run.step}: {result['patches']} of patches, {result['accuracy']}")
+    run.save()
+
+    result = evaluate(model, heads, Shapes("test", args.seed), 512)
+    run.log(pairs=run.step * args.pairs, test=result)
+    print(json.dumps(result, indent=2))
+    if args.output:
+        # float16 holds every weight to 11 bits in half the size; the model is evaluated as it is saved.
+        model.processor = NLVRProcessor(
+            CONFIG.vision.image_size, CONFIG.text.vocab_size, CONFIG.text.max_position_embeddings, synthetic.VOCABULARY
+        )
+        save_pretrained(model.half(), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A training run in a directory: a checkpoint from which it goes on exactly, and a log of metrics.
+
+A checkpoint holds everything that the rest of the run depends on, and replaces the one before it in one step, so that a
+run killed at any moment goes on from the last one as if nothing had happened: same batches, same numbers. The log is cut
+back to the checkpoint then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+__all__ = ["Run"]
+
+CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+
+
+class Run:
+    """What is trained, and where it is kept.
+
+    Args:
+        directory: made if it is missing.
+        parts: whatever has `state_dict` and `load_state_dict`: model, heads, optimiser, scheduler, controller.
+        settings: what determines the result, as JSON values; a run goes on only under the same ones.
+        save_every: seconds between checkpoints.
+
+    Attributes:
+        step: steps that were done, the sampler's position.
+
+    Raises:
+        ValueError: the directory holds a run with other settings.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, parts: Mapping[str, object], settings: dict, save_every: float = 60
+    ) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.parts, self.settings, self.save_every = parts, settings, save_every
+        self.step, self.seconds = 0, 0.0
+        self._since = self._saved = time.monotonic()
+        if (self.directory / CHECKPOINT).exists():
+            self._resume()
+        self._cut_log()
+
+    def _resume(self) -> None:
+        state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
+        found = json.loads(state["settings"])
+        if found != json.loads(json.dumps(self.settings)):
+            names = sorted(k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k))
+            differences = "; ".join(f"{k}: {found.get(k)} then, {self.settings.get(k)} now" for k in names)
+            raise ValueError(f"{self.directory}: holds another run ({differences}); remove it, or name another directory")
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _cut_log(self) -> None:
+        """Drop what was logged after the checkpoint: those steps are done again."""
+        path = self.directory / METRICS
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # a line that was not written whole
+            if record["step"] > self.step:
+                break
+            kept.append(line + "\n")
+        _replace(path, "".join(kept).encode())
+
+    def advance(self) -> None:
+        """Count a step that is done; writes a checkpoint when one is due."""
+        self.step += 1
+        if time.monotonic() - self._saved >= self.save_every:
+            self.save()
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all sittings."""
+        return self.seconds + time.monotonic() - self._since
+
+    def log(self, **metrics) -> None:
+        """Append a line of metrics at the present step."""
+        record = {"step": self.step, "seconds": round(self.elapsed(), 1), **metrics}
+        with open(self.directory / METRICS, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict]:
+        """Everything that was logged."""
+        return [json.loads(line) for line in (self.directory / METRICS).read_text().splitlines()]
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {
+            "step": self.step,
+            "seconds": self.elapsed(),
+            "settings": json.dumps(self.settings),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        partial = self.directory / f".{CHECKPOINT}.partial"
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.directory / CHECKPOINT)
+        self._saved = time.monotonic()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,26 @@
+"""Learning rates over a run, as factors of the highest one."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def linear_decay(optimizer: Optimizer, steps: int, warmup: int, decay: float = 0.25) -> LambdaLR:
+    """Rises over ``warmup`` steps, stays, and falls to zero over the last share ``decay`` of all ``steps``."""
+
+    def factor(step: int) -> float:
+        return min((step + 1) / max(warmup, 1), 1.0, max(steps - step, 0) / max(decay * steps, 1))
+
+    return LambdaLR(optimizer, factor)
+
+
+def cosine(optimizer: Optimizer, steps: int, warmup: int = 0) -> LambdaLR:
+    """Half a cosine from the highest rate to zero, after a linear rise over ``warmup`` steps."""
+
+    def factor(step: int) -> float:
+        return min((step + 1) / max(warmup, 1), 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,1 @@
+"""Data: the bundled demonstration files, and a synthetic task that needs no download."""
