@@ -4,9 +4,11 @@
 """
 
 from .checkpoints import CheckpointError, load, save_pretrained
-from .config import CaptionConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
+from .config import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 
 __all__ = [
+    "CLIPConfig",
+    "CLIPTextConfig",
     "CaptionConfig",
     "CheckpointError",
     "NLVRConfig",

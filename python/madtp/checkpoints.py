@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -28,6 +29,8 @@ from . import layouts
 from .config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
 from .layouts.blip import from_ours as to_official
 from .layouts.blip import to_ours as from_official
+from .layouts.clip import infer_config as infer_clip_config
+from .layouts.clip_hugging_face import config_of
 from .models import MODELS, Model
 from .processing import PROCESSORS
 
@@ -37,8 +40,8 @@ _log = logging.getLogger("madtp")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 
 
-# Weights that original BLIP checkpoints lack by design: the dictionary with its map, and what NLVR adds to BLIP.
-_INVENTED = re.compile(r"^space_dict$|^temp$|\.merge_layer\.|_query_model\.q_map\.")
+# Weights that original BLIP and CLIP checkpoints lack by design: the dictionary with its maps, and what NLVR adds to BLIP.
+_INVENTED = re.compile(r"^space_dict$|^temp$|\.merge_layer\.|_query_model\.q_map\.|\.query_models\.\d+\.")
 
 
 class CheckpointError(ValueError):
@@ -142,6 +145,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
             f"code. Convert it to safetensors where you trust it. ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path}: refused, because it is a TorchScript archive, which holds code. Save its state dict instead, where you "
+                "trust it: torch.save(torch.jit.load(path, 'cpu').state_dict(), ...)"
+            ) from error
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict or {{'model': state dict}}, got {type(content).__name__}")
@@ -177,6 +185,7 @@ def load(
             a MADTP checkpoint file ``{'model', 'epoch', 'temperature'}``;
             an original BLIP checkpoint file (position embedding interpolated to ``image_size``; for NLVR, a single
             cross-attention is copied for both images);
+            OpenAI's CLIP as a state dict, or the directory of a Hugging Face `CLIPModel`;
             a Hugging Face hub id of a saved model;
             a state dict with MADTP's or our key names (give ``config`` where heads are not 64 wide);
             "demo", the small NLVR model in the package; or "random:base", the real sizes with random weights (of NLVR where no
@@ -187,7 +196,7 @@ def load(
         image_size: other than the checkpoint's; the position embedding is interpolated.
         text_mode: "clean" or "compat", for tasks that have both; by default the saved model's, or "clean".
         tokenizer: directory, `vocab.txt` or hub id of the tokenizer; by default the one saved with the model, or
-            bert-base-uncased. It is opened at first use, so that a model that is given ids needs none.
+            bert-base-uncased (CLIP: openai/clip-vit-large-patch14). It is opened at first use, so that a model that is given ids needs none.
         device, dtype: where and in which precision the model runs.
         backend: force an implementation of the kernels ("reference", "cpu", "triton", "cuda").
         grouping: "instance", "batch", or for NLVR "pair"; see :class:`madtp.models.Model`.
@@ -220,6 +229,15 @@ def load(
         origin = str(source)
         if directory.is_dir():
             settings = _read_config(directory / CONFIG)
+            weights = directory / WEIGHTS
+            if settings.get("model_type") == "clip":  # written by transformers
+                try:
+                    settings = config_of(settings).to_dict()
+                except ValueError as error:
+                    raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+                weights = weights if weights.exists() else directory / "pytorch_model.bin"
+                if tokenizer is None and any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
+                    tokenizer = directory
             saved_task = settings.get("task", task)
             if task not in (None, saved_task):
                 raise CheckpointError(f"{origin}: holds a model for task {saved_task!r}, not {task!r}")
@@ -227,7 +245,7 @@ def load(
                 raise CheckpointError(f"{directory / CONFIG}: 'task' is {saved_task!r}, not one of {', '.join(CONFIGS)}")
             task = saved_task
             config = config or CONFIGS[task].from_dict(settings)
-            state, _ = read_file(directory / WEIGHTS)
+            state, _ = read_file(weights)
             found_temperature = settings.get("temperature")
             if tokenizer is None and (directory / TOKENIZER).exists():
                 tokenizer = directory / TOKENIZER
@@ -241,9 +259,9 @@ def load(
         layout, task = _recognise(state, task, origin)
         try:
             state = layout.to_ours(state, task)
+            config = config or (infer_clip_config(state) if task == "clip" else infer_config(state, task))
         except ValueError as error:
             raise CheckpointError(f"{origin}: {error}") from error
-        config = config or infer_config(state, task)
     if image_size is not None:
         config = replace(config, vision=replace(config.vision, image_size=image_size))
     if text_mode is not None:
@@ -260,7 +278,7 @@ def load(
         _fill(model, state, origin)
     if tokenizer is None:
         # Random weights know no words: the small bundled vocabulary serves, and needs no download.
-        tokenizer = "demo" if state is None or source == "demo" else "bert-base-uncased"
+        tokenizer = "demo" if state is None or source == "demo" else PROCESSORS[task].default_tokenizer
     model.processor = PROCESSORS[task](
         config.vision.image_size, config.text.vocab_size, config.text.max_position_embeddings, tokenizer
     )
@@ -315,9 +333,9 @@ def _read_config(path: Path) -> dict:
 def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:
     """Copy weights into an uninitialised model; make up only what BLIP checkpoints lack by design, and say so."""
     own = model.state_dict()
-    position = "visual_encoder.pos_embed"
-    if position in state and state[position].shape != own[position].shape:
-        state[position] = interpolate_positions(state[position], own[position].shape[1] - 1)
+    for position in ("visual_encoder.pos_embed", "visual.pos_embed"):
+        if position in state and state[position].shape != own[position].shape:
+            state[position] = interpolate_positions(state[position], own[position].shape[1] - 1)
     missing = sorted(set(own) - set(state))
     invented = [key for key in missing if _INVENTED.search(key)]
     unexpected = sorted(set(state) - set(own))
@@ -373,6 +391,8 @@ def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:
                 fill(parameter, 1.0)
             elif name == "temp":
                 parameter.fill_(0.07)
+            elif name == "logit_scale":
+                parameter.fill_(math.log(1 / 0.07))
             elif "norm" in name.lower():
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif name.endswith("bias"):

@@ -106,7 +106,7 @@ def _total(cost: Counter) -> Flops:
 
 
 def _vit_cost(config, lengths: list[int], guided: bool) -> Counter:
-    width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    width, hidden = config.embed_dim, round(config.embed_dim * config.mlp_ratio)
     patches = (config.image_size // config.patch_size) ** 2
     cost = Counter()
     cost["linear"] += patches * 3 * config.patch_size**2 * width

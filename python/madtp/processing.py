@@ -197,6 +197,32 @@ def load_tokenizer(source: str | os.PathLike):
     return tokenizer
 
 
+def load_clip_tokenizer(source: str | os.PathLike):
+    """CLIP's byte-pair tokenizer.
+
+    `source` is a directory (vocab.json and merges.txt, or tokenizer.json), a Hugging Face hub id such as
+    "openai/clip-vit-large-patch14", or "demo": CLIP's vocabulary without any merges, which spells texts byte by
+    byte. Raises ValueError if there is no vocabulary.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    if source == "demo":
+        letters = sorted(ByteLevel.alphabet())
+        entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+        return CLIPTokenizer(vocab={entry: number for number, entry in enumerate(entries)}, merges=[])
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(source))
+    except Exception as error:  # hub, file and format errors of several libraries
+        raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
+    if len(tokenizer) <= 3:  # transformers makes up a vocabulary of special tokens where it finds no file
+        raise ValueError(
+            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with vocab.json and merges.txt or "
+            "tokenizer.json, or a hub id that can be downloaded"
+        )
+    return tokenizer
+
+
 class Processor:
     """Turns pictures and sentences into a BLIP model's inputs.
 
@@ -204,6 +230,8 @@ class Processor:
     embedding rows and positions. tokenizer: anything `load_tokenizer` takes, or a tokenizer object; it is
     loaded when first used.
     """
+
+    default_tokenizer = "bert-base-uncased"
 
     def __init__(
         self,
@@ -336,10 +364,49 @@ class RetrievalProcessor(Processor):
         )
 
 
+class CLIPProcessor(Processor):
+    """Images and texts for CLIP, each on its own. Images are resized to a square like BLIP's, as MADTP's CLIP does; original CLIP
+    resizes the shorter side and cuts out the centre.
+
+    tokenizer: anything `load_clip_tokenizer` takes, or a tokenizer object.
+    """
+
+    default_tokenizer = "openai/clip-vit-large-patch14"
+
+    @property
+    def tokenizer(self):
+        """The tokenizer; loading it raises ValueError if it has more entries than the model."""
+        if self._tokenizer is None:
+            named = isinstance(self._source, (str, os.PathLike))
+            tokenizer = load_clip_tokenizer(self._source) if named else self._source
+            size = len(tokenizer)
+            # The bundled vocabulary may serve a larger model: one with random weights, which knows no words.
+            if size != self.vocab_size and (self._source != "demo" or size > self.vocab_size):
+                raise ValueError(
+                    f"tokenizer {str(self._source)!r}: {size} entries, but the model is made for {self.vocab_size}"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def text(self, text: str) -> torch.Tensor:
+        """Token ids int64 [L] of a text: start, word pieces, end. Nothing is truncated. Raises TextError if the
+        text is not a string, does not fit the model, or spells out a start or end token."""
+        if not isinstance(text, str):
+            raise TextError(f"text must be a string, got {type(text).__name__}")
+        tokenizer = self.tokenizer
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) > self.max_tokens:
+            raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
+        if {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1]):
+            raise TextError(f"text contains {tokenizer.bos_token} or {tokenizer.eos_token}, or a piece not in the vocabulary")
+        return torch.tensor(ids, dtype=torch.int64)
+
+
 # One entry per task.
 PROCESSORS: dict[str, type] = {
     "nlvr": NLVRProcessor,
     "vqa": VQAProcessor,
     "caption": CaptionProcessor,
     "retrieval": RetrievalProcessor,
+    "clip": CLIPProcessor,
 }

@@ -127,7 +127,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        width, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        width, hidden = config.embed_dim, round(config.embed_dim * config.mlp_ratio)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
         self.patch_embed = nn.Module()

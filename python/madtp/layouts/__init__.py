@@ -14,10 +14,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import blip
+from . import blip, clip, clip_hugging_face
 
 # In the order in which they are asked; the first that knows the keys is taken.
-LAYOUTS: tuple[ModuleType, ...] = (blip,)
+LAYOUTS: tuple[ModuleType, ...] = (blip, clip, clip_hugging_face)
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[ModuleType, str] | None:
