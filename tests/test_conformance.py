@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import madtp
 from madtp.checkpoints import from_official
-from madtp.config import NLVRConfig, TextConfig, VisionConfig
+from madtp.config import CaptionConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 from madtp.guidance import QueryModel, alignment_summary
 from madtp.pruning import Pruning
 from madtp.vision import VisionTransformer
@@ -329,3 +329,158 @@ def test_nlvr(family, backend, grouping):
                     )
     # Through the interpreter one small model is checked (the vision family and the four-layer one).
     assert compared > 0 or interpreted(backend)
+
+
+# ---- the other BLIP models ----------------------------------------------------------------------------------------
+
+
+def cases_by_temperature(temperatures, backend):
+    """Cases of each temperature; through the interpreter one of them."""
+    for temperature in temperatures.unique().tolist():
+        cases = (temperatures == temperature).nonzero().flatten().tolist()
+        if interpreted(backend):
+            cases = cases[:1] if temperature == 2.0 else []
+        if cases:
+            yield temperature, cases
+
+
+def blip_model(golden, config, backend, **sizes):
+    """The model of a family. [SEP] is 2 in the goldens' vocabulary of 200."""
+    text = dataclasses.replace(golden.sizes(TextConfig, "text"), sep_token_id=2)
+    config = config(golden.sizes(VisionConfig, "vision"), text, **sizes)
+    return madtp.load(golden.weights(), config=config, backend=backend, device=DEVICE)
+
+
+def unpadded(padded, lengths):
+    return [ids[:length].long() for ids, length in zip(padded, lengths.tolist(), strict=True)]
+
+
+def check_final_rows(stream, trace, sample, results, prefix, case, official):
+    """The final tokens of one sample, matched by what they stand for."""
+    record = trace[-1]
+    ids = record.ids[record.cu_seqlens[sample] : record.cu_seqlens[sample + 1]]
+    origin = [i for i in results[f"{prefix}.origin"][case, -1, 0].tolist() if i != -1]
+    n = int(results[f"{prefix}.tokens_in"][case, 0])
+    check_rows(stream.tokens[sample], ids, official, origin, n, f"final tokens of {prefix}, case {case}")
+
+
+def written(official, prompt):
+    """What follows the prompt in a row of official generated ids, up to [SEP] or padding."""
+    ids = official.tolist()[prompt:]
+    return ids[: next((i for i, token in enumerate(ids) if token in (0, 2)), len(ids))]
+
+
+@for_family(lambda manifest: manifest["family"].startswith("caption"))
+def test_caption(family, backend):
+    golden = Golden(family)
+    results, inputs = golden.golden, golden.inputs
+    model = blip_model(golden, CaptionConfig, backend)
+    pixels, texts = pixels_of(inputs["images_u8"]), unpadded(inputs["caption_ids"], inputs["lengths"])
+    prompt, items = inputs["generate_prompt_ids"].long(), inputs["case_item"].tolist()
+    every = -(-len(items) // (len(results["image_embeds.offsets"]) - 1))
+    compared = 0
+    for temperature, cases in cases_by_temperature(inputs["case_temperature"], backend):
+        chosen = [items[case] for case in cases]
+        with torch.inference_mode():
+            out = model(pixels[chosen], [texts[i] for i in chosen], temperature=temperature)
+            captions = model.generate(out.images, prompt, max_length=results["generated_ids"].shape[1])
+        for sample, case in enumerate(cases):
+            if not results["vision.robust"][case]:
+                continue
+            check_stream(out.vision, sample, results, "vision", case, 0)
+            if case % every == 0:
+                start, stop = results["image_embeds.offsets"][case // every : case // every + 2]
+                official = results["image_embeds"][start:stop]
+                check_final_rows(out.images, out.vision, sample, results, "vision", case, official)
+            start, stop = results["logits.offsets"][case : case + 2]
+            official = results["logits"][start:stop]
+            torch.testing.assert_close(out.logits[sample][-len(official) :].cpu(), official, **TOLERANCE)
+            expected = written(results["generated_ids"][case], len(prompt))
+            assert captions[sample].tolist() == expected, f"caption of case {case}"
+            compared += 1
+    assert compared > 0
+
+
+@for_family(lambda manifest: manifest["family"].startswith("vqa"))
+def test_vqa(family, backend):
+    golden = Golden(family)
+    results, inputs = golden.golden, golden.inputs
+    model = blip_model(golden, VQAConfig, backend)
+    pixels = pixels_of(inputs["images_u8"])
+    questions = unpadded(inputs["question_ids"], inputs["question_lengths"])
+    answers = unpadded(inputs["answer_ids"], inputs["answer_atts"].sum(1))
+    items, k = inputs["case_item"].tolist(), results["topk_ids"].shape[1]
+    longest = results["generated_ids"].shape[1]
+    compared = 0
+    for temperature, cases in cases_by_temperature(inputs["case_temperature"], backend):
+        chosen = [items[case] for case in cases]
+        with torch.inference_mode():
+            out = model(pixels[chosen], [questions[i] for i in chosen], temperature=temperature)
+            ranking = model.rank(out.questions, answers, k=k)
+            words = model.generate(out.questions, max_length=longest)
+        for sample, case in enumerate(cases):
+            if not (results["vision.robust"][case] and results["text.robust"][case]):
+                continue
+            check_stream(out.vision, sample, results, "vision", case, 0)
+            check_stream(out.text, sample, results, "text", case, 0)
+            start, stop = results["question_states.offsets"][case : case + 2]
+            official = results["question_states"][start:stop]
+            check_final_rows(out.questions, out.text, sample, results, "text", case, official)
+            torch.testing.assert_close(
+                ranking.first_token_probabilities[sample].cpu(), results["topk_probs"][case], **TOLERANCE
+            )
+            ours = dict(zip(ranking.candidates[sample].tolist(), ranking.scores[sample].tolist(), strict=True))
+            theirs = dict(zip(results["topk_ids"][case].tolist(), results["log_probs_sum"][case].tolist(), strict=True))
+            for candidate in ours.keys() & theirs.keys():
+                assert ours[candidate] == pytest.approx(theirs[candidate], abs=1e-4, rel=1e-4), f"case {case}"
+            if ours.keys() == theirs.keys():
+                assert int(ranking.best[sample]) == int(results["max_ids"][case]), f"answer of case {case}"
+            # Candidates with the same first word are equally likely; only between such may the last places go either way.
+            last = answers[int(results["topk_ids"][case, -1])][1]
+            assert all(answers[candidate][1] == last for candidate in ours.keys() ^ theirs.keys()), f"case {case}"
+            assert words[sample].tolist() == written(results["generated_ids"][case], 1), f"words of case {case}"
+            compared += 1
+    assert compared > 0
+
+
+@pytest.mark.parametrize("text_mode", ["clean", "compat"])
+@for_family(lambda manifest: manifest["family"].startswith("retrieval"))
+def test_retrieval(family, backend, text_mode):
+    golden = Golden(family)
+    results, inputs = golden.golden, golden.inputs
+    layout = {"clean": "exact", "compat": "pad35"}[text_mode]
+    model = blip_model(golden, RetrievalConfig, backend, proj_dim=golden.config["proj_dim"], text_mode=text_mode)
+    pixels = pixels_of(inputs["images_u8"])
+    texts = unpadded(inputs["text_ids"], inputs["lengths"])
+    pairs = inputs["itm_pairs"].tolist()
+    compared = 0
+    for number, temperature in enumerate(inputs["temperatures"].tolist()):
+        if interpreted(backend) and temperature != 2.0:
+            continue
+        here = slice(0, 1) if interpreted(backend) else slice(None)
+        chosen_pairs = [pair for pair in pairs if max(pair) < len(texts[here])]
+        with torch.inference_mode():
+            out = model(pixels[here], texts[here], temperature=temperature)
+            matches = model.match(out.images, texts[here], chosen_pairs, temperature=temperature)
+        for item in range(len(texts[here])):
+            case = number * len(texts) + item
+            if results["vision.robust"][case]:
+                check_stream(out.vision, item, results, "vision", case, 0)
+                official = results["image_feat"][number, item]
+                torch.testing.assert_close(out.image_embeds[item].cpu(), official, **TOLERANCE)
+                compared += 1
+            if results[f"{layout}.text.robust"][case]:
+                check_stream(out.text, item, results, f"{layout}.text", case, 0)
+                official = results[f"{layout}.text_feat"][number, item]
+                torch.testing.assert_close(out.text_embeds[item].cpu(), official, **TOLERANCE)
+                compared += 1
+        for sample, ours in enumerate(matches.order.tolist()):
+            pair = pairs.index(chosen_pairs[ours])
+            case = number * len(pairs) + pair
+            image_case = number * len(texts) + pairs[pair][0]
+            if results[f"{layout}.itm.robust"][case] and results["vision.robust"][image_case]:
+                check_stream(matches.text, sample, results, f"{layout}.itm", case, 0)
+                official = results[f"{layout}.itm_logits"][number, pair]
+                torch.testing.assert_close(matches.logits[ours].cpu(), official, **TOLERANCE)
+                compared += 1
+    assert compared > 0

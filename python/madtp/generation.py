@@ -80,7 +80,7 @@ class _Generator(PreTrainedModel, GenerationMixin):
         self.decoder, self.backend, self.official_lengths = decoder, backend, official_lengths
         self.keys, self.images = decoder.keys(memory), memory.tokens.batch_size
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values=None, **_) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values=None, attention_mask=None, **_) -> dict:
         """Only what the cache does not hold yet goes through the decoder."""
         return {"input_ids": input_ids[:, past_key_values.get_seq_length() :], "past_key_values": past_key_values}
 

@@ -146,7 +146,7 @@ class VQA(Model):
         states = decoder(RaggedBatch.from_lengths(start, [1] * batch), keys, backend=self.backend)
         words = decoder.logits(states.values).float().softmax(-1)
         first = answers.values[answers.cu_seqlens[:-1].long() + 1]
-        probabilities, candidates = words[:, first].sort(1, descending=True, stable=True)
+        probabilities, candidates = words[:, first].sort(dim=1, descending=True, stable=True)
         probabilities, candidates = probabilities[:, :count], candidates[:, :count].contiguous()
 
         chosen = candidates.flatten()
