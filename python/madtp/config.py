@@ -178,16 +178,10 @@ class CLIPConfig(Config):
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     embed_dim: int = 768
     """Width of the features."""
-    text_mode: str = "clean"
-    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.retrieval`."""
-
-    def __post_init__(self) -> None:
-        if self.text_mode not in ("clean", "compat"):
-            raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
     hidden_act: str = "quick_gelu"
     """Activation of the MLPs: "quick_gelu" or "gelu"."""
     text_mode: str = "clean"
-    """How text is pruned: "clean", or "compat" as MADTP's official code does; see :mod:`madtp.models.clip`."""
+    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.clip`."""
 
     def __post_init__(self) -> None:
         if not self.vision.map_func:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import time
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,23 +69,26 @@ def _packable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-# Layer -> (what its weight was when it was packed, a sample of its elements, the packed weight).
-_packs: weakref.WeakKeyDictionary[Linear, tuple[tuple, Tensor, Tensor]] = weakref.WeakKeyDictionary()
-
-
 def _packed(layer: Linear) -> Tensor:
-    """The layer's weight in oneDNN's layout; packed again when the weight was changed or replaced.
+    """The layer's weight in oneDNN's layout."""
+    return derived(layer, (layer.weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()))
+
+
+# Module -> (what the tensors were when the result was made, a sample of their elements, the result).
+_derived: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple], list[Tensor], Any]] = weakref.WeakKeyDictionary()
+
+
+def derived(module: nn.Module, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+    """What ``make`` computes from CPU tensors, kept with the module until one of them is changed or replaced.
 
     Writes through `.data` do not count as changes to PyTorch, so a sample of 64 elements is compared as well: that finds any
-    update of the whole weight. Someone who edits single elements through `.data` has to assign a new parameter.
+    update of the whole tensor. Someone who edits single elements through `.data` has to assign a new parameter.
     """
-    weight = layer.weight
-    key = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
-    sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-    found = _packs.get(layer)
-    if found is None or found[0] != key or not torch.equal(found[1], sample):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        found = _packs[layer] = (key, sample.clone(), packed)
+    keys = [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in sources]
+    samples = [t.detach().flatten()[:: max(1, t.numel() // 64)] for t in sources]
+    found = _derived.get(module)
+    if found is None or found[0] != keys or not all(map(torch.equal, found[1], samples)):
+        found = _derived[module] = (keys, [sample.clone() for sample in samples], make())
     return found[2]
 
 

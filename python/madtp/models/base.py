@@ -89,8 +89,11 @@ class Model(nn.Module):
             if not texts:
                 raise ValueError(f"{name}: expected at least one text, got none")
             input_ids = RaggedBatch.from_list(texts)
-        check_ids(input_ids, self.config.text.vocab_size, name)
+        self._check_ids(input_ids, name)
         return input_ids.to(self.device)
+
+    def _check_ids(self, input_ids: RaggedBatch, name: str) -> None:
+        check_ids(input_ids, self.config.text.vocab_size, name)
 
     def _pixels(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.device, self.dtype)

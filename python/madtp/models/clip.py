@@ -157,15 +157,6 @@ class CLIP(Model):
         self.visual = CLIPVision(config)
         self.text = CLIPText(config)
 
-    @property
-    def text_mode(self) -> str:
-        """How text is pruned, "clean" or "compat"; may be set."""
-        return self.config.text_mode
-
-    @text_mode.setter
-    def text_mode(self, mode: str) -> None:
-        self.config = dataclasses.replace(self.config, text_mode=mode)
-
     def encode_image(self, pixels: Tensor, temperature: float | None = None, summaries: bool = False) -> Features:
         """Features of images ``[B, 3, S, S]``, normalised pixels. See :meth:`forward`."""
         pixels = self._pixels(pixels)
@@ -179,9 +170,12 @@ class CLIP(Model):
     ) -> Features:
         """Features of texts of int64 ids, each from its start token to its end-of-text token. See :meth:`forward`."""
         input_ids = self._ids(input_ids)
-        check_ends(input_ids, self.config.text.eos_token_id)
         pruning = self._pruning(self._temperature(temperature), input_ids.batch_size)
         return self.text(input_ids, self.space_dict, pruning, summaries, compat=self.config.text_mode == "compat")
+
+    def _check_ids(self, input_ids: RaggedBatch, name: str) -> None:
+        super()._check_ids(input_ids, name)
+        check_ends(input_ids, self.config.text.eos_token_id, name)
 
     def forward(
         self,
@@ -217,7 +211,7 @@ class CLIP(Model):
         )
 
 
-def check_ends(input_ids: RaggedBatch, eos_token_id: int | None) -> None:
+def check_ends(input_ids: RaggedBatch, eos_token_id: int | None, name: str = "input_ids") -> None:
     """Every text ends with its first end-of-text token; checked where reading the ids is free.
 
     Raises:
@@ -229,7 +223,7 @@ def check_ends(input_ids: RaggedBatch, eos_token_id: int | None) -> None:
         end = int(text.max()) if eos_token_id is None else eos_token_id
         if [*text.tolist(), end].index(end) != len(text) - 1:
             raise ValueError(
-                f"input_ids: expected texts without padding that end with their first end-of-text token, id {end}; "
+                f"{name}: expected texts without padding that end with their first end-of-text token, id {end}; "
                 f"text {number} is {text.tolist()}"
             )
 
