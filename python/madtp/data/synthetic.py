@@ -349,17 +349,16 @@ def _phrase(template: str, number: int, side: int, spec: tuple) -> str:
     if colour is not None:
         name = list(COLOURS)[colour]
         noun, plural = f"{name} {noun}", f"{name} {plural}"
-    article = "an" if noun[0] in "aeiou" else "a"
     here, there = _SIDES[side], _SIDES[1 - side]
     match template:
         case "exist":
-            text = f"there is {article} {noun} in the {here} image"
+            text = f"there is a {noun} in the {here} image"
         case "both":
-            text = f"both images contain {article} {noun}"
+            text = f"both images contain a {noun}"
         case "neither":
-            text = f"neither image contains {article} {noun}"
+            text = f"neither image contains a {noun}"
         case "only":
-            text = f"only the {here} image contains {article} {noun}"
+            text = f"only the {here} image contains a {noun}"
         case "count":
             text = f"the {here} image contains exactly {_WORDS[number]} {noun if number == 1 else plural}"
         case "at least":
