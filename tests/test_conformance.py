@@ -7,6 +7,7 @@ Cases that the manifest does not mark robust may legitimately flip a borderline 
 """
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -17,8 +18,18 @@ from madtp_kernels import RaggedBatch, attention_importance, compact, score_toke
 from safetensors.torch import load_file
 
 import madtp
+from madtp import pruning
 from madtp.checkpoints import from_official
-from madtp.config import CaptionConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
+from madtp.config import (
+    CaptionConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    NLVRConfig,
+    RetrievalConfig,
+    TextConfig,
+    VisionConfig,
+    VQAConfig,
+)
 from madtp.guidance import QueryModel, alignment_summary
 from madtp.pruning import Pruning
 from madtp.vision import VisionTransformer
@@ -484,3 +495,131 @@ def test_retrieval(family, backend, text_mode):
                 torch.testing.assert_close(matches.logits[ours].cpu(), official, **TOLERANCE)
                 compared += 1
     assert compared > 0
+
+
+# ---- CLIP ---------------------------------------------------------------------------------------------------------
+
+
+def clip_model(golden, backend):
+    vision, text = golden.config["vision"], golden.config["text"]
+    sizes = {f.name: vision[f.name] for f in dataclasses.fields(VisionConfig) if f.name in vision}
+    config = CLIPConfig(
+        vision=VisionConfig(**sizes | {"map_func": True}),  # the towers have maps, whatever the manifest says of BLIP's
+        text=CLIPTextConfig(
+            hidden_size=text["width"],
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["heads"],
+            intermediate_size=4 * text["width"],
+            vocab_size=text["vocab_size"],
+            max_position_embeddings=text["context_length"],
+        ),
+        embed_dim=golden.config["embed_dim"],
+        text_mode="compat",
+    )
+    # The scale is the one weight that the golden state dict leaves out.
+    weights = golden.weights() | {"logit_scale": torch.zeros(())}
+    return madtp.load(weights, config=config, backend=backend, device=DEVICE)
+
+
+def clip_cases(golden, backend, robust):
+    """For every temperature the items whose cases are compared: (temperature index, temperature, items, their cases)."""
+    items = len(golden.inputs["images_u8"])
+    for index, temperature in enumerate(golden.inputs["temperatures"].tolist()):
+        chosen = [i for i in range(items) if robust[index * items + i]]
+        if interpreted(backend):
+            chosen = chosen[:1] if temperature == 2.0 else []
+        if chosen:
+            yield index, temperature, chosen, [index * items + i for i in chosen]
+
+
+def texts_of(golden):
+    """The padded golden texts up to and including their end-of-text token, the highest id."""
+    return [ids[: int(ids.argmax()) + 1] for ids in golden.inputs["text"]]
+
+
+def replayed(golden, cases, layers):
+    """In place of `weakest_last`: the order in which the official code left the kept tokens on the CPU that ran it."""
+
+    def order(source, importance, cu_seqlens_in, cu_seqlens):
+        layer = next(layers)
+        rows = []
+        for sample, case in enumerate(cases):
+            start, stop = cu_seqlens[sample : sample + 2].tolist()
+            own = list(range(start, stop))
+            if golden["text.pruned"][case, layer]:
+                kept = [i for i in golden["text.kept_local"][case, layer, 0].tolist() if i != -1]
+                row_of = {int(source[row]) - int(cu_seqlens_in[sample]) - 1: row for row in own[1:-1]}
+                own = [start, *(row_of[i] for i in kept), stop - 1]
+            rows += own
+        return torch.tensor(rows, device=source.device)
+
+    return order
+
+
+@for_family(lambda manifest: manifest["family"].startswith("clip"))
+def test_clip_images(family, backend):
+    golden = Golden(family)
+    results, model = golden.golden, clip_model(golden, backend)
+    pixels = pixels_of(golden.inputs["images_u8"])
+    compared = 0
+    for index, temperature, items, cases in clip_cases(golden, backend, results["vision.robust"]):
+        with torch.inference_mode():
+            out = model.encode_image(pixels[items], temperature, summaries=True)
+        for sample, (item, case) in enumerate(zip(items, cases, strict=True)):
+            check_stream(out.trace, sample, results, "vision", case, 0)
+            torch.testing.assert_close(out.features[sample].cpu(), results["image_feat"][index, item], **TOLERANCE)
+            if item < results["sd_img_ft"].shape[1]:
+                official = results["sd_img_ft"][index, item]
+                torch.testing.assert_close(out.summary[sample].cpu(), official, **TOLERANCE)
+            compared += 1
+    assert compared > 0
+
+
+@for_family(lambda manifest: manifest["family"].startswith("clip"))
+def test_clip_texts(family, backend, monkeypatch):
+    """With the official CPU's order of kept tokens replayed, on which the features depend, everything is the same."""
+    golden = Golden(family)
+    results, model = golden.golden, clip_model(golden, backend)
+    texts = texts_of(golden)
+    compared = 0
+    for index, temperature, items, cases in clip_cases(golden, backend, results["text.robust"]):
+        monkeypatch.setattr(pruning, "weakest_last", replayed(results, cases, itertools.count()))
+        with torch.inference_mode():
+            out = model.encode_text([texts[i] for i in items], temperature, summaries=True)
+        for sample, (item, case) in enumerate(zip(items, cases, strict=True)):
+            check_stream(out.trace, sample, results, "text", case, 0)
+            for layer, record in enumerate(out.trace):
+                ids = record.ids[record.cu_seqlens[sample] : record.cu_seqlens[sample + 1]]
+                official = [i for i in results["text.origin"][case, layer, 0].tolist() if i != -1]
+                assert tokens_by_origin(ids, int(results["text.tokens_in"][case, 0])) == official
+            torch.testing.assert_close(out.features[sample].cpu(), results["text_feat"][index, item], **TOLERANCE)
+            if item < results["sd_txt_ft"].shape[1]:
+                official = results["sd_txt_ft"][index, item]
+                torch.testing.assert_close(out.summary[sample].cpu(), official, **TOLERANCE)
+            compared += 1
+    assert compared > 0
+
+
+@for_family(lambda manifest: manifest["family"].startswith("clip"))
+def test_clip_texts_keep_the_official_tokens_in_the_order_of_a_gpu(family, backend):
+    """Up to the first layer that prunes: from there on, scores depend on the order, which is another on a CPU."""
+    golden = Golden(family)
+    results, model = golden.golden, clip_model(golden, backend)
+    texts = texts_of(golden)
+    pruned = 0
+    for _, temperature, items, cases in clip_cases(golden, backend, results["text.robust"]):
+        with torch.inference_mode():
+            out = model.encode_text([texts[i] for i in items], temperature, summaries=True)
+        for sample, case in enumerate(cases):
+            first = [*results["text.pruned"][case].tolist(), 1].index(1)
+            check_stream(out.trace[: first + 1], sample, results, "text", case, 0)
+            if first == len(out.trace):
+                continue
+            record, scores = out.trace[first], results["text.importance"][case, first, 0]
+            kept = [i for i in results["text.kept_local"][case, first, 0].tolist() if i != -1]
+            weakest = min(kept, key=lambda i: scores[i])
+            ids = record.ids[record.cu_seqlens[sample] : record.cu_seqlens[sample + 1]].tolist()
+            # No earlier layer pruned, so a token's position among the prunable ones is its id less token 0.
+            assert ids == [0, *sorted(i + 1 for i in kept if i != weakest), weakest + 1, -(1 + first)]
+            pruned += 1
+    assert pruned > 0 or interpreted(backend)
