@@ -105,15 +105,21 @@ def test_spice_does_not_download_its_models(monkeypatch):
         caption_metrics._spice({1: ["a"]}, {1: ["a"]})
 
 
-def test_a_java_that_fails_is_named_and_does_not_hang(monkeypatch, tmp_path):
+def test_words_without_java():
+    words = caption_metrics._plain("The dog’s well-worn, 2 balls - don't   'run'...")
+    assert words == "the dog’s well-worn 2 balls don't run"
+
+
+@pytest.mark.parametrize("output", ["", "echo a red"])
+def test_a_java_that_fails_is_named_and_does_not_hang(monkeypatch, tmp_path, output):
     java = tmp_path / "java"
-    java.write_text("#!/bin/sh\necho no such virtual machine >&2\nexit 1\n")
+    java.write_text(f"#!/bin/sh\n{output}\necho no such virtual machine >&2\nexit 1\n")
     java.chmod(java.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     result = caption_scores(CAPTIONS, REFERENCES)
     assert result.tokenizer == "plain"
     assert result.scores == pytest.approx(by_hand(PLAIN_REFERENCES, PLAIN_CAPTIONS), rel=1e-12)
-    assert "1 of 9 sentences" in result.skipped["PTBTokenizer"]
+    assert "of 9 sentences" in result.skipped["PTBTokenizer"]
     assert "no such virtual machine" in result.skipped["METEOR"]
     assert "SPICE" in result.skipped
 

@@ -137,10 +137,10 @@ def test_default_ks_are_those_of_the_papers():
 
 
 def test_the_two_directions_may_have_scores_of_their_own():
-    reranked = -SCORES.T
-    result = recall(SCORES, IMAGE_OF_TEXT, reranked, ks=(1,))
-    assert result.image_to_text == recall(SCORES, IMAGE_OF_TEXT, ks=(1,)).image_to_text
-    assert result.text_to_image == recall(-SCORES, IMAGE_OF_TEXT, ks=(1,)).text_to_image == {1: 2 / 5}
+    reranked = torch.eye(3)[IMAGE_OF_TEXT]  # each text has found its image
+    result = recall(SCORES, IMAGE_OF_TEXT, reranked, ks=(1, 2))
+    assert result.text_to_image == {1: 1, 2: 1}
+    assert result.image_to_text == recall(SCORES, IMAGE_OF_TEXT, ks=(1, 2)).image_to_text
 
 
 def test_a_tie_counts_against_the_model():
