@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import madtp
-from madtp import flops, layers
+from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, flops, layers
 from madtp_kernels.attention import reference
 
 VISION = SimpleNamespace(
@@ -156,3 +156,113 @@ def test_matrix_products_agree_with_torchs_flop_counter(source, text_tokens, mon
     )
     if source == "random:base":
         assert counts[0].official == pytest.approx(132.5407, abs=5e-5)
+
+
+# ---- the other tasks
+
+
+def test_dense_caption_gives_the_published_constant():
+    counted = flops.caption(CaptionConfig(), [577] * 13, 15, guided=False)
+    assert counted.official == pytest.approx(65.72, abs=5e-3)
+
+
+def test_beams_share_the_image_and_count_in_full_only():
+    one, three = (flops.caption(CaptionConfig(), [577] * 13, 10, beams=n, guided=False) for n in (1, 3))
+    assert three.official == pytest.approx(one.official)
+    # 10 tokens through the decoder cost about a GFLOP, the keys and values of the image another eight.
+    assert 1.9 < three.full - one.full < 2.9
+
+
+def in_the_open(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, causal=False, backend=None, key_bias=None):
+    """Attention's formula where the counter sees its matrix products."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, key_bias)
+
+
+SMALL = {
+    "vision": VisionConfig(image_size=48, patch_size=16, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2.0, sd_dim=128),
+    "text": TextConfig(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256, vocab_size=200,
+        max_position_embeddings=40, encoder_width=128,
+    ),
+}  # fmt: skip
+
+
+def measured(run):
+    """GFLOPs of the matrix products of a call, in multiply-adds, and what the call returned."""
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+    return counter.get_total_flops() / 2e9, result
+
+
+def products(counts):
+    return pytest.approx(sum(c.parts["linear"] + c.parts["attention"] for c in counts))
+
+
+@pytest.fixture
+def pictures():
+    return torch.randn(3, 3, 48, 48)
+
+
+@pytest.fixture
+def texts():
+    return [torch.arange(1, 1 + length) for length in (9, 4, 6)]
+
+
+def test_caption_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts):
+    monkeypatch.setattr(layers, "attention", in_the_open)
+    model = madtp.load("random:base", "caption", config=CaptionConfig(**SMALL))
+    total, output = measured(lambda: model(pictures, texts))
+    images = flops.stream_lengths(output.vision)
+    counts = [flops.caption(model.config, i, len(t), guided=False) for i, t in zip(images, texts, strict=True)]
+    assert total == products(counts)
+
+
+def test_vqa_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts):
+    monkeypatch.setattr(layers, "attention", in_the_open)
+    model = madtp.load("random:base", "vqa", config=VQAConfig(**SMALL))
+
+    def run():
+        output = model(pictures, texts)
+        keys = model.text_decoder.keys(output.questions)
+        states = model.text_decoder(model._ids(texts), keys)
+        model.text_decoder.logits(states.values)
+        return output
+
+    total, output = measured(run)
+    streams = zip(flops.stream_lengths(output.vision), flops.stream_lengths(output.text), texts, strict=True)
+    assert total == products([flops.vqa(model.config, i, q, len(t), guided=False) for i, q, t in streams])
+
+
+def test_retrieval_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts):
+    monkeypatch.setattr(layers, "attention", in_the_open)
+    model = madtp.load("random:base", "retrieval", config=RetrievalConfig(**SMALL, proj_dim=16))
+    total, image = measured(lambda: model.encode_image(pictures))
+    counts = [flops.retrieval(model.config, image=i, guided=False) for i in flops.stream_lengths(image.trace)]
+    assert total == products(counts)
+    total, text = measured(lambda: model.encode_text(texts))
+    counts = [flops.retrieval(model.config, text=t, guided=False) for t in flops.stream_lengths(text.trace)]
+    assert total == products(counts)
+    total, matches = measured(lambda: model.match(image.stream, texts, [(2, 0), (0, 1), (1, 1)]))
+    counts = [
+        flops.retrieval(model.config, match=(10, t), guided=False) for t in flops.stream_lengths(matches.text)
+    ]
+    assert total == products(counts)
+    # Two texts of one image cost less than twice one: the image's keys and values are computed once.
+    alone, _ = measured(lambda: model.match(image.stream, texts[:1], [(0, 0)]))
+    shared, _ = measured(lambda: model.match(image.stream, texts[:1], [(0, 0), (0, 0)]))
+    keys = 3 * 2 * 10 * 128 * 128 / 1e9  # per image and layer; those of the other two are computed in both
+    assert shared - alone == pytest.approx(alone - 3 * keys)
+
+
+def test_pruned_parts_of_the_other_tasks():
+    vision, text = PRUNED[22.94]
+    pruned, dense = flops.vqa(VQAConfig(), vision, text, 3), flops.vqa(VQAConfig(), [577] * 13, [20] * 13, 3)
+    assert pruned.official < 0.5 * dense.official and {"alignment", "importance", "merge"} <= pruned.parts.keys()
+    with pytest.raises(ValueError, match="text_lengths: expected 13 counts"):
+        flops.vqa(VQAConfig(), vision, text[:-1], 3)
+    with pytest.raises(ValueError, match="match: expected 13 counts"):
+        flops.retrieval(RetrievalConfig(), match=(10, text[1:]))
+    parts = [flops.retrieval(RetrievalConfig(), **part) for part in ({"image": vision}, {"text": text})]
+    both = flops.retrieval(RetrievalConfig(), image=vision, text=text)
+    assert both.full == pytest.approx(sum(part.full for part in parts))

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _LAYER_NORM = 5
 _SOFTMAX = 5
@@ -73,9 +73,103 @@ def nlvr(
     cost = Counter()
     for lengths in streams:
         cost += _vit_cost(config.vision, lengths, guided)
-    cost += _text_cost(config, text, [lengths[-1] for lengths in streams], guided)
+    images = [lengths[-1] for lengths in streams]
+    cost += _text_cost(config.text, config.vision, text, images, guided, config.merge_from)
     hidden = config.text.hidden_size
     cost["linear"] += hidden * hidden + 2 * hidden
+    return _total(cost)
+
+
+def caption(
+    config, vision_lengths: Sequence[int], text_tokens: int, *, beams: int = 1, guided: bool = True
+) -> Flops:
+    """Cost of one BLIP caption: the image, and the decoder that writes `text_tokens` tokens, [DEC] and prompt
+    included.
+
+    `config` has `.vision` and `.text`; `vision_lengths` as `lengths` of `vit`. `official` has one pass of the
+    decoder over the text, as the official counter (a dense base model with 15 tokens: 65.72); `full` has one
+    per beam, with the image's keys and values computed once. Raises ValueError if the lengths do not fit.
+    """
+    lengths = _checked("vision_lengths", vision_lengths, config.vision.depth)
+    cost = _vit_cost(config.vision, lengths, guided)
+    return _total(cost + _decoder_cost(config, text_tokens, lengths[-1], config.text.encoder_width, beams))
+
+
+def vqa(
+    config,
+    vision_lengths: Sequence[int],
+    text_lengths: Sequence[int],
+    answer_tokens: int,
+    *,
+    beams: int = 1,
+    guided: bool = True,
+) -> Flops:
+    """Cost of one BLIP-VQA answer: the image, the question, and the decoder that writes `answer_tokens` tokens,
+    [DEC] included; of a ranking, the tokens of all candidates.
+
+    Arguments as in `nlvr` and `caption`. Raises ValueError if the lengths do not fit `config`.
+    """
+    vision = _checked("vision_lengths", vision_lengths, config.vision.depth)
+    text = _checked("text_lengths", text_lengths, config.text.num_hidden_layers)
+    cost = _vit_cost(config.vision, vision, guided)
+    cost += _text_cost(config.text, config.vision, text, vision[-1:], guided)
+    return _total(cost + _decoder_cost(config, answer_tokens, text[-1], config.text.hidden_size, beams))
+
+
+def retrieval(
+    config,
+    *,
+    image: Sequence[int] | None = None,
+    text: Sequence[int] | None = None,
+    match: tuple[int, Sequence[int]] | None = None,
+    guided: bool = True,
+) -> Flops:
+    """Cost of BLIP retrieval's parts at inference: the feature of an image, that of a text, a pair's match.
+
+    `image` and `text` are token counts before the first layer and after each, as in `vit` and `nlvr`; `match` is
+    the number of image tokens and the counts of the text that looks at them. Pairs that share an image share
+    its keys and values, which are counted for each here. MADTP's own figure for retrieval (153.2) is that of
+    a training step and has no counterpart. Raises ValueError if the lengths do not fit `config`.
+    """
+    cost, layers = Counter(), config.text.num_hidden_layers
+    if image is not None:
+        cost += _vit_cost(config.vision, _checked("image", image, config.vision.depth), guided)
+        cost["linear"] += config.vision.embed_dim * config.proj_dim
+    if text is not None:
+        cost += _text_cost(config.text, config.vision, _checked("text", text, layers), [], guided)
+        cost["linear"] += config.text.hidden_size * config.proj_dim
+    if match is not None:
+        tokens, lengths = match
+        cost += _text_cost(config.text, config.vision, _checked("match", lengths, layers), [tokens], guided)
+        cost["linear"] += 2 * config.text.hidden_size
+    return _total(cost)
+
+
+def clip(
+    config, *, image: Sequence[int] | None = None, text: Sequence[int] | None = None, guided: bool = True
+) -> Flops:
+    """Cost of CLIP's feature of an image and of that of a text.
+
+    `config` has `.vision`, `.text` and `.embed_dim`; `image` and `text` are token counts before the first block and
+    after each. `guided` says whether the dictionary was consulted (temperature > 0). Attention of text is counted
+    as if it were not causal, as the official counter does. MADTP's own figure (395.70) is that of a training step:
+    both towers at 336 px and 77 tokens twice, for the momentum copies, and the queues. Raises ValueError if the
+    lengths do not fit `config`.
+    """
+    cost = Counter()
+    if image is not None:
+        vision = config.vision
+        lengths = _checked("image", image, vision.depth)
+        width, hidden = vision.embed_dim, round(vision.embed_dim * vision.mlp_ratio)
+        cost["linear"] += (lengths[0] - 1) * 3 * vision.patch_size**2 * width + width * config.embed_dim
+        cost["norm"] += _LAYER_NORM * (lengths[0] + 1) * width  # before the first block; CLS after the last
+        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, guided)
+    if text is not None:
+        lengths = _checked("text", text, config.text.num_hidden_layers)
+        width, heads = config.text.hidden_size, config.text.num_attention_heads
+        cost += _blocks_cost(config.vision, lengths, width, heads, config.text.intermediate_size, guided)
+        cost["norm"] += _LAYER_NORM * lengths[-1] * width
+        cost["linear"] += width * config.embed_dim
     return _total(cost)
 
 
@@ -98,7 +192,7 @@ def stream_lengths(traces) -> list[list[int]]:
 
 
 def _total(cost: Counter) -> Flops:
-    # "unofficial" is the share of "alignment" that the official counter does not see, not a kind of its own.
+    # "unofficial" is what the official counter does not see of the kinds that it counts, not a kind of its own.
     unofficial = cost.pop("unofficial", 0)
     official = sum(cost[kind] for kind in ("linear", "attention", "norm", "alignment", "merge")) - unofficial
     parts = {kind: operations / 1e9 for kind, operations in cost.items()}
@@ -110,39 +204,64 @@ def _vit_cost(config, lengths: list[int], guided: bool) -> Counter:
     patches = (config.image_size // config.patch_size) ** 2
     cost = Counter()
     cost["linear"] += patches * 3 * config.patch_size**2 * width
-    alignment = config.sd_num * config.sd_dim + (width * config.sd_dim if config.map_func else 0)  # per token
-    for before, after in zip(lengths, lengths[1:]):
-        cost["norm"] += _LAYER_NORM * (before + after) * width
-        _self_attention(cost, before, width, config.num_heads)
-        if guided:
-            _pruning(cost, before, after, width, config.num_heads, config.sd_num, alignment)
-        _feed_forward(cost, after, width, hidden)
+    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, guided)
     cost["norm"] += _LAYER_NORM * lengths[-1] * width
     return cost
 
 
-def _text_cost(config, lengths: list[int], images: list[int], guided: bool) -> Counter:
-    text, vision = config.text, config.vision
+def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int, guided: bool) -> Counter:
+    """Pre-norm blocks; `config` has sd_num, sd_dim and map_func."""
+    cost = Counter()
+    alignment = config.sd_num * config.sd_dim + (width * config.sd_dim if config.map_func else 0)  # per token
+    for before, after in zip(lengths, lengths[1:]):
+        cost["norm"] += _LAYER_NORM * (before + after) * width
+        _self_attention(cost, before, width, heads)
+        if guided:
+            _pruning(cost, before, after, width, heads, config.sd_num, alignment)
+        _feed_forward(cost, after, width, hidden)
+    return cost
+
+
+def _text_cost(
+    text, vision, lengths: list[int], others: list[int], guided: bool, merge_from: int | None = None
+) -> Counter:
+    """Text encoder whose words look at `others` (token counts), twice where `merge_from` is given."""
     width = text.hidden_size
+    alignment = vision.sd_num * vision.sd_dim + (width * vision.sd_dim if width != vision.sd_dim else 0)
     cost = Counter()
     cost["norm"] += _LAYER_NORM * lengths[0] * width
     for layer, (before, after) in enumerate(zip(lengths, lengths[1:])):
         _self_attention(cost, before, width, text.num_attention_heads)
         cost["norm"] += _LAYER_NORM * before * width
         if guided:
-            codes = vision.sd_num
-            _pruning(cost, before, after, width, text.num_attention_heads, codes, codes * vision.sd_dim)
-        for image in images:  # queries and output per text token, keys and values per image token
-            cost["linear"] += 2 * after * width * width + 2 * image * text.encoder_width * width
-            _attend(cost, after, image, width, text.num_attention_heads)
-        if layer >= config.merge_from:
+            _pruning(cost, before, after, width, text.num_attention_heads, vision.sd_num, alignment)
+        for tokens in others:  # queries and output per text token, keys and values per token looked at
+            cost["linear"] += 2 * after * width * width + 2 * tokens * text.encoder_width * width
+            _attend(cost, after, tokens, width, text.num_attention_heads)
+        if merge_from is not None and layer >= merge_from:
             cost["linear"] += after * 2 * width * width
-        else:
+        elif merge_from is not None:
             cost["elementwise"] += after * width
-        cost["elementwise"] += after * width
-        cost["norm"] += _LAYER_NORM * after * width
+        if others:
+            cost["elementwise"] += after * width
+            cost["norm"] += _LAYER_NORM * after * width
         _feed_forward(cost, after, width, text.intermediate_size)
         cost["norm"] += _LAYER_NORM * after * width
+    return cost
+
+
+def _decoder_cost(config, tokens: int, looked_at: int, looked_at_width: int, beams: int) -> Counter:
+    text = config.text
+    width, layers = text.hidden_size, text.num_hidden_layers
+    sizes = replace(text, encoder_width=looked_at_width)
+    keys = layers * 2 * looked_at * looked_at_width * width
+    beam = _text_cost(sizes, config.vision, [tokens] * (layers + 1), [looked_at], False)
+    beam["linear"] += tokens * (width * width + width * text.vocab_size) - keys
+    beam["norm"] += _LAYER_NORM * tokens * width
+    beam["elementwise"] += _GELU * tokens * width
+    cost = Counter({kind: beams * operations for kind, operations in beam.items()})
+    cost["linear"] += keys
+    cost["unofficial"] += (beams - 1) * sum(beam[kind] for kind in ("linear", "attention", "norm"))
     return cost
 
 

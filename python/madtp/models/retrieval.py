@@ -38,8 +38,8 @@ PADDED_LENGTH = 35
 class Encoded(NamedTuple):
     """Images or texts, encoded on their own."""
 
-    embeds: Tensor
-    """``[B, P]`` features of length 1."""
+    features: Tensor
+    """``[B, P]``, of length 1."""
     stream: Stream
     """Final tokens ``[T, D]``; those of images are what :meth:`Retrieval.match` looks at."""
     trace: list[LayerTrace]
@@ -102,9 +102,9 @@ class Retrieval(Model):
         image = self.encode_image(pixels, temperature, summaries)
         text = self.encode_text(input_ids, temperature, summaries)
         return RetrievalOutput(
-            similarity=image.embeds @ text.embeds.mT,
-            image_embeds=image.embeds,
-            text_embeds=text.embeds,
+            similarity=image.features @ text.features.mT,
+            image_embeds=image.features,
+            text_embeds=text.features,
             images=image.stream,
             vision=image.trace,
             text=text.trace,
