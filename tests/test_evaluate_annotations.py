@@ -175,6 +175,7 @@ BROKEN = [
     (read_captions, "coco_karpathy_test.json", at(1, "caption"), ([],), 2, "caption.*one string or more"),
     (read_captions, "coco_karpathy_test.json", at(1, "caption"), (), 2, "no 'caption'"),
     (read_captions, "coco_karpathy_test.json", at(1, "image"), ("a/b.jpg",), 2, "image_id.*null"),
+    (read_captions, "coco_karpathy_test.json", at(1, "image_id"), ([412],), 2, r"image_id.*\[412\]"),
     (read_captions, "coco_karpathy_test.json", at(1, "image"), ("x_411.jpg",), 2, "411 is that of record 1"),
 ]
 

@@ -388,9 +388,10 @@ def read_captions(
             last = image.stem.rsplit("_", 1)[-1]
             if image_id is None and last.isascii() and last.isdigit():
                 image_id = int(last)
-            image_ids.add(record, image_id)
         if not _is_integer(image_id) and not isinstance(image_id, str):
             raise record.error(f"'image_id': expected an integer or a string, got {_shown(image_id)}")
+        if isinstance(record.value["caption"], list):
+            image_ids.add(record, image_id)
         examples.append(CaptionExample(image, image_id, captions))
     if strict:
         _require_images(path, ((r.number, e.image) for r, e in zip(records, examples)))
