@@ -28,6 +28,8 @@ class VisionConfig:
     """Width of a dictionary entry."""
     map_func: bool = False
     """Whether a linear map leads from the token width to the dictionary's (`img_query_model.q_map`)."""
+    layer_norm_eps: float = 1e-6
+    """Of BLIP's LayerNorms: 1e-6 in the original code, 1e-5 in transformers. CLIP's is 1e-5 everywhere."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:

@@ -132,8 +132,9 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, config.patch_size, config.patch_size)
-        self.blocks = nn.ModuleList(Block(width, config.num_heads, hidden, eps=1e-6) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        eps = config.layer_norm_eps
+        self.blocks = nn.ModuleList(Block(width, config.num_heads, hidden, eps=eps) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.img_query_model = QueryModel(width, config.sd_dim, config.map_func)
 
     def embed(self, pixels: Tensor) -> RaggedBatch:
