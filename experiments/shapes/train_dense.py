@@ -39,9 +39,9 @@ CONFIG = NLVRConfig(
 
 # Last step of each stage and the templates of its statements. The first has none: the image encoder learns alone.
 STAGES = (
-    (600, ()),
-    (1000, ("exist", "both", "neither", "only")),
-    (1800, ("exist", "both", "neither", "only", "count", "at least", "more")),
+    (500, ()),
+    (900, ("exist", "both", "neither", "only")),
+    (1700, ("exist", "both", "neither", "only", "count", "at least", "more")),
     (None, TEMPLATES),
 )
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
     parser.add_argument("--output", type=Path, help="where the trained model goes")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--pairs", type=int, default=16, help="pairs per step (default: 16)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

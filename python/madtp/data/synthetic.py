@@ -240,7 +240,7 @@ def _draw_scene(draws: _Draws) -> list[list[tuple[int, int, int]]]:
     """(cell, shape, colour) of the objects of both pictures.
 
     One to three themes, kinds of objects that both pictures may hold several of, make counts and comparisons worth
-    asking for; everything else is random.
+    asking for; everything else, at least four objects, is random.
     """
     themes = [(draws.below(len(SHAPES)), draws.below(len(COLOURS)))]
     for _ in range(draws.below(3)):
@@ -254,7 +254,8 @@ def _draw_scene(draws: _Draws) -> list[list[tuple[int, int, int]]]:
     scene = []
     for _ in _SIDES:
         total = 7 + draws.below(4)
-        objects = [theme for theme in themes for _ in range(draws.weighted((0.25, 0.3, 0.2, 0.15, 0.1)))][:total]
+        objects = [theme for theme in themes for _ in range(draws.weighted((0.25, 0.3, 0.2, 0.15, 0.1)))]
+        objects = objects[: total - 4]
         objects += [(draws.below(len(SHAPES)), draws.below(len(COLOURS))) for _ in range(total - len(objects))]
         cells = draws.sample(range(GRID * GRID), total)
         scene.append([(cell, *kind) for cell, kind in zip(cells, objects, strict=True)])
