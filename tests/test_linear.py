@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, backends_here, interpreted, missing, normal, offsets, spare_rows
+from helpers import DEVICE, backends_here, missing, normal, offsets, spare_rows
 
 import madtp_kernels
 from madtp_kernels import BackendError, backends, linear

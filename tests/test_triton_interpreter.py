@@ -111,6 +111,77 @@ def test_head_widths(width):
     check_attention(attention_triton.attention, torch.float32, [3, 40], [3, 40], width, False, False)
 
 
+def check_attention_gradient(dtype, lengths_q, lengths_k, width, causal, biased, heads=2, offset=0.0):
+    """Against the reference in float64, from the same out and lse; without tokens there is no gradient."""
+    cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
+    tokens_q, tokens_k = sum(lengths_q), sum(lengths_k)
+    q = random_qkv(tokens_q, heads, width, dtype)[0]
+    _, k, v = random_qkv(tokens_k, heads, width, dtype)
+    bias = poisoned(torch.randn(k.shape[0], device=DEVICE) + offset, tokens_k) if biased else None
+    lengths = (cu_q, cu_k, max(lengths_q), max(lengths_k), width**-0.5, causal)
+    out, lse = attention_reference.attention(*wide(q, k, v), *lengths, *wide(bias))
+    out, lse = poisoned(out.to(dtype), tokens_q), lse.float()
+    lse[:, tokens_q:] = float("nan")
+    d_out = poisoned(torch.randn(q.shape[0], width, heads, device=DEVICE).to(dtype), tokens_q).mT  # last stride not 1
+    d_lse = torch.randn(q.shape[0], heads, device=DEVICE).mT
+    d_lse[:, tokens_q:] = float("nan")
+    got = attention_triton.attention_backward(q, k, v, out, lse, *lengths, bias, d_out, d_lse)
+    expected = attention_reference.attention_backward(*wide(q, k, v, out, lse), *lengths, *wide(bias, d_out, d_lse))
+    for name, mine, exact, rows in zip(
+        ("dq", "dk", "dv", "d_key_bias"), got, expected, (tokens_q, tokens_k, tokens_k, tokens_k), strict=True
+    ):
+        assert mine.shape == exact.shape and mine.dtype == (torch.float32 if name == "d_key_bias" else dtype)
+        # P and dS are rounded to 16 bits before they are multiplied: relative errors of eps in sums of random signs.
+        rounding = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 4e-6
+        largest = exact.abs().max().item() if exact.numel() else 0.0
+        assert_near(name, mine, exact, rounding * max(1.0, largest))
+        assert (mine[rows:] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "key_bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_self_attention_gradient(dtype, causal, biased):
+    check_attention_gradient(dtype, LENGTHS, LENGTHS, 24, causal, biased)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_attention_gradient_with_queries_that_see_no_key(dtype, causal):
+    check_attention_gradient(dtype, [5, 3, 0, 140, 9, 2, 7], [66, 0, 4, 3, 9, 1, 150], 16, causal, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 32, 64, 80, 128, 200])
+def test_gradient_of_head_widths(width, dtype):
+    check_attention_gradient(dtype, [1, 0, 37], [1, 0, 37], width, False, False, heads=1)
+
+
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_gradient_of_logits_whose_exponential_overflows(offset):
+    check_attention_gradient(torch.bfloat16, [5, 37], [5, 37], 16, False, True, offset=offset)
+
+
+def test_attention_gradient_is_the_same_alone_and_in_a_batch():
+    lengths = [33, 1, 90, 0, 12]
+    tensors = [torch.randn(sum(lengths), 2, 16, device=DEVICE) for _ in range(5)]
+    lse, d_lse = torch.randn(2, 2, sum(lengths), device=DEVICE)
+
+    def gradients(lengths, rows):
+        q, k, v, out, d_out = (t[rows] for t in tensors)
+        cu = offsets(lengths)
+        return attention_triton.attention_backward(
+            q, k, v, out, lse[:, rows], cu, cu, 100, 100, 0.25, False, None, d_out, d_lse[:, rows]
+        )[:3]
+
+    together, begin = gradients(lengths, slice(None)), 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        for mine, other in zip(gradients([length], rows), together, strict=True):
+            assert torch.equal(mine, other[rows])
+        begin += length
+
+
 # ---- importance -----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..registration import define, differentiate
-from . import reference
 
 __all__ = ["attention"]
 
@@ -99,24 +98,25 @@ def _fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, backend):
 
 
 def _run_backward(*args):
-    return reference.attention_backward(*args)
+    *args, backend = args
+    _, implementation = backends.resolve("attention_backward", "attention", backend, args[0])
+    return implementation(*args)
 
 
-def _fake_backward(q, k, v, out, lse, cu_q, cu_k, scale, causal, key_bias, d_out, d_lse):
+def _fake_backward(q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, d_out, d_lse, backend):
     d_bias = lse.new_empty(0 if key_bias is None else k.shape[0])
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, _, _, scale, causal, key_bias, _ = inputs
+    q, k, v, cu_q, cu_k, *ctx.lengths_scale_causal, key_bias, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, key_bias)
-    ctx.scale, ctx.causal = scale, causal
 
 
 def _backward(ctx, d_out, d_lse):
-    q, k, v, out, lse, cu_q, cu_k, key_bias = ctx.saved_tensors
+    *tensors, key_bias = ctx.saved_tensors
     dq, dk, dv, d_bias = torch.ops.madtp_kernels.attention_backward(
-        q, k, v, out, lse, cu_q, cu_k, ctx.scale, ctx.causal, key_bias, d_out, d_lse
+        *tensors, *ctx.lengths_scale_causal, key_bias, d_out, d_lse, ctx.backend
     )
     return dq, dk, dv, None, None, None, None, None, None, None if key_bias is None else d_bias, None
 
@@ -129,7 +129,8 @@ define(
 )
 define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
-    "Tensor cu_seqlens_k, float scale, bool causal, Tensor? key_bias, Tensor d_out, Tensor d_lse) "
+    "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, Tensor? key_bias, "
+    "Tensor d_out, Tensor d_lse, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_key_bias)",
     _run_backward,
     _fake_backward,

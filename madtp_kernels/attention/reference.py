@@ -58,6 +58,8 @@ def attention_backward(
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     scale: float,
     causal: bool,
     key_bias: Tensor | None,

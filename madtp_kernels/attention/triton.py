@@ -1,7 +1,8 @@
 """Ragged attention with log-sum-exp on the GPU: PyTorch's flash kernel where it serves, a Triton kernel elsewhere.
 
 PyTorch's kernel takes float16 and bfloat16 without a key bias. The kernel here takes the rest: float32, a key bias, head
-widths and strides the other refuses, older PyTorch, and Triton's interpreter.
+widths and strides the other refuses, older PyTorch, and Triton's interpreter. Gradients are always made here: PyTorch's
+kernel knows none of the log-sum-exp, which the importance needs, and adds up in no fixed order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import unit_stride
 from ..triton_utils import LN2, LOG2E, block, dot_precision, on_device_of_first, product
 
 
@@ -236,3 +238,202 @@ def attention(
     if varlen_refusal(q, k, v, scale, causal, key_bias) is None:
         return _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
     return _triton_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_bias)
+
+
+# ---- gradient -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q, k, v, key_bias, out, lse, d_out, d_lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
+    q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head, d_out_token, d_out_head, capacity,
+    query_blocks, scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dq of BLOCK_M queries of one head of one sample, and their delta = <dout, out> - dlse.
+
+    With P = exp(s - lse) and dP = dout v^T, the gradient of the logits is dS = P (dP - delta).
+    """
+    pid = tl.program_id(0)
+    i_m = pid % query_blocks
+    i_h = ((pid // query_blocks) % HEADS).to(tl.int64)
+    i_b = pid // (query_blocks * HEADS)
+    bos_q = tl.load(cu_seqlens_q + i_b)
+    len_q = tl.load(cu_seqlens_q + i_b + 1) - bos_q
+    if i_m * BLOCK_M >= len_q:
+        return
+    bos_k = tl.load(cu_seqlens_k + i_b)
+    len_k = tl.load(cu_seqlens_k + i_b + 1) - bos_k
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < len_q
+    m_d = (o_d < HEAD_DIM)[None, :]
+    m_q = m_m[:, None] & m_d
+    rows = bos_q.to(tl.int64) + o_m
+    q_tile = tl.load(q + rows[:, None] * q_token + i_h * q_head + o_d[None, :], mask=m_q, other=0.0)
+    d_out_tile = tl.load(d_out + rows[:, None] * d_out_token + i_h * d_out_head + o_d[None, :], mask=m_q, other=0.0)
+    out_tile = tl.load(out + rows[:, None] * out_token + i_h * out_head + o_d[None, :], mask=m_q, other=0.0)
+    row_delta = tl.sum(d_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    row_delta -= tl.load(d_lse + i_h * capacity + rows, mask=m_m, other=0.0)
+    tl.store(delta + i_h * capacity + rows, row_delta, mask=m_m)
+    row_lse = tl.load(lse + i_h * capacity + rows, mask=m_m, other=0.0) * LOG2E
+
+    k += bos_k.to(tl.int64) * k_token + i_h * k_head
+    v += bos_k.to(tl.int64) * v_token + i_h * v_head
+    if key_bias is not None:
+        key_bias += bos_k
+    last_visible = o_m + (len_k - len_q)
+    end = len_k
+    if CAUSAL:
+        end = tl.minimum((i_m + 1) * BLOCK_M + len_k - len_q, len_k)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        keys = o_n.to(tl.int64)
+        m_n = o_n < len_k
+        m_kv = m_n[:, None] & m_d
+        k_tile = tl.load(k + keys[:, None] * k_token + o_d[None, :], mask=m_kv, other=0.0)
+        v_tile = tl.load(v + keys[:, None] * v_token + o_d[None, :], mask=m_kv, other=0.0)
+        s = product(q_tile, tl.trans(k_tile), None, PRECISION) * (scale * LOG2E)
+        if key_bias is not None:
+            s += (tl.load(key_bias + keys, mask=m_n, other=0.0) * LOG2E)[None, :]
+        seen = m_n[None, :]
+        if CAUSAL:
+            seen = seen & (o_n[None, :] <= last_visible[:, None])
+        p = tl.exp2(tl.where(seen, s - row_lse[:, None], float("-inf")))
+        dp = product(d_out_tile, tl.trans(v_tile), None, PRECISION)
+        ds = p * (dp - row_delta[:, None])
+        acc = product(ds.to(k_tile.dtype), k_tile, acc, PRECISION)
+    dq_rows = dq + rows[:, None] * (HEADS * HEAD_DIM) + i_h * HEAD_DIM + o_d[None, :]
+    tl.store(dq_rows, (acc * scale).to(dq.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q, k, v, key_bias, lse, d_out, delta, dk, dv, d_bias, cu_seqlens_q, cu_seqlens_k,
+    q_token, q_head, k_token, k_head, v_token, v_head, d_out_token, d_out_head, capacity_q, capacity_k,
+    key_blocks, scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dk, dv and this head's share of the bias gradient, of BLOCK_N keys of one head of one sample.
+
+    It walks over the queries, so that every sum is made by one program, in one order: no atomics. Tiles are transposed,
+    [keys, queries].
+    """
+    pid = tl.program_id(0)
+    i_n = pid % key_blocks
+    i_h = ((pid // key_blocks) % HEADS).to(tl.int64)
+    i_b = pid // (key_blocks * HEADS)
+    bos_k = tl.load(cu_seqlens_k + i_b)
+    len_k = tl.load(cu_seqlens_k + i_b + 1) - bos_k
+    if i_n * BLOCK_N >= len_k:
+        return
+    bos_q = tl.load(cu_seqlens_q + i_b)
+    len_q = tl.load(cu_seqlens_q + i_b + 1) - bos_q
+
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < len_k
+    m_d = (o_d < HEAD_DIM)[None, :]
+    m_k = m_n[:, None] & m_d
+    keys = bos_k.to(tl.int64) + o_n
+    k_tile = tl.load(k + keys[:, None] * k_token + i_h * k_head + o_d[None, :], mask=m_k, other=0.0)
+    v_tile = tl.load(v + keys[:, None] * v_token + i_h * v_head + o_d[None, :], mask=m_k, other=0.0)
+    bias = tl.zeros((BLOCK_N,), tl.float32)
+    if key_bias is not None:
+        bias = tl.load(key_bias + keys, mask=m_n, other=0.0) * LOG2E
+    q += bos_q.to(tl.int64) * q_token + i_h * q_head
+    d_out += bos_q.to(tl.int64) * d_out_token + i_h * d_out_head
+    lse += i_h * capacity_q + bos_q
+    delta += i_h * capacity_q + bos_q
+
+    first = 0
+    if CAUSAL:  # earlier blocks of queries see none of these keys
+        first = tl.maximum(i_n * BLOCK_N - (len_k - len_q), 0) // BLOCK_M * BLOCK_M
+    dk_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    bias_acc = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(first, len_q, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        rows = o_m.to(tl.int64)
+        m_m = o_m < len_q
+        m_q = m_m[:, None] & m_d
+        q_tile = tl.load(q + rows[:, None] * q_token + o_d[None, :], mask=m_q, other=0.0)
+        d_out_tile = tl.load(d_out + rows[:, None] * d_out_token + o_d[None, :], mask=m_q, other=0.0)
+        row_lse = tl.load(lse + rows, mask=m_m, other=float("inf")) * LOG2E  # P = 0 beyond the last query
+        row_delta = tl.load(delta + rows, mask=m_m, other=0.0)
+        s = product(k_tile, tl.trans(q_tile), None, PRECISION) * (scale * LOG2E) + bias[:, None]
+        p = tl.exp2(s - row_lse[None, :])
+        if CAUSAL:
+            p = tl.where(o_n[:, None] <= o_m[None, :] + (len_k - len_q), p, 0.0)
+        dv_acc = product(p.to(d_out_tile.dtype), d_out_tile, dv_acc, PRECISION)
+        dp = product(v_tile, tl.trans(d_out_tile), None, PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        if d_bias is not None:
+            bias_acc += tl.sum(ds, 1)
+        dk_acc = product(ds.to(q_tile.dtype), q_tile, dk_acc, PRECISION)
+    dense = keys[:, None] * (HEADS * HEAD_DIM) + i_h * HEAD_DIM + o_d[None, :]
+    tl.store(dk + dense, (dk_acc * scale).to(dk.dtype.element_ty), mask=m_k)
+    tl.store(dv + dense, dv_acc.to(dv.dtype.element_ty), mask=m_k)
+    if d_bias is not None:
+        tl.store(d_bias + i_h * capacity_k + keys, bias_acc, mask=m_n)
+
+
+def _gradient_blocks(dtype: torch.dtype, block_d: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Queries and keys of a tile, warps, pipeline stages: of the query gradient, and of the key gradient."""
+    if dtype == torch.float32:
+        for_queries = (32, 32, 8, 1) if block_d <= 64 else (16, 16, 8, 1)
+        return for_queries, (32, 32, 8, 1) if block_d <= 128 else (16, 16, 8, 1)
+    if block_d <= 64:
+        return (128, 64, 8, 2), (64, 128, 8, 2)
+    return ((64, 64, 8, 2), (64, 64, 8, 2)) if block_d <= 128 else ((32, 32, 8, 1), (32, 32, 8, 1))
+
+
+@on_device_of_first
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and key_bias (empty without one); zero in rows without tokens. See the reference for the formula."""
+    (capacity_q, heads, head_dim), capacity_k = q.shape, k.shape[0]
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    shares = None if key_bias is None else torch.zeros(heads, capacity_k, dtype=torch.float32, device=q.device)
+    d_out, d_lse, lse = unit_stride(d_out), d_lse.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    block_d, batch = block(head_dim), cu_seqlens_q.shape[0] - 1
+    for_queries, for_keys = _gradient_blocks(q.dtype, block_d)
+    query_blocks, key_blocks = triton.cdiv(max_seqlen_q, for_queries[0]), triton.cdiv(max_seqlen_k, for_keys[1])
+    shared = {
+        "HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "CAUSAL": causal, "PRECISION": dot_precision(q.dtype)
+    }  # fmt: skip
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    if batch and query_blocks:
+        block_m, block_n, warps, stages = for_queries
+        _query_gradient_kernel[(batch * heads * query_blocks,)](
+            q, k, v, key_bias, out, lse, d_out, d_lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
+            *strides, *out.stride()[:2], *d_out.stride()[:2], capacity_q, query_blocks, scale,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **shared,
+        )  # fmt: skip
+    if batch and key_blocks:
+        block_m, block_n, warps, stages = for_keys
+        _key_gradient_kernel[(batch * heads * key_blocks,)](
+            q, k, v, key_bias, lse, d_out, delta, dk, dv, shares, cu_seqlens_q, cu_seqlens_k,
+            *strides, *d_out.stride()[:2], capacity_q, capacity_k, key_blocks, scale,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **shared,
+        )  # fmt: skip
+    return dq, dk, dv, lse.new_empty(0) if shares is None else shares.sum(0)
