@@ -24,6 +24,7 @@ class RaggedBatch:
         cu_seqlens: ``[B+1]`` int32 offsets on the device of ``values``; starts at 0 and never decreases.
         max_seqlen: host-side upper bound of the sample lengths. An upper bound never has to be read back from a
             device, so it is always valid; a tight one only saves work.
+        bound: whether there may be rows beyond T. Only saves work, too: a linear layer leaves such rows out.
 
     Empty samples are legal. Build one with :meth:`from_list`, :meth:`from_padded`, :meth:`from_nested`,
     :meth:`from_lengths`, or directly; a direct construction checks what can be checked without waiting for a device.
@@ -35,6 +36,7 @@ class RaggedBatch:
     values: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    bound: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Tensor) or self.values.dim() < 1:
@@ -70,12 +72,12 @@ class RaggedBatch:
 
     def with_values(self, values: Tensor) -> RaggedBatch:
         """The same samples with other per-token values ``[C, ...]`` (any trailing shape and dtype)."""
-        return RaggedBatch(values, self.cu_seqlens, self.max_seqlen)
+        return RaggedBatch(values, self.cu_seqlens, self.max_seqlen, self.bound)
 
     def to(self, *args, **kwargs) -> RaggedBatch:
         """As ``Tensor.to`` on the values; the offsets follow to the device and stay int32."""
         values = self.values.to(*args, **kwargs)
-        return RaggedBatch(values, self.cu_seqlens.to(values.device), self.max_seqlen)
+        return RaggedBatch(values, self.cu_seqlens.to(values.device), self.max_seqlen, self.bound)
 
     def exact(self) -> RaggedBatch:
         """A view without the undefined rows (C == T). Reads T: waits for the device if the batch lives on one."""

@@ -119,11 +119,11 @@ def compact(
         x.max_seqlen, *map(checks.unit_stride, (protected, groups, min_keep, ids, sizes)), merged_id,
         checks.unit_stride(weight), checks.unit_stride(bias), eps, exact, backend or "",
     )  # fmt: skip
-    bound = x.max_seqlen
+    longest = x.max_seqlen
     if exact and not torch.compiler.is_compiling() and device.type == "cpu":
-        bound = max(cu_out.diff().tolist(), default=0)
+        longest = max(cu_out.diff().tolist(), default=0)
     return Compacted(
-        RaggedBatch(rows, cu_out, bound),
+        RaggedBatch(rows, cu_out, longest, bound=not exact),
         ids_out,
         None if sizes is None else sizes_out,
         None if weight is None else normed,

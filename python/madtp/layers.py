@@ -92,7 +92,7 @@ class CrossAttention(nn.Module):
     def keys(self, stream: Stream) -> Keys:
         """Keys and values of ``stream.tokens [S, key_width]``."""
         tokens = stream.tokens
-        kv = self.kv(tokens.values).unflatten(-1, (2, self.num_heads, -1))
+        kv = self.kv(tokens.values, tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
         return Keys(kv, tokens.cu_seqlens, tokens.max_seqlen, stream.key_bias)
 
     def forward(
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
         """``x [T, D]`` attends to ``keys``: ``[T, D]``. Without ``runs``, sample b looks at key sample b."""
         if isinstance(keys, Stream):
             keys = self.keys(keys)
-        q = self.query(x.values).unflatten(-1, (self.num_heads, -1))
+        q = self.query(x.values, tokens=x).unflatten(-1, (self.num_heads, -1))
         cu_seqlens, max_seqlen = x.cu_seqlens, x.max_seqlen
         if runs is not None:  # to the kernel, a run is one sample with the queries of all
             cu_seqlens, max_seqlen = cu_seqlens[runs.starts], max_seqlen * runs.longest

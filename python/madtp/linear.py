@@ -2,7 +2,9 @@
 
 On a CPU at inference oneDNN is called directly, with weights packed once: torch's own `linear` goes to another library for
 float32, repacks at each call, and leaves GELU and sums to separate passes. Which of the two is faster is measured, once per
-dtype, not guessed from the processor's name. Everywhere else this is `torch.nn.functional.linear`.
+dtype, not guessed from the processor's name. On a GPU a pruned batch lies in a buffer larger than its tokens, whose number
+the host does not know: `madtp_kernels.linear` leaves the spare rows out. Everywhere else this is
+`torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madtp_kernels import RaggedBatch, linear
+
 # Rows of an MLP that are taken through both layers at a time on the CPU: the hidden activations (four times as wide) then
 # stay in the cache and in memory that the allocator reuses, instead of fresh pages for every call. 512 to 1024 measured best.
 MLP_ROWS = 1024
@@ -27,11 +31,23 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 *
 class Linear(nn.Linear):
     """`nn.Linear` whose forward can also apply an activation or add a residual."""
 
-    def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        """``x [T, in]`` to ``[T, out]``: activation(x W^T + b), or x W^T + b + residual.
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        tokens: RaggedBatch | None = None,
+    ) -> Tensor:
+        """``x [C, in]`` to ``[C, out]``: activation(x W^T + b), or x W^T + b + residual.
 
-        ``activation`` is one of :data:`ACTIVATIONS`: the exact GELU, or OpenAI's x * sigmoid(1.702 x).
+        ``activation`` is one of :data:`ACTIVATIONS`: the exact GELU, or OpenAI's x * sigmoid(1.702 x). ``tokens`` is the batch
+        whose rows x has; rows beyond its last token are then undefined in the result.
         """
+        if tokens is not None and tokens.bound and x.is_cuda and not torch.is_autocast_enabled("cuda"):
+            return linear(
+                x, self.weight, self.bias, tokens.cu_seqlens, activation=activation, residual=residual
+            )
         if _packable(x, self.weight):
             weight = _packed(self)
             if residual is not None:
@@ -46,10 +62,12 @@ class Linear(nn.Linear):
         return y if residual is None else y + residual
 
 
-def mlp(x: Tensor, first: Linear, second: Linear, residual: Tensor, activation: str = "gelu") -> Tensor:
-    """residual + second(activation(first(x))) for ``x [T, D]``."""
+def mlp(
+    x: Tensor, first: Linear, second: Linear, residual: Tensor, activation: str = "gelu", *, tokens: RaggedBatch
+) -> Tensor:
+    """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``."""
     if x.shape[0] <= MLP_ROWS or not _packable(x, first.weight):
-        return second(first(x, activation=activation), residual=residual)
+        return second(first(x, activation=activation, tokens=tokens), residual=residual, tokens=tokens)
     out = torch.empty_like(residual)
     for rows in range(0, x.shape[0], MLP_ROWS):
         chunk = slice(rows, rows + MLP_ROWS)

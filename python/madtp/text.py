@@ -72,7 +72,7 @@ class SingleCrossAttention(nn.Module):
         """``x [T, D]`` and what it looks at, to ``[T, D]``."""
         (other,) = others
         attended = self.self(x, other, backend, runs)
-        return self.output.LayerNorm(self.output.dense(attended, residual=x.values))
+        return self.output.LayerNorm(self.output.dense(attended, residual=x.values, tokens=x))
 
 
 class TwinCrossAttention(nn.Module):
@@ -91,12 +91,12 @@ class TwinCrossAttention(nn.Module):
 
     def forward(self, x: RaggedBatch, others: Sequence[Stream | Keys], backend: str | None, runs: Runs | None) -> Tensor:
         """``x [T, D]`` and the tokens of both images of each sample, to ``[T, D]``."""
-        left = self.output.dense0(self.self0(x, others[0], backend, runs))
-        right = self.output.dense1(self.self1(x, others[1], backend, runs))
+        left = self.output.dense0(self.self0(x, others[0], backend, runs), tokens=x)
+        right = self.output.dense1(self.self1(x, others[1], backend, runs), tokens=x)
         if self.output.merge_layer is None:
             both = (left + right) / 2 + x.values
         else:
-            both = self.output.merge_layer(torch.cat([left, right], -1), residual=x.values)
+            both = self.output.merge_layer(torch.cat([left, right], -1), residual=x.values, tokens=x)
         return self.output.LayerNorm(both)
 
 
@@ -133,12 +133,12 @@ class Layer(nn.Module):
     ) -> tuple[Stream, LayerTrace]:
         """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of it."""
         entering = stream.tokens.values
-        qkv = self.attention.self.qkv(entering).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.attention.self.qkv(entering, tokens=stream.tokens).unflatten(-1, (3, self.num_heads, -1))
         if cache is None:
             attended = self_attention(qkv, stream, pruning, causal=self.causal)
         else:
             attended = cached_attention(qkv, stream.tokens.batch_size, cache, layer)
-        summed = self.attention.output.dense(attended.out, residual=entering)
+        summed = self.attention.output.dense(attended.out, residual=entering, tokens=stream.tokens)
         stream = stream.with_values(self.attention.output.LayerNorm(summed))
         if pruning.active:
             before = stream
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         x = stream.tokens.values
         if others:
             x = self.crossattention(stream.tokens, others, pruning.backend, runs)
-        x = mlp(x, self.intermediate.dense, self.output.dense, residual=x)
+        x = mlp(x, self.intermediate.dense, self.output.dense, residual=x, tokens=stream.tokens)
         return stream.with_values(self.output.LayerNorm(x)), trace
 
 

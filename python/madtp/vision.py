@@ -57,9 +57,9 @@ class Block(nn.Module):
         self, stream: Stream, guide: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
     ) -> tuple[Stream, LayerTrace]:
         entering = stream.tokens.values
-        qkv = self.attn.qkv(self.norm1(entering)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.attn.qkv(self.norm1(entering), tokens=stream.tokens).unflatten(-1, (3, self.num_heads, -1))
         attended = self_attention(qkv, stream, pruning, causal=self.causal)
-        stream = stream.with_values(self.attn.proj(attended.out, residual=entering))
+        stream = stream.with_values(self.attn.proj(attended.out, residual=entering, tokens=stream.tokens))
         if pruning.active:
             norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
             stream, normed, trace = prune_layer(
@@ -68,7 +68,8 @@ class Block(nn.Module):
         else:
             normed = self.norm2(stream.tokens.values)
             trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
-        x = mlp(normed, self.mlp.fc1, self.mlp.fc2, stream.tokens.values, self.activation)
+        tokens = stream.tokens
+        x = mlp(normed, self.mlp.fc1, self.mlp.fc2, tokens.values, self.activation, tokens=tokens)
         return stream.with_values(x), trace
 
 

@@ -98,11 +98,12 @@ def split(stream: Stream, batch: int) -> tuple[Stream, Stream]:
     """The left images (first ``batch`` samples) and the right images of a stream, without waiting for a device."""
     tokens = stream.tokens
     offset = tokens.cu_seqlens[batch]
-    left = RaggedBatch(tokens.values, tokens.cu_seqlens[: batch + 1], tokens.max_seqlen)
+    left = RaggedBatch(tokens.values, tokens.cu_seqlens[: batch + 1], tokens.max_seqlen, bound=True)
     left_sizes = right_sizes = stream.sizes
-    if tokens.device.type == "cpu":
-        cut = int(offset)
-        left = left.with_values(tokens.values[:cut])
+    if tokens.device.type == "cpu" or not tokens.bound:
+        # On a GPU only images that were never pruned have an exact buffer, and those are all of one length.
+        cut = int(offset) if tokens.device.type == "cpu" else tokens.values.shape[0] // 2
+        left = RaggedBatch(tokens.values[:cut], left.cu_seqlens, left.max_seqlen)
         right_values, right_ids, left_ids = tokens.values[cut:], stream.ids[cut:], stream.ids[:cut]
         if stream.sizes is not None:
             left_sizes, right_sizes = stream.sizes[:cut], stream.sizes[cut:]
@@ -113,5 +114,5 @@ def split(stream: Stream, batch: int) -> tuple[Stream, Stream]:
         right_values, right_ids, left_ids = tokens.values[rows], stream.ids[rows], stream.ids
         if stream.sizes is not None:
             right_sizes = stream.sizes[rows]
-    right = RaggedBatch(right_values, tokens.cu_seqlens[batch:] - offset, tokens.max_seqlen)
+    right = RaggedBatch(right_values, tokens.cu_seqlens[batch:] - offset, tokens.max_seqlen, tokens.bound)
     return Stream(left, left_ids, left_sizes), Stream(right, right_ids, right_sizes)
