@@ -30,7 +30,6 @@ from .config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
 from .layouts.blip import from_ours as to_official
 from .layouts.blip import to_ours as from_official
 from .layouts.clip import infer_config as infer_clip_config
-from .layouts.clip_hugging_face import config_of
 from .models import MODELS, Model
 from .processing import PROCESSORS
 
@@ -38,6 +37,7 @@ __all__ = ["CheckpointError", "from_official", "load", "save_pretrained", "to_of
 
 _log = logging.getLogger("madtp")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # where transformers keeps them, beside the weights
 
 
 # Weights that original BLIP and CLIP checkpoints lack by design: the dictionary with its maps, and what NLVR adds to BLIP.
@@ -185,9 +185,11 @@ def load(
             a MADTP checkpoint file ``{'model', 'epoch', 'temperature'}``;
             an original BLIP checkpoint file (position embedding interpolated to ``image_size``; for NLVR, a single
             cross-attention is copied for both images);
-            OpenAI's CLIP as a state dict, or the directory of a Hugging Face `CLIPModel`;
-            a Hugging Face hub id of a saved model;
-            a state dict with MADTP's or our key names (give ``config`` where heads are not 64 wide);
+            OpenAI's CLIP as a state dict;
+            a directory written by transformers: `BlipForConditionalGeneration`, `BlipForQuestionAnswering`,
+            `BlipForImageTextRetrieval` or `CLIPModel`, with its weights in one file or in parts;
+            a Hugging Face hub id of such a directory;
+            a state dict with key names of any of these (give ``config`` where heads are not 64 wide);
             "demo", the small NLVR model in the package; or "random:base", the real sizes with random weights (of NLVR where no
             task is given).
         task: one of :data:`madtp.models.MODELS`; by default the saved model's, or the one that the key names tell.
@@ -228,15 +230,10 @@ def load(
         directory = _locate(source)
         origin = str(source)
         if directory.is_dir():
-            settings = _read_config(directory / CONFIG)
-            weights = directory / WEIGHTS
-            if settings.get("model_type") == "clip":  # written by transformers
-                try:
-                    settings = config_of(settings).to_dict()
-                except ValueError as error:
-                    raise CheckpointError(f"{directory / CONFIG}: {error}") from error
-                weights = weights if weights.exists() else directory / "pytorch_model.bin"
-                if tokenizer is None and any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            settings, state = _read_config(directory / CONFIG), None
+            if "model_type" in settings:  # written by transformers
+                state, settings = _read_hugging_face(directory, settings, task)
+                if tokenizer is None and any((directory / name).exists() for name in _VOCABULARIES):
                     tokenizer = directory
             saved_task = settings.get("task", task)
             if task not in (None, saved_task):
@@ -245,7 +242,8 @@ def load(
                 raise CheckpointError(f"{directory / CONFIG}: 'task' is {saved_task!r}, not one of {', '.join(CONFIGS)}")
             task = saved_task
             config = config or CONFIGS[task].from_dict(settings)
-            state, _ = read_file(weights)
+            if state is None:
+                state, _ = read_file(directory / WEIGHTS)
             found_temperature = settings.get("temperature")
             if tokenizer is None and (directory / TOKENIZER).exists():
                 tokenizer = directory / TOKENIZER
@@ -312,7 +310,10 @@ def _locate(source: str | os.PathLike) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(str(source)))
+            found = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+            if not list(found.glob("*.safetensors")):  # older repositories; those of today hold the same weights twice
+                found = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.bin"]))
+            return found
         except Exception as error:  # offline, no such repository, no access: all end here with the hub's own words
             raise CheckpointError(f"{source}: neither a path nor reachable on the hub: {error}") from error
     raise CheckpointError(f"{source}: no such file or directory")
@@ -328,6 +329,42 @@ def _read_config(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def _read_hugging_face(directory: Path, settings: dict, task: str | None) -> tuple[dict[str, Tensor], dict]:
+    """Weights and, in our terms, sizes (and the temperature, beside a dictionary) of a directory that transformers wrote."""
+    layout = layouts.HUGGING_FACE.get(settings["model_type"])
+    if layout is None:
+        known = ", ".join(layouts.HUGGING_FACE)
+        raise CheckpointError(f"{directory / CONFIG}: 'model_type' is {settings['model_type']!r}, not one of {known}")
+    state = _read_parts(directory)
+    try:
+        config = layout.config_of(settings, state, task)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    temperature = settings.get("temperature") if "space_dict" in state else None
+    return state, {**config.to_dict(), "temperature": temperature}
+
+
+def _read_parts(directory: Path) -> dict[str, Tensor]:
+    """Weights in one of transformers' files, or in several that an index lists."""
+    for name in (WEIGHTS, "pytorch_model.bin"):
+        if (directory / name).exists():
+            return read_file(directory / name)[0]
+        index = directory / f"{name}.index.json"
+        if not index.exists():
+            continue
+        places = _read_config(index).get("weight_map")
+        if not isinstance(places, dict) or not all(part == Path(str(part)).name for part in places.values()):
+            raise CheckpointError(f"{index}: expected 'weight_map', from keys to files of the same directory")
+        state = {}
+        for part in sorted(set(places.values())):
+            state |= read_file(directory / part)[0]
+        lost = sorted(set(places) - set(state))
+        if lost:
+            raise CheckpointError(f"{index}: its files lack {', '.join(lost)}")
+        return state
+    raise CheckpointError(f"{directory}: no weights; expected {WEIGHTS} or pytorch_model.bin, or the index of their parts")
 
 
 def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:

@@ -14,10 +14,15 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import blip, clip, clip_hugging_face
+from . import blip, blip_hugging_face, clip, clip_hugging_face
 
 # In the order in which they are asked; the first that knows the keys is taken.
-LAYOUTS: tuple[ModuleType, ...] = (blip, clip, clip_hugging_face)
+LAYOUTS: tuple[ModuleType, ...] = (blip, blip_hugging_face, clip, clip_hugging_face)
+
+# `model_type` in a config.json that transformers wrote -> layout. These have two functions more:
+#     config_of(settings, state, task)    sizes from that file
+#     parts_of(key)                       the names of their weights that one of ours is stacked of
+HUGGING_FACE: dict[str, ModuleType] = {"blip": blip_hugging_face, "clip": clip_hugging_face}
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[ModuleType, str] | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "TASKS", "from_ours", "task_of", "to_ours"]
+__all__ = ["IGNORED", "TASKS", "from_ours", "parts_of", "task_of", "to_ours"]
 
 _log = logging.getLogger("madtp")
 
@@ -49,6 +49,8 @@ def task_of(keys: Iterable[str]) -> str | None:
     """The task of a MADTP or BLIP checkpoint; None for anything else, and for BLIP's pretraining, which has parts of many."""
     modules = {key.split(".")[0] for key in keys}
     if "visual_encoder" not in modules and not modules & {"text_encoder", "text_decoder"}:
+        return None
+    if "vision_model" in modules:  # transformers'
         return None
     if _pretraining(modules):
         return None
@@ -104,18 +106,22 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
     return ours
 
 
+def parts_of(key: str) -> list[str]:
+    """The official names of the weights that one of ours is stacked of; its own name where it is not."""
+    for module, parts, fused in FUSED:
+        lead, found, kind = key.rpartition(f".{fused}.")
+        if found and re.search(rf"(^|\.){module}$", lead):
+            return [f"{lead}.{part}.{kind}" for part in parts]
+    return [key]
+
+
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to MADTP's: the inverse of :func:`to_ours` but for what that leaves out. No two tensors share memory."""
     official = {}
     for key, value in state.items():
-        for module, parts, fused in FUSED:
-            lead, found, kind = key.rpartition(f".{fused}.")
-            if found and re.search(rf"(^|\.){module}$", lead):
-                chunks = value.chunk(len(parts))
-                official.update({f"{lead}.{p}.{kind}": c.clone() for p, c in zip(parts, chunks, strict=True)})
-                break
-        else:
-            official[key] = value
+        names = parts_of(key)
+        chunks = [value] if len(names) == 1 else [chunk.clone() for chunk in value.chunk(len(names))]
+        official.update(zip(names, chunks, strict=True))
     for name, other in TIED.items():
         if f"text_decoder.{other}" in official:
             official[f"text_decoder.{name}"] = official[f"text_decoder.{other}"].clone()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import CLIPConfig, CLIPTextConfig, VisionConfig
 from .clip import renamed
 
-__all__ = ["TASKS", "config_of", "from_ours", "task_of", "to_ours"]
+__all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
 
 TASKS = {"clip": {"vision_model", "text_model", "visual_projection", "text_projection", "logit_scale"}}
 
@@ -35,6 +35,7 @@ for _theirs, _ours in (("vision_model.encoder.layers.{}", "visual.blocks.{}"), (
         f"{_theirs}.layer_norm2": f"{_ours}.norm2",
         f"{_theirs}.mlp": f"{_ours}.mlp",
     }
+_THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 # Stacked along the first axis into ours.
 PARTS = ("q_proj", "k_proj", "v_proj")
 _EXPANDED = {"visual.cls_token": 2, "visual.pos_embed": 1}
@@ -58,24 +59,27 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
     return {key: value[(None,) * _EXPANDED.get(key, 0)] for key, value in ours.items()}
 
 
+def parts_of(key: str) -> list[str]:
+    """The names of their weights that one of ours is stacked of; none for the dictionary and the query maps."""
+    if key == "space_dict" or ".query_models." in key:
+        return []
+    name = renamed(key, _THEIRS)
+    return [name.replace("qkv", part) for part in PARTS] if ".qkv." in name else [name]
+
+
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to theirs. Dictionary and query maps have no place there and are left out. No two tensors share memory."""
-    names = {ours: theirs for theirs, ours in NAMES.items()}
     theirs = {}
     for key, value in state.items():
-        if key == "space_dict" or ".query_models." in key:
-            continue
-        name, value = renamed(key, names), value.flatten(0, _EXPANDED[key]) if key in _EXPANDED else value
-        if ".qkv." in name:
-            chunks = value.chunk(len(PARTS))
-            theirs.update({name.replace("qkv", part): chunk.clone() for part, chunk in zip(PARTS, chunks, strict=True)})
-        else:
-            theirs[name] = value
+        names, value = parts_of(key), value.flatten(0, _EXPANDED[key]) if key in _EXPANDED else value
+        if names:
+            chunks = [value] if len(names) == 1 else [chunk.clone() for chunk in value.chunk(len(names))]
+            theirs.update(zip(names, chunks, strict=True))
     return theirs
 
 
-def config_of(settings: Mapping) -> CLIPConfig:
-    """Sizes from the `config.json` of a Hugging Face `CLIPModel`.
+def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None = None) -> CLIPConfig:
+    """Sizes from the `config.json` of a Hugging Face `CLIPModel`, and of a dictionary in the state dict from that.
 
     Raises:
         ValueError: something that this CLIP does not have.
@@ -90,6 +94,7 @@ def config_of(settings: Mapping) -> CLIPConfig:
         raise ValueError(f"layer_norm_eps: expected {_LAYER_NORM_EPS}, got {vision.layer_norm_eps} and {text.layer_norm_eps}")
     if vision.num_channels != 3:
         raise ValueError(f"num_channels: expected 3, got {vision.num_channels}")
+    dictionary = state["space_dict"].shape if "space_dict" in state else (VisionConfig.sd_num, VisionConfig.sd_dim)
     return CLIPConfig(
         vision=VisionConfig(
             image_size=vision.image_size,
@@ -98,6 +103,8 @@ def config_of(settings: Mapping) -> CLIPConfig:
             depth=vision.num_hidden_layers,
             num_heads=vision.num_attention_heads,
             mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            sd_num=dictionary[0],
+            sd_dim=dictionary[1],
             map_func=True,
         ),
         text=CLIPTextConfig(

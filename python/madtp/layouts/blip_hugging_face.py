@@ -1,0 +1,158 @@
+"""Key names and sizes of BLIP in transformers, which has no dictionary: captioning, question answering, retrieval.
+
+Their text encoders and decoders are named as in the original code, the vision transformer is not. What differs beside names:
+
+* LayerNorms of the vision transformer have an epsilon of 1e-5 there, and whatever the config says; the original has 1e-6.
+* Texts that look at images begin with [ENC] in the original code and here; transformers' processor leaves [CLS] there.
+* `BlipForQuestionAnswering.generate` lets the decoder look at padded question tokens, so that an answer depends on the longest
+  question of its batch. Here nothing is padded: answers are those that it gives to one question at a time. Its `forward` masks
+  them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ..config import CONFIGS, Config, TextConfig, VisionConfig
+from . import blip
+from .clip import renamed
+
+__all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
+
+# Task -> modules of its model, beside the dictionary.
+TASKS = {
+    "vqa": {"vision_model", "text_encoder", "text_decoder"},
+    "caption": {"vision_model", "text_decoder"},
+    "retrieval": {"vision_model", "text_encoder", "vision_proj", "text_proj", "itm_head"},
+}
+
+# Their class -> task.
+ARCHITECTURES = {
+    "BlipForQuestionAnswering": "vqa",
+    "BlipForConditionalGeneration": "caption",
+    "BlipForImageTextRetrieval": "retrieval",
+}
+
+# Beginnings of their key names and of ours; {} is the number of a block. All other names are those of the original code.
+NAMES = {
+    "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
+    "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
+    "vision_model.embeddings.patch_embedding": "visual_encoder.patch_embed.proj",
+    "vision_model.post_layernorm": "visual_encoder.norm",
+    "vision_model.encoder.layers.{}.layer_norm1": "visual_encoder.blocks.{}.norm1",
+    "vision_model.encoder.layers.{}.self_attn.qkv": "visual_encoder.blocks.{}.attn.qkv",
+    "vision_model.encoder.layers.{}.self_attn.projection": "visual_encoder.blocks.{}.attn.proj",
+    "vision_model.encoder.layers.{}.layer_norm2": "visual_encoder.blocks.{}.norm2",
+    "vision_model.encoder.layers.{}.mlp": "visual_encoder.blocks.{}.mlp",
+}
+_THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
+
+# Ours that have no place in their models.
+_OURS = re.compile(r"^space_dict$|^temp$|_query_model\.")
+
+# What our text layers have built in.
+_TEXT_EPS = 1e-12
+
+
+def task_of(keys: Iterable[str]) -> str | None:
+    """The task of one of their three models; None for anything else."""
+    modules = {key.split(".")[0] for key in keys}
+    if "vision_model" not in modules or "text_model" in modules:
+        return None
+    if modules & {"itm_head", "vision_proj"}:
+        return "retrieval"
+    if "text_decoder" in modules:
+        return "vqa" if "text_encoder" in modules else "caption"
+    return None
+
+
+def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
+    """Their key names to ours. What is left out is listed by name in the log (INFO).
+
+    Raises:
+        ValueError: an output layer that differs from the embeddings that it is tied to.
+    """
+    return blip.to_ours({renamed(key, NAMES): value for key, value in state.items()}, task)
+
+
+def parts_of(key: str) -> list[str]:
+    """The names of their weights that one of ours is stacked of; none for the dictionary, its map, and `temp`."""
+    return [] if _OURS.search(key) else [renamed(part, _THEIRS) for part in blip.parts_of(key)]
+
+
+def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our key names to theirs. Dictionary, its map and `temp` have no place there and are left out. No two tensors share
+    memory."""
+    official = blip.from_ours({key: value for key, value in state.items() if not _OURS.search(key)})
+    return {renamed(key, _THEIRS): value for key, value in official.items()}
+
+
+def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None = None) -> Config:
+    """Sizes from the `config.json` that transformers wrote, and of a dictionary in the state dict from that.
+
+    The task is the one given, that of the class in ``architectures``, or the one that the keys of ``state`` tell.
+
+    Raises:
+        ValueError: a model without a task here, or something that our layers do not have.
+    """
+    from transformers import BlipConfig
+
+    named = [ARCHITECTURES[name] for name in settings.get("architectures") or () if name in ARCHITECTURES]
+    task = task or next(iter(named), None) or task_of(state)
+    if task not in TASKS:
+        raise ValueError(
+            f"architectures: expected one of {', '.join(ARCHITECTURES)}, got {settings.get('architectures')}"
+            if task is None
+            else f"task: transformers' BLIP has models for {', '.join(TASKS)}, not for {task!r}"
+        )
+    theirs = BlipConfig(**settings)  # fills in what the file leaves to the defaults
+    vision, text = theirs.vision_config, theirs.text_config
+    for name, value, expected in (
+        ("vision_config.hidden_act", vision.hidden_act, "gelu"),
+        ("text_config.hidden_act", text.hidden_act, "gelu"),
+        ("text_config.layer_norm_eps", text.layer_norm_eps, _TEXT_EPS),
+        ("text_config.is_decoder", text.is_decoder, True),  # their text encoders too have cross-attention only then
+        ("text_config.bos_token_id", text.bos_token_id, text.vocab_size - 2),
+    ):
+        if value != expected:
+            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
+    for name in ("image_size", "patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise ValueError(f"vision_config.{name}: expected the side of a square, got {getattr(vision, name)!r}")
+    if task == "vqa" and text.hidden_size != vision.hidden_size:
+        raise ValueError(
+            f"text_config.hidden_size: expected {vision.hidden_size} as of the vision transformer, since the decoder looks at "
+            f"states of the question, got {text.hidden_size}"
+        )
+    sd_num, sd_dim = state["space_dict"].shape if "space_dict" in state else (VisionConfig.sd_num, text.hidden_size)
+    sizes = {
+        "vision": VisionConfig(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            embed_dim=vision.hidden_size,
+            depth=vision.num_hidden_layers,
+            num_heads=vision.num_attention_heads,
+            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            sd_num=sd_num,
+            sd_dim=sd_dim,
+            map_func=vision.hidden_size != sd_dim,
+            layer_norm_eps=vision.layer_norm_eps,
+        ),
+        "text": TextConfig(
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            intermediate_size=text.intermediate_size,
+            vocab_size=text.vocab_size,
+            max_position_embeddings=text.max_position_embeddings,
+            encoder_width=text.encoder_hidden_size,
+            pad_token_id=text.pad_token_id,
+            sep_token_id=text.sep_token_id,
+        ),
+    }
+    if task == "retrieval":
+        sizes["proj_dim"] = theirs.image_text_hidden_size
+    return CONFIGS[task](**sizes)
