@@ -12,8 +12,19 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import madtp
-from madtp import CheckpointError, NLVRConfig, TextConfig, VisionConfig
+from madtp import (
+    CaptionConfig,
+    CheckpointError,
+    NLVRConfig,
+    RetrievalConfig,
+    TextConfig,
+    VisionConfig,
+    VQAConfig,
+    layouts,
+)
 from madtp.checkpoints import from_official, interpolate_positions, randomize, to_official
+from madtp.config import CONFIGS
+from madtp.models import MODELS
 from madtp.models.nlvr import NLVR
 
 VOCABULARY = 200  # of the bundled tokenizer
@@ -529,3 +540,185 @@ def test_temperature_zero_is_the_dense_model(model, batch):
     state["space_dict"] = torch.randn_like(state["space_dict"])
     with torch.inference_mode():
         assert torch.equal(madtp.load(state, temperature=0.0)(*batch).logits, expected.logits)
+
+
+# ---- the other BLIP tasks
+
+TASKS = {
+    "vqa": VQAConfig(SIZES.vision, SIZES.text),
+    "caption": CaptionConfig(SIZES.vision, SIZES.text),
+    "retrieval": RetrievalConfig(SIZES.vision, SIZES.text, proj_dim=24),
+}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def other(request):
+    """A random model of another task."""
+    model = MODELS[request.param](TASKS[request.param], temperature=1.5).eval()
+    randomize(model, seed=5)
+    return model
+
+
+def official_state(model):
+    """The state dict of MADTP's class for the task: with buffers, tied weights and momentum copies."""
+    state = to_official(model.state_dict())
+    for key in [key for key in state if key.endswith("embeddings.word_embeddings.weight")]:
+        state[key.replace("word_embeddings.weight", "position_ids")] = torch.arange(40)[None]
+    if model.config.task == "retrieval":
+        for key, value in list(state.items()):
+            module, _, rest = key.partition(".")
+            if module in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
+                state[f"{module}_m.{rest}"] = value + 1
+        state |= {"image_queue": torch.randn(24, 8), "text_queue": torch.randn(24, 8)}
+        state |= {"idx_queue": torch.zeros(1, 8).long(), "ptr_queue": torch.zeros(1).long()}
+    return state
+
+
+def test_madtp_files_of_the_other_tasks(other, tmp_path, caplog):
+    path = tmp_path / "checkpoint_best.pth"
+    torch.save({"model": official_state(other), "epoch": 2, "temperature": 0.75}, path)
+    with caplog.at_level(logging.INFO, logger="madtp"):
+        loaded = madtp.load(path)
+    assert type(loaded) is type(other) and loaded.temperature == 0.75 and loaded.config == other.config
+    same_weights(loaded, other)
+    # What has no counterpart is named, key by key.
+    listed = " ".join(r.getMessage() for r in caplog.records if r.name == "madtp")
+    known = set(to_official(other.state_dict()))
+    dropped = set(official_state(other)) - known
+    assert dropped and all(key in listed for key in dropped)
+    assert not any(r.levelno >= logging.WARNING for r in caplog.records if r.name == "madtp")
+
+
+def test_official_names_of_the_other_tasks():
+    """The golden state dicts carry the keys that the official classes really have."""
+    for task in TASKS:
+        official = load_file(GOLDEN / task / "state_dict.safetensors")
+        assert layouts.recognise(official)[1] == task
+        ours = to_official(from_official(official, task))
+        assert {key for key in official if not key.endswith("position_ids")} == set(ours)
+        for key in ours:
+            assert torch.equal(ours[key], official[key]), key
+
+
+@pytest.mark.parametrize(
+    "task, parameters, tensors", [("vqa", 361_555_772, 790), ("caption", 224_048_444, 474), ("retrieval", 223_821_059, 474)]
+)
+def test_the_real_sizes_have_the_official_number_of_parameters(task, parameters, tensors):
+    """Of retrieval's official 447,563,779 the momentum copies are not ours."""
+    with torch.device("meta"):
+        model = MODELS[task](CONFIGS[task]())
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert len(to_official(model.state_dict())) == tensors
+
+
+def test_original_blip_files_of_the_other_tasks(other, tmp_path, caplog):
+    """No dictionary, and of another image size."""
+    state = official_state(other)
+    del state["space_dict"]
+    path = tmp_path / "model_base.pth"
+    torch.save({"model": state}, path)
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        loaded = madtp.load(path, image_size=96)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "madtp"]
+    assert "has no space_dict: initialised at random" in line
+    assert loaded.temperature == 0.0 and loaded.config.vision.image_size == 96
+    ours, theirs = loaded.state_dict(), other.state_dict()
+    assert torch.equal(ours[POSITIONS], interpolate_positions(theirs[POSITIONS], 36))
+    for key in set(theirs) - {POSITIONS, "space_dict"}:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+def test_a_pretraining_file_has_parts_of_many_tasks(caplog):
+    parts = {}
+    for task in ("vqa", "retrieval"):
+        model = MODELS[task](TASKS[task])
+        randomize(model)
+        parts |= to_official(model.state_dict())
+    del parts["space_dict"]
+    with pytest.raises(CheckpointError, match=r"its keys \(itm_head, .*\) do not tell what it is for; give task"):
+        madtp.load(parts)
+    for task in TASKS:
+        with caplog.at_level(logging.INFO, logger="madtp"):
+            loaded = madtp.load(parts, task)
+        assert loaded.config == dataclasses.replace(TASKS[task], vision=dataclasses.replace(SIZES.vision, sd_num=100))
+        assert any("ignored as parts of other tasks" in r.getMessage() for r in caplog.records)
+        official = to_official(loaded.state_dict())
+        assert all(torch.equal(official[key], parts[key]) for key in official if key != "space_dict")
+        caplog.clear()
+
+
+def test_tied_weights_that_differ_are_refused():
+    model = MODELS["caption"](TASKS["caption"])
+    randomize(model)
+    state = to_official(model.state_dict())
+    state["text_decoder.cls.predictions.decoder.bias"] = state["text_decoder.cls.predictions.decoder.bias"] + 1
+    message = r"decoder\.bias differs from text_decoder\.cls\.predictions\.bias, to which it is tied"
+    with pytest.raises(CheckpointError, match=message):
+        madtp.load(state)
+
+
+def test_unexpected_and_missing_keys_of_the_other_tasks(other):
+    state = official_state(other)
+    prefix = "text_decoder.bert" if other.config.task == "caption" else "text_encoder"
+    key = f"{prefix}.encoder.layer.0.crossattention.output.dense.weight"
+    del state[key]
+    state[f"{prefix}.pooler.dense.weight"] = torch.zeros(3, 3)
+    with pytest.raises(CheckpointError) as caught:
+        madtp.load(state)
+    assert f"missing: {key}" in str(caught.value) and f"unexpected: {prefix}.pooler.dense.weight" in str(caught.value)
+    assert f"weights do not fit a model for task '{other.config.task}'" in str(caught.value)
+
+
+def test_a_task_that_the_weights_contradict(other):
+    with pytest.raises(CheckpointError, match=f"holds a model for task '{other.config.task}', not 'nlvr'"):
+        madtp.load(official_state(other), "nlvr")
+    with pytest.raises(ValueError, match=f"config: sizes of a model for task 'nlvr', not '{other.config.task}'"):
+        madtp.load(official_state(other), other.config.task, config=SIZES)
+
+
+def test_save_and_load_round_trip_of_the_other_tasks(other, tmp_path):
+    source = madtp.load(state_of(other), temperature=1.25, tokenizer="demo")
+    madtp.save_pretrained(source, tmp_path)
+    loaded = madtp.load(tmp_path)
+    assert type(loaded) is type(other) and loaded.temperature == 1.25 and loaded.config == other.config
+    same_weights(loaded, source)
+    assert type(loaded.processor) is type(source.processor)
+    assert loaded.processor.tokenizer.get_vocab() == source.processor.tokenizer.get_vocab()
+    with pytest.raises(CheckpointError, match=f"holds a model for task '{other.config.task}', not 'nlvr'"):
+        madtp.load(tmp_path, "nlvr")
+
+
+def test_the_text_mode_is_saved(tmp_path):
+    model = MODELS["retrieval"](TASKS["retrieval"])
+    randomize(model)
+    source = madtp.load(state_of(model), text_mode="compat", tokenizer="demo")
+    assert source.config.text_mode == "compat"
+    madtp.save_pretrained(source, tmp_path)
+    assert madtp.load(tmp_path).config.text_mode == "compat"
+    assert madtp.load(tmp_path, text_mode="clean").config.text_mode == "clean"
+    with pytest.raises(ValueError, match="text_mode: expected 'clean' or 'compat', got 'dirty'"):
+        madtp.load(tmp_path, text_mode="dirty")
+
+
+def test_configs_of_all_tasks_round_trip():
+    for config in (*TASKS.values(), *(kind() for kind in CONFIGS.values())):
+        assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_vit_large_gets_a_map_to_the_dictionary(caplog):
+    """MADTP's release has no BLIP of that width; the map is CLIP's, and is made up where the file has none."""
+    vision = dataclasses.replace(SIZES.vision, embed_dim=192, num_heads=3, map_func=True)
+    config = CaptionConfig(vision, dataclasses.replace(SIZES.text, encoder_width=192))
+    model = MODELS["caption"](config, temperature=1.0).eval()
+    randomize(model)
+    state = to_official(model.state_dict())
+    assert madtp.load(state).config == config
+    original = {key: value for key, value in state.items() if key != "space_dict" and "query_model" not in key}
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        loaded = madtp.load(original, temperature=1.0)
+    assert "visual_encoder.img_query_model.q_map.0.weight" in caplog.text
+    with torch.inference_mode():
+        output = loaded(torch.randn(2, 3, 64, 64), [torch.tensor([5, 6])] * 2)
+    assert output.logits.values.isfinite().all() and (output.vision[-1].lengths < 17).all()
+    with pytest.raises(ValueError, match="vision.sd_dim: without a map"):
+        VisionConfig(embed_dim=1024, depth=24, num_heads=16)
