@@ -10,7 +10,7 @@ from madtp import jsonl
 SETTINGS = {"model": "squares", "temperature": 2.0}
 
 
-def prepare(row):
+def prepare(number, row):
     if row["x"] < 0:
         raise ValueError(f"x is negative: {row['x']}")
     return row["x"]

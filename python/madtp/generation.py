@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers import BertConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    BertConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .layers import Runs
@@ -19,6 +31,7 @@ def generate(
     *,
     backend: str | None = None,
     official_lengths: bool = True,
+    seeds: Sequence[int] | None = None,
     **options,
 ) -> list[Tensor]:
     """Continue prompts while looking at encoder states.
@@ -31,6 +44,8 @@ def generate(
         official_lengths: a beam's log-probability is divided by its length. As in the official code (transformers 4.15) that
             is the number of all its tokens without [SEP]; if False, the number of those after the prompt with [SEP], as in
             transformers of today.
+        seeds: B numbers, each for the random numbers of one prompt when sampling, so that it is continued in the same way in
+            any batch and on any device; by default torch's global random numbers serve all.
         options: of `transformers.GenerationConfig`: num_beams, max_length, min_length, do_sample, top_p, ...
 
     Returns:
@@ -43,19 +58,23 @@ def generate(
     longest = options.get("max_length", limit)
     if not prompts.shape[1] < longest <= limit:
         raise ValueError(f"max_length: expected more than the prompt's {prompts.shape[1]} and at most {limit}, got {longest}")
+    processors = None if seeds is None else _sampling(options, seeds, len(prompts))
     settings = GenerationConfig(
         pad_token_id=config.pad_token_id, eos_token_id=config.sep_token_id, bos_token_id=config.dec_token_id, **options
     )
     sequences = _Generator(decoder, memory, backend, official_lengths).generate(
-        prompts.contiguous(), attention_mask=torch.ones_like(prompts), generation_config=settings
+        prompts.contiguous(),
+        attention_mask=torch.ones_like(prompts),
+        generation_config=settings,
+        logits_processor=processors,
     )
-    ends = (config.sep_token_id, config.pad_token_id)
-    return [row[: _first(row, ends)] for row in sequences[:, prompts.shape[1] :]]
+    return [row[: _first(row, config.sep_token_id)] for row in sequences[:, prompts.shape[1] :]]
 
 
-def _first(row: Tensor, ends: tuple[int, ...]) -> int:
+def _first(row: Tensor, token: int) -> int:
+    """Where a token first stands; the length of the row if nowhere."""
     ids = row.tolist()
-    return next((number for number, token in enumerate(ids) if token in ends), len(ids))
+    return ids.index(token) if token in ids else len(ids)
 
 
 class _Generator(PreTrainedModel, GenerationMixin):

@@ -1,6 +1,6 @@
-"""Long runs over a JSON Lines file: batched, resumable, one output line for each input row, whatever happens.
+"""Long runs over many rows: batched, resumable, one record for each row, whatever happens.
 
-While a run goes on its lines are in OUTPUT.partial, of which the first line says what the run is. Lines are
+While a run goes on its records are in OUTPUT.partial, of which the first line says what the run is. They are
 appended batch by batch and forced to disk; OUTPUT itself appears only when it is complete. A run that was
 stopped, by Ctrl-C, a crash or a power cut, goes on where it stopped when it is started again in the same way.
 What a row means is the caller's business.
@@ -8,22 +8,25 @@ What a row means is the caller's business.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["ResumeError", "Summary", "run"]
+__all__ = ["Log", "ResumeError", "Summary", "answered", "numbered", "replacing", "run", "to_line"]
 
 _READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
+
+Rows = str | os.PathLike | Sequence[dict]
+"""A JSON Lines file, each line an object, blank lines passed over; or the objects themselves."""
 
 
 class ResumeError(ValueError):
@@ -38,94 +41,231 @@ class Summary:
     resumed: int = 0
     failed: dict[int, str] = field(default_factory=dict)
 
+    def count(self, records: Iterable[dict]) -> None:
+        """Add records of rows."""
+        for record in records:
+            self.rows += 1
+            if "error" in record:
+                self.failed[record["row"]] = record["error"]
+
 
 def run(
-    source: str | os.PathLike,
+    source: Rows,
     output: str | os.PathLike,
-    prepare: Callable[[dict], object],
+    prepare: Callable[[int, dict], object],
     answer: Callable[[list], list[dict]],
     *,
     settings: dict,
     batch_size: int = 8,
     overwrite: bool = False,
+    publish: Callable[[Iterator[dict], Path], None] | None = None,
+    **options,
 ) -> Summary:
-    """Answer every row of a JSON Lines file.
+    """Answer every row.
 
     Args:
-        source: input; each line is a JSON object. Blank lines are passed over.
-        output: one JSON object per row of the input, in its order: ``{"row": n, ...}`` with what `answer`
-            gave, or ``{"row": n, "error": reason}``; n is the line number in the input, from 1.
-        prepare: turns the object of one row into an instance; what it raises is that row's error. Several
-            threads call it.
+        source: the rows. A row's number is its line in the file, or its place in the sequence, from 1.
+        output: one JSON object per row, in their order: ``{"row": n, ...}`` with what `answer` gave, or
+            ``{"row": n, "error": reason}``.
+        prepare: turns the number and the object of one row into an instance; what it raises is that row's
+            error. Several threads call it.
         answer: turns up to `batch_size` instances into as many objects.
         settings: what determines the answers, as JSON values; a stopped run goes on only under the same ones.
         overwrite: begin anew, even if there is an output, complete or not.
+        publish: writes all records to the path `output`, if that is not to be JSON Lines; called at the end,
+            and again where that was interrupted.
+        options: of :func:`answered`.
+
+    A run goes on at the beginning of a batch, so that its batches are those of a run that was not stopped:
+    with the same `batch_size` the output has the same bytes.
 
     Raises:
-        ResumeError: `output` exists, is being written by another process, or was begun with another input or
+        ResumeError: `output` exists, is being written by another process, or was begun with other rows or
             other settings.
         OSError: `source` cannot be read or `output` cannot be written.
     """
     output = Path(output)
     digest, total = _scan(source)
-    header = {"input": f"sha256 {digest[:16]}", **settings}
     if output.exists() and not overwrite:
         raise ResumeError(f"{output} exists already; remove it, or give --overwrite")
     partial = output.with_name(output.name + ".partial")
-    with open(partial, "a+b") as file:
-        _lock(file, output)
-        if overwrite:
-            file.truncate(0)
-        summary, last_row = _resume(file, header, partial)
-        _work(source, file, prepare, answer, batch_size, last_row, summary, total)
-        _publish(file, output)
+    with Log(partial, {"input": f"sha256 {digest[:16]}", **settings}, overwrite=overwrite) as log:
+        summary, last_row = _resume(log, batch_size, total)
+        rows = ((n, row) for n, row in numbered(source) if n > last_row)
+        options = {"total": total, "initial": summary.rows, **options}
+        with contextlib.closing(answered(rows, prepare, answer, batch_size, **options)) as batches:
+            for records in batches:
+                log.append(records)
+                summary.count(records)
+        (publish or _publish)((record for record, _ in log.read()), output)
         partial.unlink()
     return summary
 
 
-def _scan(source) -> tuple[str, int]:
-    """SHA-256 of a file and the number of its lines that are not blank."""
+def answered(
+    rows: Iterable[tuple[int, dict | bytes]],
+    prepare: Callable[[int, dict], object],
+    answer: Callable[[list], list[dict]],
+    batch_size: int,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    keep: Sequence[str] = (),
+    unit: str = "rows",
+    note: Callable[[], str] | None = None,
+) -> Iterator[list[dict]]:
+    """Records of numbered rows, batch by batch; files are read while the model works.
+
+    Args:
+        rows: number, and object or line of JSON.
+        prepare, answer, batch_size: as in :func:`run`.
+        total, initial, unit: of the progress bar, which terminals get: all rows, those done before, what they
+            are.
+        keep: keys of a row's object that its record begins with, also where it failed.
+        note: what to show behind the progress bar; asked after each batch.
+    """
+    with (
+        ThreadPoolExecutor(_READERS) as pool,
+        tqdm(total=total, initial=initial, unit=f" {unit}", disable=None) as bar,
+    ):
+        try:
+            for batch in _prepared(iter(rows), pool, lambda n, row: _prepare(n, row, prepare, keep), batch_size):
+                records = _records(batch, answer)
+                yield records
+                if note:
+                    bar.set_postfix_str(note(), refresh=False)
+                bar.update(len(records))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def numbered(source: Rows) -> Iterator[tuple[int, dict | bytes]]:
+    """Rows with their numbers; those of a file as lines, blank ones left out."""
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as lines:
+            yield from ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+    else:
+        yield from enumerate(source, 1)
+
+
+def to_line(record: dict) -> bytes:
+    """A record as a line of JSON Lines, in UTF-8. Names of files that are not UTF-8 come back as they were."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _scan(source: Rows) -> tuple[str, int]:
+    """SHA-256 of the rows and their number."""
     digest, rows = hashlib.sha256(), 0
-    with open(source, "rb") as file:
-        for line in file:
-            digest.update(line)
-            rows += bool(line.strip())
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            for line in file:
+                digest.update(line)
+                rows += bool(line.strip())
+    else:
+        for row in source:
+            digest.update(to_line(row))
+            rows += 1
     return digest.hexdigest(), rows
 
 
-def _lock(file, output: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ResumeError(f"{output} is being written by another process") from error
+class Log:
+    """Records in a file that only grows, locked by one process. Its first line says what they are.
 
+    Lines are forced to disk as they are appended, so that a crash can harm no more than the last of them.
 
-def _resume(file, header: dict, partial: Path) -> tuple[Summary, int]:
-    """Cut off what was not written whole; what is there already, and the last row of it."""
-    summary, last_row, end = Summary(), 0, 0
-    file.seek(0)
-    for number, line in enumerate(file):
-        record = _parse(line) if line.endswith(b"\n") else None
-        if number == 0:
+    Args:
+        path: of the file; made if it is not there.
+        header: what the records are; a file that begins otherwise is refused.
+        overwrite: drop what is there.
+        remedy: what the user can do about a file that is refused.
+
+    Raises:
+        ResumeError: another header, a file that is not of this kind, or one that another process writes.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        header: dict,
+        *,
+        overwrite: bool = False,
+        remedy: str = "remove it, or give --overwrite",
+    ) -> None:
+        self.path, self.header, self.remedy = Path(path), header, remedy
+        self._file = open(path, "a+b")
+        try:
+            self._lock()
+            if overwrite:
+                self._file.truncate(0)
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResumeError(f"{self.path} is being written by another process") from error
+
+    def _begin(self) -> None:
+        self._file.seek(0)
+        first, header = self._file.readline(), to_line(self.header)
+        if not first.endswith(b"\n") and header.startswith(first):  # new, or stopped within its first line
+            self._file.truncate(0)
+            self.append([self.header])
+            first = header
+        record = _parse(first)
+        if record is None:
+            raise ResumeError(f"{self.path} was not written by a run like this one; {self.remedy}")
+        if record != self.header:
+            keys = [key for key in {**self.header, **record} if self.header.get(key) != record.get(key)]
+            pairs = "; ".join(f"{key}: {record.get(key)} then, {self.header.get(key)} now" for key in keys)
+            raise ResumeError(f"{self.path} is of another run ({pairs}); {self.remedy}")
+        self._start = len(first)
+
+    def read(self) -> Iterator[tuple[dict, int]]:
+        """Records from the first to the last that was written whole, each with the place where it ends."""
+        self._file.seek(self._start)
+        end = self._start
+        for line in self._file:
+            record = _parse(line) if line.endswith(b"\n") else None
             if record is None:
-                break  # stopped within the first line: nothing was done yet
-            if record != header:
-                keys = [key for key in {**header, **record} if header.get(key) != record.get(key)]
-                differences = "; ".join(
-                    f"{key}: {record.get(key)} then, {header.get(key)} now" for key in keys
-                )
-                raise ResumeError(
-                    f"{partial} is of another run ({differences}); remove it, or give --overwrite"
-                )
-        elif record is None or not isinstance(record.get("row"), int) or record["row"] <= last_row:
+                return
+            end += len(line)
+            yield record, end
+
+    def cut(self, end: int | None = None) -> None:
+        """Drop what comes after this place; by default all records."""
+        self._file.truncate(self._start if end is None else end)
+
+    def append(self, records: list[dict]) -> None:
+        """Write records and wait until they are on disk."""
+        self._file.write(b"".join(map(to_line, records)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _resume(log: Log, batch_size: int, total: int) -> tuple[Summary, int]:
+    """Cut off what is not a whole batch; what is there already, and the last row of it."""
+    summary, last_row, row, end, batch = Summary(), 0, 0, None, []
+    for record, place in log.read():
+        if not isinstance(record.get("row"), int) or record["row"] <= row:
             break
-        else:
-            last_row = record["row"]
-            _count(summary, record)
-        end += len(line)
-    file.truncate(end)
-    if end == 0:
-        _append(file, [header])
+        row = record["row"]
+        batch.append(record)
+        if len(batch) == batch_size or summary.rows + len(batch) == total:
+            summary.count(batch)
+            last_row, end, batch = row, place, []
+    log.cut(end)
     summary.resumed = summary.rows
     return summary, last_row
 
@@ -138,86 +278,72 @@ def _parse(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def _count(summary: Summary, record: dict) -> None:
-    summary.rows += 1
-    if "error" in record:
-        summary.failed[record["row"]] = record["error"]
-
-
-def _append(file, records: list[dict]) -> None:
-    file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _work(
-    source, file, prepare, answer, batch_size: int, last_row: int, summary: Summary, total: int
-) -> None:
-    with (
-        open(source, "rb") as lines,
-        ThreadPoolExecutor(_READERS) as pool,
-        tqdm(total=total, initial=summary.rows, unit=" rows", disable=None) as bar,
-    ):
-        rows = ((n, line) for n, line in enumerate(lines, 1) if line.strip() and n > last_row)
-        try:
-            for batch in _prepared(rows, pool, prepare, batch_size):
-                records = _answered(batch, answer)
-                _append(file, records)
-                for record in records:
-                    _count(summary, record)
-                bar.update(len(records))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def _prepared(
-    rows: Iterator[tuple[int, bytes]], pool, prepare, batch_size: int
+    rows: Iterator[tuple[int, dict | bytes]], pool, prepare, batch_size: int
 ) -> Iterator[list[tuple[int, Future]]]:
-    """Batches of rows, each begun one batch ahead, so that files are read while the model works."""
+    """Batches of rows, each begun one batch ahead."""
     ahead: list[tuple[int, Future]] = []
     while True:
         batch = itertools.islice(rows, batch_size)
-        ahead, ready = [(n, pool.submit(_prepare_line, prepare, line)) for n, line in batch], ahead
+        ahead, ready = [(n, pool.submit(prepare, n, row)) for n, row in batch], ahead
         if ready:
             yield ready
         if not ahead:
             return
 
 
-def _prepare_line(prepare, line: bytes):
+def _prepare(n: int, row: dict | bytes, prepare, keep: Sequence[str]) -> tuple[dict, object, str | None]:
+    """What the record begins with, the instance, and the reason why there is none."""
+    kept = {}
+    try:
+        if isinstance(row, bytes):
+            row = _object(row)
+        kept = {key: row[key] for key in keep if key in row}
+        return kept, prepare(n, row), None
+    except ValueError as error:
+        return kept, None, str(error)
+    except Exception as error:  # whatever a single row brings about must not end the run
+        return kept, None, f"{type(error).__name__}: {error}"
+
+
+def _object(line: bytes) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    return prepare(row)
+    return row
 
 
-def _answered(batch: list[tuple[int, Future]], answer) -> list[dict]:
-    instances, failed = {}, {}
-    for n, future in batch:
-        try:
-            instances[n] = future.result()
-        except ValueError as error:
-            failed[n] = str(error)
-        except Exception as error:  # whatever a single row brings about must not end the run
-            failed[n] = f"{type(error).__name__}: {error}"
-    answers = dict(zip(instances, answer(list(instances.values())), strict=True)) if instances else {}
-    return [{"row": n, "error": failed[n]} if n in failed else {"row": n, **answers[n]} for n, _ in batch]
+def _records(batch: list[tuple[int, Future]], answer) -> list[dict]:
+    prepared = [(n, *future.result()) for n, future in batch]
+    instances = [instance for _, _, instance, reason in prepared if reason is None]
+    answers = answer(instances) if instances else []
+    if len(answers) != len(instances):
+        raise RuntimeError(f"{len(answers)} answers to {len(instances)} instances")
+    answers = iter(answers)
+    return [
+        {"row": n, **kept, **(next(answers) if reason is None else {"error": reason})}
+        for n, kept, _, reason in prepared
+    ]
 
 
-def _publish(file, output: Path) -> None:
-    """Everything but the first line becomes `output`, at once or not at all."""
-    temporary = output.with_name(output.name + ".tmp")
-    file.seek(0)
-    file.readline()
-    with open(temporary, "wb") as complete:
-        shutil.copyfileobj(file, complete)
-        complete.flush()
-        os.fsync(complete.fileno())
-    os.replace(temporary, output)
-    folder = os.open(output.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, before the partial file goes
+def _publish(records: Iterator[dict], output: Path) -> None:
+    with replacing(output) as file:
+        file.writelines(map(to_line, records))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """A binary file to write, which takes the place of `path` when it is complete, at once or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, before anything else goes
     os.close(folder)

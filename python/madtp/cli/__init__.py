@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import demo, info, nlvr
+from . import caption, demo, info, nlvr, vqa
 
 _EXAMPLES = """\
 examples:
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (nlvr, demo, info):
+    for module in (caption, vqa, nlvr, demo, info):
         module.add_parser(commands)
     return top
 

@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
         metavar="DIR",
         help="where the overlay goes (default: demo-output)",
     )
-    add_model_options(parser)
+    add_model_options(parser, groupings=("instance", "pair", "batch"))
     parser.set_defaults(run=run)
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ..processing import load_image
     from ..report.overlay import nlvr_overlay
 
-    model = load_model(args)
+    model = load_model(args, ["nlvr"])
     if not model.temperature and not args.dense:
         raise ValueError(
             f"{args.model} comes without a pruning temperature: give one, for example --temperature 5"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import resource
-import sys
 import time
 from pathlib import Path
 
-from .options import add_model_options, load_model, positive
+from .batch import add_batch, cost_of, run_rows, settings_of
+from .options import add_model, add_model_options, load_model
 
 _EXAMPLES = """\
 examples:
@@ -37,12 +36,7 @@ def add_parser(commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="SOURCE",
-        help="checkpoint file, model directory, hub id, demo, or random:base (real size, random weights)",
-    )
+    add_model(parser, demo=True)
     single = parser.add_argument_group("one pair")
     single.add_argument("--images", nargs=2, metavar=("LEFT", "RIGHT"), help="the two image files")
     single.add_argument("--text", help="the statement")
@@ -52,11 +46,8 @@ def add_parser(commands) -> None:
     many = parser.add_argument_group("many pairs")
     many.add_argument("--input", metavar="JSONL", help="pairs, one JSON object per line")
     many.add_argument("--output", metavar="JSONL", help="where the answers go")
-    many.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="pairs per batch (default: 8)"
-    )
-    many.add_argument("--overwrite", action="store_true", help="begin anew although there is an output")
-    add_model_options(parser)
+    add_batch(many, "pairs")
+    add_model_options(parser, groupings=("instance", "pair", "batch"))
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -80,7 +71,7 @@ def _one(args: argparse.Namespace) -> int:
     from ..report.overlay import nlvr_overlay
 
     images = [load_image(path) for path in args.images]
-    model = load_model(args)
+    model = load_model(args, ["nlvr"])
     instance = model.processor(*images, args.text)
     (answer,), output = nlvr_batch(model, [instance])
     print(f"answer        {answer.answer}  (probability of True: {answer.probability_true:.3f})")
@@ -116,13 +107,12 @@ def _peak_gib(device) -> float:
 
 
 def _many(args: argparse.Namespace) -> int:
-    from .. import jsonl
     from ..predict import nlvr_batch
 
     folder = Path(args.input).parent
-    model = load_model(args)
+    model = load_model(args, ["nlvr"])
 
-    def prepare(row: dict):
+    def prepare(_: int, row: dict):
         images, text = row.get("images"), row.get("text", row.get("sentence"))
         if not (
             isinstance(images, list) and len(images) == 2 and all(isinstance(path, str) for path in images)
@@ -132,34 +122,15 @@ def _many(args: argparse.Namespace) -> int:
             raise ValueError("'text' (or 'sentence') is missing")
         return model.processor(folder / images[0], folder / images[1], text)
 
-    settings = {
-        "task": "nlvr",
-        "model": str(args.model),
-        "model_files": _identity(args.model),
-        "temperature": model.temperature,
-        **{name: getattr(args, name) for name in ("dtype", "device", "backend", "grouping", "tokenizer")},
-    }
-    try:
-        summary = jsonl.run(
-            args.input,
-            args.output,
-            prepare,
-            lambda instances: [_record(answer) for answer in nlvr_batch(model, instances)[0]],
-            settings=settings,
-            batch_size=args.batch_size,
-            overwrite=args.overwrite,
-        )
-    except KeyboardInterrupt:
-        print("madtp: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    resumed = f" ({summary.resumed} of them from an earlier run)" if summary.resumed else ""
-    print(f"{summary.rows} rows{resumed} in {args.output}")
-    if summary.failed:
-        print(f"madtp: {len(summary.failed)} of {summary.rows} rows could not be answered:", file=sys.stderr)
-        for row, reason in summary.failed.items():
-            print(f"  row {row}: {reason}", file=sys.stderr)
-        return 1
-    return 0
+    return run_rows(
+        args,
+        args.input,
+        prepare,
+        lambda instances: [_record(answer) for answer in nlvr_batch(model, instances)[0]],
+        settings=settings_of(args, model),
+        tokens=("left_tokens", "right_tokens"),
+        unit="pairs",
+    )
 
 
 def _record(answer) -> dict:
@@ -169,16 +140,5 @@ def _record(answer) -> dict:
         "left_tokens": answer.left_tokens,
         "right_tokens": answer.right_tokens,
         "text_tokens": answer.text_tokens,
-        "gflops": round(answer.flops.official, 6),
-        "gflops_full": round(answer.flops.full, 6),
+        **cost_of(answer.flops),
     }
-
-
-def _identity(source: str) -> str | None:
-    """Changes when the files of a model do; None for a source that is not on disk."""
-    path = Path(source)
-    if not path.exists():
-        return None
-    files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
-    facts = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

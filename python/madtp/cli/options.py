@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 
 def positive(text: str) -> int:
@@ -13,8 +14,33 @@ def positive(text: str) -> int:
     return number
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Everything but the model itself."""
+_GROUPS = {
+    "instance": "nothing (default)",
+    "pair": "the two images of a pair",
+    "batch": "all images and all texts of a batch, as in the official code",
+}
+
+
+def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
+    """Which model; `demo` says whether the bundled one will do."""
+    bundled = "demo, " if demo else ""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE",
+        help=f"checkpoint file, model directory, hub id, {bundled}or random:base (real size, random weights)",
+    )
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, *, groupings: Sequence[str] = ("instance", "batch"), text_modes: bool = False
+) -> None:
+    """Everything but the model itself.
+
+    Args:
+        groupings: those that the command's models have.
+        text_modes: whether they have two modes of pruned text.
+    """
     group = parser.add_argument_group("how the model runs")
     pruning = group.add_mutually_exclusive_group()
     pruning.add_argument(
@@ -38,11 +64,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--grouping",
-        choices=["instance", "pair", "batch"],
+        choices=groupings,
         default="instance",
-        help="what keeps equally many tokens: nothing (default), the two images of a pair, or all images and "
-        "all texts of a batch, as in the official code",
+        help="what keeps equally many tokens: "
+        + "; ".join(f"{name}: {_GROUPS[name]}" for name in groupings),
     )
+    if text_modes:
+        group.add_argument(
+            "--text-mode",
+            choices=["clean", "compat"],
+            help="how texts are pruned: as they are, or padded as in the official code, with which its "
+            "checkpoints were trained (default: the saved model's, or clean)",
+        )
     group.add_argument(
         "--tokenizer",
         metavar="SOURCE",
@@ -52,23 +85,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def load_model(args: argparse.Namespace):
-    """The model that the options describe. A missing tokenizer is found out now."""
+def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = True):
+    """The model that the options describe, which has to be for one of `tasks`. With `words`, a missing
+    tokenizer is found out now.
+    """
     import torch
 
     import madtp
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    # Random weights are of any task, files tell theirs.
+    task = tasks[0] if len(tasks) == 1 or args.model == "random:base" else None
     model = madtp.load(
         args.model,
-        task="nlvr",
+        task=task,
         temperature=0.0 if args.dense else args.temperature,
+        text_mode=getattr(args, "text_mode", None),
         device=args.device,
         dtype=getattr(torch, args.dtype),
         backend=args.backend,
         tokenizer=args.tokenizer,
         grouping=args.grouping,
     )
-    _ = model.processor.tokenizer
+    if model.config.task not in tasks:
+        expected = " or ".join(map(repr, tasks))
+        raise ValueError(f"{args.model}: holds a model for task {model.config.task!r}, not {expected}")
+    if words:
+        _ = model.processor.tokenizer
     return model

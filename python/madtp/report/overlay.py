@@ -1,4 +1,4 @@
-"""Which image patches survived, drawn over the two images of a BLIP-NLVR instance."""
+"""Which image patches survived, drawn over an image, or over the two images of a BLIP-NLVR instance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["kept_patches", "nlvr_overlay"]
+__all__ = ["kept_patches", "nlvr_overlay", "overlay"]
 
 _GAP = 6
 _CAPTION = 18
@@ -29,6 +29,30 @@ def kept_patches(trace, sample: int, grid: int) -> np.ndarray:
     return kept.reshape(grid, grid)
 
 
+def overlay(
+    image: Image.Image,
+    traces: Sequence,
+    config,
+    *,
+    sample: int = 0,
+    layers: Sequence[int] | None = None,
+    height: int = 224,
+) -> Image.Image:
+    """A picture with one column per layer, pruned patches darkened, with counts.
+
+    Args:
+        image: as loaded, of any size; it keeps its aspect ratio here.
+        traces: of the vision layers, for a batch of which `sample` is the one to draw.
+        config: the model's; image and patch size are used.
+        layers: numbers of the layers to show, from 1; by default up to six, spread evenly from first to last.
+        height: in pixels; less where the picture would get more than twice as wide.
+
+    Raises:
+        ValueError: a layer that the model has not.
+    """
+    return _sheet([_row(image, traces, sample, config, layers, height)])
+
+
 def nlvr_overlay(
     left: Image.Image,
     right: Image.Image,
@@ -39,37 +63,36 @@ def nlvr_overlay(
     layers: Sequence[int] | None = None,
     height: int = 224,
 ) -> Image.Image:
-    """A picture with one row per image and one column per layer, pruned patches darkened, with counts.
+    """The same for the two images of a pair, one below the other.
 
     Args:
-        left, right: the images as loaded, of any size; they keep their aspect ratio here.
+        left, right: the images as loaded, of any size.
         output: the model's output (`vision` traces) for a batch of which `pair` is the row to draw.
-        config: the model's; image and patch size are used.
-        layers: numbers of the layers to show, from 1; by default up to six, spread evenly from first to last.
-        height: of one image, in pixels; less where the image would get more than twice as wide.
+        config, layers, height: as in `overlay`; `height` is that of one image.
 
     Raises:
         ValueError: a layer that the model has not.
     """
-    depth, pairs = len(output.vision), len(output.vision[0].cu_seqlens) // 2
-    grid = config.vision.image_size // config.vision.patch_size
+    pairs = len(output.vision[0].cu_seqlens) // 2
+    samples = ((left, pair), (right, pairs + pair))
+    return _sheet([_row(image, output.vision, sample, config, layers, height) for image, sample in samples])
+
+
+def _row(image: Image.Image, traces, sample: int, config, layers, height: int) -> list[Image.Image]:
+    depth, grid = len(traces), config.vision.image_size // config.vision.patch_size
     if layers is None:
         columns = min(depth, _MOST_COLUMNS)
         layers = sorted({round(layer) for layer in np.linspace(1, depth, columns)})
     if not all(1 <= layer <= depth for layer in layers):
         raise ValueError(f"layers: expected numbers from 1 to {depth}, got {list(layers)}")
-
-    rows = []
-    for image, sample in ((left, pair), (right, pairs + pair)):
-        scale = min(height / image.height, 2 * height / image.width)  # a panorama gets lower, not wider
-        size = [max(1, round(side * scale)) for side in image.size]
-        tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        row = [_captioned(tile, f"{grid * grid} patches")]
-        for layer in layers:
-            kept = kept_patches(output.vision[layer - 1], sample, grid)
-            row.append(_captioned(_dim(tile, kept), f"layer {layer}: {kept.sum()} left"))
-        rows.append(row)
-    return _sheet(rows)
+    scale = min(height / image.height, 2 * height / image.width)  # a panorama gets lower, not wider
+    size = [max(1, round(side * scale)) for side in image.size]
+    tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    row = [_captioned(tile, f"{grid * grid} patches")]
+    for layer in layers:
+        kept = kept_patches(traces[layer - 1], sample, grid)
+        row.append(_captioned(_dim(tile, kept), f"layer {layer}: {kept.sum()} left"))
+    return row
 
 
 def _dim(image: Image.Image, kept: np.ndarray) -> Image.Image:
