@@ -1,20 +1,20 @@
 """Training: the dense forward is the model's own function, and a run goes on exactly where it was stopped."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from madtp import NLVRConfig, TextConfig, VisionConfig
+from madtp import NLVRConfig, TextConfig, VisionConfig, flops
 from madtp.checkpoints import randomize
-from madtp.compress.dense import forward_pairs
+from madtp.compress import dense, pairs
+from madtp.compress.controller import TemperatureController, find_temperature
 from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
 from madtp.models.nlvr import NLVR
+from madtp_kernels import RaggedBatch
 
 CONFIG = NLVRConfig(
     vision=VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, sd_num=8, sd_dim=32),
@@ -26,70 +26,121 @@ CONFIG = NLVRConfig(
 )  # fmt: skip
 
 
-def test_the_dense_training_forward_is_the_model_at_temperature_zero(generator):
-    """Outputs and gradients, with statements of several lengths; in float64, where rounding hides nothing."""
+def random_pairs(generator, dtype=torch.float64, number=3, per_pair=4, longest=9):
+    """A random model, in float64 rounding hides nothing, and statements of several lengths about random images."""
     model = NLVR(CONFIG)
     randomize(model, seed=int(torch.randint(100, (), generator=generator)))
-    model = model.double()
-    pairs, per_pair, longest = 3, 4, 9
-    pixels = torch.randn(2 * pairs, 3, 32, 32, generator=generator, dtype=torch.float64)
-    ids = torch.randint(40, (pairs, per_pair, longest), generator=generator)
-    lengths = torch.randint(1, longest + 1, (pairs, per_pair), generator=generator)
-    target = torch.randint(2, (pairs, per_pair), generator=generator)
+    pixels = torch.randn(2 * number, 3, 32, 32, generator=generator, dtype=dtype)
+    ids = torch.randint(40, (number, per_pair, longest), generator=generator)
+    lengths = torch.randint(3, longest + 1, (number, per_pair), generator=generator)
+    target = torch.randint(2, (number * per_pair,), generator=generator)
+    return model.to(dtype), pixels, ids, lengths, target
 
-    output = forward_pairs(model, pixels, ids, lengths)
-    F.cross_entropy(output.logits.flatten(0, 1), target.flatten()).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+def repeated(pixels, ids, lengths):
+    """The same as `NLVR.forward` takes it: every pair as often as there are statements about it."""
+    number, per_pair, _ = ids.shape
+    images = [side.repeat_interleave(per_pair, 0) for side in pixels.split(number)]
+    return torch.cat(images), [ids[p, k, : lengths[p, k]] for p in range(number) for k in range(per_pair)]
+
+
+def gradients(model, loss):
     model.zero_grad(set_to_none=True)
-
-    left, right = pixels.split(pairs)
-    repeated = torch.cat([left.repeat_interleave(per_pair, 0), right.repeat_interleave(per_pair, 0)])
-    texts = [ids[p, k, : lengths[p, k]] for p in range(pairs) for k in range(per_pair)]
-    expected = model(repeated, texts, temperature=0.0)
-    F.cross_entropy(expected.logits, target.flatten()).backward()
-
-    close = {"rtol": 1e-9, "atol": 1e-10}
-    torch.testing.assert_close(output.logits.flatten(0, 1), expected.logits, **close)
-    assert gradients.keys() == {name for name, _ in model.named_parameters()} - {"space_dict"}
-    for name, parameter in model.named_parameters():
-        if name != "space_dict":
-            torch.testing.assert_close(gradients[name], parameter.grad, msg=lambda text, n=name: f"{n}: {text}", **close)
-
-
-# A run that depends on the position of the sampler, on random numbers, on the optimiser's moments and on the schedule.
-SCRIPT = """
-import os, sys
-import torch
-from torch import nn
-from madtp.compress.run import Run
-from madtp.compress.schedule import linear_decay
-
-directory, dies_at = sys.argv[1], int(sys.argv[2])
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-scheduler = linear_decay(optimizer, 20, warmup=3)
-parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-run = Run(directory, parts, {"steps": 20}, save_every=1e9)
-while run.step < 20:
-    if run.step == dies_at:
-        os.kill(os.getpid(), 9)
-    x = torch.full((2, 4), float(run.step)).sin() + torch.rand(2, 4)
-    loss = model(x).square().mean()
-    optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
-    scheduler.step()
-    run.advance()
-    run.log(loss=loss.item(), lr=scheduler.get_last_lr()[0])
-    if run.step % 6 == 0:
-        run.save()
-run.save()
-"""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def execute(directory, dies_at=-1):
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT), directory, str(dies_at)], timeout=120).returncode
+def assert_same_gradients(actual, expected, rtol=1e-6, atol=1e-9):
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_the_dense_training_forward_is_the_model_at_temperature_zero(generator):
+    model, pixels, ids, lengths, target = random_pairs(generator)
+    output = dense.forward_pairs(model, pixels, ids, lengths)
+    found = gradients(model, F.cross_entropy(output.logits.flatten(0, 1), target))
+    expected = model(*repeated(pixels, ids, lengths), temperature=0.0)
+    torch.testing.assert_close(output.logits.flatten(0, 1), expected.logits, rtol=1e-9, atol=1e-10)
+    assert found.keys() == {name for name, _ in model.named_parameters()} - {"space_dict"}
+    assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)))
+
+
+@pytest.mark.parametrize("use_sizes", [False, True])
+def test_the_pruned_training_forward_is_the_model_with_every_pair_repeated(generator, use_sizes):
+    # Sizes come with float32 (and half) tokens only.
+    dtype, close = (torch.float32, {"rtol": 1e-3, "atol": 1e-5}) if use_sizes else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
+    model, pixels, ids, lengths, target = random_pairs(generator, dtype)
+    model.use_sizes = use_sizes
+    number, per_pair, _ = ids.shape
+    images, texts = repeated(pixels, ids, lengths)
+    output = pairs.forward_pairs(model, pixels, RaggedBatch.from_list(texts), per_pair, 2.0, summaries=True)
+    expected = model(images, texts, 2.0, summaries=True)
+    assert sum(record.pruned.sum() for record in output.vision) > 0 and sum(r.pruned.sum() for r in output.text) > 0
+    torch.testing.assert_close(output.logits, expected.logits, **close)
+    for summary, wanted in zip(output.summaries, (expected.summaries[0][::per_pair], expected.summaries[1]), strict=True):
+        torch.testing.assert_close(summary, wanted, **close)
+    assert pairs.costs(model, output, per_pair) == flops.from_output(model.config, expected)
+    found = gradients(model, F.cross_entropy(output.logits, target))
+    assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)), **close)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02])
+def test_the_controller_follows_a_target_while_the_model_changes(shift):
+    """A cost that falls with temperature, of a model that at each step needs a little more of it."""
+    controller = TemperatureController(0.01, window=2)
+    costs = []
+    for step in range(200):
+        cost = 10 / (1 + controller.temperature * (1 - shift) ** step)
+        costs.append(cost)
+        before = controller.temperature
+        assert controller.update(cost, 2.0) == controller.temperature
+        assert step % 2 or controller.temperature == before  # it moves after two measurements
+    late = costs[60:]
+    assert max(abs(cost - 2.0) for cost in late) < 0.3
+    assert abs(sum(late) / len(late) - 2.0) < 0.1
+
+
+def test_a_temperature_is_found_for_a_cost(generator):
+    target, start = (float(x) for x in torch.rand(2, generator=generator) * 8 + 1)
+    found = find_temperature(lambda t: 10 / (1 + t), target, start)
+    assert 10 / (1 + found) == pytest.approx(target, rel=0.01)
+    found = find_temperature(lambda t: 9.0 if t < 3.7 else 1.0, 2.0, start)  # no temperature costs 2
+    assert found == pytest.approx(3.7, rel=1e-4)
+    with pytest.raises(ValueError, match="no temperature reaches 0.5"):
+        find_temperature(lambda t: max(1.0, 10 - t), 0.5, start)
+
+
+class Killed(Exception):
+    """Ends a run without any of its code being asked."""
+
+
+def train(directory, dies_at=None):
+    """A run that depends on the sampler's position, on random numbers, on the optimiser's moments and on the schedule."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = linear_decay(optimizer, 20, warmup=3)
+    controller = TemperatureController(window=4)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
+    run = Run(directory, parts, {"steps": 20}, save_every=1e9)
+    while run.step < 20:
+        if run.step == dies_at:
+            raise Killed
+        x = torch.full((2, 4), float(run.step)).sin() + torch.rand(2, 4)
+        loss = controller.temperature * model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        controller.update(loss.item(), 0.1)
+        run.advance(loss=loss.item())
+        run.log(lr=scheduler.get_last_lr()[0], **(run.averages() if run.step % 5 == 0 else {}))
+        if run.step % 6 == 0:
+            run.save()
+    run.save()
 
 
 def outcome(directory):
@@ -100,12 +151,14 @@ def outcome(directory):
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert execute(whole) == 0
+    train(whole)
     for dies_at in (4, 11, 15):  # before the first checkpoint, and after steps that have to be done again
-        assert execute(killed, dies_at) == -9
+        with pytest.raises(Killed):
+            train(killed, dies_at)
     with open(killed / METRICS, "a") as log:
         log.write('{"step": 14, "lo')  # killed while it wrote
-    assert execute(killed) == 0
+    (killed / f".{CHECKPOINT}.partial").write_bytes(b"half a checkpoint")
+    train(killed)
     (log, parts, random), (log_again, parts_again, random_again) = outcome(whole), outcome(killed)
     assert [record["step"] for record in log] == list(range(1, 21))
     assert log_again == log

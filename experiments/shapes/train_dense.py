@@ -137,7 +137,6 @@ def main() -> None:
     run = Run(args.directory, parts, settings)
     train, dev = Shapes("train", args.seed), Shapes("dev", args.seed)
 
-    sums, since = Counter(), run.step
     with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
         while run.step < args.steps:
             templates = next(chosen for last, chosen in STAGES if last is None or run.step < last)
@@ -149,12 +148,10 @@ def main() -> None:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            sums.update({name: term.item() for name, term in terms.items()})
-            run.advance()
+            run.advance(**{name: term.item() for name, term in terms.items()})
             bar.update()
             if run.step % 100 == 0:
-                run.log(pairs=run.step * args.pairs, loss={k: round(v / (run.step - since), 4) for k, v in sums.items()})
-                sums, since = Counter(), run.step
+                run.log(pairs=run.step * args.pairs, loss=run.averages())
             if run.step % 300 == 0 or run.step == args.steps:
                 result = evaluate(model, heads, dev, 64)
                 run.log(pairs=run.step * args.pairs, dev=result)

@@ -43,6 +43,8 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.parts, self.settings, self.save_every = parts, settings, save_every
         self.step, self.seconds = 0, 0.0
+        self._sums: dict[str, float] = {}
+        self._counted = 0
         self._since = self._saved = time.monotonic()
         if (self.directory / CHECKPOINT).exists():
             self._resume()
@@ -61,6 +63,7 @@ class Run:
         if torch.cuda.is_available() and state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self._sums, self._counted = state["sums"], state["counted"]
 
     def _cut_log(self) -> None:
         """Drop what was logged after the checkpoint: those steps are done again."""
@@ -77,11 +80,20 @@ class Run:
             kept.append(line + "\n")
         _replace(path, "".join(kept).encode())
 
-    def advance(self) -> None:
-        """Count a step that is done; writes a checkpoint when one is due."""
+    def advance(self, **metrics: float) -> None:
+        """Count a step that is done, and its metrics for :meth:`averages`; writes a checkpoint when one is due."""
         self.step += 1
+        self._counted += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
         if time.monotonic() - self._saved >= self.save_every:
             self.save()
+
+    def averages(self) -> dict[str, float]:
+        """Means of the steps' metrics since the last call; they are part of the checkpoint too."""
+        means = {name: round(value / self._counted, 4) for name, value in self._sums.items()}
+        self._sums, self._counted = {}, 0
+        return means
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all sittings."""
@@ -102,6 +114,8 @@ class Run:
         state = {
             "step": self.step,
             "seconds": self.elapsed(),
+            "sums": self._sums,
+            "counted": self._counted,
             "settings": json.dumps(self.settings),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": torch.get_rng_state(),

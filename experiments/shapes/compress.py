@@ -1,0 +1,159 @@
+"""Fine-tune the dense model on shapes with pruning, to a share of its GFLOPs. Goes on where it stopped.
+
+  python experiments/shapes/compress.py --model experiments/shapes/models/dense --directory runs/0.8 --reduction 0.8
+
+The loss is that of the answers plus 0.1 times the alignment of the summaries of both modalities. The cost that is aimed at
+falls from the dense one to the target over the first part of the run, and the temperature follows it. At the end the
+temperature is set on the dev split, and the test split is answered once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import madtp
+from madtp import flops, save_pretrained
+from madtp.compress.controller import TemperatureController, find_temperature
+from madtp.compress.pairs import costs, forward_pairs
+from madtp.compress.run import Run
+from madtp.compress.schedule import cosine
+from madtp.data.synthetic import KINDS, TEMPLATES, Batch, Shapes
+from madtp.guidance import alignment_loss
+from madtp.models.nlvr import NLVR
+from madtp_kernels import RaggedBatch
+
+PER_PAIR = 8
+
+
+def texts(batch: Batch) -> RaggedBatch:
+    """The statements of a batch, pair by pair, without padding."""
+    ids, lengths = batch.input_ids.flatten(0, 1), batch.lengths.flatten().tolist()
+    return RaggedBatch.from_list([row[:length] for row, length in zip(ids, lengths, strict=True)])
+
+
+def dense_gflops(model: NLVR, split: Shapes) -> float:
+    """Mean official GFLOPs of a statement without pruning."""
+    with torch.inference_mode():
+        batch = split.batch(range(4))
+        output = forward_pairs(model, batch.pixels, texts(batch), PER_PAIR, 0.0)
+    return mean(costs(model, output, PER_PAIR), "official")
+
+
+def mean(values: list[flops.Flops], name: str) -> float:
+    return sum(getattr(value, name) for value in values) / len(values)
+
+
+@torch.inference_mode()
+def evaluate(model: NLVR, split: Shapes, pairs: int, temperature: float) -> dict:
+    """Accuracy on the first pairs of a split, overall, by template and kind; GFLOPs, and tokens per layer."""
+    right, seen, spent = Counter(), Counter(), []
+    vision, text = [], []
+    for start in range(0, pairs, 16):
+        batch = split.batch(range(start, min(start + 16, pairs)), PER_PAIR)
+        output = forward_pairs(model, batch.pixels, texts(batch), PER_PAIR, temperature)
+        spent += costs(model, output, PER_PAIR)
+        vision += flops.stream_lengths(output.vision)
+        text += flops.stream_lengths(output.text)
+        hits = (output.logits.argmax(-1) == batch.labels.flatten()).tolist()
+        statements = [statement for row in batch.statements for statement in row]
+        for statement, hit in zip(statements, hits, strict=True):
+            for group in ("all", statement.template, statement.kind):
+                right[group] += hit
+                seen[group] += 1
+    return {
+        "temperature": temperature,
+        "accuracy": {group: round(right[group] / seen[group], 4) for group in ("all", *TEMPLATES, *KINDS)},
+        "statements": seen["all"],
+        "gflops": round(mean(spent, "official"), 5),
+        "gflops_full": round(mean(spent, "full"), 5),
+        "image_tokens": [round(sum(column) / len(vision), 1) for column in zip(*vision, strict=True)],
+        "text_tokens": [round(sum(column) / len(text), 1) for column in zip(*text, strict=True)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="the dense model")
+    parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
+    parser.add_argument("--output", type=Path, help="where the compressed model goes")
+    parser.add_argument("--reduction", type=float, default=0.8, help="share of the GFLOPs to save (default: 0.8)")
+    parser.add_argument("--use-sizes", action="store_true", help="merged tokens weigh what they stand for")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--pairs", type=int, default=16, help="pairs per step (default: 16)")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--alignment", type=float, default=0.1, help="weight of the alignment loss (default: 0.1)")
+    parser.add_argument("--ramp", type=float, default=0.4, help="share of the steps over which the target falls")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    model = madtp.load(args.model)
+    model.use_sizes = args.use_sizes
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
+    scheduler = cosine(optimizer, args.steps, warmup=50)
+    controller = TemperatureController(0.1)
+    names = ("reduction", "use_sizes", "steps", "pairs", "lr", "alignment", "ramp", "seed")
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
+    run = Run(args.directory, parts, {name: getattr(args, name) for name in names})
+    # The pairs come after those that the dense model has learnt from.
+    train, dev, first_pair = Shapes("train"), Shapes("dev"), 100_000 + 1_000_000 * args.seed
+    dense = dense_gflops(model, dev)
+    goal = (1 - args.reduction) * dense
+
+    with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
+        while run.step < args.steps:
+            first = first_pair + run.step * args.pairs
+            batch = train.batch(range(first, first + args.pairs), PER_PAIR)
+            output = forward_pairs(
+                model, batch.pixels, texts(batch), PER_PAIR, controller.temperature, summaries=args.alignment > 0
+            )
+            terms = {"answer": F.cross_entropy(output.logits, batch.labels.flatten())}
+            if args.alignment:
+                vision, text = output.summaries
+                both = vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(PER_PAIR, 0)
+                terms["alignment"] = args.alignment * alignment_loss(both, text)
+            sum(terms.values()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            cost = mean(costs(model, output, PER_PAIR), "official")
+            share = min(run.step / max(args.ramp * args.steps, 1), 1.0)
+            target = dense + share * (goal - dense)
+            used = controller.temperature
+            controller.update(cost, target)
+            run.advance(
+                **{name: term.item() for name, term in terms.items()},
+                accuracy=(output.logits.argmax(-1) == batch.labels.flatten()).float().mean().item(),
+                gflops=cost, target=target, temperature=used,
+            )  # fmt: skip
+            bar.update()
+            if run.step % 50 == 0:
+                run.log(train=run.averages())
+            if run.step % 200 == 0:
+                run.log(dev=evaluate(model, dev, 32, controller.temperature))
+    run.save()
+
+    model.eval()
+    model.temperature = find_temperature(
+        lambda temperature: evaluate(model, dev, 64, temperature)["gflops"], goal, controller.temperature
+    )
+    result = evaluate(model, Shapes("test"), 512, model.temperature)
+    result["reduction"] = round(1 - result["gflops"] / dense, 4)
+    run.log(test=result)
+    print(json.dumps(result, indent=2))
+    if args.output:
+        save_pretrained(model.half(), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""BLIP-NLVR over several statements per pair while it is pruned: what fine-tuning a pruned model runs.
+
+Images are pruned without regard to the statement, so those of a pair are encoded once for all its statements.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from madtp_kernels import RaggedBatch
+
+from .. import flops
+from ..layers import Runs
+from ..models.base import first_rows
+from ..models.nlvr import NLVR, NLVROutput, split
+from ..pruning import Pruning
+
+
+def forward_pairs(
+    model: NLVR, pixels: Tensor, input_ids: RaggedBatch, per_pair: int, temperature: float, summaries: bool = False
+) -> NLVROutput:
+    """Answer K statements about each of P pairs: what `NLVR.forward` answers if it is given every pair K times.
+
+    Args:
+        model: sizes and backend are its own; it prunes by instance.
+        pixels: ``[2P, 3, S, S]``: the P left images, then the P right ones.
+        input_ids: ``[T]`` int64 of P * K texts, pair by pair.
+        per_pair: K.
+        temperature: 0 runs dense.
+        summaries: also return the alignment summaries.
+
+    Returns:
+        The output for P * K statements; `vision`, `image_embeds` and the vision summary ``[2P, M, sd_dim]`` are those of the
+        2P images.
+
+    Raises:
+        ValueError: numbers of images and texts that do not fit.
+    """
+    pairs = pixels.shape[0] // 2
+    if pixels.shape[0] != 2 * pairs or input_ids.batch_size != pairs * per_pair:
+        raise ValueError(
+            f"input_ids: expected {per_pair} texts for each two of {pixels.shape[0]} images, got {input_ids.batch_size}"
+        )
+    pruning = Pruning(temperature, use_sizes=model.use_sizes, backend=model.backend)
+    vision = model.visual_encoder(pixels, model.space_dict, pruning, summaries)
+    runs = Runs.of([per_pair] * pairs, pixels.device)
+    text = model.text_encoder(
+        input_ids, split(vision.stream, pairs), model.space_dict, pruning, summaries, runs=runs
+    )
+    return NLVROutput(
+        logits=model.cls_head(first_rows(text.stream.tokens)),
+        vision=vision.trace,
+        text=text.trace,
+        image_embeds=vision.stream.tokens,
+        last_hidden_state=text.stream.tokens,
+        summaries=(vision.summary, text.summary) if summaries else None,
+    )
+
+
+def costs(model: NLVR, output: NLVROutput, per_pair: int) -> list[flops.Flops]:
+    """What each of the P * K statements of :func:`forward_pairs` costs as an instance of its own: both images and the text."""
+    vision, text = flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
+    pairs, guided = len(vision) // 2, output.vision[0].importance is not None
+    images = [list(zip(vision[p], vision[pairs + p], strict=True)) for p in range(pairs)]
+    return [flops.nlvr(model.config, images[i // per_pair], lengths, guided=guided) for i, lengths in enumerate(text)]
