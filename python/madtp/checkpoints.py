@@ -69,7 +69,7 @@ def _grid(patches: int) -> int:
     return side
 
 
-def infer_config(state: Mapping[str, Tensor], task: str) -> Config:
+def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float = VisionConfig.layer_norm_eps) -> Config:
     """Sizes of a BLIP state dict (our keys). Heads are 64 wide, as in every BLIP; pass a config where they are not.
 
     Raises:
@@ -106,6 +106,7 @@ def infer_config(state: Mapping[str, Tensor], task: str) -> Config:
             sd_num=sd_num,
             sd_dim=sd_dim,
             map_func="visual_encoder.img_query_model.q_map.0.weight" in state or width != sd_dim,
+            layer_norm_eps=layer_norm_eps,
         ),
         "text": TextConfig(
             hidden_size=hidden,
@@ -257,6 +258,8 @@ def load(
         layout, task = _recognise(state, task, origin)
         try:
             state = layout.to_ours(state, task)
+            if config is None and layout is layouts.blip_hugging_face:
+                config = infer_config(state, task, layout.LAYER_NORM_EPS)
             config = config or (infer_clip_config(state) if task == "clip" else infer_config(state, task))
         except ValueError as error:
             raise CheckpointError(f"{origin}: {error}") from error

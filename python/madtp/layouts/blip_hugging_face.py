@@ -2,7 +2,7 @@
 
 Their text encoders and decoders are named as in the original code, the vision transformer is not. What differs beside names:
 
-* LayerNorms of the vision transformer have an epsilon of 1e-5 there, and whatever the config says; the original has 1e-6.
+* LayerNorms of the vision transformer have the epsilon that the config says, by default 1e-5; the original has 1e-6.
 * Texts that look at images begin with [ENC] in the original code and here; transformers' processor leaves [CLS] there.
 * `BlipForQuestionAnswering.generate` lets the decoder look at padded question tokens, so that an answer depends on the longest
   question of its batch. Here nothing is padded: answers are those that it gives to one question at a time. Its `forward` masks
@@ -53,6 +53,8 @@ _THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 # Ours that have no place in their models.
 _OURS = re.compile(r"^space_dict$|^temp$|_query_model\.")
 
+# Of the vision transformer, where no config tells.
+LAYER_NORM_EPS = 1e-5
 # What our text layers have built in.
 _TEXT_EPS = 1e-12
 
