@@ -291,8 +291,8 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(backend, mode, temperature, g
                     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     clear = [is_clear(trace, s) for trace in (together.vision, together.text) for s in range(12)]
     assert sum(clear) >= 20
-    if temperature:
-        assert len(set(together.vision[0].kept.tolist())) > 4 and len(set(together.text[-1].lengths.tolist())) > 4
+    if temperature:  # the claim would be empty if nothing were pruned
+        assert len(set(together.vision[0].kept.tolist())) > 3 and together.text[0].pruned.any()
 
 
 def is_clear(trace, sample):
@@ -308,12 +308,19 @@ def is_clear(trace, sample):
 @pytest.mark.parametrize("mode", ["clean", "compat"])
 @torch.inference_mode()
 def test_batch_grouping_ties_the_images_and_the_texts(mode, generator):
-    pixels, texts = pictures(generator, 6), texts_of(generator, [20] * 6)
-    own, tied = make(mode=mode)(pixels, texts), make(mode=mode, grouping="batch")(pixels, texts)
-    for ours, theirs in ((own.vision, tied.vision), (own.text, tied.text)):
-        assert len(set(theirs[0].kept.tolist())) == 1
-        assert int(theirs[0].kept[0]) == int(ours[0].kept.max())
-    assert len(set(own.vision[0].kept.tolist())) > 1
+    pixels, texts = pictures(generator, 6), texts_of(generator, [20 if mode == "clean" else 4] * 6)
+    tied = make(mode=mode, grouping="batch")(pixels, texts)
+    for (first, *_), min_keep in ((tied.vision, 1), (tied.text, 1 if mode == "clean" else 3 + 2)):
+        above = []
+        for sample, length in enumerate(first.lengths_in.tolist()):
+            start = int(first.cu_seqlens_in[sample])
+            own = first.importance[start + 1 : start + length] > first.threshold[sample]
+            if mode == "clean" and first is tied.text[0]:
+                own[-1] = True  # EOT
+            above.append(int(own.sum()))
+        most = max(above) if max(above) > min_keep and length - 1 - max(above) >= 2 else length - 1
+        assert len(set(above)) > 1 and first.kept.tolist() == [most] * 6
+    assert tied.vision[0].pruned.all()
 
 
 @torch.inference_mode()
