@@ -52,13 +52,16 @@ def generate(
         One int64 tensor per prompt: what follows it, without [SEP] and padding.
 
     Raises:
-        ValueError: a length beyond the positions of the model, or an option that `transformers` refuses.
+        ValueError: a length beyond the positions of the model, or an option that `transformers` does not know.
     """
     config, limit = decoder.config, decoder.config.max_position_embeddings
     longest = options.get("max_length", limit)
     if not prompts.shape[1] < longest <= limit:
         raise ValueError(f"max_length: expected more than the prompt's {prompts.shape[1]} and at most {limit}, got {longest}")
     processors = None if seeds is None else _sampling(options, seeds, len(prompts))
+    unknown = sorted(name for name in options if not hasattr(GenerationConfig(), name))
+    if unknown:
+        raise ValueError(f"options: transformers' GenerationConfig knows no {', '.join(unknown)}")
     settings = GenerationConfig(
         pad_token_id=config.pad_token_id, eos_token_id=config.sep_token_id, bos_token_id=config.dec_token_id, **options
     )

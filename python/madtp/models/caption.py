@@ -98,13 +98,15 @@ class Caption(Model):
             One int64 tensor per image: what follows the prompt, without [SEP] and padding.
 
         Raises:
-            ValueError: lengths beyond the model's positions, or a prompt that is not ``[P]`` int64.
+            ValueError: lengths beyond the model's positions, a prompt that is not ``[P]`` int64, or a ``top_p`` beyond 0..1.
         """
         from ..generation import generate
 
         if prompt_ids.dim() != 1 or prompt_ids.dtype != torch.int64 or not len(prompt_ids):
             raise ValueError(f"prompt_ids: expected int64 [P], got {prompt_ids.dtype} {list(prompt_ids.shape)}")
         if top_p is not None:
+            if not 0 < top_p <= 1:
+                raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
             # 50 was the default of the transformers release that the official code runs on.
             options = {"do_sample": True, "top_p": top_p, "top_k": 50, **options}
             num_beams = 1
