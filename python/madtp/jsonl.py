@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -129,7 +130,7 @@ def answered(
         tqdm(total=total, initial=initial, unit=f" {unit}", disable=None) as bar,
     ):
         try:
-            for batch in _prepared(iter(rows), pool, lambda n, row: _prepare(n, row, prepare, keep), batch_size):
+            for batch in _prepared(iter(rows), pool, partial(_prepare, prepare, keep), batch_size):
                 records = _records(batch, answer)
                 yield records
                 if note:
@@ -150,7 +151,7 @@ def numbered(source: Rows) -> Iterator[tuple[int, dict | bytes]]:
 
 
 def to_line(record: dict) -> bytes:
-    """A record as a line of JSON Lines, in UTF-8. Names of files that are not UTF-8 come back as they were."""
+    """A record as a line of JSON Lines, in UTF-8. File names that are not UTF-8 come back as they were."""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
@@ -292,7 +293,7 @@ def _prepared(
             return
 
 
-def _prepare(n: int, row: dict | bytes, prepare, keep: Sequence[str]) -> tuple[dict, object, str | None]:
+def _prepare(prepare, keep: Sequence[str], n: int, row: dict | bytes) -> tuple[dict, object, str | None]:
     """What the record begins with, the instance, and the reason why there is none."""
     kept = {}
     try:

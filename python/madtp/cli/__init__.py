@@ -12,13 +12,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import caption, demo, info, nlvr, vqa
+from . import caption, demo, embed, info, nlvr, retrieve, vqa
 
 _EXAMPLES = """\
 examples:
   madtp demo
+  madtp caption --model DIR photos/ --output captions.jsonl --batch-size 16
+  madtp vqa --model DIR photo.jpg --question "How many dogs are there?"
+  madtp retrieve --model DIR photos/ --index photos.index --text "a dog on a beach"
+  madtp embed --model DIR photos/ --output photos.npy
   madtp nlvr --model model_base_nlvr_0.5.pth --images left.jpg right.jpg --text "Both images show a dog."
-  madtp nlvr --model DIR --input pairs.jsonl --output answers.jsonl --batch-size 16
   madtp info
 """
 
@@ -32,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, vqa, nlvr, demo, info):
+    for module in (caption, vqa, retrieve, embed, nlvr, demo, info):
         module.add_parser(commands)
     return top
 

@@ -192,11 +192,11 @@ def run_rows(
     return report(summary.failed, summary.rows)
 
 
-def report(failed: dict[int, str], rows: int) -> int:
+def report(failed: dict[int, str], rows: int, what: str = "rows could not be answered") -> int:
     """Say which rows failed, at most 20 of them; the exit code."""
     if not failed:
         return 0
-    print(f"madtp: {len(failed)} of {rows} rows could not be answered:", file=sys.stderr)
+    print(f"madtp: {len(failed)} of {rows} {what}:", file=sys.stderr)
     for row, reason in list(failed.items())[:20]:
         print(f"  row {row}: {reason}", file=sys.stderr)
     if len(failed) > 20:

@@ -28,7 +28,7 @@ examples:
   madtp caption --model DIR --input rows.jsonl --output captions.jsonl --dtype bfloat16
 
 a row of captions.jsonl; row is its number in the input, image_tokens are counts before and after each layer:
-  {{"row": 1, "image": "photos/a.jpg", "caption": "a dog on a beach", "image_tokens": [577, ...], "gflops": 33.1, ...}}
+  {{"row": 1, "image": "photos/a.jpg", "caption": "a dog on a beach", "image_tokens": [577, ...], ...}}
 {UNFINISHED}"""
 
 
@@ -48,7 +48,11 @@ def add_parser(commands) -> None:
     search = parser.add_argument_group("how captions are written")
     kind = search.add_mutually_exclusive_group()
     kind.add_argument(
-        "--num-beams", type=positive, default=3, metavar="N", help="of the beam search; 1 is greedy (default: 3)"
+        "--num-beams",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="of the beam search; 1 is greedy (default: 3)",
     )
     kind.add_argument(
         "--sample", action="store_true", help="sample from the most likely words (nucleus) instead"
@@ -59,12 +63,9 @@ def add_parser(commands) -> None:
     search.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the sampling; each row has its own (default: 0)"
     )
-    search.add_argument(
-        "--max-length", type=positive, default=20, metavar="N", help="in tokens, prompt included (default: 20)"
-    )
-    search.add_argument(
-        "--min-length", type=positive, default=5, metavar="N", help="in tokens, prompt included (default: 5)"
-    )
+    for name, default in (("--max-length", 20), ("--min-length", 5)):
+        help = f"in tokens, prompt included (default: {default})"
+        search.add_argument(name, type=positive, default=default, metavar="N", help=help)
     add_model_options(parser)
     parser.set_defaults(run=run, usage_error=parser.error)
 

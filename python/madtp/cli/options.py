@@ -33,7 +33,10 @@ def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, groupings: Sequence[str] = ("instance", "batch"), text_modes: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    groupings: Sequence[str] = ("instance", "batch"),
+    text_modes: bool = False,
 ) -> None:
     """Everything but the model itself.
 

@@ -39,7 +39,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "vqa",
         help="answer questions about images",
-        description="Answers questions about images, in words of its own or with the best of a list of answers.",
+        description="Answers questions about images, in words of its own or with the best of a list.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,7 +67,11 @@ def add_parser(commands) -> None:
         help="of the beam search for written answers; 1 is greedy (default: 3)",
     )
     search.add_argument(
-        "--max-length", type=positive, default=10, metavar="N", help="of written answers, in tokens (default: 10)"
+        "--max-length",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="of written answers, in tokens (default: 10)",
     )
     add_model_options(parser)
     parser.set_defaults(run=run, usage_error=parser.error)

@@ -1,0 +1,145 @@
+"""`madtp embed`: images or texts as vectors that can be compared."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from .batch import (
+    UNFINISHED,
+    Item,
+    Overlays,
+    add_batch,
+    add_images,
+    add_overlay,
+    cost_of,
+    image_of,
+    image_rows,
+    run_rows,
+    settings_of,
+)
+from .options import add_model, add_model_options, load_model
+
+TASKS = ("retrieval", "clip")
+
+_EXAMPLES = f"""\
+examples:
+  madtp embed --model DIR photos/ --output photos.npy
+  madtp embed --model openai/clip-vit-large-patch14 'photos/**/*.jpg' --output photos.safetensors
+  madtp embed --model DIR --texts captions.txt --output captions.npy
+
+photos.npy holds float32 features of length 1, [images, width], so that a product is a cosine similarity;
+photos.safetensors has them as the tensor "features". Names are in photos.npy.jsonl, one row per input:
+  {{"row": 1, "image": "photos/a.jpg", "image_tokens": [577, ...], "gflops": 33.1, ..., "index": 0}}
+where index is the row of the features.
+{UNFINISHED}"""
+
+
+def add_parser(commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "embed",
+        help="features of images or texts",
+        description="Turns images or texts into vectors that can be compared (BLIP retrieval models, CLIP).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser)
+    add_images(parser, '{"image": "a.jpg"}')
+    parser.add_argument("--texts", metavar="FILE", help="instead of images: texts, one per line")
+    parser.add_argument("--output", metavar="FILE", required=True, help="a .npy or .safetensors file")
+    add_batch(parser, "images or texts")
+    add_overlay(parser)
+    add_model_options(parser, text_modes=True)
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed images or texts."""
+    from ..index import to_text
+    from ..inputs import read_lines
+    from ..predict import embed_images, embed_texts
+
+    if Path(args.output).suffix not in _WRITERS:
+        expected = " or ".join(_WRITERS)
+        args.usage_error(f"--output: expected a name that ends with {expected}, got {args.output}")
+    if args.texts and (args.images or args.input or args.save_overlay):
+        args.usage_error("give either images or --texts (--save-overlay goes with images)")
+    if args.texts:
+        source, folder = [{"text": text} for text in read_lines(args.texts)], Path()
+    else:
+        source, folder = image_rows(args)
+    overlays = Overlays(args.save_overlay, source)
+    model = load_model(args, TASKS, words=bool(args.texts))
+    kind = "text" if args.texts else "image"
+
+    def prepare(row: int, fields: dict):
+        if args.texts:
+            return model.processor.text(fields["text"])
+        image = image_of(fields, folder)
+        return Item(row, image, model.processor.image(image))
+
+    def answer(items: list) -> list[dict]:
+        if args.texts:
+            embeddings, _ = embed_texts(model, items)
+            pictures = [{}] * len(items)
+        else:
+            embeddings, output = embed_images(model, [item.inputs for item in items])
+            pictures = overlays.draw(items, output.trace, model.config)
+        return [
+            {
+                f"{kind}_tokens": embedding.tokens,
+                **cost_of(embedding.flops),
+                **picture,
+                "features": to_text(embedding.features),
+            }
+            for embedding, picture in zip(embeddings, pictures, strict=True)
+        ]
+
+    return run_rows(
+        args,
+        source,
+        prepare,
+        answer,
+        settings=settings_of(args, model, text_mode=model.config.text_mode, kind=kind),
+        tokens=[f"{kind}_tokens"],
+        keep=[kind],
+        unit=f"{kind}s",
+        publish=_publish,
+    )
+
+
+def _publish(records: Iterator[dict], output: Path) -> None:
+    """Names and features, the latter last: where they are, all is."""
+    import numpy as np
+
+    from ..index import from_text
+    from ..jsonl import replacing, to_line
+
+    features = []
+    with replacing(output.with_name(output.name + ".jsonl")) as names:
+        for record in records:
+            if "features" in record:
+                vector = from_text(record.pop("features"))
+                record["index"] = len(features)
+                features.append(vector)
+            names.write(to_line(record))
+    array = np.stack(features) if features else np.empty((0, 0), dtype=np.float32)
+    with replacing(output) as file:
+        _WRITERS[output.suffix](file, array)
+
+
+def _write_npy(file, array) -> None:
+    import numpy as np
+
+    np.save(file, array)
+
+
+def _write_safetensors(file, array) -> None:
+    from safetensors.numpy import save
+
+    file.write(save({"features": array}))
+
+
+_WRITERS = {".npy": _write_npy, ".safetensors": _write_safetensors}

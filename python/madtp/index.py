@@ -1,0 +1,125 @@
+"""Features of images in a file, so that a collection is encoded once, and later only what is new."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import jsonl
+
+__all__ = ["Index", "from_text", "to_text"]
+
+
+def to_text(features) -> str:
+    """A float32 vector (array or tensor) in printable characters, bit by bit."""
+    return base64.b64encode(np.asarray(features, dtype="<f4").tobytes()).decode()
+
+
+def from_text(text: str) -> np.ndarray:
+    """The float32 vector that `to_text` wrote. Raises ValueError if it did not."""
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+
+
+class Index:
+    """Features by path, with the size and time of each file when it was read.
+
+    The file is a :class:`madtp.jsonl.Log`: whatever stops an update, what it had written is there next time.
+    Files that are gone stay in it, and are not asked for. A file that changed is added anew.
+
+    Args:
+        path: of the index; made if it is not there.
+        settings: what determines the features, as JSON values.
+
+    Raises:
+        madtp.jsonl.ResumeError: an index of another model or other settings, or one in use.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict) -> None:
+        header = {"index": "image features", **settings}
+        self._log = jsonl.Log(path, header, remedy="remove it, or name another index")
+        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+        end = None
+        for record, end in self._log.read():
+            self._remember(record)
+        self._log.cut(end)
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._log.__exit__()
+
+    def _remember(self, record: dict) -> None:
+        self._known[record["image"]] = (record["size"], record["mtime_ns"]), record["features"]
+
+    def update(
+        self,
+        images: Sequence[str | os.PathLike],
+        prepare: Callable[[Path], object],
+        embed: Callable[[list], list[dict]],
+        batch_size: int,
+        **options,
+    ) -> tuple[int, dict[int, str]]:
+        """Add the images that are not in the index as they are now.
+
+        Args:
+            images: paths.
+            prepare: turns a path into an instance; what it raises is why that image cannot be used.
+            embed: turns up to `batch_size` instances into as many objects with "features", as `to_text`
+                writes them.
+            options: of :func:`madtp.jsonl.answered`.
+
+        Returns:
+            How many were added, and the reason for each image that cannot be used, by its place in `images`.
+        """
+        states = {}  # from before a file is read: a later change will be noticed the next time
+
+        def missing():
+            for n, image in enumerate(images):
+                states[n] = _state(image)
+                known = self._known.get(os.path.abspath(image))
+                if known is None or known[0] != states[n]:
+                    yield n, {"image": image}
+
+        rows, failed, added = list(missing()), {}, 0
+
+        def prepared(n: int, row: dict):
+            return prepare(Path(row["image"]))
+
+        with contextlib.closing(
+            jsonl.answered(rows, prepared, embed, batch_size, total=len(rows), **options)
+        ) as batches:
+            for records in batches:
+                new = []
+                for record in records:
+                    n = record["row"]
+                    if "error" in record:
+                        failed[n] = record["error"]
+                        continue
+                    size, mtime_ns = states[n]
+                    path, features = os.path.abspath(images[n]), record["features"]
+                    new.append({"image": path, "size": size, "mtime_ns": mtime_ns, "features": features})
+                self._log.append(new)
+                for record in new:
+                    self._remember(record)
+                added += len(new)
+        return added, failed
+
+    def features(self, images: Sequence[str | os.PathLike]) -> np.ndarray:
+        """Features ``[N, P]`` float32 of images in the index. Raises KeyError for one that is not in it."""
+        rows = [from_text(self._known[os.path.abspath(image)][1]) for image in images]
+        return np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
+
+
+def _state(path: str | os.PathLike) -> tuple[int, int]:
+    try:
+        facts = os.stat(path)
+    except OSError:  # whoever reads the file will tell
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
