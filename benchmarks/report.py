@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   python benchmarks/report.py out/*.json --only goals               one table
 """
 
-TABLES = ("goals", "model", "blocks", "operations")
+TABLES = ("goals", "model", "captions", "blocks", "operations")
 
 # Candidates that are not ours, in the order in which tables show them.
 BASELINES = ("sdpa", "sdpa one by one", "eager", "eager with scores", "batch maximum", "copy", "dense layer")
@@ -167,9 +167,36 @@ def model_table(records: list[dict]) -> str:
     return markdown(header, rows) if rows else ""
 
 
+def captions_table(records: list[dict]) -> str:
+    rows = []
+    for record in records:
+        if record["name"] != "BLIP captioning":
+            continue
+        times, gflops, images = record["milliseconds"], record["gflops_per_image"], record["images"]
+        for name, value in times.items():
+            rows.append(
+                [
+                    record["batch"],
+                    name,
+                    f"{gflops[name]:.1f}" if name in gflops else "",
+                    f"{1000 * images / value:.2f}",
+                    _times(times["transformers float32"] / value),
+                    _times(times[f"dense {name.split()[-1]}"] / value),
+                ]
+            )
+    header = ["batch", "run", "GFLOPs per image", "images/s", "over transformers", "over our dense"]
+    return markdown(header, rows) if rows else ""
+
+
 def tables(environment: dict, records: list[dict], only: str | None = None) -> str:
     """All tables of one device, with what they were measured on."""
-    makers = {"goals": goals_table, "model": model_table, "blocks": blocks_table, "operations": operations_table}
+    makers = {
+        "goals": goals_table,
+        "model": model_table,
+        "captions": captions_table,
+        "blocks": blocks_table,
+        "operations": operations_table,
+    }
     parts = [f"## {environment.get('device', 'unknown device')}", _conditions(environment)]
     for name in [only] if only else TABLES:
         if made := makers[name](records):
