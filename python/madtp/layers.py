@@ -38,7 +38,7 @@ def self_attention(qkv: Tensor, stream: Stream, pruning: Pruning, *, causal: boo
     return Attended(out.flatten(1), None, None)
 
 
-def cached_attention(qkv: Tensor, samples: int, cache, layer: int) -> Attended:
+def cached_attention(qkv: Tensor, samples: int, cache, layer: int, visible: Tensor | None = None) -> Attended:
     """Causal attention of the newest tokens of each sample over themselves and all earlier ones, which ``cache`` holds.
 
     Args:
@@ -46,11 +46,15 @@ def cached_attention(qkv: Tensor, samples: int, cache, layer: int) -> Attended:
         samples: N.
         cache: of `transformers`, one entry ``[N, H, tokens, d]`` per layer; the new keys and values are added to it.
         layer: number of the layer.
+        visible: ``[N, tokens]`` bool, False for earlier or new tokens that are padding. A token always sees itself.
     """
     q, k, v = qkv.unflatten(0, (samples, -1)).permute(2, 0, 3, 1, 4)  # [N, H, L, d] each
     k, v = cache.update(k, v, layer)
     new, seen = q.shape[2], k.shape[2]
     mask = None if new == 1 else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+    if visible is not None:
+        itself = torch.arange(seen, device=q.device) == torch.arange(seen - new, seen, device=q.device)[:, None]
+        mask = visible[:, None, None] & (True if mask is None else mask) | itself  # [N, 1, L, tokens]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return Attended(out.transpose(1, 2).flatten(2).flatten(0, 1), None, None)
 

@@ -130,14 +130,16 @@ class Layer(nn.Module):
         others: Sequence[Stream | Keys] = (),
         runs: Runs | None = None,
         cache=None,
+        visible: Tensor | None = None,
     ) -> tuple[Stream, LayerTrace]:
-        """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of it."""
+        """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of it, for
+        which ``visible`` is as in :func:`madtp.layers.cached_attention`."""
         entering = stream.tokens.values
         qkv = self.attention.self.qkv(entering, tokens=stream.tokens).unflatten(-1, (3, self.num_heads, -1))
         if cache is None:
             attended = self_attention(qkv, stream, pruning, causal=self.causal)
         else:
-            attended = cached_attention(qkv, stream.tokens.batch_size, cache, layer)
+            attended = cached_attention(qkv, stream.tokens.batch_size, cache, layer, visible)
         summed = self.attention.output.dense(attended.out, residual=entering, tokens=stream.tokens)
         stream = stream.with_values(self.attention.output.LayerNorm(summed))
         if pruning.active:
@@ -215,6 +217,7 @@ class TextEncoder(nn.Module):
         *,
         runs: Runs | None = None,
         masked: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> TextOutput:
         """Encode texts, alone or with what they look at.
 
@@ -224,12 +227,13 @@ class TextEncoder(nn.Module):
             dictionary, pruning, summaries: as in the vision transformer.
             runs: consecutive texts that share a sample of ``others``.
             masked: ``[T]`` bool, True for padding: scored like any token, never attended to.
+            positions: ``[T]`` int64; by default counted from the first token of each text.
 
         Raises:
             ValueError: a text beyond the position embeddings, or active pruning without a dictionary.
         """
         stream = replace(Stream.start(input_ids, pruning.use_sizes), masked=masked)
-        stream = stream.with_values(self.embeddings(input_ids, stream.ids).values)
+        stream = stream.with_values(self.embeddings(input_ids, stream.ids if positions is None else positions).values)
         layers = [partial(layer, others=others, runs=runs) for layer in self.encoder.layer]
         query_models = [self.encoder.txt_query_model] * len(layers)
         return TextOutput(*run_blocks(layers, query_models, stream, dictionary, pruning, summaries))
@@ -278,6 +282,8 @@ class TextDecoder(nn.Module):
         *,
         runs: Runs | None = None,
         cache=None,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
         backend: str | None = None,
     ) -> RaggedBatch:
         """Hidden states ``[T, D]`` of texts; :meth:`logits` makes predictions of them.
@@ -287,6 +293,8 @@ class TextDecoder(nn.Module):
             keys: from :meth:`keys`.
             runs: consecutive texts that share a sample of ``keys``.
             cache: of `transformers`: keys and values of the earlier tokens, to which this call adds.
+            positions: ``[T]`` int64; by default counted from the first token of each text, which may be in the cache.
+            visible: with a ``cache``, which tokens are no padding; see :func:`madtp.layers.cached_attention`.
             backend: force an implementation of the kernels.
 
         Raises:
@@ -294,10 +302,11 @@ class TextDecoder(nn.Module):
         """
         stream = Stream.start(input_ids, use_sizes=False)
         seen = 0 if cache is None else cache.get_seq_length()
-        stream = stream.with_values(self.bert.embeddings(input_ids, stream.ids + seen).values)
+        positions = stream.ids + seen if positions is None else positions
+        stream = stream.with_values(self.bert.embeddings(input_ids, positions).values)
         pruning = Pruning(0.0, backend=backend)
         for number, (layer, key) in enumerate(zip(self.bert.encoder.layer, keys, strict=True)):
-            stream, _ = layer(stream, None, pruning, number, others=(key,), runs=runs, cache=cache)
+            stream, _ = layer(stream, None, pruning, number, others=(key,), runs=runs, cache=cache, visible=visible)
         return stream.tokens
 
     def logits(self, states: Tensor) -> Tensor:
