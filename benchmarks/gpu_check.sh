@@ -97,7 +97,7 @@ python3 -m madtp_kernels.info'
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 pytest="python3 -m pytest -q -p no:cacheprovider --tb=short"
-operations="tests/test_operators.py tests/test_contracts.py tests/test_ragged.py tests/test_batch_invariance.py"
+operations="tests/test_linear.py tests/test_operators.py tests/test_contracts.py tests/test_ragged.py tests/test_batch_invariance.py"
 ! has hypothesis || operations="$operations tests/test_properties.py"
 stage "gpu tests" 240 "$no_pytest" $pytest tests/test_gpu.py
 stage "conformance" 280 "$no_pytest" $pytest tests/test_conformance.py

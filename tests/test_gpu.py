@@ -7,8 +7,8 @@ import contextlib
 
 import pytest
 import torch
-from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, total, with_spare_rows
-from madtp_kernels import RaggedBatch, prune
+from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, spare_rows, total, with_spare_rows
+from madtp_kernels import RaggedBatch, attention, linear, prune
 
 from madtp.checkpoints import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
@@ -160,6 +160,126 @@ def test_pruning_does_not_wait_for_the_device(backend, generator, as_in_use):
     prune(**case, backend=backend)
     with no_synchronisation():
         prune(**case, backend=backend)
+
+
+# ---- linear layers --------------------------------------------------------------------------------------------------
+
+
+def linear_case(generator, lengths, capacity, dtype, width=128, columns=384, activation="gelu"):
+    """Arguments of `linear` in a buffer of ``capacity`` rows, NaN beyond the last token."""
+    spare = capacity - sum(lengths)
+    return dict(
+        x=spare_rows(normal(generator, sum(lengths), width, dtype=dtype), spare),
+        weight=normal(generator, columns, width, dtype=dtype) / width**0.5,
+        bias=normal(generator, columns, dtype=dtype),
+        cu_seqlens=offsets(lengths),
+        activation=activation,
+        residual=spare_rows(normal(generator, sum(lengths), columns, dtype=dtype), spare),
+    )
+
+
+def check_linear(case, got):
+    rows = total(case)
+    exact = {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in case.items()}
+    tolerance = 1e-5 if got.dtype == torch.float32 else 2e-2
+    expected = linear(**exact, backend="reference")[:rows]
+    torch.testing.assert_close(got[:rows].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("width", [128, 100, 7], ids=lambda width: f"width-{width}")
+def test_small_uneven_linear_agrees_with_the_reference(width, backend, dtype, generator):
+    """Widths that the copy engine takes, that end inside a tile, and that are not aligned."""
+    for columns in (300, 33):
+        case = linear_case(generator, [0, 1, 17, 0, 129, 65], 230, dtype, width, columns)
+        check_linear(case, linear(**case, backend=backend))
+
+
+@each_dtype
+def test_linear_of_real_size_is_measured_and_right(dtype, generator, as_in_use):
+    from madtp_kernels.linear import triton as implementation
+
+    implementation._fastest.clear()
+    case = linear_case(generator, [577] * 8, 577 * 16, dtype, 768, 3072)
+    for _ in range(2):
+        check_linear(case, linear(**case, backend="triton"))
+    assert len(implementation._fastest) == 1
+    for tile in implementation._tiles(case["x"], case["weight"]):
+        arguments = [case[name] for name in ("x", "weight", "bias", "cu_seqlens", "activation", "residual")]
+        check_linear(case, implementation._multiply(tile, *arguments))
+
+
+@each_kernel
+@each_dtype
+def test_linear_does_not_wait_for_the_device(backend, dtype, generator, as_in_use):
+    case = linear_case(generator, [70, 0, 33, 1], 400, dtype)
+    leaves = [case[name].requires_grad_() for name in ("x", "weight", "bias", "residual")]
+
+    def step():
+        out = linear(**case, backend=backend)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    step()
+    with no_synchronisation():
+        gradients = step()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@each_kernel
+@each_dtype
+def test_linear_in_a_graph_follows_new_data_and_lengths(backend, dtype, generator):
+    case = linear_case(generator, [70, 0, 33, 1], 400, dtype)
+    replay = captured(lambda: linear(**case, backend=backend))
+    for lengths in ([3, 150, 0, 90], [0, 0, 1, 0], [100, 100, 100, 100]):
+        fresh = linear_case(generator, lengths, 400, dtype)
+        for (_, target), (_, source) in zip(tensors_of(case), tensors_of(fresh), strict=True):
+            target.copy_(source)
+        check_linear(fresh, replay())
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("options", [{}, {"causal": True, "bias": True}], ids=["plain", "causal-bias"])
+def test_attention_gradient_does_not_wait_and_agrees(options, dtype, generator, as_in_use):
+    lengths = [70, 0, 33, 1, 577, 128]
+    case = CASES["attention"](generator, lengths, heads=3, head_dim=64, dtype=dtype, **options)
+    leaves = [case[name].requires_grad_() for name in ("q", "k", "v")]
+    seeds = normal(generator, *leaves[0].shape, dtype=dtype), normal(generator, 3, sum(lengths))
+
+    def gradients(backend):
+        return torch.autograd.grad(attention(**case, backend=backend), leaves, seeds)
+
+    gradients("triton")
+    with no_synchronisation():
+        ours = gradients("triton")
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    for mine, exact in zip(ours, gradients("reference"), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=tolerance, atol=tolerance)
+    for mine, again in zip(ours, gradients("triton"), strict=True):
+        assert torch.equal(mine, again)
+
+
+@each_dtype
+def test_attention_gradient_in_a_graph_follows_new_data_and_lengths(dtype, generator):
+    case = capacity_case("attention", generator, [70, 0, 33, 1, 128], 400, 150, dtype)
+    d_out = normal(generator, *case["q"].shape, dtype=dtype)
+
+    def step(case):
+        leaves = [case[name].detach().requires_grad_() for name in ("q", "k", "v")]
+        out, _ = attention(**case | dict(zip("qkv", leaves, strict=True)), backend="triton")
+        return torch.autograd.grad(out, leaves, d_out)
+
+    replay = captured(lambda: step(case))
+    for lengths in ([3, 150, 0, 90, 20], [0, 0, 1, 0, 0], [80, 80, 80, 80, 80]):
+        fresh = capacity_case("attention", generator, lengths, 400, 150, dtype)
+        expected = step(fresh)
+        for (_, target), (_, source) in zip(tensors_of(case), tensors_of(fresh), strict=True):
+            target.copy_(source)
+        for ours, theirs in zip(replay(), expected, strict=True):
+            assert torch.equal(ours, theirs), lengths
 
 
 # ---- whole forwards -------------------------------------------------------------------------------------------------

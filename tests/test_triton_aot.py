@@ -26,7 +26,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # 99 KiB is what a block may take on the smallest relatives of these targets (sm_86, sm_89, sm_120).
 SHARED_MEMORY = 99 * 1024
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-MATRIX_KERNELS = {"_attention_kernel", "_importance_kernel", "_score_kernel"}
+MATRIX_KERNELS = {
+    "_attention_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_importance_kernel", "_linear_kernel",
+    "_score_kernel",
+}  # fmt: skip
+COPY_INSTRUCTION = "cp.async.bulk.tensor"
+# Tiles that the copy engine fetches: on sm_90 and sm_100, where a block may take 227 KiB.
+COPY_ENGINE, COPY_ENGINE_MEMORY = "copy engine", 227 * 1024
 WIDE_ACCESS = {"_compact_kernel": ("ld.global.v4", "st.global.v4")}
 # 8 warps of 128 registers: the assembler likes to stop there, where two programs fit, at the price of a few words of stack.
 SPILL_ALLOWANCE = 32  # bytes a thread
@@ -91,7 +97,7 @@ def resources(kernel):
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     ptx = kernel.asm["ptx"]
-    words = [*MATRIX_INSTRUCTION.values(), *WIDE_ACCESS["_compact_kernel"], "tf32"]
+    words = [*MATRIX_INSTRUCTION.values(), *WIDE_ACCESS["_compact_kernel"], "tf32", COPY_INSTRUCTION]
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"] + usage["LOCAL"],
@@ -101,11 +107,12 @@ def resources(kernel):
     }
 
 
-def launches(dtype, tokens=577, heads=12, head_dim=64, width=768, entries=100):
+def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, entries=100):
     """Call the operations so that each kernel is launched in each of its shapes; yields a label after each call."""
     from madtp_kernels.attention import triton as attention
     from madtp_kernels.compaction import triton as compaction
     from madtp_kernels.importance import triton as importance
+    from madtp_kernels.linear import triton as linear
     from madtp_kernels.scoring import triton as scoring
 
     cu = torch.tensor([0, tokens], dtype=torch.int32)
@@ -116,6 +123,19 @@ def launches(dtype, tokens=577, heads=12, head_dim=64, width=768, entries=100):
         yield "causal, key bias" if causal else "plain"
 
     out, lse = torch.zeros(tokens, heads, head_dim, dtype=dtype), torch.zeros(heads, tokens)
+    attention.attention_backward(
+        q, k, v, out, lse, cu, cu, tokens, tokens, 0.125, True, per_token, out, torch.zeros_like(lse)
+    )
+    yield "causal, key bias"
+
+    linear._copy_engine = lambda device: capability >= 90
+    x, weight = torch.zeros(tokens, width, dtype=dtype), torch.zeros(4 * width, width, dtype=dtype)
+    hidden = torch.zeros(tokens, 4 * width, dtype=dtype)
+    tiles = linear._tiles(x, weight)
+    for tile in tiles[-1:] if dtype == torch.float16 else tiles:  # bfloat16 stands for both
+        linear._multiply(tile, x, weight, hidden[0], cu, "gelu", hidden)
+        yield COPY_ENGINE if tiles is linear.COPY_ENGINE else f"{tile.rows} x {tile.columns}"
+
     for label, multiprocessors in [("one launch", 1), ("two launches", 1000)]:
         importance.multiprocessors = lambda tensor, count=multiprocessors: count
         importance.attention_importance(q, k, out, lse, cu, tokens, 0.125, False, None)
@@ -148,7 +168,7 @@ def report(capability):
     rows = []
     with compiling(capability) as compiled:
         for dtype, shape in shapes:
-            for label in launches(DTYPES[dtype], **shape):
+            for label in launches(DTYPES[dtype], capability, **shape):
                 case = {"dtype": dtype, "case": label, "shape": shape}
                 rows += [{"kernel": name, **case, **resources(kernel)} for name, kernel in compiled]
                 compiled.clear()
@@ -213,7 +233,8 @@ def test_registers_are_not_spilled(reports, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shared_memory_fits_the_smallest_relative(reports, target):
-    large = [describe(row) for row in reports[target] if row["shared"] > SHARED_MEMORY]
+    limits = {COPY_ENGINE: COPY_ENGINE_MEMORY}
+    large = [describe(row) for row in reports[target] if row["shared"] > limits.get(row["case"], SHARED_MEMORY)]
     assert not large, "\n".join(large)
 
 
@@ -232,6 +253,15 @@ def test_matrix_products_use_the_matrix_units(reports, target):
         expected = set() if row["dtype"] == "float32" else {MATRIX_INSTRUCTION[target]}
         assert used == expected, describe(row)
         assert row["dtype"] != "float32" or not row["instructions"]["tf32"], describe(row)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_linear_layers_in_16_bits_are_fetched_by_the_copy_engine(reports, target):
+    rows = [row for row in reports[target] if row["kernel"] == "_linear_kernel" and not row["shape"]]
+    for row in rows:
+        assert bool(row["instructions"][COPY_INSTRUCTION]) == (row["case"] == COPY_ENGINE), describe(row)
+    fetched = {row["dtype"] for row in rows if row["case"] == COPY_ENGINE}
+    assert fetched == (set() if target == 80 else {"bfloat16", "float16"})
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -112,6 +112,7 @@ class Tile(NamedTuple):
 # From the one that reuses its operands most to the one that fills a device with the fewest rows.
 FLOAT32 = (Tile(128, 128, 16, 8, 2, 1), Tile(64, 128, 16, 8, 2, 2))
 SIXTEEN_BITS = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 64, 4, 3, 2))
+UNALIGNED = SIXTEEN_BITS[1:]  # the addresses of a large tile would not fit the registers
 COPY_ENGINE = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 128, 64, 4, 3, 2))
 
 
@@ -124,8 +125,9 @@ def _copy_engine(device: torch.device) -> bool:
 def _tiles(x: Tensor, weight: Tensor) -> tuple[Tile, ...]:
     if x.dtype == torch.float32:
         return FLOAT32
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in (x, weight))
-    return COPY_ENGINE if aligned and x.shape[1] and _copy_engine(x.device) else SIXTEEN_BITS
+    if not x.shape[1] or any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (x, weight)):
+        return UNALIGNED
+    return COPY_ENGINE if _copy_engine(x.device) else SIXTEEN_BITS
 
 
 def _unmeasured(tiles: tuple[Tile, ...], x: Tensor, weight: Tensor) -> Tile:
