@@ -22,7 +22,10 @@ EXAMPLES = """examples:
 TABLES = ("goals", "model", "captions", "blocks", "operations")
 
 # Candidates that are not ours, in the order in which tables show them.
-BASELINES = ("sdpa", "sdpa one by one", "eager", "eager with scores", "batch maximum", "copy", "dense layer")
+BASELINES = (
+    "sdpa", "sdpa one by one", "eager", "eager with scores", "batch maximum", "copy", "dense layer",
+    "F.linear over the buffer", "F.linear over the tokens", "grouped_mm",
+)  # fmt: skip
 
 LINES = {"float32": "-", "bfloat16": "--"}
 
@@ -102,7 +105,7 @@ def goals_table(records: list[dict]) -> str:
 
 
 def operations_table(records: list[dict]) -> str:
-    operations = ("attention", "attention + importance", "score_tokens", "compact", "prune")
+    operations = ("attention", "attention + importance", "score_tokens", "compact", "prune", "linear")
     rows = []
     for record in records:
         if record["name"] not in operations:

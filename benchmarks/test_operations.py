@@ -1,4 +1,7 @@
-"""The four operations, and scoring + compaction together, against eager PyTorch, fused attention without scores, and copies."""
+"""The four operations, and scoring + compaction together, against eager PyTorch, fused attention without scores, and copies.
+
+On a GPU also the linear layers of a buffer that is not full, against PyTorch's over the whole buffer and over the tokens alone.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,15 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from madtp_kernels import attention, attention_importance, attention_with_importance, compact, prune, score_tokens
+from madtp_kernels import (
+    attention,
+    attention_importance,
+    attention_with_importance,
+    compact,
+    linear,
+    prune,
+    score_tokens,
+)
 
 import baselines
 import inputs
@@ -347,6 +358,67 @@ def test_prune(run, dense_layer, dtype, batch):
             synchronising=("eager",),
         )
     )  # fmt: skip
+
+
+class Multiplied:
+    """A linear layer of an MLP on a buffer of which a share of the rows holds tokens; the number is on the device."""
+
+    def __init__(self, dtype: str, batch: str, share: float, first: bool) -> None:
+        kind, capacity = DTYPES[dtype], sum(inputs.lengths_of(batch))
+        columns, width = (4 * inputs.WIDTH, inputs.WIDTH) if first else (inputs.WIDTH, 4 * inputs.WIDTH)
+        self.rows = round(capacity * share)
+        self.x = inputs.tokens([capacity], width, dtype=kind, seed=9)
+        self.weight = inputs.tokens([columns], width, dtype=kind, seed=10) / width**0.5
+        self.bias = inputs.tokens([columns], dtype=kind, seed=11)
+        self.activation = "gelu" if first else None
+        self.residual = None if first else inputs.tokens([capacity], columns, dtype=kind, seed=12)
+        self.cu = torch.tensor([0, self.rows], dtype=torch.int32, device=DEVICE)
+        self.gflop = 2 * self.rows * columns * width / 1e9
+
+    def ours(self, rows: slice = slice(None), backend: str | None = None):
+        residual = None if self.residual is None else self.residual[rows]
+        return linear(
+            self.x[rows], self.weight, self.bias, self.cu, activation=self.activation, residual=residual, backend=backend
+        )
+
+    def grouped(self):
+        """PyTorch's product with row counts on the device, as one group; the rest in passes of their own."""
+        out = F.grouped_mm(self.x, self.weight.mT[None], offs=self.cu[-1:]).add_(self.bias)
+        return F.gelu(out) if self.activation else out.add_(self.residual)
+
+    def candidates(self) -> dict:
+        name = "linear + GELU" if self.activation else "linear + residual"
+        candidates = {
+            name: self.ours,
+            "F.linear over the buffer": lambda: self.ours(backend="reference"),
+            "F.linear over the tokens": lambda: self.ours(slice(self.rows), backend="reference"),
+        }
+        if self.x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+            candidates["grouped_mm"] = self.grouped
+        return candidates
+
+    def check(self) -> None:
+        wide = {n: None if t is None else t.float() for n, t in vars(self).items() if n in ("x", "residual")}
+        exact = F.linear(wide["x"][: self.rows], self.weight.float(), self.bias.float())
+        exact = F.gelu(exact) if self.activation else exact + wide["residual"][: self.rows]
+        ours, *others = (call()[: self.rows] for call in self.candidates().values())
+        for theirs in others:
+            require(theirs, exact, 0.02, "PyTorch's linear layer")
+        require(ours, exact, 2 * relative_error(others[0], exact) + ROUNDING, "linear")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="on a CPU the number of tokens is known, and buffers are as large as that")
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+@pytest.mark.parametrize("dtype, first", [("bfloat16", True), ("bfloat16", False), ("float32", True)])
+def test_linear(run, dtype, first, share):
+    data = Multiplied(dtype, MAIN, share, first)
+    candidates = data.candidates()
+    subject, goals = next(iter(candidates)), ()
+    if dtype == "bfloat16":
+        at_most = {1.0: 1.1, 0.5: 0.6, 0.2: 0.3}[share]
+        goals = (Goal(subject, "F.linear over the buffer", at_most),)
+    facts = {"dtype": dtype, "batch": f"{MAIN}, {share:.0%} in use"}
+    run(Comparison("linear", candidates, data.check, facts, gflop=data.gflop, goals=goals))
 
 
 @pytest.fixture
