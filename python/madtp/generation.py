@@ -80,6 +80,27 @@ def _first(row: Tensor, token: int) -> int:
     return ids.index(token) if token in ids else len(ids)
 
 
+def _sampling(options: dict, seeds: Sequence[int], prompts: int) -> LogitsProcessorList:
+    """Takes the options of sampling out; what is left, greedy search over these processors, is sampling too."""
+    if not options.pop("do_sample", False) or options.get("num_beams", 1) != 1 or len(seeds) != prompts:
+        raise ValueError(f"seeds: expected one for each of {prompts} prompts, and do_sample without beams, got {len(seeds)}")
+    warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    chosen = [warper(options.pop(name)) for name, warper in warpers.items() if name in options]
+    return LogitsProcessorList([*chosen, _Gumbel(seeds)])
+
+
+class _Gumbel(LogitsProcessor):
+    """Adds Gumbel noise to logits ``[B, V]``: then the largest is a sample of their softmax. Each row has its own generator."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        size = scores.shape[1]
+        noise = torch.stack([torch.empty(size).exponential_(generator=generator) for generator in self.generators])
+        return scores.float() - noise.log().to(scores.device)
+
+
 class _Generator(PreTrainedModel, GenerationMixin):
     """Our decoder as `transformers` sees it. Lives for one call."""
 
