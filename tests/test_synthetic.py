@@ -167,6 +167,16 @@ def test_tensors_are_what_the_processor_makes_of_the_files(tmp_path, train):
             assert torch.equal(batch.input_ids[p, k, : batch.lengths[p, k]], ids)
             assert not batch.input_ids[p, k, batch.lengths[p, k] :].any()
             assert batch.labels[p, k] == statement.label and tuple(batch.counts[p, k]) == statement.counts
+            for side in (0, 1):
+                cells = np.argwhere(batch.relevant[3 * side + p, k].view(12, 12).numpy()).tolist()
+                assert statement.counts[side] == len(cells)
+                for row, column in cells:
+                    assert row % 2 == column % 2 == 0
+                    assert statement.shape in (0, pair.shapes[side, row // 2, column // 2])
+                    assert statement.colour in (0, pair.colours[side, row // 2, column // 2])
+            noun = [list(COLOURS)[statement.colour - 1]] * (statement.colour > 0)
+            noun += [SHAPES[statement.shape - 1]] if statement.shape else ["object"]
+            assert " ".join(noun) in statement.sentence
         for side in (0, 1):
             shapes = batch.patch_shapes[3 * side + p].view(12, 12)
             anchors = batch.patch_anchors[3 * side + p].view(12, 12)

@@ -64,6 +64,7 @@ def test_the_dense_training_forward_is_the_model_at_temperature_zero(generator):
     found = gradients(model, F.cross_entropy(output.logits.flatten(0, 1), target))
     expected = model(*repeated(pixels, ids, lengths), temperature=0.0)
     torch.testing.assert_close(output.logits.flatten(0, 1), expected.logits, rtol=1e-9, atol=1e-10)
+    assert output.glances.shape == (3, 6, 4, 17)
     assert found.keys() == {name for name, _ in model.named_parameters()} - {"space_dict"}
     assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)))
 

@@ -4,7 +4,8 @@
 
 Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone tells, for each
 patch, which shape and colour lies there; then the statements come, simple templates first, and the text encoder also tells
-the two counts that a statement is about. The heads for that are dropped afterwards.
+the two counts that a statement is about, and has one head of its cross-attention shown where to look. The heads for that are
+dropped afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from madtp import NLVRConfig, TextConfig, VisionConfig, save_pretrained
-from madtp.compress.dense import encode_images, forward_pairs
+from madtp.compress.dense import answer_statements, encode_images, forward_pairs
 from madtp.compress.run import Run
 from madtp.compress.schedule import linear_decay
 from madtp.data import synthetic
@@ -37,13 +39,34 @@ CONFIG = NLVRConfig(
     merge_from=2,
 )  # fmt: skip
 
-# Last step of each stage and the templates of its statements. The first has none: the image encoder learns alone.
+class Stage(NamedTuple):
+    """A part of the run."""
+
+    until: int
+    """Step at which it ends."""
+    templates: tuple[str, ...]
+    """Of its statements. Without any, the image encoder learns alone."""
+    pairs: int
+    """Per step."""
+    statements: int
+    """Per pair."""
+    images: bool
+    """Whether the image encoder learns. Where it does not, a step costs less than half, and the text encoder, which takes
+    longest to find out what it is there for, sees as many statements."""
+    guided: bool
+    """Whether a head of the cross-attention is shown where to look. Without that the answers stay at chance."""
+
+
+SIMPLE = ("exist", "both", "neither", "only")
 STAGES = (
-    (500, ()),
-    (900, ("exist", "both", "neither", "only")),
-    (1700, ("exist", "both", "neither", "only", "count", "at least", "more")),
-    (None, TEMPLATES),
+    Stage(500, (), 16, 0, True, False),
+    Stage(850, SIMPLE, 16, 8, True, False),
+    Stage(1150, SIMPLE, 8, 16, False, True),
+    Stage(1750, (*SIMPLE, "count", "at least", "more"), 8, 16, False, True),
+    Stage(2350, TEMPLATES, 8, 16, False, True),
+    Stage(3150, TEMPLATES, 16, 8, True, True),
 )
+STEPS = STAGES[-1].until
 
 
 class Heads(nn.Module):
@@ -66,18 +89,32 @@ def patch_loss(heads: Heads, embeds: torch.Tensor, batch: synthetic.Batch) -> to
     return total
 
 
-def losses(model: NLVR, heads: Heads, batch: synthetic.Batch, statements: bool) -> dict[str, torch.Tensor]:
-    """The terms of the loss: patches, and with statements also answers and counts."""
+def glance_loss(glances: torch.Tensor, batch: synthetic.Batch) -> torch.Tensor:
+    """One cross-attention head of each layer but the first: equally at CLS and at each object that the statement speaks of.
+
+    The more objects there are the less is left for CLS, which is a way to count them.
+    """
+    target = F.pad(batch.relevant.float(), (1, 0), value=1.0)
+    target = target / target.sum(-1, keepdim=True)
+    return -(target * glances[1:].float().log_softmax(-1)).sum(-1).mean()
+
+
+def losses(model: NLVR, heads: Heads, batch: synthetic.Batch, stage: Stage) -> dict[str, torch.Tensor]:
+    """The terms of the loss: patches if the image encoder learns, answers and counts if there are statements."""
+    terms = {}
     with torch.autocast("cpu", torch.bfloat16):
-        if not statements:
-            return {"patch": patch_loss(heads, encode_images(model, batch.pixels), batch)}
-        output = forward_pairs(model, batch.pixels, batch.input_ids, batch.lengths)
-        counts = heads.count(output.states).float().unflatten(-1, (2, -1))
-        return {
-            "answer": F.cross_entropy(output.logits.float().flatten(0, 1), batch.labels.flatten()),
-            "patch": 0.7 * patch_loss(heads, output.image_embeds, batch),
-            "count": 0.4 * 2 * F.cross_entropy(counts.flatten(0, 2), batch.counts.flatten()),
-        }
+        with torch.set_grad_enabled(stage.images):
+            images = encode_images(model, batch.pixels)
+        if stage.images:
+            terms["patch"] = (0.7 if stage.templates else 1.0) * patch_loss(heads, images, batch)
+        if stage.templates:
+            logits, states, glances = answer_statements(model, images, batch.input_ids, batch.lengths)
+            counts = heads.count(states).float().unflatten(-1, (2, -1))
+            terms["answer"] = F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten())
+            terms["count"] = 0.8 * F.cross_entropy(counts.flatten(0, 2), batch.counts.flatten())
+            if stage.guided:
+                terms["glance"] = 0.5 * glance_loss(glances, batch)
+    return terms
 
 
 @torch.inference_mode()
@@ -115,8 +152,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
     parser.add_argument("--output", type=Path, help="where the trained model goes")
-    parser.add_argument("--steps", type=int, default=4200)
-    parser.add_argument("--pairs", type=int, default=16, help="pairs per step (default: 16)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -131,18 +166,18 @@ def main() -> None:
         ],
         lr=1e-3, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
-    scheduler = linear_decay(optimizer, args.steps, warmup=200)
-    settings = {"steps": args.steps, "pairs": args.pairs, "seed": args.seed, "config": CONFIG.to_dict(), "stages": STAGES}
+    scheduler = linear_decay(optimizer, STEPS, warmup=200)
+    settings = {"seed": args.seed, "config": CONFIG.to_dict(), "stages": STAGES}
     parts = {"model": model, "heads": heads, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(args.directory, parts, settings)
     train, dev = Shapes("train", args.seed), Shapes("dev", args.seed)
 
-    with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
-        while run.step < args.steps:
-            templates = next(chosen for last, chosen in STAGES if last is None or run.step < last)
-            first = run.step * args.pairs
-            batch = train.batch(range(first, first + args.pairs), 8 if templates else 0, templates)
-            terms = losses(model, heads, batch, bool(templates))
+    with tqdm(total=STEPS, initial=run.step, unit=" steps", mininterval=5) as bar:
+        while run.step < STEPS:
+            stage = next(stage for stage in STAGES if run.step < stage.until)
+            first = run.step * 16
+            batch = train.batch(range(first, first + stage.pairs), stage.statements, stage.templates)
+            terms = losses(model, heads, batch, stage)
             sum(terms.values()).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -151,15 +186,15 @@ def main() -> None:
             run.advance(**{name: term.item() for name, term in terms.items()})
             bar.update()
             if run.step % 100 == 0:
-                run.log(pairs=run.step * args.pairs, loss=run.averages())
-            if run.step % 300 == 0 or run.step == args.steps:
+                run.log(loss=run.averages())
+            if run.step % 300 == 0 or run.step == STEPS:
                 result = evaluate(model, heads, dev, 64)
-                run.log(pairs=run.step * args.pairs, dev=result)
+                run.log(dev=result)
                 bar.write(f"step {run.step}: {result['patches']} of patches, {result['accuracy']}")
     run.save()
 
     result = evaluate(model, heads, Shapes("test", args.seed), 512)
-    run.log(pairs=run.step * args.pairs, test=result)
+    run.log(test=result)
     print(json.dumps(result, indent=2))
     if args.output:
         # float16 holds every weight to 11 bits in half the size; the model is evaluated as it is saved.

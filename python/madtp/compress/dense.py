@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.nlvr import NLVR
@@ -22,6 +23,8 @@ class PairsOutput(NamedTuple):
     """``[P, K, 2]``"""
     states: Tensor
     """``[P, K, D]`` what the head sees of each statement."""
+    glances: Tensor
+    """``[layers, 2P, K, N + 1]`` logits of the first cross-attention head for the first token of each statement."""
     image_embeds: Tensor
     """``[2P, N + 1, D]`` image tokens, the P left images first."""
 
@@ -36,6 +39,13 @@ def forward_pairs(model: NLVR, pixels: Tensor, input_ids: Tensor, lengths: Tenso
         lengths: ``[P, K]`` int64 tokens of each statement.
     """
     images = encode_images(model, pixels)
+    return PairsOutput(*answer_statements(model, images, input_ids, lengths), images)
+
+
+def answer_statements(
+    model: NLVR, images: Tensor, input_ids: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The second half of :func:`forward_pairs`: logits, states and glances from its image tokens ``[2P, N + 1, D]``."""
     pairs, per_pair, width = input_ids.shape
     text = model.text_encoder
     positions = torch.arange(width, device=input_ids.device)
@@ -43,17 +53,18 @@ def forward_pairs(model: NLVR, pixels: Tensor, input_ids: Tensor, lengths: Tenso
     x = embeddings.LayerNorm(embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions))
     padding = positions >= lengths[..., None]
     bias = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf).flatten(0, 1)[:, None, None]  # [P K, 1, 1, T]
-    left, right = images[:pairs], images[pairs:]
+    glances = []
     x = x.flatten(0, 1)  # [P K, T, D]
     for layer in text.encoder.layer:
         q, k, v = layer.attention.self.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
         attended = layer.attention.output.dense(attend(q, k, v, bias), residual=x)
         x = layer.attention.output.LayerNorm(attended)
-        x = _twin_cross_attention(layer.crossattention, x.reshape(pairs, per_pair * width, -1), left, right)
+        glances.append(_glance(layer.crossattention, x[:, 0].unflatten(0, (pairs, per_pair)), images))
+        x = _twin_cross_attention(layer.crossattention, x.reshape(pairs, per_pair * width, -1), images)
         hidden = layer.intermediate.dense(x, activation="gelu")
         x = layer.output.LayerNorm(layer.output.dense(hidden, residual=x)).reshape(pairs * per_pair, width, -1)
     states = x[:, 0].unflatten(0, (pairs, per_pair))
-    return PairsOutput(model.cls_head(states), states, images)
+    return model.cls_head(states), states, torch.stack(glances)
 
 
 def encode_images(model: NLVR, pixels: Tensor) -> Tensor:
@@ -79,12 +90,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
-def _twin_cross_attention(cross, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _glance(cross, first: Tensor, images: Tensor) -> Tensor:
+    """Where the first head looks for the states ``first [P, K, D]``: logits ``[2P, K, N + 1]``."""
+    sides = []
+    for attention, image in zip((cross.self0, cross.self1), images.chunk(2), strict=True):
+        width = attention.query.out_features // attention.num_heads
+        q = F.linear(first, attention.query.weight[:width], attention.query.bias[:width])
+        k = F.linear(image, attention.kv.weight[:width], attention.kv.bias[:width])
+        sides.append(q * width**-0.5 @ k.mT)
+    return torch.cat(sides)
+
+
+def _twin_cross_attention(cross, x: Tensor, images: Tensor) -> Tensor:
     """``x [P, K * T, D]``: the words of all statements about a pair attend to its images together."""
     sides = []
-    for attention, dense, image in (
-        (cross.self0, cross.output.dense0, left),
-        (cross.self1, cross.output.dense1, right),
+    for attention, dense, image in zip(
+        (cross.self0, cross.self1), (cross.output.dense0, cross.output.dense1), images.chunk(2), strict=True
     ):
         q = attention.query(x).unflatten(-1, (attention.num_heads, -1))
         k, v = attention.kv(image).unflatten(-1, (2, attention.num_heads, -1)).unbind(2)

@@ -55,8 +55,11 @@ class Statement:
     template: str
     kind: str
     """How the objects are described: one of :data:`KINDS`."""
+    colour: int
+    """Of the objects that the sentence speaks of: 1 + position in :data:`COLOURS`, or 0 for any; ``shape`` likewise."""
+    shape: int
     counts: tuple[int, int]
-    """How many of the objects that the sentence speaks of are in the left and in the right picture."""
+    """How many of these objects are in the left and in the right picture."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Batch:
     """``[2P, N]`` int64: 0, or 1 + position in :data:`COLOURS`."""
     patch_anchors: Tensor
     """``[2P, N]`` int64: 1 at the upper left one of the four patches of each object."""
+    relevant: Tensor
+    """``[2P, K, N]`` bool: anchors of the objects that the statement speaks of."""
     statements: list[list[Statement]]
 
 
@@ -157,9 +162,19 @@ class Shapes:
         spread = np.ones((1, CELL // PATCH, CELL // PATCH), np.int64)
         corner = np.zeros_like(spread)
         corner[:, 0, 0] = 1
-        labels = (
+        patch_shapes, patch_colours, patch_anchors = (
             torch.from_numpy(np.kron(grid, pattern).reshape(len(images), -1))
             for grid, pattern in ((shapes, spread), (colours, spread), ((shapes > 0).astype(np.int64), corner))
+        )
+        # [P, K] to [2P, K, 1]: what the statements speak of, 0 for any
+        colour, shape = (
+            torch.tensor([[getattr(s, name) for s in pair.statements] for pair in pairs]).repeat(2, 1)[..., None]
+            for name in ("colour", "shape")
+        )
+        relevant = (
+            (patch_anchors > 0)[:, None]
+            & ((colour == 0) | (colour == patch_colours[:, None]))
+            & ((shape == 0) | (shape == patch_shapes[:, None]))
         )
         return Batch(
             torch.from_numpy(np.ascontiguousarray(pixels(images))),
@@ -167,7 +182,10 @@ class Shapes:
             torch.tensor([[len(row) for row in rows] for rows in ids]),
             torch.tensor([[int(statement.label) for statement in pair.statements] for pair in pairs]),
             torch.tensor([[statement.counts for statement in pair.statements] for pair in pairs]),
-            *labels,
+            patch_shapes,
+            patch_colours,
+            patch_anchors,
+            relevant,
             [pair.statements for pair in pairs],
         )
 
@@ -297,7 +315,10 @@ def _make_statement(draws: _Draws, census, templates: Sequence[str]) -> Statemen
             if answers[True] and answers[False]:
                 label = draws.uniform() < 0.5
                 spec, counts = draws.choice(answers[label])
-                return Statement(_phrase(template, number, side, spec), label, template, kind, tuple(counts))
+                colour, shape = (0 if part is None else 1 + part for part in spec)
+                return Statement(
+                    _phrase(template, number, side, spec), label, template, kind, colour, shape, tuple(counts)
+                )
     raise ValueError(f"templates: nothing to ask about this pair with {', '.join(templates)}")
 
 
