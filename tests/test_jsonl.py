@@ -201,3 +201,102 @@ def test_text_is_written_as_it_is(tmp_path, output):
     source.write_text('{"x": 1}\n')
     run(source, output, lambda instances: [{"text": "Fähre ⛴"}])
     assert "Fähre ⛴" in output.read_text(encoding="utf-8")
+
+
+def test_names_that_are_not_utf8_come_back(tmp_path, output):
+    name = b"caf\xe9.jpg".decode(errors="surrogateescape")
+    rows = [{"image": name}]
+    jsonl.run(rows, output, lambda n, row: row["image"], lambda names: [{}], settings=SETTINGS, keep=["image"])
+    assert read(output) == [{"row": 1, "image": name}]
+
+
+def test_rows_may_be_given_as_objects(output):
+    rows = [{"x": x} for x in (3, -1, 2)]
+    summary = run(rows, output)
+    assert read(output) == [
+        {"row": 1, "square": 9},
+        {"row": 2, "error": "x is negative: -1"},
+        {"row": 3, "square": 4},
+    ]
+    assert summary.failed == {2: "x is negative: -1"}
+
+
+def test_other_rows_are_another_run(output):
+    with pytest.raises(Stop):
+        run([{"x": x} for x in range(8)], output, stopping_after(1))
+    with pytest.raises(jsonl.ResumeError, match="input: sha256"):
+        run([{"x": x} for x in range(9)], output)
+
+
+def test_keys_that_a_record_keeps_are_there_in_errors_too(source, output):
+    run(source, output, keep=["x", "absent"])
+    records = read(output)
+    assert records[3] == {"row": 4, "x": 4, "square": 16}
+    assert records[4] == {"row": 5, "x": -5, "error": "x is negative: -5"}
+
+
+def test_a_run_goes_on_with_the_batches_of_one_that_was_not_stopped(source, output):
+    """Also where the file ends within a batch: results may depend on it in the last bit."""
+
+    def batches_of(*options):
+        seen = []
+        run(source, output, lambda xs: seen.append(xs) or answer(xs), *options)
+        output.unlink()
+        return seen
+
+    whole = batches_of()
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(2))
+    partial = output.with_name("out.jsonl.partial")
+    lines = partial.read_bytes().splitlines(keepends=True)
+    for count in range(len(lines)):
+        partial.write_bytes(b"".join(lines[: 1 + count]))
+        assert batches_of() == whole[count // 4 :], count
+
+
+def test_answers_that_do_not_match_the_rows_are_not_written(source, output):
+    with pytest.raises(RuntimeError, match="3 answers to 4 instances"):
+        run(source, output, lambda instances: answer(instances)[:3])
+    assert run(source, output).resumed == 0
+
+
+@pytest.mark.parametrize("content", [b"precious\n", b"precious", b'["a list"]\n', b"\x93NUMPY"])
+def test_a_file_of_another_kind_is_left_alone(source, output, content):
+    partial = output.with_name("out.jsonl.partial")
+    partial.write_bytes(content)
+    with pytest.raises(jsonl.ResumeError, match="not written by a run like this"):
+        run(source, output)
+    assert partial.read_bytes() == content
+
+
+def test_another_form_of_output_is_published_from_all_records(source, output):
+    def publish(records, path):
+        assert path == output
+        path.write_text(str(sum(record.get("square", 0) for record in records)))
+
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(1), publish=publish)
+    run(source, output, publish=publish)
+    assert int(output.read_text()) == sum(x * x for x in range(1, 13) if x != 5)
+    assert leftovers(output) == []
+
+
+def test_an_interrupted_publication_is_made_up_for(source, output):
+    def interrupted(records, path):
+        next(records)
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(source, output, publish=interrupted)
+    asked = []
+    assert run(source, output, lambda xs: asked.append(xs) or answer(xs)).resumed == 12
+    assert read(output) == EXPECTED and asked == []
+
+
+def test_progress_is_shown_where_there_is_a_terminal(source, output, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(source, output, unit="images", note=lambda: "7.5 of 37 tokens kept")
+    shown = capsys.readouterr().err
+    assert "12/12" in shown and "images/s" in shown and "7.5 of 37 tokens kept" in shown

@@ -76,35 +76,33 @@ class Index:
             options: of :func:`madtp.jsonl.answered`.
 
         Returns:
-            How many were added, and the reason for each image that cannot be used, by its place in `images`.
+            How many were added, and the reason for each image that cannot be used, by its place in `images`,
+            from 1.
         """
-        states = {}  # from before a file is read: a later change will be noticed the next time
+        rows, states, failed, added = [], {}, {}, 0
+        for n, image in enumerate(images, 1):
+            known = self._known.get(os.path.abspath(image))
+            states[n] = _state(image)  # before the file is read: a later change will be noticed the next time
+            if known is None or known[0] != states[n]:
+                rows.append((n, {"image": image}))
 
-        def missing():
-            for n, image in enumerate(images):
-                states[n] = _state(image)
-                known = self._known.get(os.path.abspath(image))
-                if known is None or known[0] != states[n]:
-                    yield n, {"image": image}
-
-        rows, failed, added = list(missing()), {}, 0
-
-        def prepared(n: int, row: dict):
+        def prepared(_: int, row: dict):
             return prepare(Path(row["image"]))
 
         with contextlib.closing(
             jsonl.answered(rows, prepared, embed, batch_size, total=len(rows), **options)
         ) as batches:
             for records in batches:
-                new = []
-                for record in records:
-                    n = record["row"]
-                    if "error" in record:
-                        failed[n] = record["error"]
-                        continue
-                    size, mtime_ns = states[n]
-                    path, features = os.path.abspath(images[n]), record["features"]
-                    new.append({"image": path, "size": size, "mtime_ns": mtime_ns, "features": features})
+                failed |= {record["row"]: record["error"] for record in records if "error" in record}
+                new = [
+                    {
+                        "image": os.path.abspath(images[record["row"] - 1]),
+                        **dict(zip(("size", "mtime_ns"), states[record["row"]])),
+                        "features": record["features"],
+                    }
+                    for record in records
+                    if "error" not in record
+                ]
                 self._log.append(new)
                 for record in new:
                     self._remember(record)
