@@ -46,7 +46,7 @@ def make(temperature=1.0, mode="clean", sizes=SIZES, **options):
     model = CLIP(dataclasses.replace(sizes, text_mode=mode), temperature, **options).to(DEVICE).eval()
     randomize(model, seed=5)
     with torch.no_grad():
-        model.space_dict.mul_(0.3)  # alignments of order one, so that thresholds are averages of many tokens
+        model.space_dict.mul_(0.2)  # alignments of order one, so that thresholds are averages of many tokens
     return model
 
 
@@ -154,7 +154,7 @@ def check_alone(out, alone, count):
         clear += 1
         assert ids_of(out.trace, sample) == history, f"sample {sample}"
         torch.testing.assert_close(out.features[sample].double().cpu(), features, atol=2e-5, rtol=2e-5)
-    assert clear >= 0.8 * count
+    assert clear > count / 2
     return [ids_of(out.trace, sample) for sample in range(count)]
 
 
@@ -206,6 +206,32 @@ def test_modes_of_text_differ_only_where_tokens_are_pruned(generator):
     assert torch.equal(clean.encode_text(texts, 0.0).features, compat.encode_text(texts, 0.0).features)
     assert compat.encode_text(texts, 0.0).trace[0].lengths.tolist() == [5, 12, 30], "a dense text needs no padding"
     assert (clean.encode_text(texts, 2.0).features - compat.encode_text(texts, 2.0).features).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("stream", ["image", "clean", "compat"])
+@torch.inference_mode()
+def test_too_few_survivors_leave_a_layer_alone(stream, generator):
+    """With a dictionary of one entry and a low temperature, thresholds are the score of one token, and few are above it. The
+    official rule of text asks for as many as the text is long."""
+    sizes = dataclasses.replace(SIZES, vision=dataclasses.replace(SIZES.vision, sd_num=1))
+    model = make(1.0 if stream == "compat" else 0.02, "clean" if stream == "image" else stream, sizes)
+    ends = [3 + number % 20 for number in range(60)]
+    if stream == "image":
+        first, needed = model.encode_image(pictures(generator, 60)).trace[0], [1] * 60
+    else:
+        first = model.encode_text(texts_of(generator, [end + 1 for end in ends])).trace[0]
+        needed = [1] * 60 if stream == "clean" else [end + 2 for end in ends]
+    seen = set()
+    for sample, (least, length) in enumerate(zip(needed, first.lengths_in.tolist(), strict=True)):
+        start = int(first.cu_seqlens_in[sample]) + 1
+        above = first.importance[start : start + length - 1] > first.threshold[sample]
+        if stream == "clean":
+            above[-1] = True
+        count = int(above.sum())
+        assert bool(first.pruned[sample]) == (count > least and length - 1 - count >= 2)
+        if length - 1 - count >= 2:
+            seen.add(count - least)
+    assert {0, 1} <= seen or stream == "compat" and min(seen) <= 0 < max(seen), "both sides of the rule have to come up"
 
 
 # ---- the order of kept tokens ---------------------------------------------------------------------------------------
@@ -319,8 +345,8 @@ def test_batch_grouping_ties_the_images_and_the_texts(mode, generator):
                 own[-1] = True  # EOT
             above.append(int(own.sum()))
         most = max(above) if max(above) > min_keep and length - 1 - max(above) >= 2 else length - 1
-        assert len(set(above)) > 1 and first.kept.tolist() == [most] * 6
-    assert tied.vision[0].pruned.all()
+        assert first.kept.tolist() == [most] * 6
+    assert tied.vision[0].pruned.all() and len(set((tied.vision[0].threshold).tolist())) == 6
 
 
 @torch.inference_mode()
@@ -796,6 +822,9 @@ def test_dense_cost_gives_the_published_constant():
     assert 2 * both.official + 4 * 768 * 57601 / 1e9 == pytest.approx(395.7007, abs=5e-5)
     apart = flops.clip(config, image=[577] * 25, guided=False), flops.clip(config, text=[77] * 13, guided=False)
     assert apart[0].official == pytest.approx(191.1047, abs=5e-5)
+    # Before the first block, two in each, and CLS at the end; all tokens of a text at the end.
+    norms = 5 * 1024 * (577 + 48 * 577 + 1), 5 * 768 * (24 * 77 + 77)
+    assert [part.parts["norm"] for part in apart] == pytest.approx([count / 1e9 for count in norms], rel=1e-9)
     assert sum(part.official for part in apart) == pytest.approx(both.official)
 
 
