@@ -6,6 +6,15 @@
 from .checkpoints import CheckpointError, load, save_pretrained
 from .config import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 
+
+def __getattr__(name: str):
+    if name in ("apply_patch", "remove_patch"):  # not before they are needed: transformers takes seconds to import
+        from . import patch
+
+        return getattr(patch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "CLIPConfig",
     "CLIPTextConfig",
@@ -16,6 +25,8 @@ __all__ = [
     "TextConfig",
     "VQAConfig",
     "VisionConfig",
+    "apply_patch",
     "load",
+    "remove_patch",
     "save_pretrained",
 ]

@@ -46,7 +46,7 @@ def cached_attention(qkv: Tensor, samples: int, cache, layer: int, visible: Tens
         samples: N.
         cache: of `transformers`, one entry ``[N, H, tokens, d]`` per layer; the new keys and values are added to it.
         layer: number of the layer.
-        visible: ``[N, tokens]`` bool, False for earlier or new tokens that are padding. A token always sees itself.
+        visible: ``[N, tokens]`` bool, False for earlier or new tokens that are padding. A token that would see none sees itself.
     """
     q, k, v = qkv.unflatten(0, (samples, -1)).permute(2, 0, 3, 1, 4)  # [N, H, L, d] each
     k, v = cache.update(k, v, layer)
@@ -54,7 +54,8 @@ def cached_attention(qkv: Tensor, samples: int, cache, layer: int, visible: Tens
     mask = None if new == 1 else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
     if visible is not None:
         itself = torch.arange(seen, device=q.device) == torch.arange(seen - new, seen, device=q.device)[:, None]
-        mask = visible[:, None, None] & (True if mask is None else mask) | itself  # [N, 1, L, tokens]
+        mask = visible[:, None, None] & (True if mask is None else mask)  # [N, 1, L, tokens]
+        mask = mask | itself & ~mask.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return Attended(out.transpose(1, 2).flatten(2).flatten(0, 1), None, None)
 

@@ -144,7 +144,7 @@ class CLIPText(nn.Module):
         stream, *record = run_blocks(
             self.blocks, self.query_models, stream.with_values(x), dictionary, pruning, summaries
         )
-        rows = stream.tokens.cu_seqlens[:-1] + eot if pruning.weakest_last else _rows_of(stream, eot)
+        rows = stream.tokens.cu_seqlens[:-1] + eot if pruning.weakest_last else rows_of(stream, eot)
         return Features(self.proj(self.norm(stream.tokens.values[rows.long()])), stream, *record)
 
 
@@ -236,7 +236,7 @@ def _pad(input_ids: RaggedBatch, length: int) -> RaggedBatch:
     return RaggedBatch(padded.flatten(), cu_seqlens, length)
 
 
-def _rows_of(stream: Stream, ids: Tensor) -> Tensor:
+def rows_of(stream: Stream, ids: Tensor) -> Tensor:
     """``[B]`` int64: in which row each sample has the token with that id ``[B]``. Does not wait for a device."""
     rows = torch.arange(len(stream.ids), device=ids.device)
     sample = sample_of(stream.tokens.cu_seqlens, len(rows))
