@@ -214,7 +214,7 @@ def test_too_few_survivors_leave_a_layer_alone(stream, generator):
     """With a dictionary of one entry and a low temperature, thresholds are the score of one token, and few are above it. The
     official rule of text asks for as many as the text is long."""
     sizes = dataclasses.replace(SIZES, vision=dataclasses.replace(SIZES.vision, sd_num=1))
-    model = make(1.0 if stream == "compat" else 0.02, "clean" if stream == "image" else stream, sizes)
+    model = make(1.0, "compat") if stream == "compat" else make(0.02, sizes=sizes)
     ends = [3 + number % 20 for number in range(60)]
     if stream == "image":
         first, needed = model.encode_image(pictures(generator, 60)).trace[0], [1] * 60
