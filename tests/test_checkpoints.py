@@ -628,6 +628,17 @@ def test_original_blip_files_of_the_other_tasks(other, tmp_path, caplog):
         assert torch.equal(ours[key], theirs[key]), key
 
 
+def test_a_missing_training_temperature_is_no_matter_for_a_warning(caplog):
+    model = MODELS["retrieval"](TASKS["retrieval"])
+    randomize(model)
+    state = {key: value for key, value in state_of(model).items() if key != "temp"}
+    with caplog.at_level(logging.INFO, logger="madtp"):
+        loaded = madtp.load(state)
+    assert float(loaded.temp.detach()) == pytest.approx(0.07)
+    (record,) = [r for r in caplog.records if r.name == "madtp"]
+    assert record.levelno == logging.INFO and "temp" in record.getMessage()
+
+
 def test_a_pretraining_file_has_parts_of_many_tasks(caplog):
     parts = {}
     for task in ("vqa", "retrieval"):

@@ -12,7 +12,7 @@ import json
 
 import pytest
 import torch
-from conftest import golden_families
+from conftest import GOLDEN, golden_families
 from helpers import DEVICE, backends_here, interpreted
 from madtp_kernels import RaggedBatch, attention_importance, compact, score_tokens
 from safetensors.torch import load_file
@@ -495,6 +495,28 @@ def test_retrieval(family, backend, text_mode):
                 torch.testing.assert_close(matches.logits[ours].cpu(), official, **TOLERANCE)
                 compared += 1
     assert compared > 0
+
+
+@for_family(lambda manifest: manifest["family"].startswith("retrieval"))
+def test_retrieval_in_official_batches(family, backend):
+    """All images and all texts in one official batch, which keeps the batch's maximum of everything.
+
+    The batched runs tell no margins, so that another set may have decisions that legitimately flip: the bundled one has none.
+    """
+    golden = Golden(family)
+    if family.parent != GOLDEN or interpreted(backend):
+        pytest.skip("for the bundled family only, and too much for the interpreter")
+    results, inputs = golden.batched, golden.inputs
+    model = blip_model(golden, RetrievalConfig, backend, proj_dim=golden.config["proj_dim"], text_mode="compat")
+    model.grouping = "batch"
+    pixels, texts = pixels_of(inputs["images_u8"]), unpadded(inputs["text_ids"], inputs["lengths"])
+    for number, temperature in enumerate(inputs["temperatures"].tolist()):
+        with torch.inference_mode():
+            out = model(pixels, texts, temperature=temperature)
+        for trace, official in ((out.vision, "vision_tokens_out"), (out.text, "text_tokens_out")):
+            for record, prunable in zip(trace, results[official][number].tolist(), strict=True):
+                assert record.lengths.tolist() == [prunable + 1] * len(texts)
+        torch.testing.assert_close(out.text_embeds.cpu(), results["text_feat"][number], **TOLERANCE)
 
 
 # ---- CLIP ---------------------------------------------------------------------------------------------------------

@@ -405,6 +405,9 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, 1.0 if key == "space_dict" else 0.02)
+    if "temp" in invented:
+        _log.info("%s has no temp: set to 0.07, where BLIP's training begins; nothing but training uses it", origin)
+        invented.remove("temp")
     if invented:
         _log.warning(
             "%s has no %s: initialised at random, as MADTP does before training. Pruning needs a trained dictionary.",
