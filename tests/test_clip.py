@@ -267,8 +267,8 @@ def test_the_weakest_kept_token_goes_last(spare, generator):
 
 def test_reordered_rows_carry_everything_along(generator):
     """Values, ids, sizes and normalised rows of a layer move together."""
-    lengths, width = [20, 3, 14], 16
-    tokens = RaggedBatch(normal(generator, sum(lengths), width), offsets(lengths), 20)
+    lengths, width = [20, 3, 14, 30, 25, 28, 22, 29], 16
+    tokens = RaggedBatch(normal(generator, sum(lengths), width), offsets(lengths), 30)
     stream = Stream.start(tokens, use_sizes=True)
     stream = dataclasses.replace(stream, sizes=torch.rand(sum(lengths), generator=generator).to(DEVICE) + 1)
     received, cls = normal(generator, sum(lengths)).abs(), normal(generator, sum(lengths)).abs() / 20
