@@ -5,7 +5,8 @@ activation and residual are applied to the float32 sums before they are rounded 
 fetches the operands (tensor descriptors), if their addresses are multiples of 16 bytes.
 
 Which shape of tiles is the fastest is measured, once per size and dtype, with half of the rows in use; PyTorch's product over
-the whole buffer takes part, because for float32 it is hard to beat by leaving out rows.
+the whole buffer takes part, because for float32 it is hard to beat by leaving out rows. A product that takes microseconds
+goes to it right away: there launches count, and PyTorch's take less of the host's time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from . import reference
 QUICK_GELU = tl.constexpr(reference.QUICK_GELU)
 GROUP = 8  # row blocks whose tiles follow one another: what they share stays in the L2 cache
 
-MEASURED_WORK = 2**30  # multiply-adds below which a product takes microseconds and is not worth measuring
+# Multiply-adds below which a product takes some ten microseconds on a large GPU.
+SMALL = {torch.float32: 2**28, torch.bfloat16: 2**32, torch.float16: 2**32}
 
 
 @triton.jit
@@ -50,6 +52,15 @@ def _finish(
 
 
 @triton.jit
+def _corner(tile, row_blocks, column_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """First row and column of a tile: GROUP row blocks, column by column, then the next ones."""
+    first_block = tile // (GROUP * column_blocks) * GROUP
+    in_group = tile % (GROUP * column_blocks)
+    group = tl.minimum(row_blocks - first_block, GROUP)
+    return (first_block + in_group % group) * BLOCK_M, in_group // group * BLOCK_N
+
+
+@triton.jit
 def _linear_kernel(
     x, weight, bias, residual, out, cu_seqlens, batch, x_row, weight_row, residual_row, OUT, IN,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -59,17 +70,14 @@ def _linear_kernel(
     tokens = tl.load(cu_seqlens + batch)
     row_blocks = tl.cdiv(tokens, BLOCK_M)
     column_blocks = tl.cdiv(OUT, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    # The loops become one, in which the first loads of a tile precede the end of the tile before. The end finds its place by
+    # a count of its own: what both shared would have to be kept for as long.
+    finished = tl.program_id(0)
     for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
-        first_block = tile // (GROUP * column_blocks) * GROUP
-        in_group = tile % (GROUP * column_blocks)
-        group = tl.minimum(row_blocks - first_block, GROUP)
-        first_row = (first_block + in_group % group) * BLOCK_M
-        first_column = in_group // group * BLOCK_N
-
+        first_row, first_column = _corner(tile, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
         o_m = first_row + tl.arange(0, BLOCK_M)
         o_n = first_column + tl.arange(0, BLOCK_N)
-        o_k = tl.arange(0, BLOCK_K)
-        rows = o_m.to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, IN, BLOCK_K):
             if DESCRIPTORS:  # what lies outside of the tensors is read as 0
@@ -77,16 +85,15 @@ def _linear_kernel(
                 w_tile = weight.load([first_column, start])
             else:
                 m_k = (start + o_k < IN)[None, :]
-                x_tile = tl.load(
-                    x + rows[:, None] * x_row + (start + o_k)[None, :], mask=(o_m < tokens)[:, None] & m_k, other=0.0
-                )
-                w_tile = tl.load(
-                    weight + o_n.to(tl.int64)[:, None] * weight_row + (start + o_k)[None, :],
-                    mask=(o_n < OUT)[:, None] & m_k,
-                    other=0.0,
-                )
+                x_rows = x + o_m.to(tl.int64)[:, None] * x_row
+                w_rows = weight + o_n.to(tl.int64)[:, None] * weight_row
+                x_tile = tl.load(x_rows + (start + o_k)[None, :], mask=(o_m < tokens)[:, None] & m_k, other=0.0)
+                w_tile = tl.load(w_rows + (start + o_k)[None, :], mask=(o_n < OUT)[:, None] & m_k, other=0.0)
             acc = product(x_tile, tl.trans(w_tile), acc, PRECISION)
 
+        first_row, first_column = _corner(finished, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
+        finished += tl.num_programs(0)
+        o_m = first_row + tl.arange(0, BLOCK_M)
         # Halves of the tile one after the other: the addresses of a whole one would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         _finish(left, bias, residual, out, residual_row, o_m, first_column, tokens, OUT, BLOCK_N // 2, ACTIVATION)
@@ -146,13 +153,16 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, res
     """The tile for this product; None if PyTorch's product over all rows is the faster one."""
     tiles = _tiles(x, weight)
     (capacity, width), columns = x.shape, weight.shape[0]
-    if x.is_cuda and capacity * width * columns >= MEASURED_WORK:
-        key = (x.device, x.dtype, tiles, capacity.bit_length(), width, columns)
-        if key not in _fastest and not torch.cuda.is_current_stream_capturing():  # a capture cannot be timed
-            _fastest[key] = _measure(tiles, x, weight, bias, activation, residual)
-        if key in _fastest:
-            return _fastest[key]
-    return _unmeasured(tiles, x, weight)
+    if not x.is_cuda:
+        return _unmeasured(tiles, x, weight)
+    if capacity * width * columns < SMALL[x.dtype]:
+        return None
+    key = (x.device, x.dtype, tiles, capacity.bit_length(), width, columns)
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():  # nothing can be timed
+            return _unmeasured(tiles, x, weight)
+        _fastest[key] = _measure(tiles, x, weight, bias, activation, residual)
+    return _fastest[key]
 
 
 def _measure(
