@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from madtp_kernels import RaggedBatch
+
 from .layers import Runs
 from .pruning import Stream
 from .text import TextDecoder
@@ -105,7 +107,6 @@ class _Generator(PreTrainedModel, GenerationMixin):
     """Our decoder as `transformers` sees it. Lives for one call."""
 
     config_class = BertConfig
-    _supports_cache_class = True
 
     def __init__(self, decoder: TextDecoder, memory: Stream, backend: str | None, official_lengths: bool) -> None:
         sizes = decoder.config
@@ -129,8 +130,6 @@ class _Generator(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids: Tensor, past_key_values=None, **_) -> CausalLMOutputWithPast:
         """Logits ``[N, 1, V]`` of what comes after ``input_ids [N, L]``; the N rows are the beams, image by image."""
-        from madtp_kernels import RaggedBatch
-
         rows, new = input_ids.shape
         starts = torch.arange(rows + 1, dtype=torch.int32, device=input_ids.device) * new
         texts = RaggedBatch(input_ids.flatten(), starts, new)
