@@ -190,7 +190,9 @@ class Retrieval(Model):
         if self.config.text_mode == "clean":
             return input_ids, None
         if input_ids.max_seqlen > PADDED_LENGTH:
-            raise ValueError(f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the {PADDED_LENGTH} of text_mode 'compat'")
+            raise ValueError(
+                f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the {PADDED_LENGTH} of text_mode 'compat'"
+            )
         padded, mask = RaggedBatch(input_ids.values, input_ids.cu_seqlens, PADDED_LENGTH).to_padded(
             self.config.text.pad_token_id
         )
