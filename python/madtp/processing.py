@@ -365,8 +365,10 @@ class RetrievalProcessor(Processor):
 
 
 class CLIPProcessor(Processor):
-    """Images and texts for CLIP, each on its own. Images are resized to a square like BLIP's, as MADTP's CLIP does; original CLIP
-    resizes the shorter side and cuts out the centre.
+    """Images and texts for CLIP, each on its own.
+
+    Images are resized to a square like BLIP's, as MADTP's CLIP does; the original CLIP resizes the shorter side
+    and cuts out the centre. Texts are not cleaned; for MADTP's results on captions use `clean_sentence` first.
 
     tokenizer: anything `load_clip_tokenizer` takes, or a tokenizer object.
     """
@@ -375,7 +377,7 @@ class CLIPProcessor(Processor):
 
     @property
     def tokenizer(self):
-        """The tokenizer; loading it raises ValueError if it has more entries than the model."""
+        """The tokenizer; loading it raises ValueError if its vocabulary is not the model's."""
         if self._tokenizer is None:
             named = isinstance(self._source, (str, os.PathLike))
             tokenizer = load_clip_tokenizer(self._source) if named else self._source

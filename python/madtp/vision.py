@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks on ragged tokens, with MAG and DTP in every block, and BLIP's vision transformer made of them."""
+"""Pre-norm transformer blocks on ragged tokens, with MAG and DTP in each, and BLIP's vision transformer made of them."""
 
 from __future__ import annotations
 

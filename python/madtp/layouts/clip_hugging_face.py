@@ -27,7 +27,8 @@ NAMES = {
     "text_model.final_layer_norm": "text.norm",
     "text_projection": "text.proj",
 }
-for _theirs, _ours in (("vision_model.encoder.layers.{}", "visual.blocks.{}"), ("text_model.encoder.layers.{}", "text.blocks.{}")):
+for _tower, _ours in (("vision_model", "visual.blocks.{}"), ("text_model", "text.blocks.{}")):
+    _theirs = f"{_tower}.encoder.layers.{{}}"
     NAMES |= {
         f"{_theirs}.layer_norm1": f"{_ours}.norm1",
         f"{_theirs}.self_attn.qkv": f"{_ours}.attn.qkv",

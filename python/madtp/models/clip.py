@@ -2,12 +2,13 @@
 
 Pruned text exists in two modes, which are different models (`CLIPConfig.text_mode`):
 
-* "clean": a text is its own tokens, nothing is padded. Kept tokens stay in order, and the end-of-text token (EOT), from whose
-  state the feature is read, is never dropped.
-* "compat": what MADTP's official code computes on a GPU, and what its checkpoints were trained with. Texts are padded with zeros
-  to the full context, and the padding is scored, kept and merged like words. The causal mask follows the order that the official
-  top-k leaves (:func:`madtp.pruning.weakest_last`), and the feature is read at EOT's original position, whichever token is there
-  by then. A layer is pruned only if more than that position + 2 tokens survive.
+* "clean": a text is its own tokens, nothing is padded. Kept tokens stay in order, and the end-of-text token (EOT), from
+  whose state the feature is read, is never dropped. Merged tokens stand behind it, where it cannot see them; they count
+  for what later layers keep, and for the alignment summaries.
+* "compat": what MADTP's official code computes on a GPU, and what its checkpoints were trained with. Texts are padded with
+  zeros to the full context, and the padding is scored, kept and merged like words. The causal mask follows the order that the
+  official top-k leaves (:func:`madtp.pruning.weakest_last`), and the feature is read at EOT's original position, whichever
+  token is there by then. A layer is pruned only if more than that position + 2 tokens survive.
 
 At temperature 0 both give the same features.
 """
