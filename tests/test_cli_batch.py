@@ -180,6 +180,14 @@ def test_dense_and_temperature(command, photos):
     assert last[0] < last[1] < last[2]
 
 
+def test_grouping_and_precision(command, photos):
+    _, out, _ = command("caption", "caption", photos, "--max-length", "9", "--grouping", "batch", "--batch-size", "12")
+    tied = [record["image_tokens"] for record in records(out)]
+    assert tied == [tied[0]] * 12 and tied[0][-1] < 37
+    code, out, _ = command("caption", "caption", photos, "--max-length", "9", "--dtype", "bfloat16")
+    assert code == 0 and all(record["image_tokens"][-1] < 37 for record in records(out))
+
+
 def test_rows_of_a_file(command, photos, tmp_path):
     shutil.copy(photos / "part0" / "000.png", tmp_path / "beside.png")
     damaged = tmp_path / "damaged.jpg"
@@ -228,6 +236,16 @@ def test_overlays(command, photos, tmp_path):
     assert single.read_bytes() == (folder / f"000007-{seventh.stem}.png").read_bytes()
     code, _, err = command("caption", "caption", photos, "--save-overlay", single)
     assert code == 2 and "expected a folder" in err
+
+
+@pytest.mark.parametrize("name, task", [("vqa", "vqa"), ("embed", "retrieval"), ("embed", "clip")])
+def test_overlays_of_other_commands(command, photos, tmp_path, name, task):
+    options = ["--question", "?a"] if name == "vqa" else ["--output", tmp_path / "x.npy"]
+    code, _, err = command(name, task, photos, *options, "--save-overlay", tmp_path / "drawn")
+    assert (code, err) == (0, "")
+    assert len(files(tmp_path / "drawn")) == 12
+    with Image.open(files(tmp_path / "drawn")[0]) as drawn, Image.open(files(photos)[0]) as original:
+        assert drawn.height > 100 and drawn.width / drawn.height > 2 * original.width / original.height
 
 
 # ---- questions

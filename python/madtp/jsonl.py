@@ -114,20 +114,22 @@ def answered(
     keep: Sequence[str] = (),
     unit: str = "rows",
     note: Callable[[], str] | None = None,
+    progress: bool | None = None,
 ) -> Iterator[list[dict]]:
     """Records of numbered rows, batch by batch; files are read while the model works.
 
     Args:
         rows: number, and object or line of JSON.
         prepare, answer, batch_size: as in :func:`run`.
-        total, initial, unit: of the progress bar, which terminals get: all rows, those done before, what they
-            are.
+        total, initial, unit: of the progress bar: all rows, those done before, what they are.
         keep: keys of a row's object that its record begins with, also where it failed.
         note: what to show behind the progress bar; asked after each batch.
+        progress: whether to show it; by default where standard error is a terminal.
     """
+    hidden = None if progress is None else not progress
     with (
         ThreadPoolExecutor(_READERS) as pool,
-        tqdm(total=total, initial=initial, unit=f" {unit}", disable=None) as bar,
+        tqdm(total=total, initial=initial, unit=f" {unit}", disable=hidden) as bar,
     ):
         try:
             for batch in _prepared(iter(rows), pool, partial(_prepare, prepare, keep), batch_size):

@@ -163,8 +163,9 @@ def run_rows(
         return kept.seen(answer(instances))
 
     if args.output is None:
-        summary = jsonl.Summary()
-        rows = jsonl.numbered(source)
+        summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
+        # A terminal shows the records themselves.
+        options |= {"total": len(rows), "progress": False if sys.stdout.isatty() else None}
         with contextlib.closing(
             jsonl.answered(rows, prepare, noted, args.batch_size, **options)
         ) as batches:
