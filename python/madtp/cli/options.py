@@ -37,22 +37,27 @@ def add_model_options(
     *,
     groupings: Sequence[str] = ("instance", "batch"),
     text_modes: bool = False,
+    temperature: bool = True,
 ) -> None:
     """Everything but the model itself.
 
     Args:
         groupings: those that the command's models have.
         text_modes: whether they have two modes of pruned text.
+        temperature: whether there is one, for the command to run at.
     """
     group = parser.add_argument_group("how the model runs")
-    pruning = group.add_mutually_exclusive_group()
-    pruning.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="pruning temperature, higher prunes more (default: the checkpoint's)",
-    )
-    pruning.add_argument("--dense", action="store_true", help="do not prune (the same as --temperature 0)")
+    if temperature:
+        pruning = group.add_mutually_exclusive_group()
+        pruning.add_argument(
+            "--temperature",
+            type=float,
+            metavar="T",
+            help="pruning temperature, higher prunes more (default: the checkpoint's)",
+        )
+        pruning.add_argument(
+            "--dense", action="store_true", help="do not prune (the same as --temperature 0)"
+        )
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     group.add_argument(
         "--dtype",
@@ -82,7 +87,8 @@ def add_model_options(
     group.add_argument(
         "--tokenizer",
         metavar="SOURCE",
-        help="directory, vocab.txt or hub id (default: the model's, or bert-base-uncased)",
+        help="directory, vocabulary file or hub id (default: the saved model's, or from the hub the one that "
+        "models of its kind were trained with)",
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -103,7 +109,7 @@ def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = 
     model = madtp.load(
         args.model,
         task=task,
-        temperature=0.0 if args.dense else args.temperature,
+        temperature=0.0 if getattr(args, "dense", False) else getattr(args, "temperature", None),
         text_mode=getattr(args, "text_mode", None),
         device=args.device,
         dtype=getattr(torch, args.dtype),

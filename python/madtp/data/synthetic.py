@@ -509,8 +509,9 @@ examples:
   python -m madtp.data.synthetic --output shapes --split train --pairs 10000 --statements 4 --seed 1
 
 It writes shapes/nlvr_test.json, a list of {"sentence", "label": "True" or "False", "images": [left, right]} as NLVR2's
-annotations for BLIP have it (paths are relative to the folder), and the PNG files that it names; shapes/test.jsonl
-has the same questions as `madtp nlvr --input` reads them.
+annotations for BLIP have it (paths are relative to the folder) and "template", by which `madtp evaluate` breaks its
+figures down, and the PNG files that it names; shapes/test.jsonl has the same questions as `madtp nlvr --input` reads
+them.
 """
 
 
@@ -544,7 +545,12 @@ def _write_pairs(directory: Path, shapes: Shapes, pairs: int, statements: int) -
         for name, image in zip(names, pair.images, strict=True):
             Image.fromarray(image).save(directory / name)
         for statement in pair.statements:
-            yield {"sentence": statement.sentence, "label": str(statement.label), "images": names}
+            yield {
+                "sentence": statement.sentence,
+                "label": str(statement.label),
+                "images": names,
+                "template": statement.template,
+            }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

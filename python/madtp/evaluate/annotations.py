@@ -56,13 +56,14 @@ class AnnotationError(ValueError):
 @dataclass(frozen=True, slots=True)
 class NLVRExample:
     """A statement about a left and a right picture, and whether it is true. BLIP's files have no
-    `identifier`."""
+    `identifier`; `template` is the kind of the statement, where a file of theirs has one."""
 
     left: Path
     right: Path
     sentence: str
     label: bool
     identifier: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ def read_blip_nlvr(
     path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False
 ) -> list[NLVRExample]:
     """BLIP's nlvr_train.json, nlvr_dev.json, nlvr_test.json: objects with sentence, label ("True", "False"),
-    images [left, right].
+    images [left, right], and template (a string) where the statements come from some.
 
     The pairs come in the order of the file. (The official evaluation swaps each with probability 0.5, which
     makes its result a random number.) Raises AnnotationError, OSError.
@@ -233,7 +234,9 @@ def read_blip_nlvr(
         if len(images) != 2 or "" in images:
             raise record.error(f"'images': expected two paths, got {_shown(list(images))}")
         left, right = (Path(image_root) / image for image in images)
-        examples.append(NLVRExample(left, right, record.text("sentence"), record.label()))
+        template = record.text("template") if "template" in record.value else None
+        sentence, label = record.text("sentence"), record.label()
+        examples.append(NLVRExample(left, right, sentence, label, template=template))
     if strict:
         _require_pairs(path, records, examples)
     return examples
