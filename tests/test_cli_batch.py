@@ -617,6 +617,34 @@ def test_help_has_examples(name, capsys):
 # ---- interruptions
 
 
+def test_a_stopped_run_goes_on_only_with_the_same_options(command, photos, tmp_path, monkeypatch):
+    caption, calls = predict.caption_batch, []
+
+    def interrupted(*arguments, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return caption(*arguments, **options)
+
+    fixed = [photos, "--output", tmp_path / "out.jsonl", "--batch-size", "4", "--max-length", "9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "caption_batch", interrupted)
+        code, _, err = command("caption", "caption", *fixed)
+    assert code == 130 and err == "madtp: interrupted; the same command goes on from here\n"
+    for options, reason in [
+        (["--dtype", "bfloat16"], "dtype: float32 then, bfloat16 now"),
+        (["--num-beams", "2"], "num_beams: 3 then, 2 now"),
+        (["--max-length", "10"], "max_length: 9 then, 10 now"),
+        (["--sample"], "top_p: None then, 0.9 now"),
+        (["--grouping", "batch"], "grouping: instance then, batch now"),
+        (["--dense"], "temperature: 2.0 then, 0.0 now"),
+    ]:
+        code, _, err = command("caption", "caption", *fixed, *options)
+        assert code == 2 and reason in err
+    code, out, _ = command("caption", "caption", *fixed)
+    assert code == 0 and "12 rows (4 of them from an earlier run)" in out
+
+
 RUNS = {"caption": ("caption", "all.jsonl"), "embed": ("clip", "all.npy")}
 
 
