@@ -202,8 +202,9 @@ def test_files_in_the_official_format(tmp_path):
     expected = [(pair, s) for pair in map(Shapes("dev").pair, range(3), [2] * 3) for s in pair.statements]
     assert len(rows) == len(expected) == 6
     for row, (pair, statement) in zip(rows, expected, strict=True):
-        assert row.keys() == {"sentence", "label", "images"}
+        assert row.keys() == {"sentence", "label", "images", "template"}
         assert row["sentence"] == statement.sentence and row["label"] == str(statement.label)
+        assert row["template"] == statement.template
         for path, image in zip(row["images"], pair.images, strict=True):
             assert np.array_equal(np.asarray(Image.open(tmp_path / path)), image)
     lines = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
