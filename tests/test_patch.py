@@ -74,8 +74,8 @@ def results(task, model, inputs):
     real = inputs["attention_mask"].bool()
     with torch.inference_mode():
         if task == "caption":
-            output = model(**inputs)
-            return [output.logits[real], output.image_embeds, model.generate(inputs["pixel_values"], num_beams=3, max_length=12)]
+            output, pooled = model(**inputs), model.vision_model(inputs["pixel_values"]).pooler_output
+            return [output.logits[real], output.image_embeds, pooled, model.generate(inputs["pixel_values"], num_beams=3, max_length=12)]
         if task == "vqa":
             images = model.vision_model(inputs["pixel_values"]).last_hidden_state
             questions = model.text_encoder(inputs["input_ids"], inputs["attention_mask"], encoder_hidden_states=images)[0]
@@ -561,8 +561,9 @@ def test_calls_that_a_patched_model_does_not_serve(make, generator):
         model.vision_model(pixels[..., :32])
     with pytest.raises(ValueError, match="encoder_hidden_states: expected what the decoder is to look at"):
         model.text_decoder(torch.tensor([[DEC]], device=DEVICE))
-    with pytest.raises(ValueError, match="encoder_hidden_states: 2 samples do not fit 3 texts"):
-        model(pixels, torch.full((3, 2), DEC, device=DEVICE))
+    for count in (3, 4):
+        with pytest.raises(ValueError, match=f"encoder_hidden_states: 2 samples do not fit {count} texts"):
+            model(pixels, torch.full((count, 2), DEC, device=DEVICE))
     model.train()
     with pytest.raises(ValueError, match="a patched model is for inference"):
         model.vision_model(pixels)

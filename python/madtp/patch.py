@@ -272,9 +272,9 @@ class _Engine:
         made_up = _fill(self.own, own, guidance)
         if made_up and warn:
             _log.warning(
-                "no %s given: drawn at random with a fixed seed, as MADTP does before training. What is pruned depends on "
-                "attention and on an alignment that is not trained.",
-                ", ".join(made_up) if len(made_up) < 4 else f"dictionary ({len(made_up)} weights, with the maps to it)",
+                "drawn at random with a fixed seed, as MADTP does before training: %s. What is pruned depends on attention, and "
+                "on an alignment that is not trained.",
+                made_up[0] + (f" and {len(made_up) - 1} maps" if len(made_up) > 1 else ""),
             )
         self.sync()
 
@@ -453,8 +453,8 @@ class _Memory(NamedTuple):
     samples: int
 
 
-def _ready(module: nn.Module, kwargs: Mapping, **unsupported) -> _Engine:
-    """The engine of a patched tower, for a call that it can serve."""
+def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, **unsupported) -> _Engine:
+    """The engine of a patched tower, for a call that it can serve, with the weights of now."""
     if module.training:
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
     for name in ("output_attentions", "output_hidden_states"):
@@ -464,7 +464,8 @@ def _ready(module: nn.Module, kwargs: Mapping, **unsupported) -> _Engine:
         if value is not None and value is not False:
             raise ValueError(f"{name}: a patched model does not take it here")
     engine = module._madtp
-    engine.sync()
+    if sync:
+        engine.sync()
     return engine
 
 
@@ -558,19 +559,19 @@ def _blip_decoder(
     encoder_hidden_states=None, encoder_attention_mask=None, past_key_values=None, use_cache=None, is_decoder=False, **kwargs,
 ):  # fmt: skip
     """`BlipTextModel.forward` of a decoder. A cache is returned where one was given or asked for."""
-    engine = _ready(self, kwargs, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds)
+    generating = isinstance(encoder_hidden_states, _Memory)
+    engine = _ready(self, kwargs, sync=not generating, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds)
     if not is_decoder:
         raise ValueError("is_decoder: the decoder of a patched model is always causal, got False")
-    decoder, backend, (texts, new) = engine.model.text_decoder, engine.model.backend, input_ids.shape
-    if not isinstance(encoder_hidden_states, _Memory):
-        encoder_hidden_states = engine.memory(encoder_hidden_states, encoder_attention_mask)
-    keys, samples = encoder_hidden_states
-    runs = _runs(texts, samples, max(1, texts // samples), input_ids.device)
+    model, (texts, new) = engine.model, input_ids.shape
+    memory = encoder_hidden_states if generating else engine.memory(encoder_hidden_states, encoder_attention_mask)
+    repeat = max(1, texts // memory.samples) if generating else 1  # beams, or sequences of one sample
+    options = {"runs": _runs(texts, memory.samples, repeat, input_ids.device), "backend": model.backend}
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache()
     if past_key_values is None:
         ids, positions = _ragged(input_ids, attention_mask, position_ids)
-        states = decoder(engine.model._ids(ids), keys, runs=runs, positions=positions, backend=backend).values
+        states = model.text_decoder(model._ids(ids), memory.keys, positions=positions, **options).values
         hidden = states.new_zeros(texts, new, states.shape[-1])
         hidden[torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()] = states
     else:
@@ -582,11 +583,10 @@ def _blip_decoder(
             raise ValueError(f"attention_mask: expected {expected}, earlier tokens included, got {list(attention_mask.shape)}")
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new, device=input_ids.device)[None]
-        ids, positions = _ragged(input_ids, None, position_ids)
-        visible = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
-        hidden = decoder(
-            engine.model._ids(ids), keys, runs=runs, cache=cache, positions=positions, visible=visible, backend=backend
-        ).values.unflatten(0, (texts, new))
+        ids = RaggedBatch.from_lengths(input_ids.flatten(), [new] * texts)
+        options["positions"] = position_ids.expand(texts, new).flatten()
+        options["visible"] = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
+        hidden = model.text_decoder(model._ids(ids), memory.keys, cache=cache, **options).values.unflatten(0, (texts, new))
     return BaseModelOutputWithPoolingAndCrossAttentions(hidden, past_key_values=past_key_values)
 
 
