@@ -167,6 +167,18 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
     torch.testing.assert_close(parts_again, parts, rtol=0, atol=0)
 
 
+def test_a_record_holds_settings_and_metrics(tmp_path):
+    run = Run(tmp_path, {}, {"lr": 0.1})
+    for loss in (3.0, 1.0):
+        run.advance(loss=loss)
+    run.log(**run.averages(), note="half way")
+    run.record(tmp_path / "results" / "run.json")
+    record = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert record["settings"] == {"lr": 0.1} and record["torch"] == torch.__version__
+    (line,) = record["metrics"]
+    assert line["step"] == 2 and line["loss"] == 2.0 and line["note"] == "half way"
+
+
 def test_a_run_does_not_go_on_under_other_settings(tmp_path):
     Run(tmp_path, {}, {"lr": 0.1, "steps": 5}).save()
     Run(tmp_path, {}, {"lr": 0.1, "steps": 5})

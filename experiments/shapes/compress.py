@@ -3,7 +3,7 @@
   python experiments/shapes/compress.py --model experiments/shapes/models/dense --directory runs/0.8 --reduction 0.8
 
 The loss is that of the answers plus 0.1 times the alignment of the summaries of both modalities. The cost that is aimed at
-falls from the dense one to the target over the first part of the run, and the temperature follows it. At the end the
+falls to the target over the first part of the run, and the temperature follows it. At the end the
 temperature is set on the dev split, and the test split is answered once.
 """
 
@@ -84,10 +84,11 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the dense model")
     parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
     parser.add_argument("--output", type=Path, help="where the compressed model goes")
+    parser.add_argument("--record", type=Path, help="JSON file for settings and metrics")
     parser.add_argument("--reduction", type=float, default=0.8, help="share of the GFLOPs to save (default: 0.8)")
     parser.add_argument("--use-sizes", action="store_true", help="merged tokens weigh what they stand for")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--pairs", type=int, default=16, help="pairs per step (default: 16)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per step (default: 8)")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--alignment", type=float, default=0.1, help="weight of the alignment loss (default: 0.1)")
     parser.add_argument("--ramp", type=float, default=0.4, help="share of the steps over which the target falls")
@@ -97,17 +98,18 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = madtp.load(args.model)
     model.use_sizes = args.use_sizes
+    # The pairs come after those that the dense model has learnt from.
+    train, dev, first_pair = Shapes("train"), Shapes("dev"), 100_000 + 1_000_000 * args.seed
+    controller = TemperatureController(0.1)
+    dense = dense_gflops(model, dev)
+    # The lowest temperature already prunes: the target falls from what that costs, not from the dense cost.
+    start, goal = evaluate(model, dev, 16, controller.temperature)["gflops"], (1 - args.reduction) * dense
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
     scheduler = cosine(optimizer, args.steps, warmup=50)
-    controller = TemperatureController(0.1)
     names = ("reduction", "use_sizes", "steps", "pairs", "lr", "alignment", "ramp", "seed")
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
     run = Run(args.directory, parts, {name: getattr(args, name) for name in names})
-    # The pairs come after those that the dense model has learnt from.
-    train, dev, first_pair = Shapes("train"), Shapes("dev"), 100_000 + 1_000_000 * args.seed
-    dense = dense_gflops(model, dev)
-    goal = (1 - args.reduction) * dense
 
     with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
         while run.step < args.steps:
@@ -128,7 +130,7 @@ def main() -> None:
             optimizer.zero_grad()
             cost = mean(costs(model, output, PER_PAIR), "official")
             share = min(run.step / max(args.ramp * args.steps, 1), 1.0)
-            target = dense + share * (goal - dense)
+            target = start + share * (goal - start)
             used = controller.temperature
             controller.update(cost, target)
             run.advance(
@@ -143,7 +145,7 @@ def main() -> None:
                 run.log(dev=evaluate(model, dev, 32, controller.temperature))
     run.save()
 
-    model.eval()
+    model.half().float().eval()  # the weights as they are saved
     model.temperature = find_temperature(
         lambda temperature: evaluate(model, dev, 64, temperature)["gflops"], goal, controller.temperature
     )
@@ -151,6 +153,8 @@ def main() -> None:
     result["reduction"] = round(1 - result["gflops"] / dense, 4)
     run.log(test=result)
     print(json.dumps(result, indent=2))
+    if args.record:
+        run.record(args.record)
     if args.output:
         save_pretrained(model.half(), args.output)
 

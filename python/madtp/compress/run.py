@@ -109,6 +109,14 @@ class Run:
         """Everything that was logged."""
         return [json.loads(line) for line in (self.directory / METRICS).read_text().splitlines()]
 
+    def record(self, path: str | os.PathLike) -> None:
+        """Write settings and metrics as one JSON file, for keeping."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(line) for line in self.metrics())
+        head = json.dumps({"settings": self.settings, "torch": torch.__version__})
+        _replace(path, f'{head[:-1]}, "metrics": [\n{lines}\n]}}\n'.encode())
+
     def save(self) -> None:
         """Write the checkpoint."""
         state = {
