@@ -27,6 +27,7 @@ from madtp_kernels import backends
 
 from . import layouts
 from .config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
+from .files import replacing
 from .layouts.blip import from_ours as to_official
 from .layouts.blip import to_ours as from_official
 from .layouts.clip import infer_config as infer_clip_config
@@ -456,13 +457,11 @@ def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    temporary = directory / f".{WEIGHTS}.partial"
-    safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
-    os.replace(temporary, directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as file:
+        safetensors.torch.save_file(state, file.name, metadata={"format": "pt"})
     settings = {**model.config.to_dict(), "temperature": model.temperature}
-    temporary = directory / f".{CONFIG}.partial"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(temporary, directory / CONFIG)
+    with replacing(directory / CONFIG) as file:
+        file.write((json.dumps(settings, indent=2) + "\n").encode())
     try:
         model.processor.tokenizer.save_pretrained(directory / TOKENIZER)
     except (OSError, ValueError) as error:

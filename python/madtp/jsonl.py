@@ -22,7 +22,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["Log", "ResumeError", "Summary", "answered", "numbered", "replacing", "run", "to_line"]
+from .files import replacing
+
+__all__ = ["Log", "ResumeError", "Summary", "answered", "numbered", "run", "to_line"]
 
 _READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
 
@@ -335,18 +337,3 @@ def _records(batch: list[tuple[int, Future]], answer) -> list[dict]:
 def _publish(records: Iterator[dict], output: Path) -> None:
     with replacing(output) as file:
         file.writelines(map(to_line, records))
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike):
-    """A binary file to write, which takes the place of `path` when it is complete, at once or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, before anything else goes
-    os.close(folder)

@@ -114,8 +114,9 @@ def _publish(records: Iterator[dict], output: Path) -> None:
     """Names and features, the latter last: where they are, all is."""
     import numpy as np
 
+    from ..files import replacing
     from ..index import from_text
-    from ..jsonl import replacing, to_line
+    from ..jsonl import to_line
 
     features = []
     with replacing(output.with_name(output.name + ".jsonl")) as names:

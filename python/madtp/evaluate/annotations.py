@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import replacing
+
 __all__ = [
     "VISUAL_GENOME_WEIGHT",
     "AnnotationError",
@@ -442,14 +444,6 @@ def _write_results(path, id_key: str, text_key: str, results: Mapping[int, str])
         if not isinstance(text, str):
             raise TypeError(f"{text_key}: expected a string, got {text!r}")
     rows = [{id_key: operator.index(number), text_key: text} for number, text in results.items()]
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w") as file:
-            json.dump(rows, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    content = json.dumps(rows).encode()
+    with replacing(path) as file:
+        file.write(content)
