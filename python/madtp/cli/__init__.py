@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import caption, demo, embed, info, nlvr, retrieve, vqa
+from . import caption, demo, embed, evaluate, info, nlvr, retrieve, vqa
 
 _EXAMPLES = """\
 examples:
@@ -22,6 +22,9 @@ examples:
   madtp retrieve --model DIR photos/ --index photos.index --text "a dog on a beach"
   madtp embed --model DIR photos/ --output photos.npy
   madtp nlvr --model model_base_nlvr_0.5.pth --images left.jpg right.jpg --text "Both images show a dog."
+  madtp evaluate --model DIR --annotations nlvr_test.json --image-root NLVR2/images --output nlvr.json
+  madtp compress --model DENSE --image-root DIR --annotations TRAIN --dev DEV --reduction 0.8 --output DIR
+  madtp calibrate --model DENSE --pairs pairs.jsonl --reduction 0.3 --output DIR
   madtp info
 """
 
@@ -35,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, vqa, retrieve, embed, nlvr, demo, info):
+    for module in (caption, vqa, retrieve, embed, nlvr, evaluate, demo, info):
         module.add_parser(commands)
     return top
 

@@ -1,0 +1,344 @@
+"""`madtp evaluate`: how good a model is on a test split, dense and pruned, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .batch import add_batch, settings_of
+from .options import add_model, add_model_options, load_model, positive
+
+TASKS = ("nlvr", "vqa", "caption", "retrieval", "clip")
+
+_EXAMPLES = """\
+examples:
+  madtp evaluate --model model_base_nlvr_0.5.pth --annotations nlvr_test.json --image-root NLVR2/images \\
+      --output nlvr.json --plots plots
+  madtp evaluate --model DIR --annotations nlvr_test.json --temperature 0 1 2 4 --records records.jsonl
+  madtp evaluate --model DIR --annotations vqa_val.json --image-root coco --answers answer_list.json
+  madtp evaluate --model DIR --annotations v2_OpenEnded_mscoco_val2014_questions.json --image-root coco \\
+      --vqa-annotations v2_mscoco_val2014_annotations.json
+  madtp evaluate --model DIR --annotations coco_karpathy_test.json --image-root coco --limit 500
+  torchrun --nproc-per-node 8 -m madtp evaluate --model DIR --annotations flickr30k_test.json \\
+      --image-root flickr30k --rerank 128 --device cuda --output flickr.json
+
+What is measured follows from the model: accuracy for nlvr and vqa, captioning metrics, recall at 1, 5 and 10
+in both directions for retrieval (BLIP's ranks the best again in pairs) and clip. Annotations are the original
+files of NLVR2 and VQA v2, or those that BLIP ships, of which captions and retrieval take Karpathy's splits.
+
+Each sample is pruned on its own and counted once, however large the batches and however many processes there
+are. With --records, a run that was interrupted goes on where it stopped when the same command is given again.
+"""
+
+
+def add_parser(commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="quality, cost and speed on a test split",
+        description="Evaluates a model on a test split, dense and pruned: quality, GFLOPs, time, kept tokens.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser, demo=True)
+    parser.add_argument("--task", choices=TASKS, help="of random:base; other models know theirs")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="samples with labels")
+    parser.add_argument(
+        "--image-root", metavar="DIR", help="what image paths start from (default: the folder of the annotations)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N records of the annotations")
+    parser.add_argument(
+        "--temperature",
+        dest="temperatures",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="pruning temperatures, 0 is dense (default: 0 and the checkpoint's)",
+    )
+    add_batch(parser, "samples")
+    results = parser.add_argument_group("where results go, beside the table on the terminal")
+    results.add_argument("--output", metavar="JSON", help="all figures, with settings and versions")
+    results.add_argument("--records", metavar="JSONL", help="what the model said to each sample; lets a run go on")
+    results.add_argument("--plots", metavar="DIR", help="quality.png and tokens.png (needs matplotlib)")
+    vqa = parser.add_argument_group("vqa")
+    vqa.add_argument(
+        "--vqa-annotations", metavar="FILE", help="where --annotations are original questions: their answers"
+    )
+    vqa.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="choose among these, a JSON list or one per line; by default answers are written",
+    )
+    vqa.add_argument(
+        "--top-k",
+        type=positive,
+        metavar="K",
+        help="of the list, score in full those that begin most likely (default: 128)",
+    )
+    words = parser.add_argument_group("caption, and vqa where answers are written")
+    words.add_argument("--num-beams", type=positive, metavar="N", help="of the beam search (default: 3)")
+    words.add_argument(
+        "--max-length", type=positive, metavar="N", help="in tokens, prompt included (default: 20; vqa: 10)"
+    )
+    words.add_argument(
+        "--min-length", type=positive, metavar="N", help="in tokens, prompt included (default: 5; vqa: 1)"
+    )
+    parser.add_argument_group("retrieval").add_argument(
+        "--rerank",
+        type=int,
+        metavar="K",
+        help="match the best K of each image and of each text in pairs (default: 256, as for COCO)",
+    )
+    add_model_options(parser, groupings=("instance", "pair", "batch"), text_modes=True, temperature=False)
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate a model and write what was found."""
+    import torch
+
+    from ..evaluate.run import Processes, evaluate
+    from ..evaluate.tasks import missing_images, read_examples
+
+    parts = _begin(args)
+    processes = Processes.started()
+    try:
+        if args.overwrite and parts and processes.rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
+        processes.wait()
+        device = args.device
+        if device == "cuda" and processes.count > 1:
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        model = load_model(args, [args.task] if args.task else TASKS)
+        task = model.config.task
+        options = _task_options(args, task)
+        root = args.image_root or Path(args.annotations).parent
+        examples = read_examples(task, args.annotations, root, args.vqa_annotations)[: args.limit]
+        missing, images = missing_images(examples)
+        if missing:
+            names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(f"{args.annotations}: {len(missing)} of {images} images are not there: {names}")
+        settings = _settings(args, model, device, options, len(examples))
+        try:
+            results, records = evaluate(
+                model,
+                examples,
+                args.temperatures,
+                batch_size=args.batch_size,
+                folder=parts,
+                settings=settings,
+                processes=processes,
+                **options,
+            )
+        except KeyboardInterrupt:
+            if parts:
+                print("madtp: interrupted; the same command goes on from here", file=sys.stderr)
+            else:
+                print("madtp: interrupted; nothing was kept, since there is no --records", file=sys.stderr)
+            return 130
+        if processes.rank == 0:
+            _report(args, task, settings | {"processes": processes.count}, results, records)
+            if parts:
+                shutil.rmtree(parts)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _begin(args: argparse.Namespace) -> Path | None:
+    """Where answers are kept until all are there, if they are; outputs that are there already are not replaced."""
+    parts = None if args.records is None else Path(args.records + ".parts")
+    if not args.overwrite and not (parts and parts.exists()):
+        for path in (args.output, args.records):
+            if path and Path(path).exists():
+                raise ValueError(f"{path} exists already; remove it, or give --overwrite")
+    for path in (args.output, args.records):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {Path(path).resolve().parent}")
+    return parts
+
+
+def _task_options(args: argparse.Namespace, task: str) -> dict:
+    """Options of the task that were given; others make no sense for it."""
+    from ..evaluate.annotations import read_answer_list
+    from ..inputs import read_lines
+
+    words = ("num_beams", "max_length", "min_length")
+    useful = {
+        "vqa": ("vqa_annotations", "answers", *(("top_k",) if args.answers else words)),
+        "caption": words,
+        "retrieval": ("rerank",),
+    }.get(task, ())
+    every = ("vqa_annotations", "answers", "top_k", *words, "rerank")
+    given = {name: getattr(args, name) for name in every if getattr(args, name) is not None}
+    useless = [f"--{name.replace('_', '-')}" for name in given if name not in useful]
+    if useless:
+        raise ValueError(f"{', '.join(useless)}: of no use for {task}" + (" without --answers" if task == "vqa" else ""))
+    given.pop("vqa_annotations", None)
+    if given.get("rerank", 0) < 0:
+        raise ValueError(f"--rerank: expected at least 0, got {args.rerank}")
+    if "answers" in given:
+        path = given.pop("answers")
+        listed = Path(path).read_bytes()[:64].lstrip().startswith(b"[")
+        given["candidates"] = (read_answer_list if listed else read_lines)(path)
+    if "top_k" in given:
+        given["k"] = given.pop("top_k")
+    return given
+
+
+def _settings(args: argparse.Namespace, model, device: str, options: dict, samples: int) -> dict:
+    """What determines the answers."""
+    shown = dict(options)
+    if "candidates" in shown:
+        shown["candidates"] = _digest("\n".join(shown["candidates"]).encode())
+    files = [path for path in (args.annotations, args.vqa_annotations) if path]
+    settings = settings_of(
+        args,
+        model,
+        device=device,
+        text_mode=getattr(model.config, "text_mode", None),
+        annotations={Path(path).name: _digest(Path(path).read_bytes()) for path in files},
+        image_root=args.image_root,
+        examples=samples,
+        options=shown,
+    )
+    del settings["temperature"]  # there are several
+    return settings
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+# ---- results ------------------------------------------------------------------------------------------------------
+
+
+def _report(args: argparse.Namespace, task: str, settings: dict, results: list[dict], records: dict) -> None:
+    """The table; records, figures and plots, if asked for."""
+    import torch
+
+    from ..evaluate.figures import UNITS
+    from ..evaluate.run import TIMING
+    from ..jsonl import replacing, to_line
+
+    settings = {**settings, "batch_size": args.batch_size, "threads": torch.get_num_threads()}
+    print("\n".join(_table(results, task, settings)))
+    if args.records:
+        with replacing(args.records) as file:
+            for temperature, steps in records.items():
+                for step, rows in steps.items():
+                    for row in rows:
+                        kept = {key: value for key, value in row.items() if key not in ("row", "features")}
+                        file.write(to_line({"temperature": temperature, "step": step, **kept}))
+        print(f"records: {args.records}")
+    if args.output:
+        document = {
+            "task": task,
+            "instance": UNITS[task],
+            "settings": settings,
+            "versions": _versions(),
+            "timing": TIMING,
+            "results": results,
+        }
+        with replacing(args.output) as file:
+            file.write((json.dumps(document, indent=1) + "\n").encode())
+        print(f"figures: {args.output}")
+    if args.plots:
+        _plot(Path(args.plots), task, results)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import torch
+    import transformers
+
+    import madtp_kernels
+
+    return {
+        "madtp": madtp_kernels.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+    }
+
+
+def _plot(folder: Path, task: str, results: list[dict]) -> None:
+    from ..evaluate.figures import HEADLINE, UNITS
+    from ..report.plots import quality_plot, save_png, tokens_plot
+
+    metric = HEADLINE[task]
+    try:
+        plots = {"tokens.png": tokens_plot(results)}
+        if metric in results[0]["quality"]:
+            plots["quality.png"] = quality_plot(results, metric, UNITS[task])
+    except ImportError as error:
+        print(f"madtp: no plots: {error}", file=sys.stderr)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in plots.items():
+        save_png(figure, folder / name)
+        print(f"plot: {folder / name}")
+
+
+def _table(results: Sequence[dict], task: str, settings: dict) -> list[str]:
+    """Lines for the terminal, one column per temperature."""
+    from ..evaluate.figures import UNITS
+
+    unit, first = UNITS[task], results[0]
+    counts = ", ".join(f"{count} {name}s" for name, count in first["samples"].items())
+    processes = f", {settings['processes']} processes" if settings["processes"] > 1 else ""
+    threads = "" if settings["device"] != "cpu" else f" (threads: {settings['threads']})"
+    lines = [
+        f"{task}: {counts}; {settings['dtype']} on {settings['device']}{threads}, batches of "
+        f"{settings['batch_size']}{processes}",
+        "",
+    ]
+    names = [f"T = {result['temperature']:g}" if result["temperature"] else "dense" for result in results]
+    dense = next((result for result in results if not result["temperature"]), None)
+
+    def add(label: str, cells: Sequence[str]) -> None:
+        lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells).rstrip())
+
+    def cost(key: str) -> list[str]:
+        cells = []
+        for result in results:
+            saved = f" ({100 * (result[key] / dense[key] - 1):+.1f} %)" if dense and result is not dense else ""
+            cells.append(f"{result[key]:.5g}{saved}")
+        return cells
+
+    add("", names)
+    for metric in first["quality"]:
+        add(metric.replace("_to_", " to "), [f"{result['quality'][metric]:.4f}" for result in results])
+    add("GFLOPs, official count", cost("gflops"))
+    add("GFLOPs, full count", cost("gflops_full"))
+    add("model time, ms", [f"{1000 * result['seconds']:.4g}" for result in results])
+    add("per second", [f"{result['per_second']:.4g}" for result in results])
+    if "match" in first["steps"]:
+        add("matching: GFLOPs per pair", [f"{result['steps']['match']['gflops']:.5g}" for result in results])
+        add("matching: ms per pair", [f"{1000 * result['steps']['match']['seconds']:.4g}" for result in results])
+    lines.append(f"(GFLOPs and time are those of one {unit})")
+    for template, found in first.get("templates", {}).items():
+        cells = [f"{result['templates'][template]['accuracy']:.4f}" for result in results]
+        add(f"  {template} ({found['samples']})", cells)
+    for stream in first["tokens"]:
+        lines += ["", f"{stream} tokens, least / mean / most"]
+        for layer in range(len(first["tokens"][stream])):
+            cells = [
+                "{min} / {mean:.1f} / {max}".format(**result["tokens"][stream][layer]) for result in results
+            ]
+            add(f"  after layer {layer}" if layer else "  input", cells)
+    for name, reason in first.get("not_run", {}).items():
+        lines.append(f"not computed: {name}: {reason}")
+    if first.get("tokenizer") == "plain":
+        lines.append("captions were split into words without the published tokenizer: compare with nothing published")
+    return lines

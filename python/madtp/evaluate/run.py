@@ -1,0 +1,245 @@
+"""Every sample once: a model's answers to a test split, at several temperatures, over processes and interruptions.
+
+Process r of k takes samples r, r + k, r + 2k, ...; there is no padding, so nothing is counted twice. What each has
+answered is in a folder of its own records (:mod:`madtp.jsonl`) until all is done, and a run that was stopped goes on
+there. What a task asks the model is in `tasks`, what the records amount to in `figures`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from .. import jsonl
+from .figures import figures
+from .tasks import ANSWERS
+
+__all__ = ["TIMING", "Processes", "evaluate"]
+
+TIMING = (
+    "seconds: of the model alone, from prepared inputs to answers and their costs, per instance in batches of the size "
+    "given, after one batch of warm-up for each step; on a CPU no image is decoded meanwhile. per_second: of all "
+    "processes together. For retrieval an instance is an image and a text; the matching of pairs comes on top."
+)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share an evaluation; by default it is one."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def started(cls) -> Processes:
+        """Those that torchrun has started, connected; or this one."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            # A process that is done waits for the slowest, however long that takes.
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def gather(self, records: list[dict]) -> list[dict]:
+        """Records of all processes, in the order of their samples; each process gets them all."""
+        parts = [records]
+        if self.count > 1:
+            parts = [None] * self.count
+            torch.distributed.all_gather_object(parts, records)
+        return sorted(itertools.chain.from_iterable(parts), key=lambda record: record["sample"])
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+def evaluate(
+    model,
+    examples: Sequence,
+    temperatures: Sequence[float] | None = None,
+    *,
+    batch_size: int = 8,
+    folder: str | os.PathLike | None = None,
+    settings: dict | None = None,
+    processes: Processes | None = None,
+    progress: bool | None = None,
+    **options,
+) -> tuple[list[dict], dict[float, dict[str, list[dict]]]]:
+    """Answer every example at every temperature.
+
+    Args:
+        model: of any task, with a processor.
+        examples: what the reader of `annotations` for the task gives; labels are needed.
+        temperatures: each once; by default dense and, where it has one, the model's own.
+        batch_size: samples that the model gets at a time; figures do not depend on it, times do.
+        folder: where answers are kept while the run goes on, so that it can be stopped and started again; it is
+            left there. By default nothing is kept.
+        settings: what else determines the answers, as JSON values; a stopped run goes on only under the same ones.
+        processes: those that share the work, if there are several.
+        progress: whether to show a bar; by default where standard error is a terminal.
+        options: of the task, see `tasks`.
+
+    Returns:
+        Figures per temperature, as :func:`madtp.evaluate.figures.figures` has them (only the first process computes
+        them; the list is empty in others), and the records they are computed from: temperature -> step -> one per
+        instance, in order.
+
+    Raises:
+        ValueError: an example without a label, or that the model cannot take; options that make no sense.
+        madtp.jsonl.ResumeError: a folder of another run.
+    """
+    processes = processes or Processes()
+    task = model.config.task
+    if temperatures is None:
+        temperatures = dict.fromkeys((0.0, model.temperature))
+    temperatures = list(temperatures)
+    if len(set(temperatures)) != len(temperatures) or not all(0 <= t < float("inf") for t in temperatures):
+        raise ValueError(f"temperatures: expected different numbers >= 0, got {temperatures}")
+    if not examples:
+        raise ValueError("examples: expected at least one, got none")
+    header = {
+        **(settings or {}),
+        "temperatures": temperatures,
+        "batch_size": batch_size,
+        "processes": processes.count,
+    }
+    results, records, own = [], {}, model.temperature
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Nothing is logged there: it says whose folder this is, and keeps other processes out.
+        stack.enter_context(jsonl.Log(folder / f"run-{processes.rank}", header))
+        try:
+            for number, temperature in enumerate(temperatures):
+                model.temperature = temperature
+                steps = _Steps(model, folder, number, batch_size, processes, progress)
+                records[temperature] = ANSWERS[task](steps.run, model, examples, **options)
+                if processes.rank == 0:
+                    rerank = {key: options[key] for key in ("rerank",) if key in options}
+                    found = figures(task, records[temperature], processes.count, **rerank)
+                    results.append({"temperature": temperature, **found})
+        finally:
+            model.temperature = own
+    return results, records
+
+
+class _Steps:
+    """The passes over the samples at one temperature."""
+
+    def __init__(
+        self, model, folder: Path, number: int, batch_size: int, processes: Processes, progress: bool | None
+    ) -> None:
+        self.model, self.folder, self.number, self.batch_size = model, folder, number, batch_size
+        self.processes, self.progress = processes, progress if processes.rank == 0 else False
+
+    def run(
+        self, name: str, rows: list[dict], prepare: Callable[[dict], object], answer: Callable[[list], list[dict]]
+    ) -> list[dict]:
+        """Records of all rows, from all processes: a row with what `answer` gave for it, and "seconds".
+
+        Args:
+            name: of what a row is.
+            rows: with "sample", which numbers them from 0.
+            prepare, answer: from a row to an instance, and from instances to objects.
+
+        Raises:
+            ValueError: a row that cannot be used; the figures would not be those of the split.
+        """
+        path = self.folder / f"{self.number}-{name}-{self.processes.rank}.jsonl"
+        if not path.exists():  # or it was completed before an interruption
+            self._answer(path, name, rows, prepare, answer)
+        with open(path, "rb") as lines:
+            records = self.processes.gather([json.loads(line) for line in lines])
+        if [record["sample"] for record in records] != list(range(len(rows))):
+            raise RuntimeError(f"{path}: {len(records)} records for {len(rows)} samples, or not of the same ones")
+        return records
+
+    def _answer(self, path: Path, name: str, rows: list[dict], prepare, answer) -> None:
+        # On a GPU images are decoded while it works; on a CPU that would be measured as the model's time.
+        gate, warm = _Gate(self.model.device.type == "cpu"), False
+        wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
+
+        def prepared(_: int, row: dict) -> tuple:
+            with gate.preparing():
+                try:
+                    return prepare(row), None
+                except Exception as error:  # ends the run, from the thread that the run is in
+                    return None, ValueError(f"{name} {row['sample']}: {error}")
+
+        def timed(instances: list[tuple]) -> list[dict]:
+            nonlocal warm
+            for _, error in instances:
+                if error:
+                    raise error
+            inputs = [instance for instance, _ in instances]
+            with gate.alone():
+                if not warm:
+                    answer(inputs)
+                    warm = True
+                wait()
+                start = time.perf_counter()
+                answers = answer(inputs)
+                wait()
+                seconds = (time.perf_counter() - start) / len(inputs)
+            return [{**given, "seconds": seconds} for given in answers]
+
+        mine = rows[self.processes.rank :: self.processes.count]
+        jsonl.run(
+            mine,
+            path,
+            prepared,
+            timed,
+            settings={},
+            batch_size=self.batch_size,
+            keep=list(rows[0]),
+            unit=f"{name}s",
+            note=lambda: f"T = {self.model.temperature:g}",
+            progress=self.progress,
+        )
+
+
+class _Gate:
+    """Lets either several threads prepare, or one work alone; lets both where it is not `closed` for that."""
+
+    def __init__(self, closes: bool) -> None:
+        self._closes, self._closed, self._inside = closes, False, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._closed = self._closes
+            self._changed.wait_for(lambda: not (self._closed and self._inside))
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()

@@ -1,0 +1,79 @@
+"""Plots of an evaluation: quality against cost, and tokens per layer. Needs matplotlib, an optional dependency."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+__all__ = ["quality_plot", "save_png", "tokens_plot"]
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure  # without pyplot, which keeps figures and wants a display
+    except ImportError as error:
+        raise ImportError("plots need the package matplotlib: pip install 'madtp[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _name(result: dict) -> str:
+    return f"T = {result['temperature']:g}" if result["temperature"] else "dense"
+
+
+def quality_plot(results: Sequence[dict], metric: str, unit: str):
+    """A matplotlib figure of a metric against GFLOPs, official and full, one point per temperature.
+
+    Args:
+        results: figures as :func:`madtp.evaluate.figures.figures` gives them, with "temperature".
+        metric: a key of their "quality".
+        unit: what one instance is.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        KeyError: a result without this metric.
+    """
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    results = sorted(results, key=lambda result: result["gflops"])
+    quality = [result["quality"][metric] for result in results]
+    for key, style, label in (("gflops", "o-", "official count"), ("gflops_full", "s--", "full count")):
+        axes.plot([result[key] for result in results], quality, style, label=label)
+    for result in results:
+        place = (result["gflops"], result["quality"][metric])
+        axes.annotate(_name(result), place, xytext=(4, -12), textcoords="offset points", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"GFLOPs per {unit}")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def tokens_plot(results: Sequence[dict]):
+    """A matplotlib figure of the tokens after each layer, one panel per stream: mean, and least to most as a band.
+
+    `results` as in :func:`quality_plot`. Raises ImportError: matplotlib is not installed.
+    """
+    streams = list(results[0]["tokens"])
+    figure = _figure(5 * len(streams), 4)
+    for axes, stream in zip(figure.subplots(1, len(streams), squeeze=False)[0], streams, strict=True):
+        for result in results:
+            layers = result["tokens"][stream]
+            (line,) = axes.plot([layer["mean"] for layer in layers], "o-", markersize=3, label=_name(result))
+            band = ([layer[key] for layer in layers] for key in ("min", "max"))
+            axes.fill_between(range(len(layers)), *band, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.set_title(stream)
+        axes.set_xlabel("layer (0: input)")
+        axes.set_ylabel("tokens: mean, least to most")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def save_png(figure, path: str | os.PathLike) -> None:
+    """Write a figure, complete or not at all. Raises OSError."""
+    from ..jsonl import replacing
+
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
