@@ -343,6 +343,13 @@ class CaptionProcessor(Processor):
         """Token ids int64 [P] of the prompt: [DEC] and the words, without [SEP]."""
         return self._ids(self.prompt, str, "[DEC]")[:-1]
 
+    def text(self, caption: str) -> torch.Tensor:
+        """Token ids int64 [L] of a caption to learn from, at most 30 words: the prompt, word pieces, [SEP]; at most 40,
+        as in BLIP. Raises TextError if the caption is not a string or is empty."""
+        return self._ids(
+            caption, lambda text: self.prompt + clean_sentence(text, 30), "[DEC]", truncate=min(40, self.max_tokens)
+        )
+
     def __call__(self, image) -> torch.Tensor:
         """Pixels [3, S, S] float32 of one instance. Raises ImageError."""
         return self.image(image)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import caption, demo, embed, evaluate, info, nlvr, retrieve, vqa
+from . import calibrate, caption, compress, demo, embed, evaluate, info, nlvr, retrieve, vqa
 
 _EXAMPLES = """\
 examples:
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, vqa, retrieve, embed, nlvr, evaluate, demo, info):
+    for module in (caption, vqa, retrieve, embed, nlvr, evaluate, compress, calibrate, demo, info):
         module.add_parser(commands)
     return top
 

@@ -1,0 +1,120 @@
+"""`madtp compress`: fine-tune a dense model so that it costs less."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import add_model, positive
+from .training import above_zero, add_run_options, fingerprint, load_source, not_negative, report, share
+
+# Task -> epochs, batch size, learning rate, weight decay: those of MADTP's scripts (8 processes).
+_DEFAULTS = {
+    "nlvr": (15, 16, 3e-6, 0.05),
+    "vqa": (3, 16, 2e-5, 0.05),
+    "caption": (5, 32, 1e-5, 0.05),
+    "retrieval": (5, 32, 1e-7, 0.05),
+    "clip": (5, 16, 1e-5, 0.2),
+}
+
+_EXAMPLES = """\
+examples:
+  madtp compress --task nlvr --model model_base_nlvr.pth --image-root NLVR2/ --annotations nlvr_train.json \\
+      --dev nlvr_dev.json --reduction 0.8 --output nlvr-0.8 --device cuda --precision bfloat16
+  torchrun --nproc-per-node 8 -m madtp compress --task vqa --model DIR --image-root COCO/ \\
+      --annotations vqa_train.json --dev vqa_val.json --reduction 0.5 --output vqa-0.5 --device cuda
+  madtp nlvr --model nlvr-0.8 --images left.jpg right.jpg --text "Both images show a dog."
+
+Annotations are in the formats that BLIP ships: nlvr_*.json, vqa_*.json, coco_karpathy_*.json, flickr30k_*.json.
+The loss is the task's plus 0.1 times the alignment of both modalities (captioning has no text to align). The best
+epoch is chosen on the dev split, and the temperature is set there so that the target is met. The same command
+goes on after an interruption and gives the same model. With torchrun a step takes --batch-size x --accumulate
+instances of each process; several machines have to share the output folder.
+
+Retrieval and clip train with the negatives of the batch, without MADTP's momentum encoders and queue.
+Training has no dropout and no stochastic depth.
+"""
+
+
+def add_parser(commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "compress",
+        help="fine-tune a dense model to a share of its GFLOPs",
+        description="Fine-tune a dense model with pruning, to a target reduction of its GFLOPs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser, demo=True)
+    parser.add_argument("--task", choices=list(_DEFAULTS), help="what the model is for (default: what it tells)")
+    parser.add_argument("--annotations", required=True, metavar="JSON", help="of the training split")
+    parser.add_argument("--dev", required=True, metavar="JSON", help="of the split on which choices are made")
+    parser.add_argument("--image-root", required=True, metavar="DIR", help="where paths in the annotations start")
+    parser.add_argument("--reduction", required=True, type=share, help="share of the GFLOPs to save, as 0.5")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the model goes, and the run (DIR/run)")
+    group = parser.add_argument_group("training (defaults are those of MADTP's scripts)")
+    for name, kind, what in (
+        ("epochs", positive, "passes over the training split"),
+        ("batch-size", positive, "instances per process and forward"),
+        ("lr", above_zero, "highest learning rate"),
+        ("weight-decay", not_negative, "of all parameters"),
+    ):
+        group.add_argument(f"--{name}", type=kind, help=what)
+    group.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forwards per step (default: 1)")
+    group.add_argument(
+        "--alignment", type=not_negative, default=0.1, metavar="W", help="weight of the alignment loss (default: 0.1)"
+    )
+    group.add_argument(
+        "--schedule", choices=["epoch", "step"], default="epoch", help="when the learning rate moves (default: epoch)"
+    )
+    group.add_argument(
+        "--no-augment", dest="augment", action="store_false", help="train on the pictures as they are"
+    )
+    group = parser.add_argument_group("temperature")
+    group.add_argument(
+        "--controller",
+        choices=["bracket", "official"],
+        default="bracket",
+        help="bracket: follow the cost at every step; official: move once per epoch, by MADTP's tables (default: bracket)",
+    )
+    group.add_argument(
+        "--temperature", type=above_zero, metavar="T", help="where it begins (default: 0.1; official: MADTP's)"
+    )
+    group.add_argument(
+        "--ramp",
+        type=not_negative,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the steps over which the bracket's target falls to the goal (default: 0.4)",
+    )
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or go on, and save the model."""
+    from ..compress.tasks import TASKS
+    from ..compress.train import Settings, process_group, train
+
+    with process_group(args.device) as device:
+        model = load_source(args, args.task, device)
+        name = model.config.task
+        task = TASKS[name](model)
+        examples = task.read(args.annotations, args.image_root, training=True)
+        dev = task.read(args.dev, args.image_root, training=False)
+        given = (args.epochs, args.batch_size, args.lr, args.weight_decay)
+        epochs, batch_size, lr, weight_decay = (
+            own if value is None else value for value, own in zip(given, _DEFAULTS[name], strict=True)
+        )
+        settings = Settings(
+            reduction=args.reduction, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+            accumulate=args.accumulate, alignment=args.alignment, controller=args.controller,
+            temperature=args.temperature, ramp=args.ramp, schedule=args.schedule, precision=args.precision,
+            augment=args.augment, seed=args.seed,
+        )  # fmt: skip
+        origin = {"task": name, "model": args.model, "data": fingerprint(args.annotations, args.dev)}
+        result = train(
+            model, task, examples, dev, settings, args.output, origin=origin, workers=args.workers,
+            save_every=args.save_every, log_every=args.log_every,
+        )  # fmt: skip
+        report(result, args.output)
+    return 0

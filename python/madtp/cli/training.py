@@ -1,0 +1,97 @@
+"""What `madtp compress` and `madtp calibrate` have in common: options of a training run, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zlib
+from pathlib import Path
+
+from .options import positive
+
+
+def share(text: str) -> float:
+    """An argparse type: a number between 0 and 1, both excluded."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text}")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return number
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """How a run is done, as opposed to what it learns."""
+    group = parser.add_argument_group("how the run is done")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; under torchrun cpu or cuda (default: cpu)")
+    group.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="bfloat16: matrix products in half precision, everything that is kept in float32 (default: float32)",
+    )
+    group.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that prepare pictures (default: 2; 0: none)"
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--seed", type=int, default=42, help="of everything random (default: 42)")
+    group.add_argument(
+        "--save-every", type=not_negative, default=300, metavar="S", help="seconds between checkpoints (default: 300)"
+    )
+    group.add_argument(
+        "--log-every", type=positive, default=10, metavar="N", help="steps between lines of metrics (default: 10)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=["reference", "cpu", "triton", "cuda"],
+        help="force an implementation of the kernels (default: the best there is)",
+    )
+    group.add_argument("--tokenizer", metavar="SOURCE", help="directory, vocab.txt or hub id (default: the model's)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def load_source(args: argparse.Namespace, task: str | None, device: str):
+    """The model to train, on this process's device; what it lacks is initialised from the seed."""
+    import torch
+
+    import madtp
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.workers < 0:
+        raise ValueError(f"--workers: expected a number >= 0, got {args.workers}")
+    torch.manual_seed(args.seed)
+    model = madtp.load(
+        args.model, task=task, temperature=0.0, device=device, backend=args.backend, tokenizer=args.tokenizer
+    )
+    _ = model.processor.tokenizer  # a missing one is found out now
+    return model
+
+
+def fingerprint(*paths: str) -> list[int]:
+    """A number for each file's content: a run does not go on with other data."""
+    return [zlib.crc32(Path(path).read_bytes()) for path in paths]
+
+
+def report(result: dict, output: str) -> None:
+    """Print the result of a run."""
+    from ..compress.losses import rank
+
+    if rank() == 0:
+        print(json.dumps(result, indent=2))
+        print(f"model in {output}; {Path(output) / 'run'} holds the metrics and the checkpoint, which is no longer needed")

@@ -1,0 +1,74 @@
+"""Calibration of a model whose weights stay as they are: only the dictionary is learnt, from pairs without labels."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..evaluate.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
+from ..models import Model
+
+TASKS = ("nlvr", "vqa", "retrieval", "clip")
+"""Those whose models read text with pruning; a caption model has no text to align pictures with."""
+
+
+def freeze_all_but_dictionary(model: Model) -> list[str]:
+    """Let only the dictionary and the maps between tokens and dictionary learn; returns their names."""
+    names = []
+    for name, parameter in model.named_parameters():
+        learns = name == "space_dict" or ".q_map." in name
+        parameter.requires_grad_(learns)
+        if learns:
+            names.append(name)
+    return names
+
+
+def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike | None = None) -> Sequence:
+    """Examples without labels from a JSON Lines file: {"image": path, "text": ...}; for nlvr {"images": [left, right], ...}.
+
+    "sentence", "question" and "caption" may stand for "text". Paths start from ``image_root``, by default from the folder of
+    the file.
+
+    Raises:
+        AnnotationError: a row that is wrong, an image that is missing, or no rows.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    examples = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise AnnotationError(path, number, f"not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise AnnotationError(path, number, "expected an object")
+        text = next((row[key] for key in ("text", "sentence", "question", "caption") if key in row), None)
+        if not isinstance(text, str):
+            raise AnnotationError(path, number, "'text': expected a string")
+        images = row.get("images") if task == "nlvr" else [row.get("image")]
+        wanted = "'images': expected two paths" if task == "nlvr" else "'image': expected a path"
+        if not isinstance(images, list) or len(images) != 1 + (task == "nlvr"):
+            raise AnnotationError(path, number, wanted)
+        if not all(isinstance(image, str) and image for image in images):
+            raise AnnotationError(path, number, wanted)
+        files = [root / image for image in images]
+        for file in files:
+            if not file.is_file():
+                raise AnnotationError(path, number, f"image is not there: {file}")
+        examples.append(_example(task, files, text, number))
+    if not examples:
+        raise AnnotationError(path, None, "there are no rows")
+    return examples
+
+
+def _example(task: str, files: list[Path], text: str, number: int):
+    if task == "nlvr":
+        return NLVRExample(*files, text, False)
+    if task == "vqa":  # nothing learns from the answer; its length is part of what an instance costs
+        return VQAExample(files[0], text, None, ("yes",), "vg")
+    return CaptionExample(files[0], number, (text,))
