@@ -281,6 +281,18 @@ def test_a_sample_alone_and_in_a_batch(task, make, generator):
             torch.testing.assert_close(alone, together[b : b + 1], **SAME)
 
 
+def test_no_gradients(task, make, generator):
+    """Rather none than those of the heads alone."""
+    model = make(task)
+    _, inputs = sample_inputs(task, generator)
+    inputs |= {"labels": inputs["input_ids"]} if task in ("caption", "vqa") else {}
+    assert model(**inputs)[0].requires_grad
+    madtp.apply_patch(model, temperature=0)
+    assert not model(**inputs)[0].requires_grad
+    if task == "clip":
+        assert not model.get_text_features(inputs["input_ids"]).pooler_output.requires_grad
+
+
 def test_padding_of_outputs(make, generator):
     model = make("caption")
     madtp.apply_patch(model, temperature=6.0, dictionary=dictionary_of("caption", generator))

@@ -43,6 +43,7 @@ from transformers import (
     EncoderDecoderCache,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils.generic import can_return_tuple
 
 from madtp_kernels import RaggedBatch
@@ -153,7 +154,7 @@ def apply_patch(
     methods = [(model.get_submodule(tower), name, method) for tower, name, method in _METHODS[task]]
     for (tower, _, _), (module, name, _) in zip(_METHODS[task], methods, strict=True):
         if name in vars(module):
-            raise ValueError(f"model: {tower}.{name} is replaced already, by a hook of accelerate or another patch")
+            raise ValueError(f"model: {tower or type(model).__name__}.{name} is replaced already, by a hook of accelerate or another patch")
 
     engine = _Engine(model, task, dictionary, backend, warn=temperature != 0)
     try:
@@ -184,11 +185,13 @@ def remove_patch(model: nn.Module) -> None:
     if not hasattr(model, "_madtp"):
         raise ValueError(f"model: expected one that apply_patch has patched, got {type(model).__name__}")
     engine = model._madtp
+    modules = {model}
     for tower, name, _ in _METHODS[engine.task]:
         module = model.get_submodule(tower)
         delattr(module, name)
-        vars(module).pop("_madtp", None)
-    del model._madtp
+        modules.add(module)
+    for module in modules:
+        del module._madtp
     engine.release()
 
 
@@ -598,7 +601,12 @@ def _generate(self, *args, encoder_hidden_states=None, encoder_attention_mask=No
     return type(self).generate(self, *args, encoder_hidden_states=memory, **kwargs)
 
 
-_DECODER = (("text_decoder.bert", "forward", _blip_decoder), ("text_decoder", "generate", _generate))
+# Heads outside the towers would still compute gradients, of themselves alone.
+_DECODER = (
+    ("text_decoder.bert", "forward", _blip_decoder),
+    ("text_decoder", "forward", torch.no_grad()(BlipTextLMHeadModel.forward)),
+    ("text_decoder", "generate", _generate),
+)
 # Class -> task; task -> towers, and what replaces which of their methods.
 _TASKS = {
     BlipForConditionalGeneration: "caption",
@@ -609,6 +617,14 @@ _TASKS = {
 _METHODS: dict[str, tuple[tuple[str, str, Callable], ...]] = {
     "caption": (("vision_model", "forward", _vision), *_DECODER),
     "vqa": (("vision_model", "forward", _vision), ("text_encoder", "forward", _blip_encoder), *_DECODER),
-    "retrieval": (("vision_model", "forward", _vision), ("text_encoder", "forward", _blip_encoder)),
-    "clip": (("vision_model", "forward", _vision), ("text_model", "forward", _clip_text)),
+    "retrieval": (
+        ("vision_model", "forward", _vision),
+        ("text_encoder", "forward", _blip_encoder),
+        ("", "forward", torch.no_grad()(BlipForImageTextRetrieval.forward)),
+    ),
+    "clip": (
+        ("vision_model", "forward", _vision),
+        ("text_model", "forward", _clip_text),
+        *(("", name, torch.no_grad()(getattr(CLIPModel, name))) for name in ("forward", "get_image_features", "get_text_features")),
+    ),
 }
