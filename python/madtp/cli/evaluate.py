@@ -235,7 +235,7 @@ def _report(args: argparse.Namespace, task: str, settings: dict, results: list[d
             for temperature, steps in records.items():
                 for step, rows in steps.items():
                     for row in rows:
-                        kept = {key: value for key, value in row.items() if key not in ("row", "features")}
+                        kept = {key: value for key, value in row.items() if key != "row"}  # of a process
                         file.write(to_line({"temperature": temperature, "step": step, **kept}))
         print(f"records: {args.records}")
     if args.output:
@@ -243,7 +243,7 @@ def _report(args: argparse.Namespace, task: str, settings: dict, results: list[d
             "task": task,
             "instance": UNITS[task],
             "settings": settings,
-            "versions": _versions(),
+            "versions": _versions(settings["device"]),
             "timing": TIMING,
             "results": results,
         }
@@ -254,7 +254,7 @@ def _report(args: argparse.Namespace, task: str, settings: dict, results: list[d
         _plot(Path(args.plots), task, results)
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: str) -> dict[str, str]:
     import platform
 
     import torch
@@ -268,7 +268,7 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability(),
     }
 
 

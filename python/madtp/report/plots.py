@@ -40,7 +40,8 @@ def quality_plot(results: Sequence[dict], metric: str, unit: str):
         axes.plot([result[key] for result in results], quality, style, label=label)
     for result in results:
         place = (result["gflops"], result["quality"][metric])
-        axes.annotate(_name(result), place, xytext=(4, -12), textcoords="offset points", fontsize=8)
+        axes.annotate(_name(result), place, xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=8)
+    axes.margins(y=0.15)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"GFLOPs per {unit}")
     axes.set_ylabel(metric)
@@ -64,6 +65,7 @@ def tokens_plot(results: Sequence[dict]):
             axes.fill_between(range(len(layers)), *band, alpha=0.2, color=line.get_color(), linewidth=0)
         axes.set_title(stream)
         axes.set_xlabel("layer (0: input)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("tokens: mean, least to most")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -1,0 +1,524 @@
+"""`madtp evaluate` on small models with random weights: its figures against those worked out from `madtp.predict`."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import socket
+import statistics
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import madtp
+from madtp import cli, flops, predict
+from madtp.config import (
+    CaptionConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    NLVRConfig,
+    RetrievalConfig,
+    TextConfig,
+    VisionConfig,
+    VQAConfig,
+)
+from madtp.evaluate.metrics import vqa_score
+from madtp.evaluate.run import _Gate
+from madtp.index import from_text
+from madtp.processing import clean_sentence
+
+SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
+# The vocabulary is the bundled one; [SEP] is its fourth entry.
+TEXT = TextConfig(32, 2, 2, 64, vocab_size=200, max_position_embeddings=64, encoder_width=32, sep_token_id=3)
+CONFIGS = {
+    "nlvr": NLVRConfig(VISION, TEXT, merge_from=1),
+    "caption": CaptionConfig(VISION, TEXT),
+    "vqa": VQAConfig(VISION, TEXT),
+    "retrieval": RetrievalConfig(VISION, TEXT, proj_dim=16),
+    "clip": CLIPConfig(
+        VisionConfig(**SIZES, sd_num=12, sd_dim=32, map_func=True),
+        CLIPTextConfig(32, 2, 2, 64, vocab_size=514),
+        embed_dim=16,
+    ),
+}
+TEMPERATURE = 2.0
+IMAGES = 13
+TIMES = ("seconds", "per_second")
+WORDS = "a red green blue dog cat house tree on under near the sea table".split()
+
+
+def caption(rng):
+    return " ".join(rng.choices(WORDS, k=rng.randrange(3, 7)))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder of saved models, one per task."""
+    folder = tmp_path_factory.mktemp("models")
+    for task, config in CONFIGS.items():
+        madtp.save_pretrained(madtp.load("random:base", config=config, temperature=TEMPERATURE), folder / task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(models):
+    return lambda task, temperature=None: madtp.load(models / task, temperature=temperature, backend="reference")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pictures, and annotations of each task in the formats that BLIP ships."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(5)
+    names = [f"photos/COCO_val_{number:06d}.png" for number in range(IMAGES)]
+    (folder / "photos").mkdir()
+    for name in names:
+        image = Image.new("RGB", (rng.randint(20, 60), rng.randint(20, 60)), tuple(rng.choices(range(256), k=3)))
+        draw = ImageDraw.Draw(image)
+        for _ in range(4):
+            x, y = rng.randrange(40), rng.randrange(40)
+            draw.ellipse((x, y, x + rng.randrange(5, 30), y + rng.randrange(5, 30)), tuple(rng.choices(range(256), k=3)))
+        image.save(folder / name)
+    nlvr = [
+        {
+            "sentence": caption(rng),
+            "label": rng.choice(["True", "False"]),
+            "images": rng.sample(names, 2),
+            "template": rng.choice(["more", "same"]),
+        }
+        for _ in range(14)
+    ]
+    captions = [
+        {"image": name, "caption": [caption(rng) for _ in range(2 + number % 2)]} for number, name in enumerate(names)
+    ]
+    answers = [caption(rng) for _ in range(4)]
+    vqa = [
+        {
+            "image": rng.choice(names),
+            "question": caption(rng),
+            "question_id": number,
+            "answer": rng.choices(answers, k=10),
+            "dataset": "vqa",
+        }
+        for number in range(11)
+    ]
+    for name, records in (("nlvr", nlvr), ("vqa", vqa), ("caption", captions), ("answers", answers)):
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    for name in ("retrieval", "clip"):
+        (folder / f"{name}.json").write_text(json.dumps(captions))
+    return folder
+
+
+@pytest.fixture
+def command(capsys, models, data):
+    """Evaluates the model of a task in this process: exit code, what it printed, its errors."""
+
+    def run(task, *arguments, annotations=None):
+        annotations = annotations or data / f"{task}.json"
+        options = ["--model", models / task, "--annotations", annotations, "--image-root", data]
+        code = cli.main(["evaluate", *map(str, [*options, "--backend", "reference", *arguments])])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def without_times(value):
+    """Figures or records, without how long they took."""
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+def rounded(value):
+    """Model outputs to five places: batches differ in the last bits."""
+    if isinstance(value, dict):
+        return {key: rounded(from_text(v).tolist() if key == "features" else v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def results(path):
+    """Figures by temperature."""
+    return {found["temperature"]: found for found in json.loads(path.read_text())["results"]}
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def spread(samples):
+    return [{"min": min(c), "mean": statistics.fmean(c), "max": max(c)} for c in zip(*samples, strict=True)]
+
+
+def assert_costs(found, costs):
+    assert found["gflops"] == pytest.approx(statistics.fmean(cost.official for cost in costs), rel=1e-12)
+    assert found["gflops_full"] == pytest.approx(statistics.fmean(cost.full for cost in costs), rel=1e-12)
+
+
+def assert_tokens(found, expected):
+    assert found.keys() == expected.keys()
+    for stream, samples in expected.items():
+        for layer, by_hand in zip(found[stream], spread(samples), strict=True):
+            assert layer == pytest.approx(by_hand), stream
+
+
+# ---- figures against predictions
+
+
+def test_nlvr(command, load, data, tmp_path):
+    output, records = tmp_path / "out.json", tmp_path / "records.jsonl"
+    code, out, err = command("nlvr", "--output", output, "--records", records, "--batch-size", 4)
+    assert (code, err) == (0, "")
+    rows = json.loads((data / "nlvr.json").read_text())
+    assert list(results(output)) == [0.0, TEMPERATURE]  # dense, and what the checkpoint says
+    triples = [(*(data / name for name in row["images"]), row["sentence"]) for row in rows]
+    accuracies = []
+    for temperature, found in results(output).items():
+        answers = predict.nlvr(load("nlvr", temperature), triples, batch_size=1)
+        right = [answer.answer == (row["label"] == "True") for answer, row in zip(answers, rows, strict=True)]
+        accuracies.append(sum(right) / 14)
+        assert 0 < sum(right) < 14  # or a wrong label would not show
+        assert found["quality"] == {"accuracy": accuracies[-1]}
+        for template in ("more", "same"):
+            own = [ok for ok, row in zip(right, rows, strict=True) if row["template"] == template]
+            assert found["templates"][template] == {"samples": len(own), "accuracy": sum(own) / len(own)}
+        assert_costs(found, [answer.flops for answer in answers])
+        images = [tokens for answer in answers for tokens in (answer.left_tokens, answer.right_tokens)]
+        assert_tokens(found["tokens"], {"image": images, "text": [answer.text_tokens for answer in answers]})
+        assert found["samples"] == {"pair": 14}
+        mine = [record for record in read(records) if record["temperature"] == temperature]
+        assert [record["sample"] for record in mine] == list(range(14))
+        assert [record["answer"] for record in mine] == [answer.answer for answer in answers]
+        seconds = [record["seconds"] for record in mine]
+        assert min(seconds) > 0 and found["seconds"] == pytest.approx(statistics.fmean(seconds))
+        assert found["per_second"] == pytest.approx(1 / found["seconds"])
+    dense, pruned = results(output).values()
+    assert pruned["gflops"] < 0.9 * dense["gflops"]
+    line = next(line for line in out.splitlines() if line.startswith("accuracy"))
+    assert line.split() == ["accuracy", *(f"{accuracy:.4f}" for accuracy in accuracies)]
+    assert f"({100 * (pruned['gflops'] / dense['gflops'] - 1):.1f} %)" in out
+    document = json.loads(output.read_text())
+    assert document["versions"]["torch"] == torch.__version__ and document["settings"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+def test_vqa(command, load, data, tmp_path, ranked):
+    output, records = tmp_path / "out.json", tmp_path / "records.jsonl"
+    given = ["--answers", data / "answers.json", "--top-k", 3] if ranked else ["--num-beams", 1, "--max-length", 6]
+    code, _, err = command("vqa", *given, "--temperature", TEMPERATURE, "--output", output, "--records", records)
+    assert (code, err) == (0, "")
+    rows = json.loads((data / "vqa.json").read_text())
+    options = {"num_beams": 1, "max_length": 6}
+    if ranked:
+        options = {"candidates": json.loads((data / "answers.json").read_text()), "k": 3}
+    questions = [(data / row["image"], row["question"]) for row in rows]
+    answers = predict.vqa(load("vqa"), questions, batch_size=1, **options)
+    assert [record["answer"] for record in read(records)] == [answer.answer for answer in answers]
+    (found,) = results(output).values()
+    scores = [vqa_score(answer.answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+    assert not ranked or 0 < statistics.fmean(scores) < 1
+    assert found["quality"] == {"accuracy": pytest.approx(statistics.fmean(scores))}
+    assert_costs(found, [answer.flops for answer in answers])
+    streams = {"image": [a.image_tokens for a in answers], "question": [a.question_tokens for a in answers]}
+    assert_tokens(found["tokens"], streams)
+
+
+def test_captions(command, load, data, tmp_path, monkeypatch):
+    from madtp.evaluate import figures
+    from madtp.evaluate.caption_metrics import CaptionScores
+
+    seen = []
+
+    def scores(captions, references):
+        seen.append((captions, references))
+        return CaptionScores({"CIDEr": 1.25, "Bleu_4": 0.5}, {"SPICE": "no Java"}, "plain")
+
+    monkeypatch.setattr(figures, "caption_scores", scores)
+    output = tmp_path / "out.json"
+    code, out, err = command("caption", "--num-beams", 2, "--max-length", 12, "--output", output)
+    assert (code, err) == (0, "")
+    rows = json.loads((data / "caption.json").read_text())
+    assert len(seen) == 2
+    for (captions, references), (temperature, found) in zip(seen, results(output).items(), strict=True):
+        images = [data / row["image"] for row in rows]
+        answers = predict.caption(load("caption", temperature), images, batch_size=1, num_beams=2, max_length=12)
+        assert list(captions.values()) == [answer.caption for answer in answers]
+        assert list(references.values()) == [row["caption"] for row in rows] and captions.keys() == references.keys()
+        assert found["quality"] == {"CIDEr": 1.25, "Bleu_4": 0.5}
+        assert_costs(found, [answer.flops for answer in answers])
+        assert_tokens(found["tokens"], {"image": [answer.image_tokens for answer in answers]})
+    assert "not computed: SPICE: no Java" in out and "compare with nothing published" in out
+
+
+def test_captioning_metrics_that_are_not_installed_are_said_to_be_missing(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    code, out, _ = command("caption", "--limit", 2, "--temperature", 0, "--num-beams", 1)
+    assert code == 0
+    assert "not computed: all metrics: captioning metrics need the package pycocoevalcap" in out
+
+
+@pytest.mark.parametrize(("task", "rerank"), [("retrieval", 4), ("retrieval", 0), ("clip", None)])
+def test_retrieval(command, load, data, tmp_path, task, rerank):
+    output = tmp_path / "out.json"
+    options = [] if rerank is None else ["--rerank", rerank]
+    code, out, err = command(task, *options, "--temperature", TEMPERATURE, "--output", output, "--batch-size", 5)
+    assert (code, err) == (0, "")
+    rows = json.loads((data / f"{task}.json").read_text())
+    texts = [(image, text) for image, row in enumerate(rows) for text in row["caption"]]
+    # Every image and every text alone, and every pair that is matched.
+    model = load(task)
+    images, image_outputs = zip(
+        *(predict.embed_images(model, [model.processor.image(data / row["image"])]) for row in rows), strict=True
+    )
+    ids = [model.processor.text(clean_sentence(text, 30)) for _, text in texts]
+    words = [predict.embed_texts(model, [text])[0][0] for text in ids]
+    images = [embedding for (embedding,) in images]
+    similarity = {(i, t): float(images[i].features @ words[t].features) for i, t in itertools.product(
+        range(len(images)), range(len(words)))}  # fmt: skip
+
+    def rank(query, candidates, pair):
+        """Candidates by similarity, the best `rerank` of them again by similarity and match."""
+        order = sorted(candidates, key=lambda c: -similarity[pair(query, c)])
+        again = order[: rerank or 0]
+        scores = {c: similarity[pair(query, c)] + logit(*pair(query, c)) for c in again}
+        return sorted(again, key=lambda c: -scores[c]) if rerank else order
+
+    costs, logits = {}, {}
+
+    def logit(i, t):
+        if (i, t) not in logits:
+            stream = image_outputs[i].stream
+            (logits[i, t],) = predict.match(model, stream, [ids[t]], [(0, 0)])
+            with torch.inference_mode():
+                (lengths,) = flops.stream_lengths(model.match(stream, [ids[t]], [(0, 0)]).text)
+            costs[i, t] = flops.retrieval(model.config, match=(images[i].tokens[-1], lengths))
+        return logits[i, t]
+
+    (found,) = results(output).values()
+    expected = {}
+    for k in (1, 5, 10):
+        best = [rank(i, range(len(texts)), lambda i, t: (i, t))[:k] for i in range(len(rows))]
+        expected[f"image_to_text R@{k}"] = statistics.fmean(
+            any(texts[t][0] == i for t in found) for i, found in enumerate(best)
+        )
+        best = [rank(t, range(len(rows)), lambda t, i: (i, t))[:k] for t in range(len(texts))]
+        expected[f"text_to_image R@{k}"] = statistics.fmean(texts[t][0] in found for t, found in enumerate(best))
+    assert 0 < expected["text_to_image R@1"] < expected["text_to_image R@5"] < 1
+    expected["r_mean"] = statistics.fmean(expected.values())
+    assert found["quality"] == pytest.approx(expected)
+    assert found["samples"] == {"image": len(rows), "text": len(texts)}
+    parts = statistics.fmean(e.flops.official for e in images), statistics.fmean(e.flops.official for e in words)
+    assert found["gflops"] == pytest.approx(sum(parts), rel=1e-12)
+    assert_tokens(found["tokens"], {"image": [e.tokens for e in images], "text": [e.tokens for e in words]})
+    assert ("match" in found["steps"]) == bool(rerank)
+    if rerank:
+        assert found["steps"]["match"]["count"] == len(costs)
+        assert_costs(found["steps"]["match"], costs.values())
+        assert "matching: GFLOPs per pair" in out
+
+
+# ---- batches, processes, interruptions
+
+
+def test_figures_do_not_depend_on_the_batch_size(command, tmp_path):
+    found = {}
+    for size in (1, 5, 14):
+        output = tmp_path / f"{size}.json"
+        assert command("nlvr", "--output", output, "--batch-size", size)[0] == 0
+        found[size] = without_times(results(output))
+    assert found[1] == found[5] == found[14]
+
+
+def _process(rank, port, arguments):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    raise SystemExit(cli.main(arguments))
+
+
+@pytest.mark.parametrize("task", ["nlvr", "retrieval"])
+def test_two_processes_give_the_figures_of_one(command, models, data, tmp_path, task):
+    documents, records = [], []
+    for processes in (1, 2):
+        output, answers = tmp_path / f"{processes}.json", tmp_path / f"{processes}.jsonl"
+        # 13 images and 14 pairs over two processes: one gets fewer than the other, or the last batch is smaller.
+        options = ["--output", output, "--records", answers, "--batch-size", 4, "--limit", 13]
+        options += ["--rerank", 3] if task == "retrieval" else []
+        if processes == 1:
+            assert command(task, *options)[0] == 0
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            fixed = ["evaluate", "--model", models / task, "--annotations", data / f"{task}.json"]
+            arguments = [*map(str, [*fixed, "--image-root", data, "--backend", "reference", *options])]
+            context = multiprocessing.get_context("fork")
+            started = [context.Process(target=_process, args=(rank, port, arguments)) for rank in (0, 1)]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join(timeout=60)
+                assert process.exitcode == 0
+        documents.append(json.loads(output.read_text()))
+        records.append(read(answers))
+        assert not list(tmp_path.glob("*.parts"))
+    assert [document["settings"].pop("processes") for document in documents] == [1, 2]
+    assert without_times(documents[0]) == without_times(documents[1])
+    assert rounded(without_times(records[0])) == rounded(without_times(records[1]))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(command, tmp_path, monkeypatch):
+    options = ["--batch-size", 3, "--output", tmp_path / "a.json", "--records", tmp_path / "a.jsonl"]
+    assert command("nlvr", *options)[0] == 0
+    answer, calls = predict.nlvr_batch, []
+
+    def counted(model, instances):
+        calls.append((model.temperature, len(instances)))
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return answer(model, instances)
+
+    monkeypatch.setattr(predict, "nlvr_batch", counted)
+    options = ["--batch-size", 3, "--output", tmp_path / "b.json", "--records", tmp_path / "b.jsonl"]
+    stop_at = 10  # dense: a warm-up and five batches; pruned: a warm-up and two batches, in the third
+    code, _, err = command("nlvr", *options)
+    assert code == 130 and "the same command goes on from here" in err
+    assert not (tmp_path / "b.json").exists() and not (tmp_path / "b.jsonl").exists()
+    code, _, err = command("nlvr", *options, "--temperature", 0, 5)
+    assert code == 2 and "temperatures: [0.0, 2.0] then, [0.0, 5.0] now" in err
+    calls.clear()
+    stop_at = None
+    assert command("nlvr", *options)[0] == 0
+    # The dense answers are not asked for again, nor the two pruned batches that were there.
+    assert calls == [(2.0, 3), (2.0, 3), (2.0, 3), (2.0, 2)]
+    figures = [without_times(results(tmp_path / f"{run}.json")) for run in "ab"]
+    assert figures[0] == figures[1]
+    assert without_times(read(tmp_path / "a.jsonl")) == without_times(read(tmp_path / "b.jsonl"))
+    assert not (tmp_path / "b.jsonl.parts").exists()
+    code, _, err = command("nlvr", *options)
+    assert code == 2 and "b.json exists already; remove it, or give --overwrite" in err
+    assert command("nlvr", *options, "--overwrite", "--limit", 2)[0] == 0
+    assert len(read(tmp_path / "b.jsonl")) == 4
+
+
+def test_nothing_is_prepared_while_the_model_works_on_the_same_processor():
+    gate, inside, seen = _Gate(True), threading.Event(), []
+
+    def prepare():
+        for _ in range(50):
+            with gate.preparing():
+                seen.append(working.is_set())
+                inside.set()
+                time.sleep(0.0005)
+
+    working = threading.Event()
+    threads = [threading.Thread(target=prepare) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    for _ in range(10):
+        with gate.alone():
+            working.set()
+            before = len(seen)
+            time.sleep(0.002)
+            assert len(seen) == before
+            working.clear()
+        time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 150 and not any(seen)
+
+
+# ---- files and options
+
+
+def test_original_files_of_nlvr2_and_of_vqa_v2(command, data, tmp_path):
+    photos = sorted((data / "photos").iterdir())
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "val2014").mkdir()
+    for side in (0, 1):
+        Image.open(photos[side]).save(tmp_path / "dev" / f"dev-1-0-img{side}.png")
+    Image.open(photos[2]).save(tmp_path / "val2014" / "COCO_val2014_000000000007.jpg")
+    line = {"identifier": "dev-1-0-0", "sentence": "a dog", "label": "True"}
+    (tmp_path / "dev.json").write_text(json.dumps(line) + "\n")
+    root = ["--image-root", tmp_path]
+    code, out, _ = command("nlvr", *root, annotations=tmp_path / "dev.json")
+    assert code == 0 and "nlvr: 1 pairs" in out
+    question = {"question_id": 1, "image_id": 7, "question": "what is it?"}
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": [question]}))
+    answers = [{"answer": "cat", "answer_id": n} for n in range(10)]
+    annotation = {"question_id": 1, "image_id": 7, "answers": answers}
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
+    options = [*root, "--num-beams", 1]
+    code, out, _ = command("vqa", *options, "--vqa-annotations", tmp_path / "a.json", annotations=tmp_path / "q.json")
+    assert code == 0 and "vqa: 1 questions" in out
+    code, _, err = command("vqa", *options, annotations=tmp_path / "q.json")  # as for a test split
+    assert code == 2 and "question 0 ('what is it?'): 0 answers of annotators" in err
+
+
+def test_missing_images_are_named_before_anything_runs(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "nlvr_batch", None)
+    code, _, err = command("nlvr", "--image-root", tmp_path)
+    assert code == 2 and "11 of 11 images are not there" in err and str(tmp_path / "photos") in err
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_and_can_be_put_right(command, data, tmp_path):
+    rows = json.loads((data / "nlvr.json").read_text())[:5]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows[3]["images"][1] = str(tmp_path / "broken.png")
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    options = ["--records", tmp_path / "r.jsonl", "--batch-size", 2]
+    code, _, err = command("nlvr", *options, annotations=tmp_path / "some.json")
+    assert code == 2 and "pair 3:" in err and "broken.png" in err
+    Image.new("RGB", (20, 20)).save(tmp_path / "broken.png")
+    assert command("nlvr", *options, annotations=tmp_path / "some.json")[0] == 0
+    assert len(read(tmp_path / "r.jsonl")) == 10
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "named"),
+    [
+        ("nlvr", ["--num-beams", 2], "--num-beams: of no use for nlvr"),
+        ("vqa", ["--top-k", 2], "--top-k: of no use for vqa without --answers"),
+        ("clip", ["--rerank", 2], "--rerank: of no use for clip"),
+        ("retrieval", ["--rerank", -1], "--rerank: expected at least 0, got -1"),
+        ("nlvr", ["--temperature", 1, 1], "expected different numbers"),
+        ("nlvr", ["--vqa-annotations", "x"], "of no use for nlvr"),
+        ("nlvr", ["--output", "/nowhere/x.json"], "there is no folder /nowhere"),
+        ("caption", ["--grouping", "pair"], "grouping: expected one of instance, batch"),
+    ],
+)
+def test_options_that_make_no_sense(command, task, options, named):
+    code, _, err = command(task, *options)
+    assert code == 2 and named in err
+
+
+def test_a_label_that_is_unknown(command, data, tmp_path):
+    rows = json.loads((data / "nlvr.json").read_text())
+    rows[2]["label"] = "Maybe"
+    (tmp_path / "odd.json").write_text(json.dumps(rows))
+    code, _, err = command("nlvr", annotations=tmp_path / "odd.json")
+    assert code == 2 and "odd.json: record 3: 'label': expected \"True\" or \"False\", got \"Maybe\"" in err
+
+
+def test_plots(command, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert command("nlvr", "--plots", tmp_path / "plots", "--temperature", 0, 1, 3)[0] == 0
+    for name in ("quality.png", "tokens.png"):
+        with Image.open(tmp_path / "plots" / name) as picture:
+            assert picture.format == "PNG" and len(picture.convert("L").getcolors()) > 20
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = command("nlvr", "--plots", tmp_path / "none", "--limit", 2)
+    assert code == 0 and "accuracy" in out and not (tmp_path / "none").exists()
+    assert "no plots: plots need the package matplotlib: pip install 'madtp[plot]'" in err
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", "--help"])
+    assert stopped.value.code == 0 and "torchrun --nproc-per-node 8 -m madtp evaluate" in capsys.readouterr().out
