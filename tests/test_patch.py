@@ -8,6 +8,7 @@ import torch
 from helpers import DEVICE
 from safetensors.torch import load_file, save_file
 from test_huggingface import CLASSES, DEC, ENC, SEP, answers, hugging_face, pictures, texts
+from test_huggingface import config as blip_config
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -32,10 +33,10 @@ def make(generator):
     return lambda task, **vision: clip(generator) if task == "clip" else hugging_face(task, generator, **vision)
 
 
-def clip(generator):
+def clip(generator, eos_token_id=EOT):
     config = CLIPConfig(
         text_config=dict(vocab_size=EOT + 1, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3,
-                         max_position_embeddings=24, eos_token_id=EOT, bos_token_id=EOT - 1, pad_token_id=EOT),
+                         max_position_embeddings=24, eos_token_id=eos_token_id, bos_token_id=EOT - 1, pad_token_id=EOT),
         vision_config=dict(hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6, image_size=64,
                            patch_size=8),
         projection_dim=32,
@@ -110,6 +111,20 @@ def test_without_pruning_nothing_changes(task, make, generator):
     patch = madtp.apply_patch(model, temperature=0)
     assert (patch.task, patch.temperature, patch.keep_ratio, patch.steps) == (task, 0.0, None, ())
     close(results(task, model, inputs), expected)
+
+
+def test_ends_of_clip_texts(generator):
+    """Older configs hold a wrong number for the end-of-text token, which stands for the highest id of a text."""
+    _, inputs = sample_inputs("clip", generator)
+    inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), 0)
+    for model in (clip(generator, eos_token_id=2), clip(generator)):
+        expected = results("clip", model, inputs)
+        madtp.apply_patch(model, temperature=0)
+        close(results("clip", model, inputs), expected)
+    with pytest.raises(ValueError, match="attention_mask: expected texts without padding before their end-of-text token"):
+        model(**inputs | {"attention_mask": inputs["attention_mask"].roll(1, 1)})
+    with pytest.raises(ValueError, match="position_ids: a patched model does not take it here"):
+        model(**inputs, position_ids=torch.arange(12, device=DEVICE)[None])
 
 
 def test_states_of_texts_of_different_lengths(make, generator):
@@ -364,6 +379,15 @@ def test_target_gflops(task, make, generator):
         assert patch.gflops == pytest.approx(sum(costs) / len(costs))
 
 
+def test_a_target_between_dense_and_the_weakest_pruning(make, generator, caplog):
+    model, inputs = make("caption"), {"pixel_values": pictures(generator, 3)}
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        patch = madtp.apply_patch(model, keep_ratio=0.96, samples=inputs, dictionary=dictionary_of("caption", generator))
+    assert patch.temperature == 0.0 and len(patch.steps) > 2
+    assert patch.steps[-1].temperature < 1e-3 and patch.steps[-1].keep_ratio < 0.92
+    assert "keep_ratio: 1 is the closest to 0.96 that the samples allow" in caplog.text
+
+
 def test_targets_that_dense_meets_or_nothing_does(make, generator):
     model = make("caption")
     inputs = {"pixel_values": pictures(generator, 3)}
@@ -528,6 +552,7 @@ def test_clip_keys_have_a_place_or_none(make):
         ({"temperature": float("nan")}, "temperature: expected a finite number >= 0, got nan"),
         ({"keep_ratio": 1.2, "samples": {}}, "keep_ratio: expected a share above 0 and up to 1, got 1.2"),
         ({"target_gflops": 0, "samples": {}}, "target_gflops: expected a number above 0, got 0"),
+        ({"temperature": 1, "backend": "gpu"}, "backend: expected one of .*, got 'gpu'"),
         ({"keep_ratio": 0.5}, "samples: keep_ratio is sought on a few inputs of the model, got none"),
         ({"keep_ratio": 0.5, "samples": {"input_ids": 1}}, "samples: expected 'pixel_values', got input_ids"),
         ({"temperature": 1.0, "dictionary": torch.zeros(5)}, r"dictionary: expected numbers \[M, width\], got \[5\]"),
@@ -560,6 +585,12 @@ def test_models_that_cannot_be_patched(make):
     hooked.text_encoder.forward = hooked.text_encoder.forward
     with pytest.raises(ValueError, match="text_encoder.forward is replaced already"):
         madtp.apply_patch(hooked, temperature=0)
+    mixed = make("vqa")
+    mixed.vision_model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="one dtype and on one device, found torch.bfloat16 on .*, torch.float32 on"):
+        madtp.apply_patch(mixed, temperature=0)
+    with torch.device("meta"), pytest.raises(ValueError, match="found torch.float32 on meta"):
+        madtp.apply_patch(CLASSES["caption"](blip_config()), temperature=0)
     adapted = make("vqa")
     adapted.text_encoder.encoder.layer[1].attention.self.key = torch.nn.Sequential(torch.nn.Linear(96, 96))
     with pytest.raises(ValueError, match="text_encoder.encoder.layer.1.attention.self.key.weight is no plain"):

@@ -46,7 +46,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelO
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils.generic import can_return_tuple
 
-from madtp_kernels import RaggedBatch
+from madtp_kernels import RaggedBatch, backends
 
 from . import flops, layouts
 from .checkpoints import read_file
@@ -113,7 +113,8 @@ def apply_patch(
         model: `BlipForConditionalGeneration`, `BlipForQuestionAnswering`, `BlipForImageTextRetrieval` or `CLIPModel`, with plain
             floating-point weights on one device. CLIP's text is pruned in the mode "clean" (:mod:`madtp.models.clip`).
         temperature: pruning temperature; 0 runs dense, which is already faster than transformers' attention without fusion.
-        keep_ratio: find the temperature at which this share of the image tokens is kept (mean over layers, 0 to 1).
+        keep_ratio: find the temperature at which this share of the image tokens is kept (mean over layers, 0 to 1). Even the
+            lowest temperature above 0 prunes something; between that and dense the closer one is taken, with a warning.
         target_gflops: find the temperature at which an instance costs this much, counted as the official code does: a
             caption (of 15 tokens), a question about an image with its answer (of one word), or an image and a text (retrieval:
             with their features and their match).
@@ -149,12 +150,15 @@ def apply_patch(
         raise ValueError(f"keep_ratio: expected a share above 0 and up to 1, got {keep_ratio}")
     if target_gflops is not None and not target_gflops > 0:
         raise ValueError(f"target_gflops: expected a number above 0, got {target_gflops}")
+    if backend is not None and backend not in backends.NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if samples is None and temperature is None:
         raise ValueError(f"samples: {given[0]} is sought on a few inputs of the model, got none")
     methods = [(model.get_submodule(tower), name, method) for tower, name, method in _METHODS[task]]
     for (tower, _, _), (module, name, _) in zip(_METHODS[task], methods, strict=True):
         if name in vars(module):
-            raise ValueError(f"model: {tower or type(model).__name__}.{name} is replaced already, by a hook of accelerate or another patch")
+            place = f"{tower or type(model).__name__}.{name}"
+            raise ValueError(f"model: {place} is replaced already, by a hook of accelerate or another patch")
 
     engine = _Engine(model, task, dictionary, backend, warn=temperature != 0)
     try:
@@ -268,9 +272,10 @@ class _Engine:
                 self.links.append(_Link(*_slot(self.model, key), sources, parameter.shape))
             else:
                 own.append((key, parameter.shape))
-        devices = {tensor.device for link in self.links for tensor in link.theirs()}
-        if len(devices) > 1 or torch.device("meta") in devices:
-            raise ValueError(f"model: expected all weights on one device, found {', '.join(sorted(map(str, devices)))}")
+        kinds = {(str(tensor.device), tensor.dtype) for link in self.links for tensor in link.theirs()}
+        if len(kinds) > 1 or "meta" in dict(kinds):
+            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+            raise ValueError(f"model: expected all weights in one dtype and on one device, found {found}")
         self.own = [_slot(self.model, key) for key, _ in own]
         made_up = _fill(self.own, own, guidance)
         if made_up and warn:
@@ -625,6 +630,8 @@ _METHODS: dict[str, tuple[tuple[str, str, Callable], ...]] = {
     "clip": (
         ("vision_model", "forward", _vision),
         ("text_model", "forward", _clip_text),
-        *(("", name, torch.no_grad()(getattr(CLIPModel, name))) for name in ("forward", "get_image_features", "get_text_features")),
+        ("", "forward", torch.no_grad()(CLIPModel.forward)),
+        ("", "get_image_features", torch.no_grad()(CLIPModel.get_image_features)),
+        ("", "get_text_features", torch.no_grad()(CLIPModel.get_text_features)),
     ),
 }
