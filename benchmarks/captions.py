@@ -42,8 +42,8 @@ def captions(dtype: str, images: Tensor, temperature: float) -> list[list[int]]:
 
 
 @functools.cache
-def hugging_face():
-    """`BlipForConditionalGeneration` with the weights of :func:`model`, in float32."""
+def hugging_face(patched: bool = False):
+    """`BlipForConditionalGeneration` with the weights of :func:`model`, in float32; as it is, or patched, without pruning."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 
     ours = model("float32")
@@ -62,12 +62,15 @@ def hugging_face():
     for module in theirs.vision_model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = vision.layer_norm_eps  # transformers has another epsilon than BLIP, and no setting for it
-    return theirs.to(DEVICE)
+    theirs = theirs.to(DEVICE)
+    if patched:
+        madtp.apply_patch(theirs, temperature=0.0)
+    return theirs
 
 
-def hugging_face_captions(images: Tensor) -> list[list[int]]:
-    """The same captions from transformers, eager as it is."""
-    theirs = hugging_face()
+def hugging_face_captions(images: Tensor, patched: bool = False) -> list[list[int]]:
+    """The same captions from transformers, eager as it is or patched."""
+    theirs = hugging_face(patched)
     separator = theirs.config.text_config.sep_token_id
     prompt = torch.tensor([[*PROMPT, separator]], device=images.device).repeat(len(images), 1)  # it cuts off the last id
     with torch.inference_mode():

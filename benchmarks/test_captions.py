@@ -25,6 +25,8 @@ def check() -> None:
     ids[:, : len(captions.PROMPT)] = torch.tensor(captions.PROMPT)
     theirs = captions.hugging_face_logits(images, ids)
     require(captions.logits("float32", images, ids), theirs, 1e-4, "logits of transformers")
+    if captions.hugging_face_captions(images, patched=True) != captions.hugging_face_captions(images):
+        raise WrongAnswer("captions: the patched model writes others than transformers")
     written = [len(row) for row in captions.captions("float32", images, 0.0)]
     if set(written) != {captions.MAX_LENGTH - len(captions.PROMPT)}:
         raise WrongAnswer(f"captions of {written} words: all candidates should write equally many")
@@ -39,7 +41,9 @@ def test_captions(run, batch):
         for name, temperature in temperatures.items():
             candidates[f"{name} {dtype}"] = functools.partial(captions.captions, dtype, images, temperature)
             gflops[f"{name} {dtype}"] = captions.gflops_per_image(dtype, images, temperature)
-    candidates["transformers float32"] = lambda: captions.hugging_face_captions(captions.pixels("float32", batch))
+    images = captions.pixels("float32", batch)
+    candidates["transformers float32"] = lambda: captions.hugging_face_captions(images)
+    candidates["transformers patched, dense float32"] = lambda: captions.hugging_face_captions(images, patched=True)
 
     def finish(comparison: Comparison) -> None:
         comparison.facts["gflops_per_image"] = gflops
