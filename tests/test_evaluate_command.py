@@ -1,4 +1,4 @@
-"""`madtp evaluate` on small models with random weights: its figures against those worked out from `madtp.predict`."""
+"""`madtp evaluate` on small models with random weights: its figures against those from `madtp.predict`."""
 
 import itertools
 import json
@@ -62,13 +62,15 @@ def models(tmp_path_factory):
     """A folder of saved models, one per task."""
     folder = tmp_path_factory.mktemp("models")
     for task, config in CONFIGS.items():
-        madtp.save_pretrained(madtp.load("random:base", config=config, temperature=TEMPERATURE), folder / task)
+        model = madtp.load("random:base", config=config, temperature=TEMPERATURE)
+        madtp.save_pretrained(model, folder / task)
     return folder
 
 
 @pytest.fixture(scope="module")
 def load(models):
-    return lambda task, temperature=None: madtp.load(models / task, temperature=temperature, backend="reference")
+    options = {"backend": "reference"}
+    return lambda task, temperature=None: madtp.load(models / task, temperature=temperature, **options)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +80,13 @@ def data(tmp_path_factory):
     names = [f"photos/COCO_val_{number:06d}.png" for number in range(IMAGES)]
     (folder / "photos").mkdir()
     for name in names:
-        image = Image.new("RGB", (rng.randint(20, 60), rng.randint(20, 60)), tuple(rng.choices(range(256), k=3)))
+        size = rng.randint(20, 60), rng.randint(20, 60)
+        image = Image.new("RGB", size, tuple(rng.choices(range(256), k=3)))
         draw = ImageDraw.Draw(image)
         for _ in range(4):
             x, y = rng.randrange(40), rng.randrange(40)
-            draw.ellipse((x, y, x + rng.randrange(5, 30), y + rng.randrange(5, 30)), tuple(rng.choices(range(256), k=3)))
+            box = (x, y, x + rng.randrange(5, 30), y + rng.randrange(5, 30))
+            draw.ellipse(box, tuple(rng.choices(range(256), k=3)))
         image.save(folder / name)
     nlvr = [
         {
@@ -94,7 +98,8 @@ def data(tmp_path_factory):
         for _ in range(14)
     ]
     captions = [
-        {"image": name, "caption": [caption(rng) for _ in range(2 + number % 2)]} for number, name in enumerate(names)
+        {"image": name, "caption": [f"{caption(rng).capitalize()}!" for _ in range(2 + number % 2)]}
+        for number, name in enumerate(names)
     ]
     answers = [caption(rng) for _ in range(4)]
     vqa = [
@@ -211,8 +216,11 @@ def test_nlvr(command, load, data, tmp_path):
 @pytest.mark.parametrize("ranked", [True, False])
 def test_vqa(command, load, data, tmp_path, ranked):
     output, records = tmp_path / "out.json", tmp_path / "records.jsonl"
-    given = ["--answers", data / "answers.json", "--top-k", 3] if ranked else ["--num-beams", 1, "--max-length", 6]
-    code, _, err = command("vqa", *given, "--temperature", TEMPERATURE, "--output", output, "--records", records)
+    given = ["--num-beams", 1, "--max-length", 6]
+    if ranked:
+        given = ["--answers", data / "answers.json", "--top-k", 3]
+    given += ["--temperature", TEMPERATURE, "--output", output, "--records", records]
+    code, _, err = command("vqa", *given)
     assert (code, err) == (0, "")
     rows = json.loads((data / "vqa.json").read_text())
     options = {"num_beams": 1, "max_length": 6}
@@ -248,13 +256,16 @@ def test_captions(command, load, data, tmp_path, monkeypatch):
     assert len(seen) == 2
     for (captions, references), (temperature, found) in zip(seen, results(output).items(), strict=True):
         images = [data / row["image"] for row in rows]
-        answers = predict.caption(load("caption", temperature), images, batch_size=1, num_beams=2, max_length=12)
+        model = load("caption", temperature)
+        answers = predict.caption(model, images, batch_size=1, num_beams=2, max_length=12)
         assert list(captions.values()) == [answer.caption for answer in answers]
-        assert list(references.values()) == [row["caption"] for row in rows] and captions.keys() == references.keys()
+        assert list(references.values()) == [row["caption"] for row in rows]
+        assert captions.keys() == references.keys()
         assert found["quality"] == {"CIDEr": 1.25, "Bleu_4": 0.5}
         assert_costs(found, [answer.flops for answer in answers])
         assert_tokens(found["tokens"], {"image": [answer.image_tokens for answer in answers]})
-    assert "not computed: SPICE: no Java" in out and "compare with nothing published" in out
+    assert "not computed: SPICE: no Java" in out
+    assert "compare with nothing published" in out
 
 
 def test_captioning_metrics_that_are_not_installed_are_said_to_be_missing(command, monkeypatch):
@@ -268,20 +279,20 @@ def test_captioning_metrics_that_are_not_installed_are_said_to_be_missing(comman
 def test_retrieval(command, load, data, tmp_path, task, rerank):
     output = tmp_path / "out.json"
     options = [] if rerank is None else ["--rerank", rerank]
-    code, out, err = command(task, *options, "--temperature", TEMPERATURE, "--output", output, "--batch-size", 5)
+    options += ["--temperature", TEMPERATURE, "--output", output, "--batch-size", 5]
+    code, out, err = command(task, *options)
     assert (code, err) == (0, "")
     rows = json.loads((data / f"{task}.json").read_text())
     texts = [(image, text) for image, row in enumerate(rows) for text in row["caption"]]
     # Every image and every text alone, and every pair that is matched.
     model = load(task)
-    images, image_outputs = zip(
-        *(predict.embed_images(model, [model.processor.image(data / row["image"])]) for row in rows), strict=True
-    )
+    pixels = [model.processor.image(data / row["image"]) for row in rows]
+    images, image_outputs = zip(*(predict.embed_images(model, [one]) for one in pixels), strict=True)
     ids = [model.processor.text(clean_sentence(text, 30)) for _, text in texts]
     words = [predict.embed_texts(model, [text])[0][0] for text in ids]
     images = [embedding for (embedding,) in images]
-    similarity = {(i, t): float(images[i].features @ words[t].features) for i, t in itertools.product(
-        range(len(images)), range(len(words)))}  # fmt: skip
+    every = itertools.product(range(len(images)), range(len(words)))
+    similarity = {(i, t): float(images[i].features @ words[t].features) for i, t in every}
 
     def rank(query, candidates, pair):
         """Candidates by similarity, the best `rerank` of them again by similarity and match."""
@@ -309,14 +320,16 @@ def test_retrieval(command, load, data, tmp_path, task, rerank):
             any(texts[t][0] == i for t in found) for i, found in enumerate(best)
         )
         best = [rank(t, range(len(rows)), lambda t, i: (i, t))[:k] for t in range(len(texts))]
-        expected[f"text_to_image R@{k}"] = statistics.fmean(texts[t][0] in found for t, found in enumerate(best))
+        hits = [texts[t][0] in found for t, found in enumerate(best)]
+        expected[f"text_to_image R@{k}"] = statistics.fmean(hits)
     assert 0 < expected["text_to_image R@1"] < expected["text_to_image R@5"] < 1
     expected["r_mean"] = statistics.fmean(expected.values())
     assert found["quality"] == pytest.approx(expected)
     assert found["samples"] == {"image": len(rows), "text": len(texts)}
-    parts = statistics.fmean(e.flops.official for e in images), statistics.fmean(e.flops.official for e in words)
+    parts = [statistics.fmean(e.flops.official for e in some) for some in (images, words)]
     assert found["gflops"] == pytest.approx(sum(parts), rel=1e-12)
-    assert_tokens(found["tokens"], {"image": [e.tokens for e in images], "text": [e.tokens for e in words]})
+    streams = {"image": [e.tokens for e in images], "text": [e.tokens for e in words]}
+    assert_tokens(found["tokens"], streams)
     assert ("match" in found["steps"]) == bool(rerank)
     if rerank:
         assert found["steps"]["match"]["count"] == len(costs)
@@ -346,7 +359,7 @@ def test_two_processes_give_the_figures_of_one(command, models, data, tmp_path, 
     documents, records = [], []
     for processes in (1, 2):
         output, answers = tmp_path / f"{processes}.json", tmp_path / f"{processes}.jsonl"
-        # 13 images and 14 pairs over two processes: one gets fewer than the other, or the last batch is smaller.
+        # 13 images, or pairs, are 7 for the one and 6 for the other: the last batches differ.
         options = ["--output", output, "--records", answers, "--batch-size", 4, "--limit", 13]
         options += ["--rerank", 3] if task == "retrieval" else []
         if processes == 1:
@@ -455,7 +468,8 @@ def test_original_files_of_nlvr2_and_of_vqa_v2(command, data, tmp_path):
     annotation = {"question_id": 1, "image_id": 7, "answers": answers}
     (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
     options = [*root, "--num-beams", 1]
-    code, out, _ = command("vqa", *options, "--vqa-annotations", tmp_path / "a.json", annotations=tmp_path / "q.json")
+    answers = ["--vqa-annotations", tmp_path / "a.json"]
+    code, out, _ = command("vqa", *options, *answers, annotations=tmp_path / "q.json")
     assert code == 0 and "vqa: 1 questions" in out
     code, _, err = command("vqa", *options, annotations=tmp_path / "q.json")  # as for a test split
     assert code == 2 and "question 0 ('what is it?'): 0 answers of annotators" in err
@@ -521,4 +535,5 @@ def test_plots(command, tmp_path, monkeypatch):
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["evaluate", "--help"])
-    assert stopped.value.code == 0 and "torchrun --nproc-per-node 8 -m madtp evaluate" in capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "torchrun --nproc-per-node 8 -m madtp evaluate" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,7 +166,7 @@ def vqa_batch(model, instances: Sequence[tuple], candidates: Sequence[str] | Non
             texts, scores = [processor.decode(words) for words in written], [None] * len(written)
             lengths, beams = [1 + len(words) for words in written], options.get("num_beams", 3)
         else:
-            answers = [processor.answer(candidate) for candidate in candidates]
+            answers = _candidate_ids(processor, tuple(candidates))
             ranking = model.rank(output.questions, answers, k, **options)
             texts = [candidates[number] for number in ranking.best.tolist()]
             scores = ranking.scores.amax(1).tolist()
@@ -178,6 +179,12 @@ def vqa_batch(model, instances: Sequence[tuple], candidates: Sequence[str] | Non
         )
         for text, image, question, length, score in zip(texts, *streams, lengths, scores, strict=True)
     ], output
+
+
+@functools.lru_cache(maxsize=1)
+def _candidate_ids(processor, candidates: tuple[str, ...]) -> list[torch.Tensor]:
+    """Ids of candidate answers: the same ones for every batch, and official lists have thousands."""
+    return [processor.answer(candidate) for candidate in candidates]
 
 
 def embed_images(model, pixels: Sequence[torch.Tensor]):

@@ -18,8 +18,8 @@ TASKS = ("nlvr", "vqa", "caption", "retrieval", "clip")
 
 _EXAMPLES = """\
 examples:
-  madtp evaluate --model model_base_nlvr_0.5.pth --annotations nlvr_test.json --image-root NLVR2/images \\
-      --output nlvr.json --plots plots
+  madtp evaluate --model model_base_nlvr_0.5.pth --annotations nlvr_test.json \\
+      --image-root NLVR2/images --output nlvr.json --plots plots
   madtp evaluate --model DIR --annotations nlvr_test.json --temperature 0 1 2 4 --records records.jsonl
   madtp evaluate --model DIR --annotations vqa_val.json --image-root coco --answers answer_list.json
   madtp evaluate --model DIR --annotations v2_OpenEnded_mscoco_val2014_questions.json --image-root coco \\
@@ -42,7 +42,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="quality, cost and speed on a test split",
-        description="Evaluates a model on a test split, dense and pruned: quality, GFLOPs, time, kept tokens.",
+        description="Evaluates a model on a test split, dense and pruned: quality, cost, time, tokens.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,9 +50,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--task", choices=TASKS, help="of random:base; other models know theirs")
     parser.add_argument("--annotations", required=True, metavar="FILE", help="samples with labels")
     parser.add_argument(
-        "--image-root", metavar="DIR", help="what image paths start from (default: the folder of the annotations)"
+        "--image-root", metavar="DIR", help="what image paths start from (default: the annotations' folder)"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N records of the annotations")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N of the annotations")
     parser.add_argument(
         "--temperature",
         dest="temperatures",
@@ -64,7 +64,9 @@ def add_parser(commands) -> None:
     add_batch(parser, "samples")
     results = parser.add_argument_group("where results go, beside the table on the terminal")
     results.add_argument("--output", metavar="JSON", help="all figures, with settings and versions")
-    results.add_argument("--records", metavar="JSONL", help="what the model said to each sample; lets a run go on")
+    results.add_argument(
+        "--records", metavar="JSONL", help="what the model said to each sample; lets a run go on"
+    )
     results.add_argument("--plots", metavar="DIR", help="quality.png and tokens.png (needs matplotlib)")
     vqa = parser.add_argument_group("vqa")
     vqa.add_argument(
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             if parts:
                 print("madtp: interrupted; the same command goes on from here", file=sys.stderr)
             else:
-                print("madtp: interrupted; nothing was kept, since there is no --records", file=sys.stderr)
+                print("madtp: interrupted; without --records nothing is kept", file=sys.stderr)
             return 130
         if processes.rank == 0:
             _report(args, task, settings | {"processes": processes.count}, results, records)
@@ -153,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> Path | None:
-    """Where answers are kept until all are there, if they are; outputs that are there already are not replaced."""
+    """Where answers are kept until all are there, if at all. Outputs that exist are not replaced unasked."""
     parts = None if args.records is None else Path(args.records + ".parts")
     if not args.overwrite and not (parts and parts.exists()):
         for path in (args.output, args.records):
@@ -180,7 +182,8 @@ def _task_options(args: argparse.Namespace, task: str) -> dict:
     given = {name: getattr(args, name) for name in every if getattr(args, name) is not None}
     useless = [f"--{name.replace('_', '-')}" for name in given if name not in useful]
     if useless:
-        raise ValueError(f"{', '.join(useless)}: of no use for {task}" + (" without --answers" if task == "vqa" else ""))
+        where = " with --answers" if args.answers else " without --answers"
+        raise ValueError(f"{', '.join(useless)}: of no use for {task}{where if task == 'vqa' else ''}")
     given.pop("vqa_annotations", None)
     if given.get("rerank", 0) < 0:
         raise ValueError(f"--rerank: expected at least 0, got {args.rerank}")
@@ -217,7 +220,7 @@ def _digest(content: bytes) -> str:
     return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
-# ---- results ------------------------------------------------------------------------------------------------------
+# ---- results ----------------------------------------------------------------------------------------------
 
 
 def _report(args: argparse.Namespace, task: str, settings: dict, results: list[dict], records: dict) -> None:
@@ -262,13 +265,14 @@ def _versions(device: str) -> dict[str, str]:
 
     import madtp_kernels
 
+    gpu = device.startswith("cuda")
     return {
         "madtp": madtp_kernels.__version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -312,8 +316,8 @@ def _table(results: Sequence[dict], task: str, settings: dict) -> list[str]:
     def cost(key: str) -> list[str]:
         cells = []
         for result in results:
-            saved = f" ({100 * (result[key] / dense[key] - 1):+.1f} %)" if dense and result is not dense else ""
-            cells.append(f"{result[key]:.5g}{saved}")
+            change = f" ({100 * (result[key] / dense[key] - 1):+.1f} %)" if dense else ""
+            cells.append(f"{result[key]:.5g}{change if result is not dense else ''}")
         return cells
 
     add("", names)
@@ -324,8 +328,9 @@ def _table(results: Sequence[dict], task: str, settings: dict) -> list[str]:
     add("model time, ms", [f"{1000 * result['seconds']:.4g}" for result in results])
     add("per second", [f"{result['per_second']:.4g}" for result in results])
     if "match" in first["steps"]:
-        add("matching: GFLOPs per pair", [f"{result['steps']['match']['gflops']:.5g}" for result in results])
-        add("matching: ms per pair", [f"{1000 * result['steps']['match']['seconds']:.4g}" for result in results])
+        found = [result["steps"]["match"] for result in results]
+        add("matching: GFLOPs per pair", [f"{match['gflops']:.5g}" for match in found])
+        add("matching: ms per pair", [f"{1000 * match['seconds']:.4g}" for match in found])
     lines.append(f"(GFLOPs and time are those of one {unit})")
     for template, found in first.get("templates", {}).items():
         cells = [f"{result['templates'][template]['accuracy']:.4f}" for result in results]
@@ -340,5 +345,5 @@ def _table(results: Sequence[dict], task: str, settings: dict) -> list[str]:
     for name, reason in first.get("not_run", {}).items():
         lines.append(f"not computed: {name}: {reason}")
     if first.get("tokenizer") == "plain":
-        lines.append("captions were split into words without the published tokenizer: compare with nothing published")
+        lines.append("words were not split by the published tokenizer: compare with nothing published")
     return lines

@@ -1,4 +1,4 @@
-"""What the records of an evaluation amount to: quality, cost, time, and how many tokens were kept. Nothing runs here."""
+"""What the records of an evaluation amount to: quality, cost, time, and how many tokens were kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ __all__ = ["HEADLINE", "UNITS", "figures"]
 
 Steps = dict[str, list[dict]]
 
-HEADLINE = {"nlvr": "accuracy", "vqa": "accuracy", "caption": "CIDEr", "retrieval": "r_mean", "clip": "r_mean"}
+HEADLINE = {
+    "nlvr": "accuracy",
+    "vqa": "accuracy",
+    "caption": "CIDEr",
+    "retrieval": "r_mean",
+    "clip": "r_mean",
+}
 """By task: the figure of quality that stands for the others."""
 UNITS = {
     "nlvr": "pair",
@@ -76,9 +82,8 @@ def figures(task: str, steps: Steps, processes: int = 1, *, rerank: int = RERANK
 
 def _costs(name: str, records: Sequence[dict], processes: int) -> dict:
     count = sum(len(record["logits"]) for record in records) if name == "match" else len(records)
-    means = {
-        key: math.fsum(record[key] for record in records) / count for key in ("gflops", "gflops_full", "seconds")
-    }
+    keys = ("gflops", "gflops_full", "seconds")
+    means = {key: math.fsum(record[key] for record in records) / count for key in keys}
     return {"count": count, **means, "per_second": processes / means["seconds"]}
 
 
@@ -137,7 +142,7 @@ def _recall(steps: Steps, rerank: int) -> dict:
         for image, record in enumerate(steps["match"]):
             texts = record["texts"]
             again[image, texts] = similarity[image, texts] + torch.tensor(record["logits"])
-        image_to_text, text_to_image = torch.full_like(again, -torch.inf), torch.full_like(again.mT, -torch.inf)
+        image_to_text, text_to_image = (torch.full_like(a, -torch.inf) for a in (again, again.mT))
         for scores, source, lists in zip(
             (image_to_text, text_to_image), (again, again.mT), shortlists(similarity, rerank), strict=True
         ):

@@ -1,8 +1,8 @@
-"""Every sample once: a model's answers to a test split, at several temperatures, over processes and interruptions.
+"""Every sample once: a model's answers to a test split, at several temperatures, on several processes.
 
-Process r of k takes samples r, r + k, r + 2k, ...; there is no padding, so nothing is counted twice. What each has
-answered is in a folder of its own records (:mod:`madtp.jsonl`) until all is done, and a run that was stopped goes on
-there. What a task asks the model is in `tasks`, what the records amount to in `figures`.
+Process r of k takes samples r, r + k, r + 2k, ...; there is no padding, so nothing is counted twice. Answers
+are collected in files (:mod:`madtp.jsonl`), and a run that was stopped goes on where it stopped. What a task
+asks the model is in `tasks`, what the records amount to in `figures`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from .tasks import ANSWERS
 __all__ = ["TIMING", "Processes", "evaluate"]
 
 TIMING = (
-    "seconds: of the model alone, from prepared inputs to answers and their costs, per instance in batches of the size "
-    "given, after one batch of warm-up for each step; on a CPU no image is decoded meanwhile. per_second: of all "
-    "processes together. For retrieval an instance is an image and a text; the matching of pairs comes on top."
+    "seconds: of the model alone, from prepared inputs to answers and their costs, per instance in batches "
+    "of the size given, after one batch of warm-up for each step; on a CPU no image is decoded meanwhile. "
+    "per_second: of all processes together. For retrieval an instance is an image and a text; the matching "
+    "of pairs comes on top."
 )
+"""What the times among the figures are."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,18 @@ def evaluate(
         examples: what the reader of `annotations` for the task gives; labels are needed.
         temperatures: each once; by default dense and, where it has one, the model's own.
         batch_size: samples that the model gets at a time; figures do not depend on it, times do.
-        folder: where answers are kept while the run goes on, so that it can be stopped and started again; it is
-            left there. By default nothing is kept.
-        settings: what else determines the answers, as JSON values; a stopped run goes on only under the same ones.
+        folder: where answers are kept while the run goes on, so that it can be stopped and started again; it
+            is left there. By default nothing is kept.
+        settings: what else determines the answers, as JSON values; a stopped run goes on only under the same
+            ones.
         processes: those that share the work, if there are several.
         progress: whether to show a bar; by default where standard error is a terminal.
         options: of the task, see `tasks`.
 
     Returns:
-        Figures per temperature, as :func:`madtp.evaluate.figures.figures` has them (only the first process computes
-        them; the list is empty in others), and the records they are computed from: temperature -> step -> one per
-        instance, in order.
+        Figures per temperature, as :func:`madtp.evaluate.figures.figures` has them (only the first process
+        computes them; the list is empty in others), and the records they are computed from: temperature ->
+        step -> one per instance, in order.
 
     Raises:
         ValueError: an example without a label, or that the model cannot take; options that make no sense.
@@ -148,7 +151,11 @@ class _Steps:
         self.processes, self.progress = processes, progress if processes.rank == 0 else False
 
     def run(
-        self, name: str, rows: list[dict], prepare: Callable[[dict], object], answer: Callable[[list], list[dict]]
+        self,
+        name: str,
+        rows: list[dict],
+        prepare: Callable[[dict], object],
+        answer: Callable[[list], list[dict]],
     ) -> list[dict]:
         """Records of all rows, from all processes: a row with what `answer` gave for it, and "seconds".
 
@@ -166,7 +173,7 @@ class _Steps:
         with open(path, "rb") as lines:
             records = self.processes.gather([json.loads(line) for line in lines])
         if [record["sample"] for record in records] != list(range(len(rows))):
-            raise RuntimeError(f"{path}: {len(records)} records for {len(rows)} samples, or not of the same ones")
+            raise RuntimeError(f"{path}: {len(records)} records, not one for each of {len(rows)} samples")
         return records
 
     def _answer(self, path: Path, name: str, rows: list[dict], prepare, answer) -> None:

@@ -1,7 +1,8 @@
 """What the evaluation of each task asks a model, and which annotation files it reads.
 
-A task runs one step or several over all samples; a step's records begin with the row that was asked about, labels
-included, so that figures can be computed from records alone. Samples are numbered from 0 in the order of the files.
+A task runs one step or several over all samples; a step's records begin with the row that was asked about,
+labels included, so that figures can be computed from records alone. Samples are numbered from 0 in the order
+of the files.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ RERANK = 256
 _PAIRS = 512  # texts that look at images at a time
 
 Run = Callable[[str, list[dict], Callable[[dict], object], Callable[[list], list[dict]]], list[dict]]
-"""A step: its name, rows, how a row is prepared, how prepared ones are answered; gives the records of all rows."""
+"""A step: its name, rows, how a row is prepared, how prepared ones are answered; gives all rows' records."""
 
 
-# ---- annotation files ---------------------------------------------------------------------------------------------
+# ---- annotation files -------------------------------------------------------------------------------------
 
 
 def read_examples(
@@ -50,8 +51,8 @@ def read_examples(
     """Examples of a task, from the original files or from BLIP's.
 
     Args:
-        path: NLVR2's JSON Lines or BLIP's nlvr_*.json; VQA v2's questions or BLIP's vqa_*.json; for captions and
-            retrieval BLIP's files of Karpathy's splits.
+        path: NLVR2's JSON Lines or BLIP's nlvr_*.json; VQA v2's questions or BLIP's vqa_*.json; for captions
+            and retrieval BLIP's files of Karpathy's splits.
         image_root: that image paths are relative to.
         answers: VQA v2's annotations, which the original questions need.
 
@@ -61,7 +62,7 @@ def read_examples(
     """
     blip = Path(path).read_bytes()[:64].lstrip().startswith(b"[")
     if answers is not None and (task != "vqa" or blip):
-        raise ValueError(f"answers: only the original questions of VQA v2 have them in another file, {path} are none")
+        raise ValueError(f"answers: {path} are not the original questions of VQA v2, which have another file")
     if task == "nlvr":
         return (read_blip_nlvr if blip else read_nlvr2)(path, image_root)
     if task == "vqa":
@@ -79,7 +80,7 @@ def _images_of(example) -> tuple[Path, ...]:
     return (example.left, example.right) if isinstance(example, NLVRExample) else (example.image,)
 
 
-# ---- tasks --------------------------------------------------------------------------------------------------------
+# ---- tasks ------------------------------------------------------------------------------------------------
 
 
 def _cost(cost: flops.Flops) -> dict:
@@ -119,8 +120,8 @@ def _vqa(run: Run, model, examples: Sequence[VQAExample], **options) -> dict[str
     for number, example in enumerate(examples):
         if len(example.answers) < 2:
             raise ValueError(
-                f"question {number} ({example.question!r}): {len(example.answers)} answers of annotators to compare with, "
-                "two at least are needed; test splits and Visual Genome cannot be scored here"
+                f"question {number} ({example.question!r}): {len(example.answers)} answers of annotators to "
+                "compare with, two at least are needed; test splits and Visual Genome cannot be scored here"
             )
     rows = [
         {
@@ -145,7 +146,10 @@ def _vqa(run: Run, model, examples: Sequence[VQAExample], **options) -> dict[str
             for answer in predict.vqa_batch(model, instances, **options)[0]
         ]
 
-    return {"question": run("question", rows, lambda row: model.processor(row["image"], row["question"]), answer)}
+    def prepare(row: dict):
+        return model.processor(row["image"], row["question"])
+
+    return {"question": run("question", rows, prepare, answer)}
 
 
 def _caption(run: Run, model, examples: Sequence[CaptionExample], **options) -> dict[str, list[dict]]:
@@ -173,40 +177,48 @@ def _images(examples: Sequence[CaptionExample]) -> list[dict]:
 def _retrieval(
     run: Run, model, examples: Sequence[CaptionExample], rerank: int = RERANK
 ) -> dict[str, list[dict]]:
-    """Features of images and texts; then, for BLIP, the best `rerank` of each image and of each text as pairs.
+    """Features of images and texts; then, for BLIP, the best `rerank` of each image and each text as pairs.
 
     As in BLIP's data code, which MADTP uses for CLIP too, captions are cleaned and cut to 30 words.
     """
     images = _images(examples)
     image_rows = [
-        {"sample": number, "image": row["image"], "image_id": row["image_id"]} for number, row in enumerate(images)
+        {"sample": number, "image": row["image"], "image_id": row["image_id"]}
+        for number, row in enumerate(images)
     ]
     captions = [(number, caption) for number, row in enumerate(images) for caption in row["captions"]]
     text_rows = [
-        {"sample": number, "text": caption, "of_image": image} for number, (image, caption) in enumerate(captions)
+        {"sample": number, "text": caption, "of_image": image}
+        for number, (image, caption) in enumerate(captions)
     ]
 
     def embedded(kind: str, embed) -> Callable[[list], list[dict]]:
         return lambda instances: [
-            {f"{kind}_tokens": embedding.tokens, **_cost(embedding.flops), "features": to_text(embedding.features)}
+            {
+                f"{kind}_tokens": embedding.tokens,
+                **_cost(embedding.flops),
+                "features": to_text(embedding.features),
+            }
             for embedding in embed(model, instances)[0]
         ]
 
-    def ids(text: str) -> Tensor:
+    def pixels(row: dict) -> Tensor:
+        return model.processor.image(row["image"])
+
+    def ids(row: dict) -> Tensor:
+        text = row["text"]
         return model.processor.text(clean_sentence(text, 30) if model.config.task == "clip" else text)
 
     steps = {
-        "image": run(
-            "image", image_rows, lambda row: model.processor.image(row["image"]), embedded("image", predict.embed_images)
-        ),
-        "text": run("text", text_rows, lambda row: ids(row["text"]), embedded("text", predict.embed_texts)),
+        "image": run("image", image_rows, pixels, embedded("image", predict.embed_images)),
+        "text": run("text", text_rows, ids, embedded("text", predict.embed_texts)),
     }
     if model.config.task == "retrieval" and rerank:
-        texts = functools.cache(lambda number: ids(text_rows[number]["text"]))
+        texts = functools.cache(lambda number: ids(text_rows[number]))
         rows = _match_rows(image_rows, similarities(steps), rerank)
 
         def prepare(row: dict):
-            return model.processor.image(row["image"]), row["texts"], [texts(number) for number in row["texts"]]
+            return pixels(row), row["texts"], [texts(number) for number in row["texts"]]
 
         steps["match"] = run("match", rows, prepare, lambda instances: _match(model, instances))
     return steps
@@ -231,7 +243,7 @@ def shortlists(similarity: Tensor, rerank: int) -> tuple[list[list[int]], list[l
 
 
 def _match_rows(image_rows: list[dict], similarity: Tensor, rerank: int) -> list[dict]:
-    """For each image the texts that either short list pairs it with, so that an image is encoded once for all."""
+    """For each image the texts that either short list pairs it with: it is encoded once for all of them."""
     texts_of_images, images_of_texts = shortlists(similarity, rerank)
     wanted = [set(texts) for texts in texts_of_images]
     for text, images in enumerate(images_of_texts):
@@ -254,9 +266,8 @@ def _match(model, instances: list[tuple]) -> list[dict]:
         pairs = [(image, text) for image, texts in enumerate(ids) for text in texts]
         for start in range(0, len(pairs), _PAIRS):
             part = pairs[start : start + _PAIRS]
-            matches = model.match(
-                encoded.stream, [text for _, text in part], [(image, n) for n, (image, _) in enumerate(part)]
-            )
+            numbered = [(image, n) for n, (image, _) in enumerate(part)]
+            matches = model.match(encoded.stream, [text for _, text in part], numbered)
             logits += matches.logits[:, 1].float().tolist()
             lengths = dict(zip(matches.order.tolist(), flops.stream_lengths(matches.text), strict=True))
             costs += [
@@ -264,7 +275,8 @@ def _match(model, instances: list[tuple]) -> list[dict]:
                 for n, (image, _) in enumerate(part)
             ]
     if not all(torch.tensor(logits).isfinite()):
-        raise FloatingPointError(f"logits are not finite in {model.dtype}; float32 or bfloat16 have the range")
+        reason = f"logits are not finite in {model.dtype}; float32 or bfloat16 have the range"
+        raise FloatingPointError(reason)
     records, start = [], 0
     for texts in numbers:
         own = slice(start, start + len(texts))

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: quality against cost, and tokens per layer. Needs matplotlib, an optional dependency."""
+"""Plots of an evaluation: quality against cost, and tokens per layer. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def quality_plot(results: Sequence[dict], metric: str, unit: str):
         axes.plot([result[key] for result in results], quality, style, label=label)
     for result in results:
         place = (result["gflops"], result["quality"][metric])
-        axes.annotate(_name(result), place, xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=8)
+        shift = {"xytext": (-6, 6), "textcoords": "offset points"}
+        axes.annotate(_name(result), place, **shift, ha="right", fontsize=8)
     axes.margins(y=0.15)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"GFLOPs per {unit}")
@@ -51,7 +52,8 @@ def quality_plot(results: Sequence[dict], metric: str, unit: str):
 
 
 def tokens_plot(results: Sequence[dict]):
-    """A matplotlib figure of the tokens after each layer, one panel per stream: mean, and least to most as a band.
+    """A matplotlib figure of the tokens after each layer, one panel per stream: mean, and a band from least
+    to most.
 
     `results` as in :func:`quality_plot`. Raises ImportError: matplotlib is not installed.
     """
