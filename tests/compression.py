@@ -74,7 +74,7 @@ def annotations(task, folder, number=8, seed=0):
             answers = [colour] * 7 + ["grey"] * 3
             rows.append({"image": name, "question": "which colour?", "question_id": index, "answer": answers})
         else:
-            rows.append({"image": name, "image_id": index, "caption": f"{colour} on a table"})
+            rows.append({"image": name, "image_id": index, "caption": f"{colour} on table {index}"})
     path = folder / f"{task}-{seed}.json"
     path.write_text(json.dumps(rows))
     return path

@@ -47,8 +47,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Learn the dictionary, or go on, and save the model."""
-    from ..compress.calibrate import TASKS as aligned
-    from ..compress.calibrate import freeze_all_but_dictionary, read_pairs
+    from ..compress.calibrate import ALIGNED, freeze_all_but_dictionary, read_pairs
     from ..compress.loaders import steps_per_epoch
     from ..compress.tasks import TASKS
     from ..compress.train import Settings, process_group, train
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     with process_group(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
-        if name not in aligned:
+        if name not in ALIGNED:
             raise ValueError(f"{args.model}: holds a model for task {name!r}, which has no text to align pictures with")
         freeze_all_but_dictionary(model)
         pairs = read_pairs(args.pairs, name, args.image_root)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..evaluate.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
 from ..models import Model
 
-TASKS = ("nlvr", "vqa", "retrieval", "clip")
+ALIGNED = ("nlvr", "vqa", "retrieval", "clip")
 """Those whose models read text with pruning; a caption model has no text to align pictures with."""
 
 

@@ -1,0 +1,254 @@
+"""`madtp compress` and `madtp calibrate`, from annotation files to a saved model: killed, in two processes, wrongly used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from compression import annotations, pictures, save_tiny, tiny
+from safetensors.torch import load_file
+
+import madtp
+from madtp import cli
+from madtp.compress.calibrate import read_pairs
+from madtp.compress.tasks import TASKS
+from madtp.compress.train import evaluate
+from madtp.guidance import alignment_loss
+
+LEARNING = "--epochs 4 --batch-size 4 --lr 1e-3 --workers 0 --log-every 1 --reduction 0.3 --ramp 0.2".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Models and annotations of two tasks."""
+    folder = tmp_path_factory.mktemp("data")
+    for task in ("nlvr", "clip", "caption"):
+        save_tiny(task, folder / task)
+        annotations(task, folder / "pictures", 13)
+        annotations(task, folder / "pictures", 7, seed=1)
+    return folder
+
+
+def compress(data, task, output, *more):
+    """Arguments of a run."""
+    root = data / "pictures"
+    files = ["--annotations", root / f"{task}-0.json", "--dev", root / f"{task}-1.json", "--image-root", root]
+    arguments = ["compress", "--model", data / task, *files, "--output", output, *LEARNING, *more]
+    return [str(argument) for argument in arguments]
+
+
+def done(arguments, capsys):
+    assert cli.main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def outcome(output):
+    """Everything that a run leaves, without times."""
+    records = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"]
+    checkpoint = torch.load(output / "run" / "checkpoint.pt", weights_only=True)
+    result = json.loads((output / "result.json").read_text())
+    return records, checkpoint["parts"], result, load_file(output / "model.safetensors")
+
+
+def losses(output):
+    return [record["train"]["loss"] for record in outcome(output)[0] if "train" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    """A run that nobody disturbed."""
+    output = data / "whole"
+    assert cli.main(compress(data, "nlvr", output)) == 0
+    return output
+
+
+def test_a_model_is_compressed_to_the_target(data, whole):
+    records, _, result, weights = outcome(whole)
+    assert result["reduction"] == pytest.approx(0.3, abs=0.02)
+    assert result["gflops"] == pytest.approx((1 - result["reduction"]) * result["dense_gflops"], rel=1e-3)
+    model = madtp.load(whole)
+    assert model.temperature == result["temperature"] > 0
+    task, root = TASKS["nlvr"](model), data / "pictures"
+    dev = task.read(root / "nlvr-1.json", root, training=False)
+    again = evaluate(model, task, dev, model.temperature, batch_size=3)  # other batches, same instances
+    assert again.score == pytest.approx(result["score"]) and again.gflops == pytest.approx(result["gflops"], abs=1e-6)
+    # The best of the eligible epochs was taken, and dev is all that chose.
+    eligible = [r for r in records if "dev" in r and r["dev"]["reduction"] >= 1 - 0.7 * 1.05 - 1e-4]
+    best = max(r["dev"]["score"] for r in eligible)
+    assert result["step"] == next(r["step"] for r in eligible if r["dev"]["score"] == best)
+    assert [p.name for p in (whole / "run").glob("best-*")] == [f"best-{result['step']:08d}.safetensors"]
+    start = load_file(data / "nlvr" / "model.safetensors")
+    assert all(not torch.equal(weights[name], start[name]) for name in start)
+    # The learning rate of MADTP: half a cosine, the same within an epoch (13 examples: three steps).
+    rates = [r["lr"] for r in records if "train" in r]
+    assert rates[:4] == pytest.approx([1e-3] * 3 + [1e-3 * (1 + 2**-0.5) / 2])
+
+
+def test_a_finished_run_is_not_done_again(data, whole, capsys):
+    before = outcome(whole)[0]
+    out = done(compress(data, "nlvr", whole), capsys)
+    assert outcome(whole)[0] == before and json.loads(out[: out.index("}") + 1]) == before[-1]["result"]
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(data, whole, tmp_path, capsys, generator):
+    output, lines = tmp_path / "killed", int(torch.randint(2, 12, (), generator=generator))
+    log = output / "run" / "metrics.jsonl"
+    arguments = compress(data, "nlvr", output, "--save-every", "0.2")
+    process = subprocess.Popen([sys.executable, "-m", "madtp", *arguments], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "result.json").exists(), "it was finished before it could be killed"
+    done(arguments, capsys)
+    (records, parts, result, weights), expected = outcome(output), outcome(whole)
+    assert records == expected[0] and result == expected[2]
+    torch.testing.assert_close(parts, expected[1], rtol=0, atol=0)
+    torch.testing.assert_close(weights, expected[3], rtol=0, atol=0)
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_data(data, whole, capsys):
+    assert cli.main(compress(data, "nlvr", whole, "--lr", "0.01")) == 2
+    assert "lr: 0.001 then, 0.01 now" in capsys.readouterr().err
+    assert cli.main(compress(data, "nlvr", whole, "--dev", str(data / "pictures" / "nlvr-0.json"))) == 2
+    assert "data: [" in capsys.readouterr().err
+
+
+def test_two_processes_compute_what_one_does(data, tmp_path, capsys):
+    """CLIP's loss compares the samples of both processes. The dev split has an odd number of instances."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "madtp"]
+    arguments = compress(data, "clip", tmp_path / "two", "--batch-size", "2")
+    two = subprocess.Popen([*launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done(compress(data, "clip", tmp_path / "one"), capsys)
+    out, err = two.communicate(timeout=120)
+    assert two.returncode == 0, err
+    assert out.count('"temperature"') == 1  # only one of them speaks
+    records, expected = (outcome(tmp_path / name)[0] for name in ("two", "one"))
+    assert records[0] == expected[0] and "dense" in records[0]  # a score of ranks, over the instances of both
+    assert [r["step"] for r in records] == [r["step"] for r in expected]
+    assert len(losses(tmp_path / "two")) == 12
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)  # four decimals are logged
+
+
+def test_accumulated_batches_make_one_step(data, whole, tmp_path, capsys):
+    done(compress(data, "nlvr", tmp_path / "run", "--batch-size", "2", "--accumulate", "2"), capsys)
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=2e-4)
+
+
+def test_half_precision_official_controller_and_a_schedule_by_step(data, tmp_path, capsys):
+    options = "--precision bfloat16 --controller official --schedule step --no-augment --batch-size 6".split()
+    done(compress(data, "caption", tmp_path, *options), capsys)
+    records, _, result, weights = outcome(tmp_path)
+    temperatures = [r["dev"]["temperature"] for r in records if "dev" in r]
+    assert temperatures == pytest.approx([1.0, 0.99, 0.98, 0.97])  # the target is missed by less than 1 GFLOPs
+    rates = [r["lr"] for r in records if "train" in r]
+    assert rates == sorted(set(rates), reverse=True)
+    values = [r["train"]["loss"] for r in records if "train" in r]
+    assert values[-1] < 0.8 * values[0]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert result["score"] > result["dense_score"]
+
+
+# ---- calibration
+
+
+def unlabelled(folder, number=12):
+    made = pictures(folder, number)
+    rows = [{"image": name, "text": f"{colour} on a table"} for name, colour in made]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "pairs.jsonl"
+
+
+def alignment(source, pairs):
+    """The loss of a saved model on all pairs at once, at a temperature that is not its own."""
+    model = madtp.load(source)
+    task = TASKS[model.config.task](model)
+    batch = task.collate([task.instance(example) for example in read_pairs(pairs, model.config.task)])
+    with torch.inference_mode():
+        return alignment_loss(*model(batch["pixels"], batch["texts"], 0.1, summaries=True).summaries).item()
+
+
+def test_calibration_learns_the_dictionary_and_the_temperature_only(tmp_path, capsys):
+    save_tiny("retrieval", tmp_path / "model")
+    options = ["--reduction", 0.3, "--steps", 20, "--batch-size", 6, "--workers", 0, "--log-every", 1]
+    files = ["--model", tmp_path / "model", "--pairs", unlabelled(tmp_path / "pictures"), "--output", tmp_path / "out"]
+    arguments = [str(argument) for argument in ["calibrate", *files, *options]]
+    done(arguments, capsys)
+    records, _, result, weights = outcome(tmp_path / "out")
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    assert [name for name in start if not torch.equal(start[name], weights[name])] == ["space_dict"]
+    assert sum("train" in r for r in records) == 20
+    assert alignment(tmp_path / "out", files[3]) < alignment(tmp_path / "model", files[3]) - 0.01
+    assert result["reduction"] == pytest.approx(0.3, abs=0.02) and result["score"] is None
+    model = madtp.load(tmp_path / "out")
+    assert model.temperature == result["temperature"]
+    # Stopped after any checkpoint, it goes on to the same end.
+    (tmp_path / "out" / "result.json").unlink()
+    log = tmp_path / "out" / "run" / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if '"result"' not in line))
+    done(arguments, capsys)
+    assert outcome(tmp_path / "out")[2] == result
+
+
+def test_a_caption_model_cannot_be_calibrated(data, tmp_path, capsys):
+    pairs = unlabelled(tmp_path / "pictures", 2)
+    arguments = ["calibrate", "--model", data / "caption", "--pairs", pairs, "--reduction", 0.3, "--output", tmp_path / "out"]
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert "no text to align" in capsys.readouterr().err
+
+
+# ---- use
+
+
+@pytest.mark.parametrize("command, mentioned", [("compress", "torchrun"), ("calibrate", "pairs.jsonl")])
+def test_help(command, mentioned, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0 and mentioned in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--batch-size", "20"], "13 training examples are fewer than one step takes"),
+        (["--image-root", "/absent"], "images are not there"),
+        (["--task", "vqa"], "holds a model for task 'nlvr', not 'vqa'"),
+        (["--model", "/absent"], "/absent: no such file"),
+        (["--annotations", __file__], "not JSON"),
+        (["--workers", "-1"], "--workers: expected"),
+    ],
+)
+def test_errors_are_one_line(data, options, reason, tmp_path, capsys):
+    assert cli.main(compress(data, "nlvr", tmp_path / "out", *options)) == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--reduction", "1"], ["--lr", "0"], ["--epochs", "0"], ["--ramp", "nan"]])
+def test_numbers_out_of_range_are_wrong_usage(data, option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(compress(data, "nlvr", tmp_path, *option))
+    assert exit.value.code == 2 and f"argument {option[0]}" in capsys.readouterr().err
+
+
+def test_contrast_needs_two_samples(data, tmp_path, capsys):
+    assert cli.main(compress(data, "clip", tmp_path / "out", "--batch-size", "1")) == 2
+    assert "batch_size: this task's loss compares instances" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path, capsys):
+    model = tiny("nlvr")
+    with torch.no_grad():
+        model.cls_head[2].weight.fill_(float("inf"))
+    madtp.save_pretrained(model, tmp_path / "model")
+    assert cli.main(compress(data, "nlvr", tmp_path / "out", "--model", str(tmp_path / "model"))) == 2
+    assert "the loss is" in capsys.readouterr().err

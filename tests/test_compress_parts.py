@@ -1,0 +1,298 @@
+"""The parts of compression: losses against plain formulas, views of pictures, the order of examples, the official tables."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from compression import annotations, pictures, tiny
+from PIL import Image
+
+from madtp.compress import augment, loaders, losses
+from madtp.compress.calibrate import freeze_all_but_dictionary, read_pairs
+from madtp.compress.official import OfficialController
+from madtp.compress.tasks import TASKS, swap_sides
+from madtp.compress.train import Objective, Settings, costs_of
+from madtp.evaluate.annotations import AnnotationError
+from madtp_kernels import RaggedBatch
+
+SETTINGS = Settings(reduction=0.3, epochs=1, batch_size=4, lr=1e-3, weight_decay=0.05)
+
+
+def batch_of(task_name, folder, number=6, model=None):
+    model = tiny(task_name) if model is None else model
+    task = TASKS[task_name](model)
+    examples = task.read(annotations(task_name, folder / "pictures", number), folder / "pictures", training=True)
+    return model, task, task.collate([task.instance(example) for example in examples])
+
+
+# ---- every task
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_task_learns_a_handful_of_samples(name, tmp_path):
+    model, task, batch = batch_of(name, tmp_path)
+    objective = Objective(model, task, SETTINGS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    values = []
+    for step in range(12):
+        loss, terms, (measured, dense) = objective(batch, 0.3, (0, step))
+        assert measured < dense, "nothing was pruned: the claim would be empty"
+        assert loss.item() == pytest.approx(sum(terms.values()).item())
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert values[-1] < 0.8 * values[0]
+    assert ("alignment" in terms) == (name != "caption")
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_the_dictionary_learns_from_the_task_too(name, tmp_path):
+    """Without the alignment loss its gradient comes from the weights of merged tokens."""
+    model, task, batch = batch_of(name, tmp_path)
+    loss, terms, _ = Objective(model, task, dataclasses.replace(SETTINGS, alignment=0.0))(batch, 0.3, (0, 0))
+    assert "alignment" not in terms
+    loss.backward()
+    assert model.space_dict.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["nlvr", "vqa", "retrieval", "clip"])
+def test_the_alignment_loss_is_a_tenth_and_that_of_the_summaries(name, tmp_path):
+    model, task, batch = batch_of(name, tmp_path)
+    _, terms, _ = Objective(model, task, SETTINGS)(batch, 0.3, (0, 0))
+    vision, text = model(batch["pixels"], batch["texts"], 0.3, summaries=True).summaries
+    if name == "nlvr":  # the mean over the two images
+        left, right = vision.chunk(2)
+        vision = (left + right) / 2
+    vision, text = (summary / summary.norm(dim=-1, keepdim=True) for summary in (vision, text))
+    expected = 0.1 * (1 - (vision * text).sum(-1)).mean()
+    assert terms["alignment"].item() == pytest.approx(expected.item(), rel=1e-5)
+    _, terms, _ = Objective(model, task, SETTINGS)(batch, 0.0, (0, 0))
+    assert "alignment" not in terms
+
+
+def test_costs_are_those_of_an_instance_alone(tmp_path):
+    """The dense figure too: no instance pays for its neighbours."""
+    for name in TASKS:
+        model, task, batch = batch_of(name, tmp_path)
+        examples = task.read(tmp_path / "pictures" / f"{name}-0.json", tmp_path / "pictures", training=True)
+        with torch.inference_mode():
+            together = costs_of(task, model(batch["pixels"], batch["texts"], 0.3), batch, 0.3)
+            for example, (measured, dense) in zip(examples[:3], together, strict=False):
+                alone = task.collate([task.instance(example)])
+                assert costs_of(task, model(alone["pixels"], alone["texts"], 0.3), alone, 0.3) == [(measured, dense)]
+                (unpruned,) = costs_of(task, model(alone["pixels"], alone["texts"], 0.0), alone, 0.0)
+                assert unpruned == (dense, dense) and measured < dense
+
+
+# ---- losses
+
+
+def test_contrast_is_cross_entropy_where_all_images_differ(generator):
+    images, texts = (F.normalize(torch.randn(5, 8, generator=generator), dim=-1) for _ in range(2))
+    logits = 7.0 * images @ texts.T
+    expected = (F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))) / 2
+    found = losses.contrastive_loss(images, texts, torch.tensor(7.0), torch.arange(5))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    # Two captions of an image share its target.
+    same = torch.tensor([0, 1, 0, 3, 4])
+    targets = torch.eye(5)
+    targets[0, 2] = targets[2, 0] = 1
+    targets /= targets.sum(1, keepdim=True)
+    expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    found = losses.contrastive_loss(images, texts, torch.tensor(7.0), same)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_negatives_are_likely_and_never_of_the_same_image(generator):
+    similarity = torch.randn(6, 6, generator=generator)
+    similarity[0] = torch.tensor([9.0, 9.0, 9.0, 5.0, -9.0, -9.0])
+    identities = torch.tensor([0, 0, 0, 1, 2, 3])
+    drawn = [losses.hard_negatives(similarity, identities, generator) for _ in range(50)]
+    for columns in drawn:
+        assert all(identities[row] != identities[column] for row, column in enumerate(columns))
+    assert sum(columns[0] == 3 for columns in drawn) > 45
+    assert len({columns[4] for columns in drawn}) > 2
+    assert losses.hard_negatives(similarity, torch.zeros(6), generator) == [None] * 6
+
+
+def test_token_losses_are_label_smoothed_and_leave_the_prompt_out(generator):
+    texts = [torch.randint(9, (length,), generator=generator) for length in (4, 2, 6)]
+    ids = RaggedBatch.from_list(texts)
+    logits = ids.with_values(torch.randn(12, 9, generator=generator))
+    words = {first: [] for first in (1, 3)}  # first token that counts -> per text, losses of its tokens
+    for first, found in words.items():
+        for text, predicted in zip(texts, logits.to_list(), strict=True):
+            log = predicted.log_softmax(-1)
+            found.append([-(0.9 * log[i - 1, text[i]] + 0.1 * log[i - 1].mean()).item() for i in range(first, len(text))])
+    weights = torch.tensor([0.7, 0.3, 1.0])
+    expected = sum(w * sum(text) for w, text in zip(weights.tolist(), words[1], strict=True)) / 2
+    assert losses.answer_loss(logits, ids, weights, questions=2).item() == pytest.approx(expected, rel=1e-5)
+    counted = list(itertools.chain(*words[3]))
+    assert losses.caption_loss(logits, ids, 3).item() == pytest.approx(sum(counted) / len(counted), rel=1e-5)
+
+
+# ---- pictures
+
+
+def test_a_view_depends_on_its_generator_only(tmp_path):
+    image = Image.open(tmp_path / pictures(tmp_path, 1)[0][0])
+    views = [np.asarray(augment.augment(image, 32, np.random.default_rng((0, 3, number)))) for number in (1, 1, 2, 3)]
+    assert views[0].shape == (32, 32, 3) and np.array_equal(views[0], views[1])
+    assert not np.array_equal(views[0], views[2]) and not np.array_equal(views[2], views[3])
+
+
+def test_crops_have_half_to_all_of_the_area():
+    random = np.random.default_rng(0)
+    shares, ratios = [], []
+    for _ in range(300):
+        left, top, right, bottom = augment.crop_box(120, 80, random)
+        assert 0 <= left < right <= 120 and 0 <= top < bottom <= 80
+        shares.append((right - left) * (bottom - top) / 9600)
+        ratios.append((right - left) / (bottom - top))
+    assert 0.49 < min(shares) < 0.55 and 0.85 < max(shares) <= 1
+    assert 0.73 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.36
+    assert augment.crop_box(900, 30, random) == (430, 0, 470, 30)  # nothing fits: the widest crop in the middle
+
+
+def test_operations_do_what_their_names_say():
+    ramp = np.linspace(50, 200, 32).astype(np.uint8)
+    image = Image.fromarray(np.repeat(np.tile(ramp, (32, 1))[..., None], 3, 2))
+    done = {name: np.asarray(apply(image, 0.5, 1)).astype(int) for name, apply in augment.OPERATIONS.items()}
+    before = np.asarray(image).astype(int)
+    for name in ("Identity", "Brightness", "Sharpness"):  # at half strength the factor of the latter two is 1
+        assert np.array_equal(done[name], before), name
+    brighter = np.asarray(augment.OPERATIONS["Brightness"](image, 0.6, 1)).astype(int)
+    assert np.allclose(brighter, before * 1.18, atol=1)
+    assert done["AutoContrast"].min() == 0 and done["AutoContrast"].max() == 255
+    assert np.array_equal(done["TranslateX"][:, :27], before[:, 5:]) and (done["TranslateX"][:, 28:] == 128).all()
+    assert np.array_equal(done["TranslateY"][:27], before[5:]) and (done["TranslateY"][28:] == 128).all()
+    assert np.array_equal(done["ShearX"][0, :31], before[0, :31]) and done["ShearX"][20, 0, 0] > before[20, 2, 0]
+    assert np.array_equal(done["ShearY"][:20, :20], before[:20, :20])  # the same in every row
+    assert (done["Rotate"][0, 0] == 128).all() and np.allclose(done["Rotate"][16, 16], before[16, 16], atol=6)
+
+
+def test_a_swapped_pair_has_a_swapped_statement():
+    assert swap_sides("Left of the cup, right; the leftmost is left.") == "right of the cup, left; the leftmost is right."
+
+
+def test_nlvr_pairs_are_swapped_half_of_the_time(tmp_path):
+    task = TASKS["nlvr"](tiny("nlvr"))
+    examples = task.read(annotations("nlvr", tmp_path), tmp_path, training=True)
+    swapped = 0
+    for seed in range(40):
+        made = task.instance(examples[1], np.random.default_rng(seed))
+        sentence = task.processor.decode(made["text"])
+        swapped += "right" in sentence
+        assert made["label"] == int(examples[1].label) and ("right" in sentence) != ("left" in sentence)
+    assert 10 < swapped < 30
+
+
+# ---- the order of examples
+
+
+class Numbers:
+    """Examples are their numbers; a view is what it was drawn from."""
+
+    @staticmethod
+    def instance(example, random=None):
+        return example, None if random is None else int(random.integers(1 << 30))
+
+    @staticmethod
+    def collate(instances):
+        return instances
+
+
+def batches(**options):
+    base = dict(batch_size=3, accumulate=2, seed=5, steps=range(7), views=True, workers=0)
+    return list(loaders.training_batches(Numbers, range(20), **(base | options)))
+
+
+def test_an_epoch_has_every_example_once_but_for_the_rest():
+    made = batches()  # 6 examples per step, 3 steps per epoch
+    assert [len(batch) for batch in made] == [3] * 14
+    epochs = [sum(made[start : start + 6], []) for start in (0, 6)]
+    for epoch in epochs:
+        assert len({number for number, _ in epoch}) == 18
+    assert [number for number, _ in epochs[0]] != [number for number, _ in epochs[1]]
+    views = [dict(epoch) for epoch in epochs]
+    assert all(views[0][number] != views[1][number] for number in set(views[0]) & set(views[1]))
+
+
+def test_a_run_goes_on_with_the_batch_that_is_next():
+    assert batches(steps=range(4, 7)) == batches()[8:]
+    assert batches(steps=range(4, 7), workers=1) == batches()[8:]
+
+
+def test_processes_share_the_batches_of_one(monkeypatch):
+    alone = batches(batch_size=12, accumulate=1, steps=range(2))
+    monkeypatch.setattr(loaders, "processes", lambda: 2)
+    shares = []
+    for number in range(2):
+        monkeypatch.setattr(loaders, "rank", lambda number=number: number)
+        shares.append(batches(batch_size=3, steps=range(2)))
+    for step, whole in enumerate(alone):
+        assert whole == sum((share[2 * step] + share[2 * step + 1] for share in shares), [])
+    seen = []
+    for number in range(2):
+        monkeypatch.setattr(loaders, "rank", lambda number=number: number)
+        for numbers, batch in loaders.evaluation_batches(Numbers, range(7), batch_size=2, workers=0):
+            assert [number for number, _ in batch] == numbers and len(numbers) <= 2
+            seen += numbers
+    assert sorted(seen) == list(range(7))
+
+
+def test_too_few_examples_are_an_error():
+    with pytest.raises(ValueError, match="5 training examples are fewer than one step takes: batch size 3 x accumulate 2"):
+        loaders.steps_per_epoch(5, 3, 2)
+
+
+# ---- temperature
+
+
+@pytest.mark.parametrize(
+    "task, missed, step",
+    [
+        ("nlvr", 31, 1), ("nlvr", 30, 0.5), ("nlvr", 7, 0.25), ("nlvr", 2, 0.1), ("nlvr", 1, 0.01),
+        ("vqa", 60, 0.25), ("vqa", 3, 0.01), ("vqa", 1, 0),
+        ("clip", 25, 0.2), ("caption", 4, 0.02), ("retrieval", 0.5, 0.01),
+    ],
+)  # fmt: skip
+def test_official_tables(task, missed, step):
+    controller = OfficialController(task, 2.0)
+    assert controller.update(40 + missed, 40) == pytest.approx(2 + step)
+    controller = OfficialController(task, 2.0)
+    assert controller.update(40 - missed, 40) == pytest.approx(2 - step)
+    controller.load_state_dict(OfficialController(task, 0.1).state_dict())
+    assert controller.update(0, 400) == 0  # pruning is off; lower it does not go
+
+
+# ---- pairs without labels
+
+
+def test_only_the_dictionary_learns():
+    assert freeze_all_but_dictionary(tiny("nlvr")) == ["space_dict"]
+    names = freeze_all_but_dictionary(model := tiny("clip"))
+    assert "space_dict" in names and len(names) == 1 + 2 * 6 and all("q_map" in name for name in names[1:])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(names)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ("[]", "expected an object"),
+        ("{", "not JSON"),
+        ('{"image": "0-0.png"}', "'text': expected a string"),
+        ('{"text": "a"}', "'image': expected a path"),
+        ('{"image": "absent.png", "text": "a"}', "image is not there: .*absent.png"),
+    ],
+)
+def test_wrong_pairs_are_named(row, reason, tmp_path):
+    pictures(tmp_path, 1)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"image": "0-0.png", "caption": "a"}\n\n' + row + "\n")
+    with pytest.raises(AnnotationError, match=f"pairs.jsonl: record 3: {reason}"):
+        read_pairs(path, "clip")
