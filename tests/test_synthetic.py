@@ -1,4 +1,4 @@
-"""The shapes task: pictures and statements agree, words alone tell nothing, and files hold what training sees."""
+"""The shapes task: pictures and statements agree, words alone tell nothing, files hold what training sees."""
 
 import json
 import re
@@ -35,12 +35,16 @@ def counts_of(noun: str, pair) -> tuple[int, int]:
     shape = next((1 + SHAPES.index(word) for word in words if word in SHAPES), None)
     assert colour or shape
     assert all(word in (*COLOURS, *SHAPES, "object") for word in words)
-    found = (pair.shapes > 0) & (colour is None or pair.colours == colour) & (shape is None or pair.shapes == shape)
+    found = (
+        (pair.shapes > 0)
+        & (colour is None or pair.colours == colour)
+        & (shape is None or pair.shapes == shape)
+    )
     return tuple(int(image.sum()) for image in np.broadcast_to(found, pair.shapes.shape))
 
 
 def answer(sentence: str, pair) -> tuple[bool, tuple[int, int]]:
-    """What the sentence says, read word by word and looked up in the grids: an independent way to the label."""
+    """What the sentence says, read word by word and looked up in the grids: another way to the label."""
 
     def read(pattern):
         return re.fullmatch(pattern, sentence)
@@ -84,7 +88,7 @@ def test_every_label_is_what_the_sentence_says_of_the_scene(train):
 
 
 def test_words_alone_tell_nothing(train):
-    """Labels against everything in the sentence but its colour and shape; and against each colour and shape."""
+    """Labels against everything in the sentence but colour and shape; and against each colour and shape."""
     names = "|".join([*COLOURS, *SHAPES])
     groups = defaultdict(list)
     for index in range(1200):
@@ -118,7 +122,7 @@ def test_held_out_splits_have_backgrounds_of_their_own(train, test):
 
 
 def test_grids_say_what_is_drawn_where(train):
-    """The colour in the middle of a disc, square or cross is that of its grid; a ring shows something else there."""
+    """The colour in the middle of a disc, square or cross is that of its grid; a ring shows another there."""
     palette = np.array(list(COLOURS.values()))
     named = np.zeros((len(SHAPES), 2), int)
     for index in range(60):
@@ -188,15 +192,17 @@ def test_tensors_are_what_the_processor_makes_of_the_files(tmp_path, train):
 
 
 def test_the_vocabulary_has_exactly_the_words_of_the_sentences(train):
-    used = {i for index in range(400) for s in train.pair(index, 16).statements for i in token_ids(s.sentence)}
+    used = {
+        i for index in range(400) for s in train.pair(index, 16).statements for i in token_ids(s.sentence)
+    }
     assert used == {3, 5, *range(7, 52), 53}  # [SEP], the words (6 is [unused0]) and [ENC], but no [UNK]
     longest = max(len(token_ids(s.sentence)) for index in range(100) for s in train.pair(index).statements)
     assert longest == MAX_TOKENS
 
 
 def test_files_in_the_official_format(tmp_path):
-    command = [sys.executable, "-m", "madtp.data.synthetic", "--output", str(tmp_path), "--split", "dev", "--pairs", "3"]
-    done = subprocess.run([*command, "--statements", "2"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "madtp.data.synthetic", "--output", str(tmp_path), "--split", "dev"]
+    done = subprocess.run([*command, "--pairs", "3", "--statements", "2"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "nlvr_dev.json").read_text())
     expected = [(pair, s) for pair in map(Shapes("dev").pair, range(3), [2] * 3) for s in pair.statements]

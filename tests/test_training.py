@@ -27,7 +27,7 @@ CONFIG = NLVRConfig(
 
 
 def random_pairs(generator, dtype=torch.float64, number=3, per_pair=4, longest=9):
-    """A random model, in float64 rounding hides nothing, and statements of several lengths about random images."""
+    """A random model (in float64 rounding hides nothing), and statements of several lengths about images."""
     model = NLVR(CONFIG)
     randomize(model, seed=int(torch.randint(100, (), generator=generator)))
     pixels = torch.randn(2 * number, 3, 32, 32, generator=generator, dtype=dtype)
@@ -72,16 +72,23 @@ def test_the_dense_training_forward_is_the_model_at_temperature_zero(generator):
 @pytest.mark.parametrize("use_sizes", [False, True])
 def test_the_pruned_training_forward_is_the_model_with_every_pair_repeated(generator, use_sizes):
     # Sizes come with float32 (and half) tokens only.
-    dtype, close = (torch.float32, {"rtol": 1e-3, "atol": 1e-5}) if use_sizes else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
+    dtype, close = (
+        (torch.float32, {"rtol": 1e-3, "atol": 1e-5})
+        if use_sizes
+        else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
+    )
     model, pixels, ids, lengths, target = random_pairs(generator, dtype)
     model.use_sizes = use_sizes
-    number, per_pair, _ = ids.shape
+    per_pair = ids.shape[1]
     images, texts = repeated(pixels, ids, lengths)
     output = pairs.forward_pairs(model, pixels, RaggedBatch.from_list(texts), per_pair, 2.0, summaries=True)
     expected = model(images, texts, 2.0, summaries=True)
-    assert sum(record.pruned.sum() for record in output.vision) > 0 and sum(r.pruned.sum() for r in output.text) > 0
+    for trace in (output.vision, output.text):
+        assert sum(record.pruned.sum() for record in trace) > 0
     torch.testing.assert_close(output.logits, expected.logits, **close)
-    for summary, wanted in zip(output.summaries, (expected.summaries[0][::per_pair], expected.summaries[1]), strict=True):
+    for summary, wanted in zip(
+        output.summaries, (expected.summaries[0][::per_pair], expected.summaries[1]), strict=True
+    ):
         torch.testing.assert_close(summary, wanted, **close)
     assert pairs.costs(model, output, per_pair) == flops.from_output(model.config, expected)
     found = gradients(model, F.cross_entropy(output.logits, target))
@@ -119,7 +126,7 @@ class Killed(Exception):
 
 
 def train(directory, dies_at=None):
-    """A run that depends on the sampler's position, on random numbers, on the optimiser's moments and on the schedule."""
+    """A run that depends on the sampler's position, random numbers, the optimiser's moments, the schedule."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -147,7 +154,11 @@ def train(directory, dies_at=None):
 def outcome(directory):
     records = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     state = torch.load(directory / CHECKPOINT, weights_only=True)
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records], state["parts"], state["random"]
+    return (
+        [{k: v for k, v in record.items() if k != "seconds"} for record in records],
+        state["parts"],
+        state["random"],
+    )
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
@@ -219,4 +230,5 @@ def test_learning_rates():
     assert values[10:76] == [2.0] * 66
     assert values[76:] == pytest.approx([2.0 * (100 - i) / 25 for i in range(76, 100)]) and end == 0
     values, end = rates(cosine, 50)
-    assert values[0] == 2.0 and values[25] == pytest.approx(1.0) and values == sorted(values, reverse=True) and end == 0
+    assert values[0] == 2.0 and values[25] == pytest.approx(1.0) and end == 0
+    assert values == sorted(values, reverse=True)

@@ -1,10 +1,13 @@
 """Fine-tune the dense model on shapes with pruning, to a share of its GFLOPs. Goes on where it stopped.
 
-  python experiments/shapes/compress.py --model experiments/shapes/models/dense --directory runs/0.8 --reduction 0.8
+  python experiments/shapes/compress.py --model experiments/shapes/models/dense --directory runs/0.8 \\
+      --reduction 0.8
 
-The loss is that of the answers plus 0.1 times the alignment of the summaries of both modalities. The cost that is aimed at
-falls to the target over the first part of the run, and the temperature follows it. At the end the
-temperature is set on the dev split, and the test split is answered once.
+The loss is that of the answers plus 0.1 times the alignment of the summaries of both modalities, and with
+--counts also that of the two counts a statement is about, which the dense model has learnt with; the head for
+it is dropped again. The cost that is aimed at falls to the target over the first part of the run, and the
+temperature follows it. At the end the temperature is set on the dev split, and the test split is answered
+once.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from madtp.compress.controller import TemperatureController, find_temperature
 from madtp.compress.pairs import costs, forward_pairs
 from madtp.compress.run import Run
 from madtp.compress.schedule import cosine
-from madtp.data.synthetic import KINDS, TEMPLATES, Batch, Shapes
+from madtp.data.synthetic import KINDS, MAX_COUNT, TEMPLATES, Batch, Shapes
 from madtp.guidance import alignment_loss
+from madtp.models.base import first_rows
 from madtp.models.nlvr import NLVR
 from madtp_kernels import RaggedBatch
 
@@ -80,18 +84,27 @@ def evaluate(model: NLVR, split: Shapes, pairs: int, temperature: float) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="the dense model")
     parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
     parser.add_argument("--output", type=Path, help="where the compressed model goes")
     parser.add_argument("--record", type=Path, help="JSON file for settings and metrics")
-    parser.add_argument("--reduction", type=float, default=0.8, help="share of the GFLOPs to save (default: 0.8)")
+    parser.add_argument(
+        "--reduction", type=float, default=0.8, help="share of the GFLOPs to save (default: 0.8)"
+    )
     parser.add_argument("--use-sizes", action="store_true", help="merged tokens weigh what they stand for")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=8, help="pairs per step (default: 8)")
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--alignment", type=float, default=0.1, help="weight of the alignment loss (default: 0.1)")
-    parser.add_argument("--ramp", type=float, default=0.4, help="share of the steps over which the target falls")
+    parser.add_argument(
+        "--alignment", type=float, default=0.1, help="weight of the alignment loss (default: 0.1)"
+    )
+    parser.add_argument("--counts", type=float, default=0.0, help="weight of the counts (default: 0)")
+    parser.add_argument(
+        "--ramp", type=float, default=0.4, help="share of the steps over which the target falls"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -105,10 +118,18 @@ def main() -> None:
     # The lowest temperature already prunes: the target falls from what that costs, not from the dense cost.
     start, goal = evaluate(model, dev, 16, controller.temperature)["gflops"], (1 - args.reduction) * dense
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
+    head = nn.Linear(model.config.text.hidden_size, 2 * (1 + MAX_COUNT))
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
     scheduler = cosine(optimizer, args.steps, warmup=50)
-    names = ("reduction", "use_sizes", "steps", "pairs", "lr", "alignment", "ramp", "seed")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
+    names = ("reduction", "use_sizes", "steps", "pairs", "lr", "alignment", "counts", "ramp", "seed")
+    parts = {
+        "model": model,
+        "head": head,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "controller": controller,
+    }
     run = Run(args.directory, parts, {name: getattr(args, name) for name in names})
 
     with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
@@ -116,15 +137,23 @@ def main() -> None:
             first = first_pair + run.step * args.pairs
             batch = train.batch(range(first, first + args.pairs), PER_PAIR)
             output = forward_pairs(
-                model, batch.pixels, texts(batch), PER_PAIR, controller.temperature, summaries=args.alignment > 0
+                model,
+                batch.pixels,
+                texts(batch),
+                PER_PAIR,
+                controller.temperature,
+                summaries=args.alignment > 0,
             )
             terms = {"answer": F.cross_entropy(output.logits, batch.labels.flatten())}
             if args.alignment:
                 vision, text = output.summaries
                 both = vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(PER_PAIR, 0)
                 terms["alignment"] = args.alignment * alignment_loss(both, text)
+            if args.counts:
+                counts = head(first_rows(output.last_hidden_state)).unflatten(-1, (2, -1))
+                terms["counts"] = args.counts * F.cross_entropy(counts.flatten(0, 1), batch.counts.flatten())
             sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -2,10 +2,10 @@
 
   python experiments/shapes/train_dense.py --directory runs/dense --output experiments/shapes/models/dense
 
-Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone tells, for each
-patch, which shape and colour lies there; then the statements come, simple templates first, and the text encoder also tells
-the two counts that a statement is about, and has one head of its cross-attention shown where to look. The heads for that are
-dropped afterwards.
+Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone
+tells, for each patch, which shape and colour lies there; then the statements come, simple templates first,
+and the text encoder also tells the two counts that a statement is about, and has one head of its
+cross-attention shown where to look. The heads for that are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from madtp.models.nlvr import NLVR
 from madtp.processing import NLVRProcessor
 
 CONFIG = NLVRConfig(
-    vision=VisionConfig(image_size=96, patch_size=8, embed_dim=128, depth=6, num_heads=4, sd_num=32, sd_dim=128),
+    vision=VisionConfig(
+        image_size=96, patch_size=8, embed_dim=128, depth=6, num_heads=4, sd_num=32, sd_dim=128
+    ),
     text=TextConfig(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=54,
         max_position_embeddings=16, encoder_width=128,
     ),
     merge_from=2,
 )  # fmt: skip
+
 
 class Stage(NamedTuple):
     """A part of the run."""
@@ -51,10 +54,10 @@ class Stage(NamedTuple):
     statements: int
     """Per pair."""
     images: bool
-    """Whether the image encoder learns. Where it does not, a step costs less than half, and the text encoder, which takes
-    longest to find out what it is there for, sees as many statements."""
+    """Whether the image encoder learns. Where it does not, a step costs less than half, and the text encoder,
+    which takes longest to find out what it is there for, sees as many statements."""
     guided: bool
-    """Whether a head of the cross-attention is shown where to look. Without that the answers stay at chance."""
+    """Whether a head of the cross-attention is shown where to look. Without it answers stay at chance."""
 
 
 SIMPLE = ("exist", "both", "neither", "only")
@@ -79,7 +82,7 @@ class Heads(nn.Module):
 
 
 def patch_loss(heads: Heads, embeds: torch.Tensor, batch: synthetic.Batch) -> torch.Tensor:
-    """Shape, colour, and whether an object begins, for each patch. Empty patches weigh less: there are many."""
+    """Shape, colour, and whether an object begins, for each patch. Empty patches are many, and weigh less."""
     logits = heads.patch(embeds[:, 1:]).float().flatten(0, 1)
     total = logits.new_zeros(())
     targets = (batch.patch_shapes, batch.patch_colours, batch.patch_anchors)
@@ -90,7 +93,7 @@ def patch_loss(heads: Heads, embeds: torch.Tensor, batch: synthetic.Batch) -> to
 
 
 def glance_loss(glances: torch.Tensor, batch: synthetic.Batch) -> torch.Tensor:
-    """One cross-attention head of each layer but the first: equally at CLS and at each object that the statement speaks of.
+    """One cross-attention head of each layer but the first: equally at CLS and at each object in question.
 
     The more objects there are the less is left for CLS, which is a way to count them.
     """
@@ -100,7 +103,7 @@ def glance_loss(glances: torch.Tensor, batch: synthetic.Batch) -> torch.Tensor:
 
 
 def losses(model: NLVR, heads: Heads, batch: synthetic.Batch, stage: Stage) -> dict[str, torch.Tensor]:
-    """The terms of the loss: patches if the image encoder learns, answers and counts if there are statements."""
+    """The terms of the loss: of the image encoder if it learns, and of the statements if there are any."""
     terms = {}
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(stage.images):
@@ -125,7 +128,9 @@ def evaluate(model: NLVR, heads: Heads, split: Shapes, pairs: int) -> dict:
         batch = split.batch(range(start, min(start + 16, pairs)))
         output = forward_pairs(model, batch.pixels, batch.input_ids, batch.lengths)
         correct = output.logits.argmax(-1) == batch.labels
-        shape, colour, _ = heads.patch(output.image_embeds[:, 1:]).split((1 + len(SHAPES), 1 + len(COLOURS), 2), -1)
+        shape, colour, _ = heads.patch(output.image_embeds[:, 1:]).split(
+            (1 + len(SHAPES), 1 + len(COLOURS), 2), -1
+        )
         both = (shape.argmax(-1) == batch.patch_shapes) & (colour.argmax(-1) == batch.patch_colours)
         patches.append(both[batch.patch_shapes > 0])
         for statements, row in zip(batch.statements, correct.tolist(), strict=True):
@@ -133,8 +138,14 @@ def evaluate(model: NLVR, heads: Heads, split: Shapes, pairs: int) -> dict:
                 for group in ("all", statement.template, statement.kind):
                     right[group] += hit
                     seen[group] += 1
-    accuracy = {group: round(right[group] / seen[group], 4) for group in ("all", *TEMPLATES, *synthetic.KINDS)}
-    return {"accuracy": accuracy, "statements": seen["all"], "patches": round(torch.cat(patches).float().mean().item(), 4)}
+    accuracy = {
+        group: round(right[group] / seen[group], 4) for group in ("all", *TEMPLATES, *synthetic.KINDS)
+    }
+    return {
+        "accuracy": accuracy,
+        "statements": seen["all"],
+        "patches": round(torch.cat(patches).float().mean().item(), 4),
+    }
 
 
 def initialise(model: NLVR) -> None:
@@ -149,7 +160,9 @@ def initialise(model: NLVR) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--directory", type=Path, required=True, help="checkpoint and log of the run")
     parser.add_argument("--output", type=Path, help="where the trained model goes")
     parser.add_argument("--record", type=Path, help="JSON file for settings and metrics")
@@ -159,7 +172,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, heads = NLVR(CONFIG), Heads(CONFIG.vision.embed_dim)
     initialise(model)
-    parameters = [p for name, p in model.named_parameters() if name != "space_dict"] + list(heads.parameters())
+    parameters = [p for name, p in model.named_parameters() if name != "space_dict"] + list(
+        heads.parameters()
+    )
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.03},
@@ -202,7 +217,10 @@ def main() -> None:
         run.record(args.record)
     if args.output:
         model.processor = NLVRProcessor(
-            CONFIG.vision.image_size, CONFIG.text.vocab_size, CONFIG.text.max_position_embeddings, synthetic.VOCABULARY
+            CONFIG.vision.image_size,
+            CONFIG.text.vocab_size,
+            CONFIG.text.max_position_embeddings,
+            synthetic.VOCABULARY,
         )
         save_pretrained(model.half(), args.output)
 

@@ -1,4 +1,4 @@
-"""The search for the temperature at which a model costs what it is meant to cost, while the model goes on learning."""
+"""The search for the temperature at which a model costs what it should, while it goes on learning."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ __all__ = ["TemperatureController", "find_temperature"]
 
 
 class TemperatureController:
-    """Follows a target cost by bracketing: the step is halved when the target lies behind, and grows while it lies ahead.
+    """Follows a target cost by bracketing: steps are halved when the target lies behind, and grow until then.
 
-    A model that learns changes what it costs at the same temperature, so that a bracket does not stay one. Steps are
-    factors, because what a temperature does depends on its ratio to the products with the dictionary.
+    A model that learns changes what it costs at the same temperature, so that a bracket does not stay one.
+    Steps are factors, because what a temperature does depends on its ratio to the products with the
+    dictionary.
 
     Args:
         temperature: where to begin; above 0.
@@ -57,13 +58,16 @@ class TemperatureController:
         self._costs = list(state["costs"])
 
 
-def find_temperature(cost: Callable[[float], float], target: float, start: float, tolerance: float = 0.01) -> float:
-    """The temperature at which a fixed model costs ``target``, within a relative ``tolerance``: bracketed, then bisected.
+def find_temperature(
+    cost: Callable[[float], float], target: float, start: float, tolerance: float = 0.01
+) -> float:
+    """The temperature at which a fixed model costs ``target``, bracketed and then bisected.
 
     Args:
         cost: measures at a temperature, in the unit of the target; falls as the temperature rises.
         target: above 0.
         start: above 0.
+        tolerance: relative deviation of the cost that is good enough.
 
     Raises:
         ValueError: no temperature between 1e-6 and 1e6 costs so much, or so little.
@@ -72,7 +76,9 @@ def find_temperature(cost: Callable[[float], float], target: float, start: float
     temperature = start
     for _ in range(60):
         if not 1e-6 < temperature < 1e6:
-            raise ValueError(f"target: no temperature reaches {target}; {low or high} costs {cost(low or high)}")
+            raise ValueError(
+                f"target: no temperature reaches {target}; {low or high} costs {cost(low or high)}"
+            )
         measured = cost(temperature)
         if abs(measured - target) <= tolerance * target:
             break
@@ -80,7 +86,9 @@ def find_temperature(cost: Callable[[float], float], target: float, start: float
             low = temperature
         else:
             high = temperature
-        temperature = temperature * 2 if high is None else temperature / 2 if low is None else math.sqrt(low * high)
+        temperature = (
+            temperature * 2 if high is None else temperature / 2 if low is None else math.sqrt(low * high)
+        )
         if low and high and high < low * (1 + 1e-5):
             break  # counts of tokens jump here; nothing lies closer to the target
     return temperature

@@ -1,8 +1,8 @@
 """A dense BLIP-NLVR over several statements per pair, for training from scratch.
 
 The model's own forward takes two images per statement. Here the images of a pair are encoded once for all its
-statements, and everything has one length, so that attention is two matrix products: several times faster to train on a
-CPU. It is the same function of the same parameters as `NLVR.forward` at temperature 0.
+statements, and everything has one length, so that attention is two matrix products: several times faster to
+train on a CPU. It is the same function of the same parameters as `NLVR.forward` at temperature 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PairsOutput(NamedTuple):
     states: Tensor
     """``[P, K, D]`` what the head sees of each statement."""
     glances: Tensor
-    """``[layers, 2P, K, N + 1]`` logits of the first cross-attention head for the first token of each statement."""
+    """``[layers, 2P, K, N + 1]`` logits of the first cross-attention head for each first token."""
     image_embeds: Tensor
     """``[2P, N + 1, D]`` image tokens, the P left images first."""
 
@@ -45,14 +45,20 @@ def forward_pairs(model: NLVR, pixels: Tensor, input_ids: Tensor, lengths: Tenso
 def answer_statements(
     model: NLVR, images: Tensor, input_ids: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The second half of :func:`forward_pairs`: logits, states and glances from its image tokens ``[2P, N + 1, D]``."""
+    """The second half of :func:`forward_pairs`: logits, states and glances.
+
+    It begins with the image tokens ``[2P, N + 1, D]``.
+    """
     pairs, per_pair, width = input_ids.shape
     text = model.text_encoder
     positions = torch.arange(width, device=input_ids.device)
     embeddings = text.embeddings
-    x = embeddings.LayerNorm(embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions))
+    x = embeddings.LayerNorm(
+        embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions)
+    )
     padding = positions >= lengths[..., None]
-    bias = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf).flatten(0, 1)[:, None, None]  # [P K, 1, 1, T]
+    bias = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf)
+    bias = bias.flatten(0, 1)[:, None, None]  # [P K, 1, 1, T]
     glances = []
     x = x.flatten(0, 1)  # [P K, T, D]
     for layer in text.encoder.layer:
@@ -62,7 +68,9 @@ def answer_statements(
         glances.append(_glance(layer.crossattention, x[:, 0].unflatten(0, (pairs, per_pair)), images))
         x = _twin_cross_attention(layer.crossattention, x.reshape(pairs, per_pair * width, -1), images)
         hidden = layer.intermediate.dense(x, activation="gelu")
-        x = layer.output.LayerNorm(layer.output.dense(hidden, residual=x)).reshape(pairs * per_pair, width, -1)
+        x = layer.output.LayerNorm(layer.output.dense(hidden, residual=x)).reshape(
+            pairs * per_pair, width, -1
+        )
     states = x[:, 0].unflatten(0, (pairs, per_pair))
     return model.cls_head(states), states, torch.stack(glances)
 
@@ -80,9 +88,12 @@ def encode_images(model: NLVR, pixels: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention of ``q [B, Lq, H, d]`` over ``k, v [B, Lk, H, d]`` with an additive bias, to ``[B, Lq, H * d]``.
+    """Attention of ``q [B, Lq, H, d]`` over ``k, v [B, Lk, H, d]`` with an additive bias.
 
-    Written out because the backward pass of PyTorch's fused attention takes more than half of a training step on a CPU.
+    Returns ``[B, Lq, H * d]``, the heads concatenated.
+
+    Written out because the backward pass of PyTorch's fused attention takes more than half of a training step
+    on a CPU.
     """
     logits = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)  # [B, H, Lq, Lk]
     if bias is not None:

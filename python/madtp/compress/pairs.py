@@ -17,9 +17,14 @@ from ..pruning import Pruning
 
 
 def forward_pairs(
-    model: NLVR, pixels: Tensor, input_ids: RaggedBatch, per_pair: int, temperature: float, summaries: bool = False
+    model: NLVR,
+    pixels: Tensor,
+    input_ids: RaggedBatch,
+    per_pair: int,
+    temperature: float,
+    summaries: bool = False,
 ) -> NLVROutput:
-    """Answer K statements about each of P pairs: what `NLVR.forward` answers if it is given every pair K times.
+    """Answer K statements about each of P pairs, as `NLVR.forward` does if it is given every pair K times.
 
     Args:
         model: sizes and backend are its own; it prunes by instance.
@@ -30,8 +35,8 @@ def forward_pairs(
         summaries: also return the alignment summaries.
 
     Returns:
-        The output for P * K statements; `vision`, `image_embeds` and the vision summary ``[2P, M, sd_dim]`` are those of the
-        2P images.
+        The output for P * K statements; `vision`, `image_embeds` and the vision summary ``[2P, M, sd_dim]``
+        are those of the 2P images.
 
     Raises:
         ValueError: numbers of images and texts that do not fit.
@@ -39,7 +44,8 @@ def forward_pairs(
     pairs = pixels.shape[0] // 2
     if pixels.shape[0] != 2 * pairs or input_ids.batch_size != pairs * per_pair:
         raise ValueError(
-            f"input_ids: expected {per_pair} texts for each two of {pixels.shape[0]} images, got {input_ids.batch_size}"
+            f"input_ids: expected {per_pair} texts for each two of {pixels.shape[0]} images, "
+            f"got {input_ids.batch_size}"
         )
     pruning = Pruning(temperature, use_sizes=model.use_sizes, backend=model.backend)
     vision = model.visual_encoder(pixels, model.space_dict, pruning, summaries)
@@ -58,8 +64,13 @@ def forward_pairs(
 
 
 def costs(model: NLVR, output: NLVROutput, per_pair: int) -> list[flops.Flops]:
-    """What each of the P * K statements of :func:`forward_pairs` costs as an instance of its own: both images and the text."""
+    """What each of the P * K statements of :func:`forward_pairs` costs as an instance of its own: both images
+    and the text.
+    """
     vision, text = flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
     pairs, guided = len(vision) // 2, output.vision[0].importance is not None
     images = [list(zip(vision[p], vision[pairs + p], strict=True)) for p in range(pairs)]
-    return [flops.nlvr(model.config, images[i // per_pair], lengths, guided=guided) for i, lengths in enumerate(text)]
+    return [
+        flops.nlvr(model.config, images[i // per_pair], lengths, guided=guided)
+        for i, lengths in enumerate(text)
+    ]

@@ -1,8 +1,8 @@
 """A training run in a directory: a checkpoint from which it goes on exactly, and a log of metrics.
 
-A checkpoint holds everything that the rest of the run depends on, and replaces the one before it in one step, so that a
-run killed at any moment goes on from the last one as if nothing had happened: same batches, same numbers. The log is cut
-back to the checkpoint then.
+A checkpoint holds everything that the rest of the run depends on, and replaces the one before it in one step,
+so that a run killed at any moment goes on from the last one as if nothing had happened: same batches, same
+numbers. The log is cut back to the checkpoint then.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Run:
 
     Args:
         directory: made if it is missing.
-        parts: whatever has `state_dict` and `load_state_dict`: model, heads, optimiser, scheduler, controller.
+        parts: whatever has `state_dict` and `load_state_dict`: model, heads, optimiser, scheduler,
+            controller.
         settings: what determines the result, as JSON values; a run goes on only under the same ones.
         save_every: seconds between checkpoints.
 
@@ -37,7 +38,11 @@ class Run:
     """
 
     def __init__(
-        self, directory: str | os.PathLike, parts: Mapping[str, object], settings: dict, save_every: float = 60
+        self,
+        directory: str | os.PathLike,
+        parts: Mapping[str, object],
+        settings: dict,
+        save_every: float = 60,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +61,9 @@ class Run:
         if found != json.loads(json.dumps(self.settings)):
             names = sorted(k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k))
             differences = "; ".join(f"{k}: {found.get(k)} then, {self.settings.get(k)} now" for k in names)
-            raise ValueError(f"{self.directory}: holds another run ({differences}); remove it, or name another directory")
+            raise ValueError(
+                f"{self.directory}: holds another run ({differences}); remove it, or name another directory"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         torch.set_rng_state(state["random"])
@@ -81,7 +88,7 @@ class Run:
         _replace(path, "".join(kept).encode())
 
     def advance(self, **metrics: float) -> None:
-        """Count a step that is done, and its metrics for :meth:`averages`; writes a checkpoint when one is due."""
+        """Count a step, and its metrics for :meth:`averages`; write a checkpoint if one is due."""
         self.step += 1
         self._counted += 1
         for name, value in metrics.items():

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def linear_decay(optimizer: Optimizer, steps: int, warmup: int, decay: float = 0.25) -> LambdaLR:
-    """Rises over ``warmup`` steps, stays, and falls to zero over the last share ``decay`` of all ``steps``."""
+    """Rises over ``warmup`` steps, stays, and falls to zero over the last share ``decay`` of ``steps``."""
 
     def factor(step: int) -> float:
         return min((step + 1) / max(warmup, 1), 1.0, max(steps - step, 0) / max(decay * steps, 1))
@@ -21,6 +21,10 @@ def cosine(optimizer: Optimizer, steps: int, warmup: int = 0) -> LambdaLR:
     """Half a cosine from the highest rate to zero, after a linear rise over ``warmup`` steps."""
 
     def factor(step: int) -> float:
-        return min((step + 1) / max(warmup, 1), 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
+        return (
+            min((step + 1) / max(warmup, 1), 1.0)
+            * 0.5
+            * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0)))
+        )
 
     return LambdaLR(optimizer, factor)

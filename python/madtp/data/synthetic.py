@@ -1,10 +1,10 @@
 """Shapes: image-pair statements in the manner of NLVR2, drawn on the fly, with known answers.
 
-Every picture holds seven to ten small objects among saturated blobs on a cluttered background; a statement speaks
-of a few of them. So few patches matter to a statement, which ones only the statement tells, and bright colours do
-not give them away. A pair is a pure function of (split, seed, index); the splits differ in scenes, backgrounds and
-drawings. `python -m madtp.data.synthetic` writes a split as PNG files with annotations in NLVR's official format;
-training draws pairs in memory, where it also learns which object lies where.
+Every picture holds seven to ten small objects among saturated blobs on a cluttered background; a statement
+speaks of a few of them. So few patches matter to a statement, which ones only the statement tells, and bright
+colours do not give them away. A pair is a pure function of (split, seed, index); the splits differ in scenes,
+backgrounds and drawings. `python -m madtp.data.synthetic` writes a split as PNG files with annotations in
+NLVR's official format; training draws pairs in memory, where it also learns which object lies where.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["COLOURS", "SHAPES", "SPLITS", "TEMPLATES", "Batch", "Pair", "Shapes", "Statement", "pixels", "token_ids"]
+__all__ = [
+    "COLOURS",
+    "SHAPES",
+    "SPLITS",
+    "TEMPLATES",
+    "Batch",
+    "Pair",
+    "Shapes",
+    "Statement",
+    "pixels",
+    "token_ids",
+]
 
 SIZE, CELL, PATCH = 96, 16, 8
 """Pixels of a picture, of the cell that an object lies in, and of a patch that labels are given for."""
@@ -56,7 +67,9 @@ class Statement:
     kind: str
     """How the objects are described: one of :data:`KINDS`."""
     colour: int
-    """Of the objects that the sentence speaks of: 1 + position in :data:`COLOURS`, or 0 for any; ``shape`` likewise."""
+    """Of the objects that the sentence speaks of: 1 + position in :data:`COLOURS`, or 0 for any; ``shape``
+    likewise.
+    """
     shape: int
     counts: tuple[int, int]
     """How many of these objects are in the left and in the right picture."""
@@ -126,16 +139,20 @@ class Shapes:
     def pair(self, index: int, statements: int = 8, templates: Sequence[str] = TEMPLATES) -> Pair:
         """Pair ``index`` with so many statements, made from the given templates.
 
-        The pictures do not depend on the statements that are asked for. Whatever its template, number, side and kind, a
-        statement is true with probability 1/2 exactly, and no colour or shape is special: words alone tell nothing.
-        (Two statements about a pair may be the same one. To avoid that would favour the answer with more choice.)
+        The pictures do not depend on the statements that are asked for. Whatever its template, number, side
+        and kind, a statement is true with probability 1/2 exactly, and no colour or shape is special: words
+        alone tell nothing. (Two statements about a pair may be the same one. To avoid that would favour the
+        answer with more choice.)
 
         Raises:
-            ValueError: a template that does not exist, or none that could be true as well as false of this pair.
+            ValueError: a template that does not exist, or none that could be true as well as false of this
+                pair.
         """
         unknown = [template for template in templates if template not in TEMPLATES]
         if unknown or (statements and not templates):
-            raise ValueError(f"templates: expected some of {', '.join(TEMPLATES)}, got {', '.join(unknown) or 'none'}")
+            raise ValueError(
+                f"templates: expected some of {', '.join(TEMPLATES)}, got {', '.join(unknown) or 'none'}"
+            )
         scene = _Draws(self._key, 2 * index + 1)
         objects = _draw_scene(scene)
         grids = np.zeros((2, 2, GRID * GRID), np.int64)
@@ -149,7 +166,9 @@ class Shapes:
         made = [_make_statement(words, census, templates) for _ in range(statements)]
         return Pair(images, shapes, colours, made)
 
-    def batch(self, indices: Sequence[int], statements: int = 8, templates: Sequence[str] = TEMPLATES) -> Batch:
+    def batch(
+        self, indices: Sequence[int], statements: int = 8, templates: Sequence[str] = TEMPLATES
+    ) -> Batch:
         """The pairs of these indices as tensors; arguments as in :meth:`pair`."""
         pairs = [self.pair(index, statements, templates) for index in indices]
         ids = [[token_ids(statement.sentence) for statement in pair.statements] for pair in pairs]
@@ -157,18 +176,26 @@ class Shapes:
         # [P, 2, ...] to [2P, ...] with the left ones first, as the model takes them.
         images, shapes, colours = (
             np.stack([getattr(pair, name) for pair in pairs], 1).reshape(2 * len(pairs), *rest)
-            for name, rest in (("images", (SIZE, SIZE, 3)), ("shapes", (GRID, GRID)), ("colours", (GRID, GRID)))
+            for name, rest in (
+                ("images", (SIZE, SIZE, 3)),
+                ("shapes", (GRID, GRID)),
+                ("colours", (GRID, GRID)),
+            )
         )
         spread = np.ones((1, CELL // PATCH, CELL // PATCH), np.int64)
         corner = np.zeros_like(spread)
         corner[:, 0, 0] = 1
         patch_shapes, patch_colours, patch_anchors = (
             torch.from_numpy(np.kron(grid, pattern).reshape(len(images), -1))
-            for grid, pattern in ((shapes, spread), (colours, spread), ((shapes > 0).astype(np.int64), corner))
+            for grid, pattern in (
+                (shapes, spread),
+                (colours, spread),
+                ((shapes > 0).astype(np.int64), corner),
+            )
         )
         # [P, K] to [2P, K, 1]: what the statements speak of, 0 for any
         colour, shape = (
-            torch.tensor([[getattr(s, name) for s in pair.statements] for pair in pairs]).repeat(2, 1)[..., None]
+            torch.tensor([[getattr(s, name) for s in pair.statements] for pair in pairs * 2]).unsqueeze(-1)
             for name in ("colour", "shape")
         )
         relevant = (
@@ -205,7 +232,8 @@ class Shapes:
             _blend(canvas, self._blobs[draws.below(len(self._blobs))], cell, shift, colour, margin)
         names = list(COLOURS.values())
         for cell, shape, colour in placed:
-            tint = np.array([value + 36 * draws.uniform() - 18 for value in names[colour]], np.float32).clip(0, 255)
+            tint = np.array([value + 36 * draws.uniform() - 18 for value in names[colour]], np.float32)
+            tint = tint.clip(0, 255)
             sprites = self._sprites[shape]
             shift = (draws.below(3) - 1, draws.below(3) - 1)
             _blend(canvas, sprites[draws.below(len(sprites))], cell, shift, tint, margin)
@@ -251,19 +279,19 @@ class _Draws:
         return items[:count]
 
 
-# ---- scenes -------------------------------------------------------------------------------------------------------
+# ---- scenes ------------------------------------------------------------------------------------------------
 
 
 def _draw_scene(draws: _Draws) -> list[list[tuple[int, int, int]]]:
     """(cell, shape, colour) of the objects of both pictures.
 
-    One to three themes, kinds of objects that both pictures may hold several of, make counts and comparisons worth
-    asking for; everything else, at least four objects, is random.
+    One to three themes, kinds of objects that both pictures may hold several of, make counts and comparisons
+    worth asking for; everything else, at least four objects, is random.
     """
     themes = [(draws.below(len(SHAPES)), draws.below(len(COLOURS)))]
     for _ in range(draws.below(3)):
         shape, colour = themes[0]
-        change = draws.below(3)  # a theme that shares its shape or its colour with the first is easily mistaken for it
+        change = draws.below(3)  # a theme that shares shape or colour with the first is easily taken for it
         theme = (
             draws.below(len(SHAPES)) if change != 0 else shape,
             draws.below(len(COLOURS)) if change != 1 else colour,
@@ -274,7 +302,9 @@ def _draw_scene(draws: _Draws) -> list[list[tuple[int, int, int]]]:
         total = 7 + draws.below(4)
         objects = [theme for theme in themes for _ in range(draws.weighted((0.25, 0.3, 0.2, 0.15, 0.1)))]
         objects = objects[: total - 4]
-        objects += [(draws.below(len(SHAPES)), draws.below(len(COLOURS))) for _ in range(total - len(objects))]
+        objects += [
+            (draws.below(len(SHAPES)), draws.below(len(COLOURS))) for _ in range(total - len(objects))
+        ]
         cells = draws.sample(range(GRID * GRID), total)
         scene.append([(cell, *kind) for cell, kind in zip(cells, objects, strict=True)])
     return scene
@@ -296,18 +326,20 @@ def _census(scene) -> dict[str, dict[tuple, tuple[int, int]]]:
     return census
 
 
-# ---- statements ---------------------------------------------------------------------------------------------------
+# ---- statements --------------------------------------------------------------------------------------------
 
 
 def _make_statement(draws: _Draws, census, templates: Sequence[str]) -> Statement:
     """A statement that could as well be true as false in this scene; then a coin decides which it is.
 
-    Where a scene allows only one answer the template is given up, not turned to the other answer: that would make some
-    templates mostly true, which a model could learn from the words alone.
+    Where a scene allows only one answer the template is given up, not turned to the other answer: that would
+    make some templates mostly true, which a model could learn from the words alone.
     """
     for _ in range(1000):
         template = draws.choice(templates)
-        for _ in range(8):  # other details, before another template: so that all templates are about as frequent
+        for _ in range(
+            8
+        ):  # other details, before another template: so that all templates are about as frequent
             kind = KINDS[draws.weighted((2, 1, 1))]
             number = draws.choice(_NUMBERS.get(template, (0,)))
             side = draws.below(2)
@@ -401,12 +433,14 @@ def _vocabulary() -> dict[str, int]:
 
 
 def token_ids(sentence: str) -> list[int]:
-    """[ENC], the words, [SEP]: what the task's tokenizer makes of one of its sentences, without the tokenizer's cost."""
+    """[ENC], the words, [SEP]: what the task's tokenizer makes of one of its sentences, without the
+    tokenizer's cost.
+    """
     ids = _vocabulary()
     return [ids["[ENC]"], *(ids[word] for word in sentence.lower().rstrip(".").split()), ids["[SEP]"]]
 
 
-# ---- drawing ------------------------------------------------------------------------------------------------------
+# ---- drawing -----------------------------------------------------------------------------------------------
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
@@ -417,7 +451,9 @@ def pixels(images: np.ndarray) -> np.ndarray:
     return np.moveaxis((images.astype(np.float32) / np.float32(255) - _MEAN) / _STD, -1, -3)
 
 
-def _blend(canvas: np.ndarray, alpha: np.ndarray, cell: int, shift: tuple[int, int], colour, margin: int) -> None:
+def _blend(
+    canvas: np.ndarray, alpha: np.ndarray, cell: int, shift: tuple[int, int], colour, margin: int
+) -> None:
     """Lay a colour over the canvas ``[3, h, w]``, through a mask ``[s, s]`` centred on a cell."""
     row, column = divmod(cell, GRID)
     half = len(alpha) // 2
@@ -442,9 +478,12 @@ def _draw_sprites(random: np.random.Generator, variants: int) -> list[np.ndarray
     turn = random.uniform(-0.25, 0.25, radius.shape).astype(np.float32)
     offset = random.uniform(-0.5, 0.5, (2, *radius.shape)).astype(np.float32)
     y, x = axis[:, None] - offset[0], axis[None, :] - offset[1]
-    u, v = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
+    across, down = (
+        (x * np.cos(turn) + y * np.sin(turn)) / radius,
+        (y * np.cos(turn) - x * np.sin(turn)) / radius,
+    )
     masks = []
-    for name, u, v in zip(SHAPES, u, v, strict=True):
+    for name, u, v in zip(SHAPES, across, down, strict=True):
         distance = np.hypot(u, v)
         match name:
             case "circle":
@@ -467,13 +506,16 @@ def _draw_blobs(random: np.random.Generator, variants: int) -> np.ndarray:
     angle, distance = np.arctan2(axis[:, None], axis[None, :]), np.hypot(axis[:, None], axis[None, :])
     outline = np.ones((variants, 32, 32))
     for waves in (2, 3, 5):
-        height, phase = random.uniform(0.1, 0.3, (variants, 1, 1)), random.uniform(0, 2 * math.pi, (variants, 1, 1))
+        height, phase = (
+            random.uniform(0.1, 0.3, (variants, 1, 1)),
+            random.uniform(0, 2 * math.pi, (variants, 1, 1)),
+        )
         outline += height * np.cos(waves * angle + phase)
     radius = random.uniform(5.0, 9.0, (variants, 1, 1))
     softness = random.uniform(0.8, 1.6, (variants, 1, 1))
     strength = random.uniform(0.6, 0.95, (variants, 1, 1))
     alpha = strength / (1 + np.exp((distance - radius * outline) / softness))
-    alpha *= (distance < 15.5)  # nothing is cut off at the edge of the mask but a faint rest
+    alpha *= distance < 15.5  # nothing is cut off at the edge of the mask but a faint rest
     return alpha.astype(np.float32)
 
 
@@ -501,17 +543,17 @@ def _draw_backgrounds(random: np.random.Generator, count: int) -> np.ndarray:
     return np.ascontiguousarray(clouds.clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2))
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 _EXAMPLES = """\
 examples:
   python -m madtp.data.synthetic --output shapes --split test --pairs 256
   python -m madtp.data.synthetic --output shapes --split train --pairs 10000 --statements 4 --seed 1
 
-It writes shapes/nlvr_test.json, a list of {"sentence", "label": "True" or "False", "images": [left, right]} as NLVR2's
-annotations for BLIP have it (paths are relative to the folder) and "template", by which `madtp evaluate` breaks its
-figures down, and the PNG files that it names; shapes/test.jsonl has the same questions as `madtp nlvr --input` reads
-them.
+It writes shapes/nlvr_test.json, a list of {"sentence", "label": "True" or "False", "images": [left, right]}
+as NLVR2's annotations for BLIP have it (paths are relative to the folder) and "template", by which `madtp
+evaluate` breaks its figures down, and the PNG files that it names; shapes/test.jsonl has the same questions
+as `madtp nlvr --input` reads them.
 """
 
 
@@ -527,7 +569,10 @@ def write(directory: str | os.PathLike, split: str, pairs: int, statements: int 
     directory = Path(directory)
     rows = list(_write_pairs(directory, Shapes(split, seed), pairs, statements))
     lines = "".join(json.dumps({"images": row["images"], "text": row["sentence"]}) + "\n" for row in rows)
-    for name, content in ((f"{split}.jsonl", lines), (f"nlvr_{split}.json", json.dumps(rows, indent=0) + "\n")):
+    for name, content in (
+        (f"{split}.jsonl", lines),
+        (f"nlvr_{split}.json", json.dumps(rows, indent=0) + "\n"),
+    ):
         partial = directory / f".{name}.partial"
         partial.write_text(content)
         os.replace(partial, directory / name)
@@ -563,7 +608,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to; made if it is missing")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write to; made if it is missing"
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="which pairs (default: test)")
     parser.add_argument("--pairs", type=positive, default=256, metavar="N", help="how many (default: 256)")
     parser.add_argument(
