@@ -145,9 +145,16 @@ def run(args: argparse.Namespace) -> int:
                 print("madtp: interrupted; without --records nothing is kept", file=sys.stderr)
             return 130
         if processes.rank == 0:
-            _report(args, task, settings | {"processes": processes.count}, results, records)
+            settings |= {
+                "batch_size": args.batch_size,
+                "processes": processes.count,
+                "threads": torch.get_num_threads(),
+            }
+            written = _write(args, task, settings, results, records)
             if parts:
                 shutil.rmtree(parts)
+            # Last, since whoever reads it may have gone.
+            print("\n".join([*_table(results, task, settings), *written]))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -223,16 +230,15 @@ def _digest(content: bytes) -> str:
 # ---- results ----------------------------------------------------------------------------------------------
 
 
-def _report(args: argparse.Namespace, task: str, settings: dict, results: list[dict], records: dict) -> None:
-    """The table; records, figures and plots, if asked for."""
-    import torch
-
+def _write(
+    args: argparse.Namespace, task: str, settings: dict, results: list[dict], records: dict
+) -> list[str]:
+    """Records, figures and plots, if asked for; says what is where."""
     from ..evaluate.figures import UNITS
     from ..evaluate.run import TIMING
     from ..jsonl import replacing, to_line
 
-    settings = {**settings, "batch_size": args.batch_size, "threads": torch.get_num_threads()}
-    print("\n".join(_table(results, task, settings)))
+    written = []
     if args.records:
         with replacing(args.records) as file:
             for temperature, steps in records.items():
@@ -240,7 +246,7 @@ def _report(args: argparse.Namespace, task: str, settings: dict, results: list[d
                     for row in rows:
                         kept = {key: value for key, value in row.items() if key != "row"}  # of a process
                         file.write(to_line({"temperature": temperature, "step": step, **kept}))
-        print(f"records: {args.records}")
+        written.append(f"records: {args.records}")
     if args.output:
         document = {
             "task": task,
@@ -252,9 +258,10 @@ def _report(args: argparse.Namespace, task: str, settings: dict, results: list[d
         }
         with replacing(args.output) as file:
             file.write((json.dumps(document, indent=1) + "\n").encode())
-        print(f"figures: {args.output}")
+        written.append(f"figures: {args.output}")
     if args.plots:
-        _plot(Path(args.plots), task, results)
+        written += _plot(Path(args.plots), task, results)
+    return written
 
 
 def _versions(device: str) -> dict[str, str]:
@@ -276,7 +283,7 @@ def _versions(device: str) -> dict[str, str]:
     }
 
 
-def _plot(folder: Path, task: str, results: list[dict]) -> None:
+def _plot(folder: Path, task: str, results: list[dict]) -> list[str]:
     from ..evaluate.figures import HEADLINE, UNITS
     from ..report.plots import quality_plot, save_png, tokens_plot
 
@@ -287,11 +294,11 @@ def _plot(folder: Path, task: str, results: list[dict]) -> None:
             plots["quality.png"] = quality_plot(results, metric, UNITS[task])
     except ImportError as error:
         print(f"madtp: no plots: {error}", file=sys.stderr)
-        return
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in plots.items():
         save_png(figure, folder / name)
-        print(f"plot: {folder / name}")
+    return [f"plot: {folder / name}" for name in plots]
 
 
 def _table(results: Sequence[dict], task: str, settings: dict) -> list[str]:
