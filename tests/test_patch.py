@@ -245,7 +245,7 @@ def test_pruned_as_our_own_model(task, make, generator, tmp_path):
             torch.testing.assert_close(found.logits[inputs["attention_mask"].bool()], output.logits.values, **SAME)
             assert (found.image_embeds.shape[1] < 65) and not torch.equal(found.logits, dense[0])
             prompt = torch.tensor([[DEC, 7, SEP]] * 4, device=DEVICE)
-            for options in ({"num_beams": 3, "min_length": 6}, {"num_beams": 1}):
+            for options in ({"num_beams": 3, "min_length": 6}, {"num_beams": 1, "min_length": 4}):
                 expected = ours.generate(output.images, prompt[0, :2], max_length=12, official_lengths=False, **options)
                 sequences = model.generate(pixels, prompt.clone(), max_length=12, **options)
                 assert answers(sequences, 2) == [caption.tolist() for caption in expected]
