@@ -86,7 +86,7 @@ def evaluate(
         model: of any task, with a processor.
         examples: what the reader of `annotations` for the task gives; labels are needed.
         temperatures: each once; by default dense and, where it has one, the model's own.
-        batch_size: samples that the model gets at a time; times depend on it, and with grouping "batch" figures.
+        batch_size: samples that the model gets at a time; times depend on it, figures with grouping "batch".
         folder: where answers are kept while the run goes on, so that it can be stopped and started again; it
             is left there. By default nothing is kept.
         settings: what else determines the answers, as JSON values; a stopped run goes on only under the same
