@@ -33,8 +33,8 @@ in both directions for retrieval (BLIP's ranks the best again in pairs) and clip
 files of NLVR2 and VQA v2, or those that BLIP ships, of which captions and retrieval take Karpathy's splits.
 
 Each sample is pruned on its own (unless --grouping says otherwise) and counted once, however large the
-batches and however many processes there are. With --records, a run that was interrupted goes on where it stopped when
-the same command is given again.
+batches and however many processes there are. With --records, a run that was interrupted goes on where it
+stopped when the same command is given again.
 """
 
 
