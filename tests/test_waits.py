@@ -1,0 +1,57 @@
+"""No forward waits for its device: run with tensors that have shapes but no values.
+
+Whoever asks such a tensor for a value (`.item()`, `nonzero`, a Python `if`) gets an exception, as on a GPU in its strict mode
+(test_gpu.py), but on any machine.
+"""
+
+import dataclasses
+
+import pytest
+import test_clip
+import torch
+from test_tasks import CONFIGS, TEXT, VISION
+
+from madtp import NLVRConfig
+from madtp.models import MODELS
+from madtp_kernels import RaggedBatch
+
+TEXTS, TOKENS = 3, 25
+
+NLVR = NLVRConfig(VISION, TEXT, merge_from=2)
+CLIP = test_clip.SIZES
+CASES = {
+    "nlvr": (NLVR, {}),
+    "nlvr, pairs": (NLVR, {"grouping": "pair"}),
+    "nlvr, batch": (NLVR, {"grouping": "batch"}),
+    "nlvr, sizes": (NLVR, {"use_sizes": True}),
+    "caption": (CONFIGS["caption"], {}),
+    "vqa": (CONFIGS["vqa"], {}),
+    "retrieval": (CONFIGS["retrieval"], {}),
+    "retrieval, compat": (dataclasses.replace(CONFIGS["retrieval"], text_mode="compat"), {}),
+    "clip": (CLIP, {}),
+    "clip, compat": (dataclasses.replace(CLIP, text_mode="compat"), {}),
+}
+
+
+def inputs(task, size):
+    images = 2 * TEXTS if task == "nlvr" else TEXTS
+    pixels = torch.empty(images, 3, size, size, device="meta")
+    ids = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    offsets = torch.empty(TEXTS + 1, dtype=torch.int32, device="meta")
+    return pixels, RaggedBatch(ids, offsets, 12)
+
+
+@pytest.mark.parametrize("summaries", [False, True], ids=["", "summaries"])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("name", CASES)
+def test_forward(name, temperature, summaries):
+    task = name.partition(",")[0]
+    config, options = CASES[name]
+    model = MODELS[task](config, temperature, **options).to("meta").eval()
+    with torch.inference_mode():
+        model(*inputs(task, config.vision.image_size), summaries=summaries)
+
+
+def test_waiting_is_noticed():
+    with pytest.raises(RuntimeError, match="meta"):
+        int(torch.empty(2, dtype=torch.int32, device="meta")[-1])
