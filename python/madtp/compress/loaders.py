@@ -36,15 +36,16 @@ class _Places:
         self.seed, self.steps, self.views = seed, steps, views
 
     def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
-        own = self.batch_size * self.accumulate
-        per_epoch = self.count // (own * processes())
+        together = self.batch_size * processes()  # what all processes take through the model at the same time
+        size = together * self.accumulate
+        per_epoch = self.count // size
         epoch = order = None
         for step in self.steps:
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.count).tolist()
-            first = (step % per_epoch * processes() + rank()) * own
-            for start in range(first, first + own, self.batch_size):
+            first = step % per_epoch * size + rank() * self.batch_size
+            for start in range(first, first + size, together):
                 numbers = order[start : start + self.batch_size]
                 yield [(epoch if self.views else None, number) for number in numbers]
 

@@ -33,15 +33,15 @@ from .controller import TemperatureController, find_temperature
 from .loaders import evaluation_batches, steps_per_epoch, training_batches
 from .losses import mean_over_processes, processes, rank
 from .official import OfficialController
-from .run import Run
+from .run import CHECKPOINT, Run
 from .schedule import cosine
 from .tasks import Task
 
 _log = logging.getLogger("madtp")
 
-LOWEST_TEMPERATURE = 0.1  # the bracketing controller begins where hardly anything is pruned
+START = 0.1  # temperature of the bracketing controller
 TOLERATED = 1.05  # a model is eligible on the dev split if it costs at most this multiple of the target
-HIGHEST_TEMPERATURE = 1e6  # above it nothing changes any more
+TEMPERATURES = (1e-5, 1e5)  # beyond them nothing changes any more
 MEASURED = 256  # examples of the dev split on which temperatures are tried
 
 
@@ -82,6 +82,13 @@ class Settings:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, choices in (
+            ("controller", ("bracket", "official")),
+            ("schedule", ("epoch", "step")),
+            ("precision", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("lr", "weight_decay", "alignment", "ramp"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
@@ -283,11 +290,13 @@ def train(
     scheduler = cosine(optimizer, total if by_step else settings.epochs)
     brackets = settings.controller == "bracket"
     if brackets:
-        start = LOWEST_TEMPERATURE if settings.temperature is None else settings.temperature
+        start = START if settings.temperature is None else settings.temperature
         controller = TemperatureController(start, window=max(1, min(10, total // 20)))
-        # The lowest temperature already prunes: the target falls from what that costs, not from the dense cost.
-        first = evaluate(model, task, dev[:MEASURED], controller.temperature, score=False, **size)
-        first_share = first.gflops / first.dense
+        # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
+        first = evaluate(model, task, dev[:MEASURED], start, score=False, **size)
+        first_share = max(first.gflops / first.dense, goal)
+        if first.gflops < goal * first.dense and not (output / "run" / CHECKPOINT).exists():
+            controller.temperature = _temperature_for(model, task, dev[:MEASURED], goal, start, size)
     else:
         controller = OfficialController(model.config.task, settings.temperature)
 
@@ -319,9 +328,8 @@ def train(
 
     objective = Objective(model, task, settings)
     if processes() > 1:
-        ids = [device.index] if device.type == "cuda" else None
         # Which parameters take part may depend on what is pruned.
-        objective = DistributedDataParallel(objective, device_ids=ids, find_unused_parameters=True)
+        objective = DistributedDataParallel(objective, find_unused_parameters=True)
     batches = training_batches(
         task, examples, batch_size=settings.batch_size, accumulate=settings.accumulate, seed=settings.seed,
         steps=range(run.step, total), views=settings.augment, workers=workers,
@@ -334,7 +342,7 @@ def train(
             if brackets:
                 share = min(run.step / max(settings.ramp * total, 1), 1.0)
                 controller.update(means["gflops"] / means["dense_gflops"], first_share + share * (goal - first_share))
-                controller.temperature = min(controller.temperature, HIGHEST_TEMPERATURE)
+                controller.temperature = min(max(controller.temperature, TEMPERATURES[0]), TEMPERATURES[1])
             lr = optimizer.param_groups[0]["lr"]
             if by_step or epoch_ends:
                 scheduler.step()
@@ -399,18 +407,18 @@ def _step(objective, optimizer, batches, temperature: float, settings: Settings,
 
 
 def _temperature_for(model: Model, task: Task, dev: Sequence, goal: float, start: float, size: dict) -> float:
-    """The temperature at which a model costs a share ``goal`` of what it costs without pruning."""
+    """The temperature at which a model costs a share ``goal`` of what it costs without pruning; ``start`` if there is none."""
     dense = evaluate(model, task, dev, 0.0, score=False, **size).gflops
 
     def cost(temperature: float) -> float:
         return evaluate(model, task, dev, temperature, score=False, **size).gflops
 
     try:
-        return find_temperature(cost, goal * dense, start or LOWEST_TEMPERATURE)
+        return find_temperature(cost, goal * dense, start or START)
     except ValueError:
         # A model that has been trained is not thrown away; its cost is in the result.
         if rank() == 0:
-            _log.warning("no temperature makes the model cost %.4g GFLOPs; it keeps that of the training", goal * dense)
+            _log.warning("no temperature makes the model cost %.4g GFLOPs; it stays at %.3g", goal * dense, start)
         return start
 
 
