@@ -99,9 +99,10 @@ python3 -m madtp_kernels.info'
 pytest="python3 -m pytest -q -p no:cacheprovider --tb=short"
 operations="tests/test_linear.py tests/test_operators.py tests/test_contracts.py tests/test_ragged.py tests/test_batch_invariance.py"
 ! has hypothesis || operations="$operations tests/test_properties.py"
-stage "gpu tests" 240 "$no_pytest" $pytest tests/test_gpu.py
-stage "conformance" 280 "$no_pytest" $pytest tests/test_conformance.py
-stage "operations" 320 "$no_pytest" $pytest $operations
+stage "gpu tests" 230 "$no_pytest" $pytest tests/test_gpu.py
+stage "conformance" 265 "$no_pytest" $pytest tests/test_conformance.py
+stage "operations" 305 "$no_pytest" $pytest $operations
+stage "models" 335 "$no_pytest" $pytest tests/test_model.py tests/test_tasks.py tests/test_clip.py tests/test_patch.py
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 no_sanitizer=$no_pytest
@@ -115,9 +116,10 @@ stage "compute-sanitizer" 370 "$no_sanitizer" env PYTORCH_NO_CUDA_MEMORY_CACHING
 only=""
 has pytest_benchmark && only="--benchmark-only --benchmark-columns=median,rounds"
 measure() { stage "$1" "$2" "$no_pytest" $pytest $only "benchmarks/test_$3.py" --records "$out/$3.json"; }
-measure "benchmarks: operations" 430 operations
-measure "benchmarks: blocks" 465 blocks
-measure "benchmarks: model" 525 model
+measure "benchmarks: operations" 425 operations
+measure "benchmarks: blocks" 455 blocks
+measure "benchmarks: model" 505 model
+measure "benchmarks: captions" 530 captions
 
 # ---- the short table last -------------------------------------------------------------------------------------------
 
@@ -126,6 +128,8 @@ records=$(ls "$out"/*.json 2>/dev/null)
     if [ -n "$records" ]; then
         echo
         python3 benchmarks/report.py $records --only model
+        echo
+        python3 benchmarks/report.py $records --only captions
         echo
         python3 benchmarks/report.py $records --only goals
     fi
