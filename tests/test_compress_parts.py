@@ -135,6 +135,15 @@ def test_token_losses_are_label_smoothed_and_leave_the_prompt_out(generator):
     assert losses.caption_loss(logits, ids, 3).item() == pytest.approx(sum(counted) / len(counted), rel=1e-5)
 
 
+def test_captions_to_learn_from_begin_with_the_prompt():
+    processor = tiny("caption").processor
+    ids, prompt = processor.text("A dog, on a BEACH!"), processor.prompt_ids
+    assert torch.equal(ids[: len(prompt)], prompt)
+    assert processor.decode(ids) == "a picture of a dog, on a beach"
+    assert ids[-1] == processor.tokenizer.sep_token_id
+    assert len(processor.text("zebra " * 30)) == 40  # as in BLIP
+
+
 # ---- pictures
 
 
