@@ -27,8 +27,8 @@ examples:
 Annotations are in the formats that BLIP ships: nlvr_*.json, vqa_*.json, coco_karpathy_*.json, flickr30k_*.json.
 The loss is the task's plus 0.1 times the alignment of both modalities (captioning has no text to align). The best
 epoch is chosen on the dev split, and the temperature is set there so that the target is met. The same command
-goes on after an interruption and gives the same model (to the bit on a CPU). With torchrun a step takes --batch-size x --accumulate
-instances of each process; several machines have to share the output folder.
+goes on after an interruption and gives the same model (to the bit on a CPU). With torchrun a step takes
+--batch-size x --accumulate instances of each process; several machines have to share the output folder.
 
 Retrieval and clip train with the negatives of the batch, without MADTP's momentum encoders and queue.
 Training has no dropout and no stochastic depth.
@@ -74,7 +74,7 @@ def add_parser(commands) -> None:
         "--controller",
         choices=["bracket", "official"],
         default="bracket",
-        help="bracket: follow the cost at every step; official: move once per epoch, by MADTP's tables (default: bracket)",
+        help="bracket: follow the measured cost (default); official: move once per epoch, by MADTP's tables",
     )
     group.add_argument(
         "--temperature", type=above_zero, metavar="T", help="where it begins (default: 0.1; official: MADTP's)"

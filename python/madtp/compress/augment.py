@@ -1,4 +1,4 @@
-"""Random changes of training pictures, as in BLIP's training: crop, mirror, and two random operations of small strength.
+"""Random changes of training pictures, as in BLIP's training: crop, mirror, and two random operations.
 
 Everything is drawn from the generator that is passed in, so that a picture's changes depend on its seed only.
 """
@@ -18,8 +18,8 @@ _BILINEAR = Image.Resampling.BILINEAR
 def augment(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
     """A training view of an RGB picture, ``size x size``.
 
-    A random crop of half to all of the area (bicubic), mirrored half of the time, then RandomAugment(2, 5): twice an operation
-    is drawn, and applied half of the time.
+    A random crop of half to all of the area (bicubic), mirrored half of the time, then RandomAugment(2, 5): twice an
+    operation is drawn, and applied half of the time.
     """
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(*image.size, random))
     if random.random() < 0.5:

@@ -26,10 +26,10 @@ def freeze_all_but_dictionary(model: Model) -> list[str]:
 
 
 def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike | None = None) -> Sequence:
-    """Examples without labels from a JSON Lines file: {"image": path, "text": ...}; for nlvr {"images": [left, right], ...}.
+    """Examples without labels from a JSON Lines file.
 
-    "sentence", "question" and "caption" may stand for "text". Paths start from ``image_root``, by default from the folder of
-    the file.
+    A row is {"image": path, "text": ...}, for nlvr {"images": [left, right], "text": ...}; "sentence", "question" and
+    "caption" may stand for "text". Paths start from ``image_root``, by default from the folder of the file.
 
     Raises:
         AnnotationError: a row that is wrong, an image that is missing, or no rows.

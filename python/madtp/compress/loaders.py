@@ -1,7 +1,7 @@
 """Batches for training and evaluation: which examples, in which order, in which process.
 
-The order of an epoch depends on the seed and the epoch, the random view of an example on the seed, the epoch and its number.
-So a run that goes on, and a run in several processes, see what an uninterrupted one in a single process sees.
+The order of an epoch depends on the seed and the epoch, the random view of an example on the seed, the epoch and its
+number. So a run that goes on, and a run in several processes, see what an uninterrupted one in a single process sees.
 """
 
 from __future__ import annotations
@@ -59,16 +59,24 @@ def steps_per_epoch(count: int, batch_size: int, accumulate: int) -> int:
     size = batch_size * accumulate * processes()
     if count < size:
         raise ValueError(
-            f"{count} training examples are fewer than one step takes: batch size {batch_size} x accumulate {accumulate} x "
-            f"{processes()} processes"
+            f"{count} training examples are fewer than one step takes: batch size {batch_size} x accumulate "
+            f"{accumulate} x {processes()} processes"
         )
     return count // size
 
 
 def training_batches(
-    task: Task, examples: Sequence, *, batch_size: int, accumulate: int, seed: int, steps: range, views: bool, workers: int
+    task: Task,
+    examples: Sequence,
+    *,
+    batch_size: int,
+    accumulate: int,
+    seed: int,
+    steps: range,
+    views: bool,
+    workers: int,
 ) -> Iterator[dict]:
-    """The batches of this process, ``accumulate`` of them for each step of ``steps``; with ``views`` of random views."""
+    """The batches of this process, ``accumulate`` for each step of ``steps``; with ``views`` of random views."""
     places = _Places(len(examples), batch_size, accumulate, seed, steps, views)
     return iter(_loader(task, examples, seed, places, workers))
 

@@ -61,7 +61,7 @@ def token_loss(logits: RaggedBatch, texts: RaggedBatch, ignored: int = 1) -> tup
 
 
 def caption_loss(logits: RaggedBatch, texts: RaggedBatch, prompt: int) -> Tensor:
-    """Mean of the tokens after the prompt (``prompt`` tokens). The mean is that of the batches of all processes together."""
+    """Mean over the tokens after the prompt (of ``prompt`` tokens), in the batches of all processes together."""
     losses, counts = token_loss(logits, texts, prompt)
     return losses.sum() / mean_over_processes(counts.sum().float())
 
@@ -79,7 +79,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, identities: T
     Args:
         images, texts: ``[B, E]`` features of length 1 of matching pairs.
         scale: factor of the similarities.
-        identities: ``[B]`` int64; samples with the same number have the same image, and are no negatives but share the target.
+        identities: ``[B]`` int64; samples with the same number have the same image, and share the target.
     """
     everyone = gathered(identities)
     same = (identities[:, None] == everyone).float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from ..evaluate.annotations import CaptionExample, read_blip_nlvr, read_blip_vqa
 from ..evaluate.metrics import recall, vqa_score
 from ..layers import Runs
 from ..models import Model
-from ..processing import load_image
+from ..processing import clean_sentence, load_image
 from .augment import augment
 from .losses import answer_loss, caption_loss, contrastive_loss, hard_negatives, token_loss
 
@@ -69,7 +70,9 @@ class Task:
             "texts": [instance["text"] for instance in instances],
         }
 
-    def loss(self, model: Model, batch: dict, output: Any, temperature: float, seed: Sequence[int]) -> dict[str, Tensor]:
+    def loss(
+        self, model: Model, batch: dict, output: Any, temperature: float, seed: Sequence[int]
+    ) -> dict[str, Tensor]:
         """Terms of the loss, each a mean over the batch. Random choices depend on ``seed``."""
         raise NotImplementedError
 
@@ -102,7 +105,7 @@ class Task:
 
 
 class NLVRTask(Task):
-    """Cross-entropy of true and false. In training a pair is swapped half of the time, together with "left" and "right"."""
+    """Cross-entropy of true and false. In training a pair is swapped half of the time, with "left" and "right"."""
 
     score_name = "accuracy"
 
@@ -200,7 +203,7 @@ class VQATask(Task):
 
 
 class CaptionTask(Task):
-    """Label-smoothed loss of the words after the prompt. The score is minus the loss of the first captions of the dev split."""
+    """Label-smoothed loss of the words after the prompt; the score is minus that of the first captions of dev images."""
 
     score_name = "minus loss"
 
@@ -255,7 +258,6 @@ class _Pairs(Task):
         return caption
 
     def collate(self, instances):
-        numbers: dict[str, int] = {}
         return {
             "pixels": torch.stack([instance["pixels"] for instance in instances]),
             "texts": [text for instance in instances for text in instance["texts"]],
@@ -314,8 +316,6 @@ class CLIPTask(_Pairs):
     """Contrast of images and texts. As retrieval without momentum towers and queue."""
 
     def _clean(self, caption):
-        from ..processing import clean_sentence
-
         return clean_sentence(caption, 30)
 
     def loss(self, model, batch, output, temperature, seed):
@@ -340,7 +340,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def swap_sides(sentence: str) -> str:
-    """The sentence with the words "left" and "right" exchanged; it begins in lower case then, if it began with one."""
+    """The sentence with the words "left" and "right" exchanged, in lower case."""
     return re.sub(r"\b(left|right)\b", lambda m: "right" if m[0].lower() == "left" else "left", sentence, flags=re.I)
 
 
@@ -355,6 +355,4 @@ def single_captions(examples: Sequence[CaptionExample], *, all_of_them: bool) ->
 
 def _identity(image: str) -> int:
     """A number of 62 bits for an image, the same in every process."""
-    from hashlib import blake2b
-
     return int.from_bytes(blake2b(image.encode(), digest_size=8).digest(), "big") >> 2
