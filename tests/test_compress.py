@@ -245,6 +245,17 @@ def test_calibration_learns_the_dictionary_and_the_temperature_only(tmp_path, ca
     assert outcome(tmp_path / "out")[2] == result
 
 
+def test_calibration_takes_no_more_pairs_than_its_steps(tmp_path, capsys):
+    save_tiny("nlvr", tmp_path / "model")
+    made = pictures(tmp_path / "pictures", 11)
+    rows = [{"images": [name, made[0][0]], "text": f"left is {colour}"} for name, colour in made]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["calibrate", "--model", tmp_path / "model", "--pairs", tmp_path / "pairs.jsonl", "--workers", 0]
+    arguments += ["--image-root", tmp_path / "pictures", "--reduction", 0.3, "--steps", 3, "--batch-size", 2]
+    done([str(argument) for argument in [*arguments, "--output", tmp_path / "out"]], capsys)
+    assert outcome(tmp_path / "out")[2]["step"] == 3
+
+
 def test_a_caption_model_cannot_be_calibrated(data, tmp_path, capsys):
     pairs = unlabelled(tmp_path / "pictures", 2)
     arguments = ["calibrate", "--model", data / "caption", "--pairs", pairs, "--reduction", 0.3, "--output", tmp_path / "out"]

@@ -17,7 +17,7 @@ a row of pairs.jsonl (paths are relative to the file; "sentence", "question", "c
   {"images": ["left.jpg", "right.jpg"], "text": "Both images show a dog."}    (nlvr)
 
 Only the dictionary learns, by the alignment of pictures with texts; the model's own weights stay, so that no labels
-are needed, and little time. The temperature is then set so that the target is met on the first 256 pairs. It costs
+are needed, and little time. The temperature is then set so that the target is met on up to 256 of the pairs. It costs
 more accuracy than `madtp compress`. Captioning has no text to align. The same command goes on after an interruption.
 """
 
@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--reduction", required=True, type=share, help="share of the GFLOPs to save, as 0.3")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the model goes, and the run (DIR/run)")
     group = parser.add_argument_group("learning")
-    group.add_argument("--steps", type=positive, default=300, help="about how many (default: 300; whole epochs are done)")
+    group.add_argument("--steps", type=positive, default=300, help="how many, rounded up to whole epochs (default: 300)")
     group.add_argument("--batch-size", type=positive, default=16, help="pairs per step and process (default: 16)")
     group.add_argument("--lr", type=above_zero, default=1e-2, help="highest learning rate (default: 0.01)")
     add_run_options(parser)
@@ -47,6 +47,8 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Learn the dictionary, or go on, and save the model."""
+    import numpy as np
+
     from ..compress.calibrate import ALIGNED, freeze_all_but_dictionary, read_pairs
     from ..compress.loaders import steps_per_epoch
     from ..compress.tasks import TASKS
@@ -59,7 +61,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.model}: holds a model for task {name!r}, which has no text to align pictures with")
         freeze_all_but_dictionary(model)
         pairs = read_pairs(args.pairs, name, args.image_root)
-        epochs = -(-args.steps // steps_per_epoch(len(pairs), args.batch_size, 1))
+        per_epoch = steps_per_epoch(len(pairs), args.batch_size, 1)
+        if per_epoch > args.steps:  # no more pairs than the steps take, from all over the file
+            chosen = np.random.default_rng(args.seed).permutation(len(pairs))[: len(pairs) * args.steps // per_epoch]
+            pairs, per_epoch = [pairs[number] for number in chosen], args.steps
+        epochs = -(-args.steps // per_epoch)
         settings = Settings(
             reduction=args.reduction, epochs=epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0,
             alignment=1.0, schedule="step", precision=args.precision, labels=False, seed=args.seed,

@@ -416,9 +416,13 @@ def _temperature_for(model: Model, task: Task, dev: Sequence, goal: float, start
     try:
         return find_temperature(cost, goal * dense, start or START)
     except ValueError:
+        found = cost(start)
         # A model that has been trained is not thrown away; its cost is in the result.
         if rank() == 0:
-            _log.warning("no temperature makes the model cost %.4g GFLOPs; it stays at %.3g", goal * dense, start)
+            _log.warning(
+                "no temperature makes the model cost %.4g GFLOPs; it stays at %.3g, where it costs %.4g",
+                goal * dense, start, found,
+            )  # fmt: skip
         return start
 
 
