@@ -202,7 +202,8 @@ def test_the_vocabulary_has_exactly_the_words_of_the_sentences(train):
 
 def test_files_in_the_official_format(tmp_path):
     command = [sys.executable, "-m", "madtp.data.synthetic", "--output", str(tmp_path), "--split", "dev"]
-    done = subprocess.run([*command, "--pairs", "3", "--statements", "2"], capture_output=True, text=True, timeout=120)
+    command += ["--pairs", "3", "--statements", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "nlvr_dev.json").read_text())
     expected = [(pair, s) for pair in map(Shapes("dev").pair, range(3), [2] * 3) for s in pair.statements]

@@ -34,8 +34,6 @@ from madtp.models.base import first_rows
 from madtp.models.nlvr import NLVR
 from madtp_kernels import RaggedBatch
 
-PER_PAIR = 8
-
 
 def texts(batch: Batch) -> RaggedBatch:
     """The statements of a batch, pair by pair, without padding."""
@@ -47,8 +45,8 @@ def dense_gflops(model: NLVR, split: Shapes) -> float:
     """Mean official GFLOPs of a statement without pruning."""
     with torch.inference_mode():
         batch = split.batch(range(4))
-        output = forward_pairs(model, batch.pixels, texts(batch), PER_PAIR, 0.0)
-    return mean(costs(model, output, PER_PAIR), "official")
+        output = forward_pairs(model, batch.pixels, texts(batch), 8, 0.0)
+    return mean(costs(model, output, 8), "official")
 
 
 def mean(values: list[flops.Flops], name: str) -> float:
@@ -61,9 +59,9 @@ def evaluate(model: NLVR, split: Shapes, pairs: int, temperature: float) -> dict
     right, seen, spent = Counter(), Counter(), []
     vision, text = [], []
     for start in range(0, pairs, 16):
-        batch = split.batch(range(start, min(start + 16, pairs)), PER_PAIR)
-        output = forward_pairs(model, batch.pixels, texts(batch), PER_PAIR, temperature)
-        spent += costs(model, output, PER_PAIR)
+        batch = split.batch(range(start, min(start + 16, pairs)))
+        output = forward_pairs(model, batch.pixels, texts(batch), 8, temperature)
+        spent += costs(model, output, 8)
         vision += flops.stream_lengths(output.vision)
         text += flops.stream_lengths(output.text)
         hits = (output.logits.argmax(-1) == batch.labels.flatten()).tolist()
@@ -97,6 +95,7 @@ def main() -> None:
     parser.add_argument("--use-sizes", action="store_true", help="merged tokens weigh what they stand for")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=8, help="pairs per step (default: 8)")
+    parser.add_argument("--statements", type=int, default=8, help="statements per pair (default: 8)")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument(
         "--alignment", type=float, default=0.1, help="weight of the alignment loss (default: 0.1)"
@@ -122,32 +121,27 @@ def main() -> None:
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
     scheduler = cosine(optimizer, args.steps, warmup=50)
-    names = ("reduction", "use_sizes", "steps", "pairs", "lr", "alignment", "counts", "ramp", "seed")
-    parts = {
-        "model": model,
-        "head": head,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "controller": controller,
-    }
-    run = Run(args.directory, parts, {name: getattr(args, name) for name in names})
+    parts = {"model": model, "head": head, "optimizer": optimizer, "scheduler": scheduler}
+    paths = ("model", "directory", "output", "record")
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    run = Run(args.directory, parts | {"controller": controller}, settings)
 
     with tqdm(total=args.steps, initial=run.step, unit=" steps", mininterval=5) as bar:
         while run.step < args.steps:
             first = first_pair + run.step * args.pairs
-            batch = train.batch(range(first, first + args.pairs), PER_PAIR)
+            batch = train.batch(range(first, first + args.pairs), args.statements)
             output = forward_pairs(
                 model,
                 batch.pixels,
                 texts(batch),
-                PER_PAIR,
+                args.statements,
                 controller.temperature,
                 summaries=args.alignment > 0,
             )
             terms = {"answer": F.cross_entropy(output.logits, batch.labels.flatten())}
             if args.alignment:
                 vision, text = output.summaries
-                both = vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(PER_PAIR, 0)
+                both = vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(args.statements, 0)
                 terms["alignment"] = args.alignment * alignment_loss(both, text)
             if args.counts:
                 counts = head(first_rows(output.last_hidden_state)).unflatten(-1, (2, -1))
@@ -157,7 +151,7 @@ def main() -> None:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            cost = mean(costs(model, output, PER_PAIR), "official")
+            cost = mean(costs(model, output, args.statements), "official")
             share = min(run.step / max(args.ramp * args.steps, 1), 1.0)
             target = start + share * (goal - start)
             used = controller.temperature
