@@ -435,6 +435,13 @@ def test_save_and_load_round_trip(model, batch, tmp_path):
     assert madtp.load(tmp_path / "saved", temperature=0.0).temperature == 0.0
 
 
+def test_whether_merged_tokens_have_sizes_is_saved(model, tmp_path):
+    madtp.save_pretrained(madtp.load(state_of(model), use_sizes=True, tokenizer="demo"), tmp_path / "sizes")
+    madtp.save_pretrained(madtp.load(state_of(model), tokenizer="demo"), tmp_path / "plain")
+    assert madtp.load(tmp_path / "sizes").use_sizes and not madtp.load(tmp_path / "sizes", use_sizes=False).use_sizes
+    assert not madtp.load(tmp_path / "plain").use_sizes
+
+
 def test_saving_over_an_older_model_replaces_it(model, tmp_path):
     first = madtp.load(state_of(model), temperature=1.0, tokenizer="demo")
     madtp.save_pretrained(first, tmp_path)

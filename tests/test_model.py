@@ -222,6 +222,13 @@ def test_a_temperature_for_one_call(model, batch):
 # ---- the record of every layer
 
 
+def test_sizes_in_double_precision(batch):
+    model, images = make(use_sizes=True, backend="reference"), batch[0]
+    single = answer(model, batch)
+    double = answer(model.double(), (images.double(), batch[1]))
+    torch.testing.assert_close(double.logits.float(), single.logits, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("use_sizes", [False, True])
 def test_traces_tell_where_every_token_came_from(use_sizes, batch):
     out = answer(make(use_sizes=use_sizes), batch)

@@ -178,6 +178,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
     grouping: str = "instance",
+    use_sizes: bool | None = None,
 ) -> Model:
     """A model in evaluation mode from wherever its weights are.
 
@@ -200,10 +201,12 @@ def load(
         image_size: other than the checkpoint's; the position embedding is interpolated.
         text_mode: "clean" or "compat", for tasks that have both; by default the saved model's, or "clean".
         tokenizer: directory, `vocab.txt` or hub id of the tokenizer; by default the one saved with the model, or
-            bert-base-uncased (CLIP: openai/clip-vit-large-patch14). It is opened at first use, so that a model that is given ids needs none.
+            bert-base-uncased (CLIP: openai/clip-vit-large-patch14). It is opened at first use, so that a model that is given
+            ids needs none.
         device, dtype: where and in which precision the model runs.
         backend: force an implementation of the kernels ("reference", "cpu", "triton", "cuda").
         grouping: "instance", "batch", or for NLVR "pair"; see :class:`madtp.models.Model`.
+        use_sizes: merged tokens weigh what they stand for; by default as the model was saved, or not.
 
     Raises:
         CheckpointError: nothing there, a file that cannot be opened safely, or weights that do not fit.
@@ -247,6 +250,8 @@ def load(
             if state is None:
                 state, _ = read_file(directory / WEIGHTS)
             found_temperature = settings.get("temperature")
+            if use_sizes is None:
+                use_sizes = bool(settings.get("use_sizes"))
             if tokenizer is None and (directory / TOKENIZER).exists():
                 tokenizer = directory / TOKENIZER
         else:
@@ -272,7 +277,7 @@ def load(
         config = replace(config, text_mode=text_mode)
     # Parameters are allocated once, in the dtype asked for, and not initialised twice.
     with torch.device("meta"):
-        model = MODELS[task](config, temperature, grouping, backend=backend)
+        model = MODELS[task](config, temperature, grouping, bool(use_sizes), backend)
     model = model.to(dtype).to_empty(device=device)
     if state is None:
         randomize(model)
@@ -453,13 +458,13 @@ def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:
 
 
 def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
-    """Write `model.safetensors`, `config.json` (sizes and temperature) and the tokenizer, each file atomically."""
+    """Write `model.safetensors`, `config.json` (sizes, temperature, `use_sizes`) and the tokenizer, each file atomically."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(directory / WEIGHTS) as file:
         safetensors.torch.save_file(state, file.name, metadata={"format": "pt"})
-    settings = {**model.config.to_dict(), "temperature": model.temperature}
+    settings = {**model.config.to_dict(), "temperature": model.temperature, "use_sizes": model.use_sizes}
     with replacing(directory / CONFIG) as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())
     try:

@@ -65,10 +65,11 @@ class Stream:
     @property
     def key_bias(self) -> Tensor | None:
         """Log of the sizes: makes a merged token count as the tokens it stands for. Padding is hidden as in BERT."""
-        bias = None if self.sizes is None else self.sizes.log()
+        dtype = torch.promote_types(self.tokens.dtype, torch.float32)  # that of the logits
+        bias = None if self.sizes is None else self.sizes.to(dtype).log()
         if self.masked is None:
             return bias
-        hidden = self.masked.to(torch.float32) * -10000.0
+        hidden = self.masked.to(dtype) * -10000.0
         return hidden if bias is None else hidden + bias
 
 
