@@ -169,7 +169,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
             train(killed, dies_at)
     with open(killed / METRICS, "a") as log:
         log.write('{"step": 14, "lo')  # killed while it wrote
-    (killed / f".{CHECKPOINT}.partial").write_bytes(b"half a checkpoint")
+    (killed / f"{CHECKPOINT}.tmp").write_bytes(b"half a checkpoint")
     train(killed)
     (log, parts, random), (log_again, parts_again, random_again) = outcome(whole), outcome(killed)
     assert [record["step"] for record in log] == list(range(1, 21))

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import replacing
+
 __all__ = ["Run"]
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -85,7 +87,8 @@ class Run:
             if record["step"] > self.step:
                 break
             kept.append(line + "\n")
-        _replace(path, "".join(kept).encode())
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
 
     def advance(self, **metrics: float) -> None:
         """Count a step, and its metrics for :meth:`averages`; write a checkpoint if one is due."""
@@ -122,7 +125,8 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(line) for line in self.metrics())
         head = json.dumps({"settings": self.settings, "torch": torch.__version__})
-        _replace(path, f'{head[:-1]}, "metrics": [\n{lines}\n]}}\n'.encode())
+        with replacing(path) as file:
+            file.write(f'{head[:-1]}, "metrics": [\n{lines}\n]}}\n'.encode())
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -136,16 +140,6 @@ class Run:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        partial = self.directory / f".{CHECKPOINT}.partial"
-        with open(partial, "wb") as file:
+        with replacing(self.directory / CHECKPOINT) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.directory / CHECKPOINT)
         self._saved = time.monotonic()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

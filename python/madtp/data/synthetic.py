@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing
+
 __all__ = [
     "COLOURS",
     "SHAPES",
@@ -573,9 +575,8 @@ def write(directory: str | os.PathLike, split: str, pairs: int, statements: int 
         (f"{split}.jsonl", lines),
         (f"nlvr_{split}.json", json.dumps(rows, indent=0) + "\n"),
     ):
-        partial = directory / f".{name}.partial"
-        partial.write_text(content)
-        os.replace(partial, directory / name)
+        with replacing(directory / name) as file:
+            file.write(content.encode())
     return directory / f"nlvr_{split}.json"
 
 
