@@ -32,11 +32,11 @@ from madtp.processing import NLVRProcessor
 
 CONFIG = NLVRConfig(
     vision=VisionConfig(
-        image_size=96, patch_size=8, embed_dim=128, depth=6, num_heads=4, sd_num=32, sd_dim=128
+        image_size=96, patch_size=8, embed_dim=96, depth=12, num_heads=3, sd_num=100, sd_dim=96
     ),
     text=TextConfig(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=54,
-        max_position_embeddings=16, encoder_width=128,
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, vocab_size=54,
+        max_position_embeddings=16, encoder_width=96,
     ),
     merge_from=2,
 )  # fmt: skip

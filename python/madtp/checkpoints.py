@@ -463,7 +463,7 @@ def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(directory / WEIGHTS) as file:
-        safetensors.torch.save_file(state, file.name, metadata={"format": "pt"})
+        file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
     settings = {**model.config.to_dict(), "temperature": model.temperature, "use_sizes": model.use_sizes}
     with replacing(directory / CONFIG) as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())
