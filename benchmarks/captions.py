@@ -118,12 +118,8 @@ def temperature_for(reduction: float, count: int = 8) -> float:
     dtype = "bfloat16"
     images = pixels(dtype, count)
     dense = gflops_per_image(dtype, images[:1], 0.0)  # every image costs the same
-    low, high = 0.5, 64.0
-    middle = {0.5: 6.6, 0.8: 19.0}.get(reduction, (low * high) ** 0.5)
-    for _ in range(12):
-        reached = 1 - gflops_per_image(dtype, images, middle) / dense
-        if abs(reached - reduction) < 0.01:
-            break
-        low, high = (middle, high) if reached < reduction else (low, middle)
-        middle = (low * high) ** 0.5
-    return middle
+
+    def saved(temperature: float) -> float:
+        return 1 - gflops_per_image(dtype, images, temperature) / dense
+
+    return inputs.temperature_that_saves(reduction, saved, {0.5: 6.6, 0.8: 19.0}.get(reduction))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from madtp_kernels import RaggedBatch
@@ -61,3 +63,16 @@ def texts(count: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
     rng = generator(seed + 1)
     lengths = torch.randint(14, 29, (count,), generator=rng).tolist()
     return [torch.randint(0, vocabulary, (length,), generator=rng) for length in lengths]
+
+
+def temperature_that_saves(reduction: float, saved: Callable[[float], float], first: float | None = None) -> float:
+    """Bisect for the temperature at which ``saved(temperature)``, a share of the GFLOPs, is ``reduction`` within 0.01."""
+    low, high = 0.5, 64.0
+    middle = first or (low * high) ** 0.5
+    for _ in range(12):
+        reached = saved(middle)
+        if abs(reached - reduction) < 0.01:
+            break
+        low, high = (middle, high) if reached < reduction else (low, middle)
+        middle = (low * high) ** 0.5
+    return middle

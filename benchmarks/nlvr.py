@@ -104,12 +104,8 @@ def temperature_for(reduction: float, count: int = 8) -> float:
     with torch.inference_mode():
         sample = pairs(dtype, count)
         dense = dense_gflops_per_pair(dtype, sample)
-        low, high = 0.5, 64.0
-        middle = {0.5: 5.5, 0.8: 16.3}.get(reduction, (low * high) ** 0.5)
-        for _ in range(12):
-            reached = 1 - gflops_per_pair(dtype, answer(dtype, sample, middle), guided=True) / dense
-            if abs(reached - reduction) < 0.01:
-                break
-            low, high = (middle, high) if reached < reduction else (low, middle)
-            middle = (low * high) ** 0.5
-    return middle
+
+        def saved(temperature: float) -> float:
+            return 1 - gflops_per_pair(dtype, answer(dtype, sample, temperature), guided=True) / dense
+
+        return inputs.temperature_that_saves(reduction, saved, {0.5: 5.5, 0.8: 16.3}.get(reduction))
