@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch.distributed.nn.functional import all_gather
 
 from madtp_kernels import RaggedBatch
+from madtp_kernels.segments import sample_of
 
 LABEL_SMOOTHING = 0.1  # of BLIP's decoder, in captioning and VQA
 
@@ -101,3 +102,18 @@ def hard_negatives(similarity: Tensor, identities: Tensor, generator: torch.Gene
     weights = torch.where((identities[:, None] != identities).cpu(), weights.clamp(min=1e-10), weights)
     drawn = torch.multinomial(weights + (weights.sum(1, keepdim=True) == 0), 1, generator=generator)[:, 0].tolist()
     return [column if weights[row].any() else None for row, column in enumerate(drawn)]
+
+
+def distillation_loss(tokens: RaggedBatch, ids: Tensor, dense: RaggedBatch) -> Tensor:
+    """How far the tokens that survived are from what they are without pruning: squared error over the variance of the latter.
+
+    Args:
+        tokens: ``[T', D]`` final states of a pruned stream.
+        ids: ``[T']`` int32 position of each in its sample at the beginning; negative for merged tokens, which count nothing.
+        dense: ``[T, D]`` final states of the same samples without pruning.
+    """
+    sample = sample_of(tokens.cu_seqlens, len(ids))
+    counts = (ids >= 0) & (torch.arange(len(ids), device=ids.device) < tokens.cu_seqlens[-1])
+    target = dense.values[dense.cu_seqlens[sample] + ids.clamp(min=0)].detach().float()
+    error = (tokens.values.float() - target).square().mean(-1)
+    return (error * counts).sum() / counts.sum() / target.var()

@@ -301,9 +301,9 @@ def _draw_scene(draws: _Draws) -> list[list[tuple[int, int, int]]]:
         themes += [theme] if theme not in themes else []
     scene = []
     for _ in _SIDES:
-        total = 7 + draws.below(4)
+        total = 4 + draws.below(3)
         objects = [theme for theme in themes for _ in range(draws.weighted((0.25, 0.3, 0.2, 0.15, 0.1)))]
-        objects = objects[: total - 4]
+        objects = objects[: total - 2]
         objects += [
             (draws.below(len(SHAPES)), draws.below(len(COLOURS))) for _ in range(total - len(objects))
         ]
