@@ -155,7 +155,7 @@ def test_accumulated_batches_make_one_step(data, whole, tmp_path, capsys):
 
 
 def test_half_precision_official_controller_and_a_schedule_by_step(data, tmp_path, capsys):
-    options = "--precision bfloat16 --controller official --schedule step --no-augment --batch-size 6".split()
+    options = "--precision bfloat16 --controller official --schedule step --no-augment --batch-size 6 --dictionary keep".split()
     done(compress(data, "caption", tmp_path, *options), capsys)
     records, _, result, weights = outcome(tmp_path)
     temperatures = [r["dev"]["temperature"] for r in records if "dev" in r]

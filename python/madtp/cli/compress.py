@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 
 from .options import add_model, positive
-from .training import above_zero, add_run_options, fingerprint, load_source, not_negative, report, share
+from .training import (
+    above_zero,
+    add_pruning_options,
+    add_run_options,
+    fingerprint,
+    load_source,
+    not_negative,
+    report,
+    share,
+)
 
 # Task -> epochs, batch size, learning rate, weight decay: those of MADTP's scripts (8 processes).
 _DEFAULTS = {
@@ -29,6 +38,11 @@ The loss is the task's plus 0.1 times the alignment of both modalities (captioni
 epoch is chosen on the dev split, and the temperature is set there so that the target is met. The same command
 goes on after an interruption and gives the same model (to the bit on a CPU). With torchrun a step takes
 --batch-size x --accumulate instances of each process; several machines have to share the output folder.
+
+A model that was never pruned begins with a dictionary of its own tokens, drawn from up to 64 training examples: with
+random entries even the lowest temperature drops about half of the tokens. --distill 1 also pulls the tokens that
+survive towards what they are without pruning; that takes one more forward per batch, without gradient, and a second
+copy of the weights. On the small model of experiments/shapes it helped much.
 
 Retrieval and clip train with the negatives of the batch, without MADTP's momentum encoders and queue.
 Training has no dropout and no stochastic depth.
@@ -63,6 +77,7 @@ def add_parser(commands) -> None:
     group.add_argument(
         "--alignment", type=not_negative, default=0.1, metavar="W", help="weight of the alignment loss (default: 0.1)"
     )
+    add_pruning_options(group, distill=", in a frozen copy of the model; 1 is a good value")
     group.add_argument(
         "--schedule", choices=["epoch", "step"], default="epoch", help="when the learning rate moves (default: epoch)"
     )
@@ -107,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
         )
         settings = Settings(
             reduction=args.reduction, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-            accumulate=args.accumulate, alignment=args.alignment, controller=args.controller,
-            temperature=args.temperature, ramp=args.ramp, schedule=args.schedule, precision=args.precision,
-            augment=args.augment, seed=args.seed,
+            accumulate=args.accumulate, alignment=args.alignment, distill=args.distill,
+            dictionary=args.dictionary, controller=args.controller, temperature=args.temperature, ramp=args.ramp,
+            schedule=args.schedule, precision=args.precision, augment=args.augment, seed=args.seed,
         )  # fmt: skip
         origin = {"task": name, "model": args.model, "data": fingerprint(args.annotations, args.dev)}
         result = train(

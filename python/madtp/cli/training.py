@@ -65,8 +65,30 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_pruning_options(group, *, distill: str) -> None:
+    """Options of what is learnt that both commands have; ``distill`` says what a distillation learns there."""
+    group.add_argument(
+        "--dictionary",
+        choices=["tokens", "keep"],
+        help="what it begins as: tokens of the model (default where the model has no temperature, so was never pruned), "
+        "or what the model has",
+    )
+    group.add_argument(
+        "--distill",
+        type=not_negative,
+        default=0.0,
+        metavar="W",
+        help=f"weight of the distance between surviving tokens and what they are without pruning{distill} (default: 0)",
+    )
+    group.add_argument(
+        "--use-sizes",
+        action="store_true",
+        help="merged tokens weigh what they stand for; saved with the model (default: as the model was saved)",
+    )
+
+
 def load_source(args: argparse.Namespace, task: str | None, device: str):
-    """The model to train, on this process's device; what it lacks is initialised from the seed."""
+    """The model to train, on this process's device, with its own temperature; what it lacks is initialised from the seed."""
     import torch
 
     import madtp
@@ -77,8 +99,9 @@ def load_source(args: argparse.Namespace, task: str | None, device: str):
         raise ValueError(f"--workers: expected a number >= 0, got {args.workers}")
     torch.manual_seed(args.seed)
     model = madtp.load(
-        args.model, task=task, temperature=0.0, device=device, backend=args.backend, tokenizer=args.tokenizer
-    )
+        args.model, task=task, device=device, backend=args.backend, tokenizer=args.tokenizer,
+        use_sizes=args.use_sizes or None,
+    )  # fmt: skip
     _ = model.processor.tokenizer  # a missing one is found out now
     return model
 

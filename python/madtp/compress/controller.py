@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["TemperatureController", "find_temperature"]
+__all__ = ["TEMPERATURES", "TemperatureController", "find_temperature"]
+
+TEMPERATURES = (1e-6, 1e6)
+"""Lowest and highest; beyond them nothing changes any more."""
 
 
 class TemperatureController:
@@ -16,17 +19,21 @@ class TemperatureController:
     dictionary.
 
     Args:
-        temperature: where to begin; above 0.
+        temperature: where to begin; within :data:`TEMPERATURES`, which it never leaves.
         tolerance: relative deviation of the cost that is left alone.
         step: largest factor of one step.
         window: measurements that are averaged before each step.
+
+    Raises:
+        ValueError: a temperature beyond the bounds, or a step that is none.
     """
 
     def __init__(
         self, temperature: float = 1.0, tolerance: float = 0.02, step: float = 2.0, window: int = 10
     ) -> None:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+        lowest, highest = TEMPERATURES
+        if not lowest <= temperature <= highest:
+            raise ValueError(f"temperature: expected {lowest:g} to {highest:g}, got {temperature}")
         if not step > 1:
             raise ValueError(f"step: expected a factor > 1, got {step}")
         self.temperature, self.tolerance, self.largest = float(temperature), tolerance, math.log(step)
@@ -47,7 +54,7 @@ class TemperatureController:
         elif side == self._side:
             self._step = min(self._step * 1.5, self.largest)
         self._side = side
-        self.temperature *= math.exp(side * self._step)
+        self.temperature = _bounded(self.temperature * math.exp(side * self._step))
         return self.temperature
 
     def state_dict(self) -> dict:
@@ -66,19 +73,17 @@ def find_temperature(
     Args:
         cost: measures at a temperature, in the unit of the target; falls as the temperature rises.
         target: above 0.
-        start: above 0.
+        start: where to begin; the nearest of :data:`TEMPERATURES` where it is beyond them.
         tolerance: relative deviation of the cost that is good enough.
 
     Raises:
-        ValueError: no temperature between 1e-6 and 1e6 costs so much, or so little.
+        ValueError: no temperature within the bounds costs so much, or so little; or a start that is not a number.
     """
+    if math.isnan(start):
+        raise ValueError(f"start: expected a number, got {start}")
     low = high = None  # temperatures that cost too much, and too little
-    temperature = start
+    temperature = _bounded(start)
     for _ in range(60):
-        if not 1e-6 < temperature < 1e6:
-            raise ValueError(
-                f"target: no temperature reaches {target}; {low or high} costs {cost(low or high)}"
-            )
         measured = cost(temperature)
         if abs(measured - target) <= tolerance * target:
             break
@@ -86,9 +91,16 @@ def find_temperature(
             low = temperature
         else:
             high = temperature
-        temperature = (
-            temperature * 2 if high is None else temperature / 2 if low is None else math.sqrt(low * high)
-        )
-        if low and high and high < low * (1 + 1e-5):
+        if temperature == TEMPERATURES[measured > target]:
+            raise ValueError(f"target: no temperature reaches {target}; {temperature:g} costs {measured}")
+        if low is None or high is None:
+            temperature = _bounded(temperature * 2 if high is None else temperature / 2)
+            continue
+        temperature = math.sqrt(low * high)
+        if high < low * (1 + 1e-5):
             break  # counts of tokens jump here; nothing lies closer to the target
     return temperature
+
+
+def _bounded(temperature: float) -> float:
+    return min(max(temperature, TEMPERATURES[0]), TEMPERATURES[1])

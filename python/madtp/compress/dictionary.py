@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..guidance import QueryModel
 from ..models import Model
+from .tasks import Task
+
+EXAMPLES, TOGETHER = 64, 16  # how many are looked at, and at most at a time
+
+
+def dictionary_from_examples(model: Model, task: Task, examples: Sequence, seed: int) -> Tensor:
+    """Entries that are tokens of a model, from batches of examples as they are; the same for the same seed.
+
+    Args:
+        model, task: as in training; its weights decide what its tokens are.
+        examples: of that task; up to 64 of them are taken.
+        seed: draws examples and tokens.
+
+    Returns:
+        ``[M, sd_dim]`` float32 on the model's device.
+
+    Raises:
+        ValueError: the examples have fewer tokens than there are entries.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:EXAMPLES]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for numbers in np.array_split(chosen, -(-len(chosen) // TOGETHER)):
+        batch = task.collate([task.instance(examples[number]) for number in numbers])
+        forward = partial(model, batch["pixels"], batch["texts"], 0.0, summaries=True)
+        drawn.append(dictionary_from_tokens(model, forward, generator))
+    # Every dictionary has its layers in the same places: neighbours come from different batches.
+    places = torch.arange(len(drawn[0]))
+    return torch.stack(drawn)[places % len(drawn), places]
 
 
 @torch.no_grad()
@@ -25,30 +56,33 @@ def dictionary_from_tokens(model: Model, forward: Callable[[], object], generato
         generator: draws the tokens.
 
     Returns:
-        ``[M, sd_dim]`` float32, in the model's device.
+        ``[M, sd_dim]`` float32, on the model's device.
 
     Raises:
         ValueError: the forward showed fewer tokens than there are entries.
     """
-    layers: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, mapped: layers.append(mapped.float()))
-        for module in model.modules()
-        if isinstance(module, QueryModel)
-    ]
+    count = model.space_dict.shape[0]
+    layers: list[Tensor] = []  # of each as many as could be needed: how many layers there are is known at the end
+
+    def look(module: QueryModel, args: tuple, mapped: Tensor) -> None:
+        rows = torch.randperm(len(mapped), generator=generator)[:count].to(mapped.device)
+        layers.append((mapped[rows] - mapped.mean(0)).float())
+
+    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, QueryModel)]
     try:
         forward()
     finally:
         for hook in hooks:
             hook.remove()
-    count = model.space_dict.shape[0]
+    if not layers:
+        raise ValueError("forward: expected summaries, got none")
     entries = []
     for number, tokens in enumerate(layers):
         share = count * (number + 1) // len(layers) - count * number // len(layers)
         if share > len(tokens):
-            raise ValueError(f"forward: expected at least {share} tokens in each of {len(layers)} layers, got {len(tokens)}")
-        rows = torch.randperm(len(tokens), generator=generator)[:share]
-        entries.append((tokens - tokens.mean(0))[rows.to(tokens.device)])
-    if not entries:
-        raise ValueError("forward: expected summaries, got none")
+            raise ValueError(
+                f"dictionary: {count} entries take at least {share} tokens from each of {len(layers)} layers, got {len(tokens)}; "
+                "more examples have more"
+            )
+        entries.append(tokens[:share])
     return torch.cat(entries)

@@ -7,6 +7,7 @@ numbers. The log is cut back to the checkpoint then.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -52,6 +53,7 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self._sums: dict[str, float] = {}
         self._counted = 0
+        self._taken: dict | None = None  # a checkpoint that is not written yet
         self._since = self._saved = time.monotonic()
         if (self.directory / CHECKPOINT).exists():
             self._resume()
@@ -91,13 +93,19 @@ class Run:
             file.write("".join(kept).encode())
 
     def advance(self, **metrics: float) -> None:
-        """Count a step, and its metrics for :meth:`averages`; write a checkpoint if one is due."""
+        """Count a step, and its metrics for :meth:`averages`.
+
+        If a checkpoint is due, everything is copied here and written at the next call: by then the lines of this step are in
+        the log, so that a run which goes on from the checkpoint lacks none of them.
+        """
+        if self._taken is not None:
+            self._write(self._taken)
         self.step += 1
         self._counted += 1
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         if time.monotonic() - self._saved >= self.save_every:
-            self.save()
+            self._taken = copy.deepcopy(self._state())
 
     def averages(self) -> dict[str, float]:
         """Means of the steps' metrics since the last call; they are part of the checkpoint too."""
@@ -130,16 +138,20 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        state = {
+        self._write(self._state())
+
+    def _state(self) -> dict:
+        return {
             "step": self.step,
             "seconds": self.elapsed(),
-            "sums": self._sums,
-            "counted": self._counted,
             "settings": json.dumps(self.settings),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+
+    def _write(self, state: dict) -> None:
+        """Write a state of the present step, with what has not been logged of the steps so far."""
         with replacing(self.directory / CHECKPOINT) as file:
-            torch.save(state, file)
-        self._saved = time.monotonic()
+            torch.save({**state, "sums": self._sums, "counted": self._counted}, file)
+        self._taken, self._saved = None, time.monotonic()

@@ -6,7 +6,6 @@ model serves all of them; here are no loops, files of runs or processes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -80,6 +79,10 @@ class Task:
         """``(vision, text)`` alignment summaries ``[B, M, sd_dim]``."""
         return output.summaries
 
+    def states(self, output: Any) -> list[tuple[RaggedBatch, Tensor]]:
+        """Final states of the tokens of each pruned stream ``[T, D]``, and their ids ``[T]`` (see :class:`madtp.pruning.Stream`)."""
+        raise NotImplementedError
+
     def streams(self, output: Any, batch: dict) -> Streams:
         """Token counts of each instance of a batch."""
         return flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
@@ -134,6 +137,9 @@ class NLVRTask(Task):
         vision, text = output.summaries
         return vision.unflatten(0, (2, -1)).mean(0), text
 
+    def states(self, output):
+        return [(output.image_embeds, output.vision[-1].ids), (output.last_hidden_state, output.text[-1].ids)]
+
     def streams(self, output, batch):
         vision = flops.stream_lengths(output.vision)
         return vision[: len(vision) // 2], vision[len(vision) // 2 :], flops.stream_lengths(output.text)
@@ -185,6 +191,9 @@ class VQATask(Task):
         logits = states.with_values(decoder.logits(states.values))
         return {"answer": answer_loss(logits, answers, batch["weights"].to(model.device), len(batch["counts"]))}
 
+    def states(self, output):
+        return [(output.image_embeds, output.vision[-1].ids), (output.questions.tokens, output.questions.ids)]
+
     def flops(self, streams, batch, guided):
         # The decoder's part is that of the first answer as it was given, whatever the model would write.
         first = torch.tensor([0, *batch["counts"][:-1]]).cumsum(0)
@@ -217,6 +226,9 @@ class CaptionTask(Task):
     def loss(self, model, batch, output, temperature, seed):
         texts = RaggedBatch.from_list(batch["texts"]).to(model.device)
         return {"caption": caption_loss(output.logits, texts, len(self.processor.prompt_ids))}
+
+    def states(self, output):
+        return [(output.images.tokens, output.images.ids)]
 
     def streams(self, output, batch):
         return (flops.stream_lengths(output.vision),)
@@ -305,6 +317,9 @@ class RetrievalTask(_Pairs):
         labels = (torch.arange(len(pairs), device=model.device) < count).long()
         return {"contrast": itc, "match": F.cross_entropy(logits, labels)}
 
+    def states(self, output):
+        return [(output.images.tokens, output.images.ids), _features(output.text_embeds)]
+
     def flops(self, streams, batch, guided):
         return [
             flops.retrieval(self.config, image=image, text=text, guided=guided)
@@ -322,6 +337,9 @@ class CLIPTask(_Pairs):
         scale = model.logit_scale.clamp(0, 4.6052).exp()
         identities = batch["identities"].to(model.device)
         return {"contrast": contrastive_loss(output.image_embeds, output.text_embeds, scale, identities)}
+
+    def states(self, output):
+        return [_features(output.image_embeds), _features(output.text_embeds)]
 
     def flops(self, streams, batch, guided):
         return [
@@ -351,6 +369,12 @@ def single_captions(examples: Sequence[CaptionExample], *, all_of_them: bool) ->
         for example in examples
         for caption in (example.captions if all_of_them else example.captions[:1])
     ]
+
+
+def _features(features: Tensor) -> tuple[RaggedBatch, Tensor]:
+    """Features ``[B, E]`` as samples of one token each."""
+    numbers = torch.arange(len(features) + 1, dtype=torch.int32, device=features.device)
+    return RaggedBatch(features, numbers, 1), torch.zeros_like(numbers[1:])
 
 
 def _identity(image: str) -> int:

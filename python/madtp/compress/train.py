@@ -7,6 +7,7 @@ run, so that a run that was killed goes on exactly, and processes differ in noth
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -25,13 +26,17 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from madtp_kernels import RaggedBatch
+
 from ..checkpoints import save_pretrained
 from ..guidance import alignment_loss
 from ..jsonl import replacing
+from ..linear import reproducible
 from ..models import Model
 from .controller import TemperatureController, find_temperature
+from .dictionary import dictionary_from_examples
 from .loaders import evaluation_batches, steps_per_epoch, training_batches
-from .losses import mean_over_processes, processes, rank
+from .losses import distillation_loss, mean_over_processes, processes, rank
 from .official import OfficialController
 from .run import CHECKPOINT, Run
 from .schedule import cosine
@@ -41,7 +46,6 @@ _log = logging.getLogger("madtp")
 
 START = 0.1  # temperature of the bracketing controller
 TOLERATED = 1.05  # a model is eligible on the dev split if it costs at most this multiple of the target
-TEMPERATURES = (1e-5, 1e5)  # beyond them nothing changes any more
 MEASURED = 256  # examples of the dev split on which temperatures are tried
 
 
@@ -60,6 +64,11 @@ class Settings:
     """Forwards per step of the optimiser."""
     alignment: float = 0.1
     """Weight of the alignment loss."""
+    distill: float = 0.0
+    """Weight of the distance of the surviving tokens from what they are in the model as it was, without pruning."""
+    dictionary: str | None = None
+    """"tokens": the dictionary begins as tokens of the model; "keep": as it is; by default as it is where the model has a
+    temperature, which says that it has been pruned with it."""
     controller: str = "bracket"
     """"bracket" follows the target at every step; "official" moves once per epoch, by the published tables."""
     temperature: float | None = None
@@ -89,7 +98,9 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("lr", "weight_decay", "alignment", "ramp"):
+        if self.dictionary not in ("tokens", "keep", None):
+            raise ValueError(f"dictionary: expected tokens, keep or None, got {self.dictionary!r}")
+        for name in ("lr", "weight_decay", "alignment", "distill", "ramp"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
 
@@ -117,21 +128,42 @@ class Objective(nn.Module):
     def __init__(self, model: Model, task: Task, settings: Settings) -> None:
         super().__init__()
         self.model, self.task = model, task
-        self.alignment, self.labels = settings.alignment, settings.labels
+        self.alignment, self.distill, self.labels = settings.alignment, settings.distill, settings.labels
         # A caption decoder has no summaries to align with.
         self.aligns = settings.alignment > 0 and model.config.task != "caption"
 
     def forward(
-        self, batch: dict, temperature: float, seed: Sequence[int]
+        self, batch: dict, temperature: float, seed: Sequence[int], dense: Sequence[RaggedBatch] = ()
     ) -> tuple[Tensor, dict[str, Tensor], tuple[float, float]]:
-        """Loss, its terms without gradient, and official GFLOPs per instance: measured, and without pruning."""
+        """Loss, its terms without gradient, and official GFLOPs per instance: measured, and without pruning.
+
+        ``dense`` are the states of :class:`Teacher` for the same batch, with distillation.
+        """
         aligns = self.aligns and temperature > 0
         output = self.model(batch["pixels"], batch["texts"], temperature, summaries=aligns)
         terms = self.task.loss(self.model, batch, output, temperature, seed) if self.labels else {}
         if aligns:
             terms["alignment"] = self.alignment * alignment_loss(*self.task.summaries(output))
+        if self.distill > 0:
+            streams = zip(self.task.states(output), dense, strict=True)
+            terms["distillation"] = self.distill * sum(distillation_loss(*state, target) for state, target in streams)
         costs = mean_costs(self.task, output, batch, temperature)
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, costs
+
+
+class Teacher:
+    """A copy of a model as it is now, which runs without pruning and never learns. It belongs to each process alone."""
+
+    def __init__(self, model: Model, task: Task) -> None:
+        self.task = task
+        shared = {id(model.processor): model.processor}  # a tokenizer need not be copied
+        self.model = copy.deepcopy(model, shared).requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict) -> list[RaggedBatch]:
+        """Final states of the tokens of each stream of the task."""
+        output = self.model(batch["pixels"], batch["texts"], 0.0)
+        return [tokens for tokens, _ in self.task.states(output)]
 
 
 def costs_of(task: Task, output, batch: dict, temperature: float) -> list[tuple[float, float]]:
@@ -204,6 +236,18 @@ class _Follower(Run):
         pass
 
 
+class _Start:
+    """What was measured before the first step: the share of the dense cost from which the bracketing target falls."""
+
+    share = 1.0
+
+    def state_dict(self) -> dict:
+        return {"share": self.share}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.share = state["share"]
+
+
 class _Best:
     """The best model of the dev split so far. Its weights lie beside the checkpoint, named by their step."""
 
@@ -240,6 +284,7 @@ class _Best:
         self.score, self.step = state["score"], state["step"]
 
 
+@reproducible()
 def train(
     model: Model,
     task: Task,
@@ -256,7 +301,7 @@ def train(
     """Train a model to a target cost, and save it with its temperature.
 
     Args:
-        model: in float32; those of its parameters that require a gradient are trained.
+        model: in float32, the same at each call; those of its parameters that require a gradient are trained.
         task: of that model.
         examples: to train on.
         dev: the split on which temperatures are set and, with labels, the best epoch is chosen.
@@ -283,6 +328,9 @@ def train(
     total, device = settings.epochs * per_epoch, model.device
     size = {"batch_size": settings.batch_size, "workers": workers}
     goal = 1 - settings.reduction
+    if settings.dictionary is None:
+        settings = dataclasses.replace(settings, dictionary="keep" if model.temperature > 0 else "tokens")
+    teacher = Teacher(model, task) if settings.distill > 0 else None
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -290,21 +338,31 @@ def train(
     scheduler = cosine(optimizer, total if by_step else settings.epochs)
     brackets = settings.controller == "bracket"
     if brackets:
-        start = START if settings.temperature is None else settings.temperature
-        controller = TemperatureController(start, window=max(1, min(10, total // 20)))
-        # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
-        first = evaluate(model, task, dev[:MEASURED], start, score=False, **size)
-        first_share = max(first.gflops / first.dense, goal)
-        if first.gflops < goal * first.dense and not (output / "run" / CHECKPOINT).exists():
-            controller.temperature = _temperature_for(model, task, dev[:MEASURED], goal, start, size)
+        temperature = START if settings.temperature is None else settings.temperature
+        controller = TemperatureController(temperature, window=max(1, min(10, total // 20)))
     else:
         controller = OfficialController(model.config.task, settings.temperature)
 
     directory = output / "run"
     directory.mkdir(parents=True, exist_ok=True)
-    best = _Best(directory)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller, "best": best}
-    identity = {**dataclasses.asdict(settings), **(origin or {}), "processes": processes(), "steps": total}
+    start, best = _Start(), _Best(directory)
+    if not (directory / CHECKPOINT).exists():
+        if settings.dictionary == "tokens":
+            _take_tokens(model, task, examples, settings.seed)
+        if brackets:
+            # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
+            first = evaluate(model, task, dev[:MEASURED], temperature, score=False, **size)
+            start.share = max(first.gflops / first.dense, goal)
+            if first.gflops < goal * first.dense:
+                controller.temperature = _temperature_for(model, task, dev[:MEASURED], goal, temperature, size)
+    parts = {
+        "model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller, "start": start,
+        "best": best,
+    }  # fmt: skip
+    identity = {
+        **dataclasses.asdict(settings), **(origin or {}), "use_sizes": model.use_sizes, "processes": processes(),
+        "steps": total,
+    }  # fmt: skip
     if rank() == 0:
         run = Run(directory, parts, identity, save_every=math.inf)
     _wait()  # the first one tidies up before the others read
@@ -337,12 +395,11 @@ def train(
     saved = time.monotonic()
     with tqdm(total=total, initial=run.step, unit=" steps", desc="training", disable=_quiet()) as bar:
         while run.step < total:
-            means = _step(objective, optimizer, batches, controller.temperature, settings, run.step, device)
+            means = _step(objective, teacher, optimizer, batches, controller.temperature, settings, run.step, device)
             used, epoch_ends = controller.temperature, (run.step + 1) % per_epoch == 0
             if brackets:
                 share = min(run.step / max(settings.ramp * total, 1), 1.0)
-                controller.update(means["gflops"] / means["dense_gflops"], first_share + share * (goal - first_share))
-                controller.temperature = min(max(controller.temperature, TEMPERATURES[0]), TEMPERATURES[1])
+                controller.update(means["gflops"] / means["dense_gflops"], start.share + share * (goal - start.share))
             lr = optimizer.param_groups[0]["lr"]
             if by_step or epoch_ends:
                 scheduler.step()
@@ -382,7 +439,18 @@ def train(
     return result
 
 
-def _step(objective, optimizer, batches, temperature: float, settings: Settings, step: int, device) -> dict[str, float]:
+def _take_tokens(model: Model, task: Task, examples: Sequence, seed: int) -> None:
+    """Begin with a dictionary of the model's own tokens, to the bit the same in every process."""
+    entries = dictionary_from_examples(model, task, examples, seed)
+    if processes() > 1:
+        dist.broadcast(entries, 0)
+    with torch.no_grad():
+        model.space_dict.copy_(entries)
+
+
+def _step(
+    objective, teacher, optimizer, batches, temperature: float, settings: Settings, step: int, device
+) -> dict[str, float]:
     """One step of the optimiser; means over its batches, of all processes."""
     sums: dict[str, Tensor] = {}
     for number in range(settings.accumulate):
@@ -392,7 +460,8 @@ def _step(objective, optimizer, batches, temperature: float, settings: Settings,
         half = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
         with alone:
             with half:
-                loss, terms, costs = objective(batch, temperature, (settings.seed, step, number, rank()))
+                dense = () if teacher is None else teacher(batch)
+                loss, terms, costs = objective(batch, temperature, (settings.seed, step, number, rank()), dense)
             (loss / settings.accumulate).backward()
         values = {"loss": loss.detach(), **terms, "gflops": costs[0], "dense_gflops": costs[1]}
         for name, value in values.items():
