@@ -1,5 +1,6 @@
 """`madtp compress` and `madtp calibrate`, from annotation files to a saved model: killed, in two processes, wrongly used."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,12 +16,16 @@ from safetensors.torch import load_file
 
 import madtp
 from madtp import cli
+from madtp.compress import train as training
 from madtp.compress.calibrate import read_pairs
+from madtp.compress.dictionary import dictionary_from_examples
 from madtp.compress.tasks import TASKS
-from madtp.compress.train import Settings, _Board, evaluate
+from madtp.compress.train import Settings, _Board, evaluate, train
 from madtp.guidance import alignment_loss
 
 LEARNING = "--epochs 4 --batch-size 4 --lr 1e-3 --workers 0 --log-every 1 --reduction 0.3 --ramp 0.2".split()
+
+EVERYTHING = "--distill", "0.5", "--use-sizes"
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +68,9 @@ def losses(output):
 
 @pytest.fixture(scope="module")
 def whole(data):
-    """A run that nobody disturbed."""
+    """A run that nobody disturbed, with everything that a run can have."""
     output = data / "whole"
-    assert cli.main(compress(data, "nlvr", output)) == 0
+    assert cli.main(compress(data, "nlvr", output, *EVERYTHING)) == 0
     return output
 
 
@@ -74,7 +79,8 @@ def test_a_model_is_compressed_to_the_target(data, whole):
     assert result["reduction"] == pytest.approx(0.3, abs=0.02)
     assert result["gflops"] == pytest.approx((1 - result["reduction"]) * result["dense_gflops"], rel=1e-3)
     model = madtp.load(whole)
-    assert model.temperature == result["temperature"] > 0
+    assert model.temperature == result["temperature"] > 0 and model.use_sizes
+    assert all(r["train"]["distillation"] > 0 for r in records if "train" in r)
     task, root = TASKS["nlvr"](model), data / "pictures"
     dev = task.read(root / "nlvr-1.json", root, training=False)
     again = evaluate(model, task, dev, model.temperature, batch_size=3)  # other batches, same instances
@@ -91,16 +97,18 @@ def test_a_model_is_compressed_to_the_target(data, whole):
     assert rates[:4] == pytest.approx([1e-3] * 3 + [1e-3 * (1 + 2**-0.5) / 2])
 
 
-def test_a_finished_run_is_not_done_again(data, whole, capsys):
+def test_a_finished_run_is_not_done_again(data, whole, capsys, monkeypatch):
     before = outcome(whole)[0]
-    out = done(compress(data, "nlvr", whole), capsys)
+    monkeypatch.setattr(training, "dictionary_from_examples", None)
+    monkeypatch.setattr(training, "evaluate", None)
+    out = done(compress(data, "nlvr", whole, *EVERYTHING), capsys)
     assert outcome(whole)[0] == before and json.loads(out[: out.index("}") + 1]) == before[-1]["result"]
 
 
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(data, whole, tmp_path, capsys, generator):
     output, lines = tmp_path / "killed", int(torch.randint(2, 12, (), generator=generator))
     log = output / "run" / "metrics.jsonl"
-    arguments = compress(data, "nlvr", output, "--save-every", "0.2")
+    arguments = compress(data, "nlvr", output, *EVERYTHING, "--save-every", "0.2")
     process = subprocess.Popen([sys.executable, "-m", "madtp", *arguments], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not log.exists() or len(log.read_text().splitlines()) < lines:
@@ -117,8 +125,15 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(data, whole, tmp_
 
 
 def test_a_run_does_not_go_on_with_other_settings_or_data(data, whole, capsys):
-    assert cli.main(compress(data, "nlvr", whole, "--lr", "0.01")) == 2
-    assert "lr: 0.001 then, 0.01 now" in capsys.readouterr().err
+    for options, reason in (
+        (["--lr", "0.01"], "lr: 0.001 then, 0.01 now"),
+        (["--distill", "0"], "distill: 0.5 then, 0.0 now"),
+        (["--dictionary", "keep"], "dictionary: tokens then, keep now"),
+    ):
+        assert cli.main(compress(data, "nlvr", whole, *EVERYTHING, *options)) == 2
+        assert reason in capsys.readouterr().err
+    assert cli.main(compress(data, "nlvr", whole, *EVERYTHING[:2])) == 2
+    assert "use_sizes: True then, False now" in capsys.readouterr().err
     assert cli.main(compress(data, "nlvr", whole, "--dev", str(data / "pictures" / "nlvr-0.json"))) == 2
     assert "data: [" in capsys.readouterr().err
 
@@ -130,7 +145,7 @@ def test_two_processes_compute_what_one_does(data, tmp_path, capsys):
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "madtp"]
-    options = "--accumulate", "2", "--epochs", "8", "--lr", "1e-6"
+    options = "--accumulate", "2", "--epochs", "8", "--lr", "1e-6", "--distill", "0.5"
     arguments = compress(data, "clip", tmp_path / "two", *options, "--batch-size", "2")
     two = subprocess.Popen([*launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done(compress(data, "clip", tmp_path / "one", *options), capsys)
@@ -149,9 +164,36 @@ def test_two_processes_compute_what_one_does(data, tmp_path, capsys):
         torch.testing.assert_close(momenta[0][number]["exp_avg"], state["exp_avg"], rtol=0, atol=1e-3 * largest + 1e-8)
 
 
-def test_accumulated_batches_make_one_step(data, whole, tmp_path, capsys):
-    done(compress(data, "nlvr", tmp_path / "run", "--batch-size", "2", "--accumulate", "2"), capsys)
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=2e-4)
+def test_accumulated_batches_make_one_step(data, tmp_path, capsys):
+    """Without distillation, which counts the tokens of one forward."""
+    done(compress(data, "nlvr", tmp_path / "together", "--epochs", "2"), capsys)
+    done(compress(data, "nlvr", tmp_path / "run", "--epochs", "2", "--batch-size", "2", "--accumulate", "2"), capsys)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "together"), abs=2e-4)
+
+
+@pytest.mark.parametrize("task_name", ["nlvr", "clip"])
+def test_a_model_begins_with_a_dictionary_of_its_tokens_and_a_teacher_that_sees_what_it_sees(data, task_name, tmp_path):
+    """At temperature 0 and a learning rate of 0 nothing else happens, and on random views teacher and student agree."""
+    model, root = madtp.load(data / task_name), data / "pictures"
+    task = TASKS[task_name](model)
+    examples, dev = (task.read(root / f"{task_name}-{n}.json", root, training=not n) for n in (0, 1))
+    settings = Settings(
+        reduction=0.3, epochs=1, batch_size=4, lr=0.0, weight_decay=0.0, controller="official", temperature=0.0,
+        distill=1.0, seed=3,
+    )  # fmt: skip
+    entries = dictionary_from_examples(model, task, examples, 3)
+    train(model, task, examples, dev, settings, tmp_path / "first", log_every=1)
+    assert torch.equal(madtp.load(tmp_path / "first").space_dict, entries)
+    lines = [r["train"] for r in outcome(tmp_path / "first")[0] if "train" in r]
+    assert [line["distillation"] for line in lines] == [0.0] * 3 and all(line["gflops"] > 0 for line in lines)
+    # A model with a temperature has been pruned: its dictionary stays, unless one says otherwise.
+    for number, (temperature, dictionary) in enumerate([(0.5, None), (0.0, "keep"), (0.5, "tokens")]):
+        model = madtp.load(data / task_name, temperature=temperature)
+        before = model.space_dict.detach().clone()
+        again = dataclasses.replace(settings, dictionary=dictionary)
+        train(model, task, examples, dev, again, tmp_path / str(number))
+        saved = madtp.load(tmp_path / str(number)).space_dict
+        assert torch.equal(saved, before) == (dictionary != "tokens")
 
 
 def test_half_precision_official_controller_and_a_schedule_by_step(data, tmp_path, capsys):
@@ -198,7 +240,7 @@ def test_settings_that_make_no_sense():
     Settings(**good)
     for name, value in (
         ("reduction", 1.0), ("reduction", 0.0), ("epochs", 0), ("accumulate", 0), ("lr", float("nan")),
-        ("ramp", -0.1), ("controller", "none"), ("schedule", "never"), ("precision", "float16"),
+        ("ramp", -0.1), ("distill", -1.0), ("dictionary", "random"), ("controller", "none"), ("schedule", "never"), ("precision", "float16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: expected"):
             Settings(**good | {name: value})
@@ -226,6 +268,7 @@ def alignment(source, pairs):
 def test_calibration_learns_the_dictionary_and_the_temperature_only(tmp_path, capsys):
     save_tiny("retrieval", tmp_path / "model")
     options = ["--reduction", 0.3, "--steps", 20, "--batch-size", 6, "--workers", 0, "--log-every", 1]
+    options += ["--dictionary", "keep"]
     files = ["--model", tmp_path / "model", "--pairs", unlabelled(tmp_path / "pictures"), "--output", tmp_path / "out"]
     arguments = [str(argument) for argument in ["calibrate", *files, *options]]
     done(arguments, capsys)
@@ -290,7 +333,7 @@ def test_errors_are_one_line(data, options, reason, tmp_path, capsys):
     assert reason in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", [["--reduction", "1"], ["--lr", "0"], ["--epochs", "0"], ["--ramp", "nan"]])
+@pytest.mark.parametrize("option", [["--reduction", "1"], ["--lr", "0"], ["--epochs", "0"], ["--ramp", "nan"], ["--distill", "-1"]])
 def test_numbers_out_of_range_are_wrong_usage(data, option, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(compress(data, "nlvr", tmp_path, *option))

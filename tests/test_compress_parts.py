@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compression import annotations, pictures, tiny
+from compression import CONFIGS, VISION, annotations, pictures, tiny
 from PIL import Image
 
+from madtp.checkpoints import randomize
 from madtp.compress import augment, loaders, losses
 from madtp.compress.calibrate import freeze_all_but_dictionary, read_pairs
+from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_tokens
 from madtp.compress.official import OfficialController
 from madtp.compress.tasks import TASKS, swap_sides
-from madtp.compress.train import Objective, Settings, costs_of
+from madtp.compress.train import Objective, Settings, Teacher, costs_of
 from madtp.evaluate.annotations import AnnotationError
+from madtp.models.caption import Caption
+from madtp.text import Layer
+from madtp.vision import Block
 from madtp_kernels import RaggedBatch
 
 SETTINGS = Settings(reduction=0.3, epochs=1, batch_size=4, lr=1e-3, weight_decay=0.05)
@@ -88,7 +93,163 @@ def test_costs_are_those_of_an_instance_alone(tmp_path):
                 assert unpruned == (dense, dense) and measured < dense
 
 
+@pytest.mark.parametrize("name", list(TASKS))
+def test_distillation_pulls_every_stream_to_the_model_as_it_was(name, tmp_path):
+    model, task, batch = batch_of(name, tmp_path)
+    dense = Teacher(model, task)(batch)
+    assert len(dense) == 1 + (name != "caption")
+    for (tokens, ids), target in zip(task.states(model(batch["pixels"], batch["texts"], 0.0)), dense, strict=True):
+        assert ids.tolist() == [place for length in target.lengths.tolist() for place in range(length)]
+        assert torch.equal(tokens.cu_seqlens, target.cu_seqlens) and not target.values.requires_grad
+    objective = Objective(model, task, dataclasses.replace(SETTINGS, distill=2.0))
+    _, terms, _ = objective(batch, 0.0, (0, 0), dense)
+    assert terms["distillation"].item() < 1e-8  # nothing is pruned
+    loss, terms, _ = objective(batch, 0.3, (0, 0), dense)
+    output = model(batch["pixels"], batch["texts"], 0.3)
+    states = zip(task.states(output), dense, strict=True)
+    expected = 2 * sum(distance(*state, target) for state, target in states)
+    assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+    assert loss.item() == pytest.approx(sum(terms.values()).item())
+    # What the teacher says does not depend on what the model learns.
+    loss.backward()
+    teacher = Teacher(model, task)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(a.values, b.values) for a, b in zip(teacher(batch), dense, strict=True))
+
+
+# ---- the dictionary
+
+
+def centred_tokens(model, batches):
+    """Per batch, per layer that is pruned: the tokens that enter it, mapped as its query model does, less their mean."""
+    found, queries = [], []
+    for module in model.modules():
+        if isinstance(module, Block) or (isinstance(module, Layer) and not module.causal):
+            module.register_forward_pre_hook(lambda module, args: found[-1].append(args[0].tokens.values))
+    if model.config.task == "clip":
+        queries = [query.q_map[0] for query in (*model.visual.query_models, *model.text.query_models)]
+    for batch in batches:
+        found.append([])
+        with torch.no_grad():
+            model(batch["pixels"], batch["texts"], 0.0)
+        if queries:
+            found[-1] = [F.linear(x, q.weight, q.bias) for x, q in zip(found[-1], queries, strict=True)]
+    return [[tokens - tokens.mean(0) for tokens in layers] for layers in found]
+
+
+@pytest.mark.parametrize("name", ["nlvr", "caption", "clip"])
+def test_entries_are_centred_tokens_of_every_layer_and_of_several_batches(name, tmp_path):
+    model = tiny(name)
+    task = TASKS[name](model)
+    examples = task.read(annotations(name, tmp_path, 20), tmp_path, training=True)
+    before = torch.get_rng_state()
+    entries = dictionary_from_examples(model, task, examples, 7)
+    assert entries.shape == model.space_dict.shape and not entries.requires_grad
+    assert torch.equal(entries, dictionary_from_examples(model, task, examples, 7))
+    assert not torch.equal(entries, dictionary_from_examples(model, task, examples, 8))
+    assert torch.equal(torch.get_rng_state(), before), "resumed runs would have other random numbers"
+    order = np.random.default_rng(7).permutation(20).tolist()
+    batches = [task.collate([task.instance(examples[number]) for number in part]) for part in (order[:10], order[10:])]
+    found = centred_tokens(model, batches)
+    layers = {"nlvr": [0, 1, 2, 2, 3, 4, 5, 5], "clip": [0, 1, 2, 2, 3, 4, 5, 5], "caption": [0, 0, 1, 1, 1, 2, 2, 2]}
+    for place, (entry, layer) in enumerate(zip(entries, layers[name], strict=True)):
+        distances = [(tokens - entry).abs().amax(1).min().item() for tokens in found[place % 2]]
+        assert distances[layer] < 1e-4 and sorted(distances)[1] > 1e-2, place
+    assert len(torch.unique(entries, dim=0)) == 8
+
+
+def test_entries_that_are_tokens_leave_more_tokens_at_low_temperatures():
+    """Random ones match the few tokens that are long, as trained models have some; the least important of those is the
+    threshold, though many tokens are less important."""
+    config = dataclasses.replace(CONFIGS["caption"], vision=dataclasses.replace(VISION, image_size=64, sd_num=32))
+    texts, dropped = [torch.tensor([1, 5, 6])] * 8, []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        model = Caption(config)
+        randomize(model, seed)
+        pixels = torch.randn(8, 3, 64, 64, generator=generator)
+        with torch.no_grad():
+            model.visual_encoder.pos_embed[0, 1:7] = 20 * torch.randn(6, 32, generator=generator)
+            random = torch.randn(model.space_dict.shape, generator=generator)
+            tokens = dictionary_from_tokens(model, lambda m=model, p=pixels: m(p, texts, 0.0, summaries=True), generator)
+            for entries in (random, tokens):
+                model.space_dict.copy_(entries)
+                dropped.append(1 - len(model(pixels, texts, 1e-3).images.ids) / (8 * 65))
+    assert min(dropped[::2]) > 0.6 and max(dropped[1::2]) < 0.35
+
+
+def test_examples_that_are_too_few_for_a_dictionary_are_an_error(tmp_path):
+    model, task, batch = batch_of("nlvr", tmp_path, 2)
+    model.space_dict = torch.nn.Parameter(torch.zeros(400, 32))
+    examples = task.read(tmp_path / "pictures" / "nlvr-0.json", tmp_path / "pictures", training=True)
+    with pytest.raises(ValueError, match="400 entries take at least 6[67] tokens from each of 6 layers, got"):
+        dictionary_from_examples(model, task, examples, 0)
+    with pytest.raises(ValueError, match="expected summaries, got none"):
+        dictionary_from_tokens(model, lambda: model(batch["pixels"], batch["texts"], 0.0), torch.Generator())
+
+
 # ---- losses
+
+
+def distance(tokens, ids, dense):
+    """The distillation loss, sample by sample in float64."""
+    errors, every = [], torch.cat([target.double() for target in dense.to_list()])
+    for states, places, target in zip(tokens.to_list(), tokens.with_values(ids).to_list(), dense.to_list(), strict=True):
+        for state, place in zip(states.double(), places.tolist(), strict=True):
+            if place >= 0:
+                errors.append((state - target.double()[place]).square().mean().item())
+    return sum(errors) / len(errors) / every.var(correction=0).item()
+
+
+def pruned_streams(generator, samples=5):
+    """Tokens of which some are left, merged ones among them, in a buffer with more rows than tokens; and what they were."""
+    dense = RaggedBatch.from_list(
+        [torch.randn(int(length), 6, generator=generator) + 1 for length in torch.randint(3, 9, (samples,), generator=generator)]
+    )
+    states, ids = [], []
+    for target in dense.to_list():
+        kept = [0, *(1 + torch.randperm(len(target) - 1, generator=generator)[: len(target) // 2]).sort()[0].tolist()]
+        merged = [-1] * int(torch.randint(3, (), generator=generator))
+        states.append(target[kept + merged] + 0.3 * torch.randn(len(kept + merged), 6, generator=generator))
+        states[-1][len(kept) :] += 50  # what was merged counts nothing
+        ids += kept + merged
+    exact = RaggedBatch.from_list(states)
+    values = torch.cat([exact.values, torch.full((3, 6), torch.nan)]).requires_grad_()
+    ids = torch.tensor([*ids, 2**30, -7, 0], dtype=torch.int32)
+    return exact, RaggedBatch(values, exact.cu_seqlens, exact.max_seqlen, bound=True), ids, dense
+
+
+def test_distillation_counts_tokens_that_are_still_themselves(generator):
+    exact, tokens, ids, dense = pruned_streams(generator)
+    expected = distance(exact, ids[:-3], dense)
+    loss = losses.distillation_loss(tokens, ids, dense)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
+    assert losses.distillation_loss(exact, ids[:-3], dense).item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    counts = (ids >= 0) & (torch.arange(len(ids)) < len(ids) - 3)
+    moved = tokens.values.grad.abs().amax(1)
+    assert (moved[counts] > 0).all() and (moved[~counts] == 0).all()  # rows that nobody wrote leave no NaN
+    rows = torch.cat([torch.arange(length) for length in dense.lengths.tolist()]).int()
+    assert losses.distillation_loss(dense, rows, dense).item() == 0
+
+
+def test_distillation_is_that_of_all_processes(generator, monkeypatch):
+    _, tokens, ids, dense = pruned_streams(generator)
+    whole = losses.distillation_loss(tokens, ids, dense).item()
+    shares, first, cut = [], dense.cu_seqlens[2], tokens.cu_seqlens[2]
+    for samples, rows, originals in ((slice(0, 3), slice(0, cut), slice(0, first)), (slice(2, 6), slice(cut, None), slice(first, None))):
+        ends, dense_ends = tokens.cu_seqlens[samples], dense.cu_seqlens[samples]
+        part = RaggedBatch(tokens.values[rows], ends - ends[0], tokens.max_seqlen, bound=True)
+        shares.append((part, ids[rows], RaggedBatch(dense.values[originals], dense_ends - dense_ends[0], dense.max_seqlen)))
+    seen = []
+    monkeypatch.setattr(losses, "mean_over_processes", lambda x: seen.append(x) or x)
+    alone = [losses.distillation_loss(*share).item() for share in shares]
+    monkeypatch.setattr(losses, "mean_over_processes", lambda x: sum(seen) / 2)
+    together = [losses.distillation_loss(*share).item() for share in shares]
+    assert sum(together) / 2 == pytest.approx(whole, rel=1e-5)
+    assert alone != pytest.approx(together, rel=1e-3)
 
 
 def test_contrast_is_cross_entropy_where_all_images_differ(generator):

@@ -117,23 +117,54 @@ def test_a_temperature_is_found_for_a_cost(generator):
     assert 10 / (1 + found) == pytest.approx(target, rel=0.01)
     found = find_temperature(lambda t: 9.0 if t < 3.7 else 1.0, 2.0, start)  # no temperature costs 2
     assert found == pytest.approx(3.7, rel=1e-4)
-    with pytest.raises(ValueError, match="no temperature reaches 0.5"):
+    with pytest.raises(ValueError, match="no temperature reaches 0.5; 1e.06 costs 1.0"):
         find_temperature(lambda t: max(1.0, 10 - t), 0.5, start)
+    with pytest.raises(ValueError, match="no temperature reaches 11; 1e-06 costs 9.99"):
+        find_temperature(lambda t: 10 - t, 11, start)
+
+
+@pytest.mark.parametrize("start", [1e-9, 0.0, 1e-6, 1e6, 1e9, float("inf")])
+def test_a_search_that_starts_beyond_all_temperatures_starts_at_the_nearest(start):
+    tried = []
+    found = find_temperature(lambda t: tried.append(t) or 10 / (1 + t), 2.0, start)
+    assert 10 / (1 + found) == pytest.approx(2.0, rel=0.01)
+    assert tried[0] == (1e-6 if start < 1 else 1e6) and all(1e-6 <= t <= 1e6 for t in tried)
+    with pytest.raises(ValueError, match="start: expected a number, got nan"):
+        find_temperature(lambda t: 10 / (1 + t), 2.0, float("nan"))
+
+
+@pytest.mark.parametrize("target, bound", [(0.0, 1e6), (100.0, 1e-6)])
+def test_a_controller_that_never_reaches_its_target_stays_in_bounds_and_comes_back(target, bound):
+    controller = TemperatureController(1.0, window=1)
+    for _ in range(100):
+        controller.update(10.0, target)
+    assert controller.temperature == bound
+    controller.update(10.0, 10.1 if target < 1 else 9.9)  # within tolerance
+    assert controller.temperature == bound
+    for _ in range(10):
+        controller.update(10.0, 100.0 if target < 1 else 1e-3)
+    assert 1e-6 < controller.temperature < 1e6
+    for temperature in (0.0, 1e-7, 1e7, float("nan")):
+        with pytest.raises(ValueError, match="temperature: expected 1e-06 to 1e.06"):
+            TemperatureController(temperature)
 
 
 class Killed(Exception):
     """Ends a run without any of its code being asked."""
 
 
-def train(directory, dies_at=None):
-    """A run that depends on the sampler's position, random numbers, the optimiser's moments, the schedule."""
+def train(directory, dies_at=None, logs_until=None, save_every=1e9):
+    """A run that depends on the sampler's position, random numbers, the optimiser's moments, the schedule.
+
+    It dies before the step after ``dies_at``, or after step ``logs_until``, of which it logs nothing.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     scheduler = linear_decay(optimizer, 20, warmup=3)
     controller = TemperatureController(window=4)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
-    run = Run(directory, parts, {"steps": 20}, save_every=1e9)
+    run = Run(directory, parts, {"steps": 20}, save_every)
     while run.step < 20:
         if run.step == dies_at:
             raise Killed
@@ -145,8 +176,10 @@ def train(directory, dies_at=None):
         scheduler.step()
         controller.update(loss.item(), 0.1)
         run.advance(loss=loss.item())
+        if run.step == logs_until:
+            raise Killed
         run.log(lr=scheduler.get_last_lr()[0], **(run.averages() if run.step % 5 == 0 else {}))
-        if run.step % 6 == 0:
+        if run.step % 6 == 0 and save_every > 1e6:
             run.save()
     run.save()
 
@@ -176,6 +209,20 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
     assert log_again == log
     assert torch.equal(random_again, random)
     torch.testing.assert_close(parts_again, parts, rtol=0, atol=0)
+
+
+def test_a_step_is_in_the_checkpoint_only_if_it_is_in_the_log(tmp_path):
+    """Checkpoints come due at every step, and the run dies between a step and its line."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(whole)
+    for step in (1, 5, 9, 10):  # steps 5 and 10 log averages over the steps before
+        with pytest.raises(Killed):
+            train(killed, logs_until=step, save_every=0)
+        if step > 1:
+            assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] == step - 1
+    train(killed, save_every=0)
+    assert outcome(killed)[0] == outcome(whole)[0]
+    torch.testing.assert_close(outcome(killed)[1:], outcome(whole)[1:], rtol=0, atol=0)
 
 
 def test_a_record_holds_settings_and_metrics(tmp_path):
