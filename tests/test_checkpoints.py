@@ -24,6 +24,7 @@ from madtp import (
 )
 from madtp.checkpoints import from_official, interpolate_positions, randomize, to_official
 from madtp.config import CONFIGS
+from madtp.data.synthetic import token_ids
 from madtp.models import MODELS
 from madtp.models.nlvr import NLVR
 
@@ -519,11 +520,14 @@ def test_random_weights_follow_the_seed():
     assert not torch.equal(ours.space_dict, others.space_dict)
 
 
-def test_the_bundled_model_loads_and_knows_words():
-    model = madtp.load("demo")
-    ids = model.processor.text("two dogs")
-    assert ids[0] == model.config.text.vocab_size - 1, "[ENC] comes last in the vocabulary"
-    assert model.temperature > 0
+def test_the_bundled_models_load_and_know_the_words_of_their_task():
+    pruned, dense = madtp.load("demo"), madtp.load("demo-dense")
+    assert pruned.temperature > 0 and dense.temperature == 0
+    assert pruned.config == dense.config
+    statement = "There are exactly two red objects in the two images."
+    for model in (pruned, dense):
+        assert model.processor.text(statement).tolist() == token_ids(statement)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 # ---- temperature 0

@@ -1,21 +1,21 @@
 """BLIP-NLVR as a model: precisions, grouping, sizes of merged tokens, records, training, wrong inputs, the real size."""
 
 import resource
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import DEVICE, backends_here, interpreted, normal
+from PIL import Image
 
 import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig
 from madtp.checkpoints import randomize
+from madtp.data.synthetic import Shapes
 from madtp.layers import CrossAttention, self_attention
 from madtp.models.nlvr import NLVR, split
 from madtp.pruning import Pruning, Stream
 from madtp_kernels import RaggedBatch
 
-PICTURES = Path(madtp.__file__).parent / "data" / "demo"
 SIZES = NLVRConfig(
     vision=VisionConfig(image_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, sd_num=12, sd_dim=64),
     text=TextConfig(
@@ -398,11 +398,13 @@ def test_texts_may_come_as_a_list_or_as_a_ragged_batch(model, batch):
 
 
 @pytest.mark.slow
-def test_the_real_size_answers_on_two_picture_files():
+def test_the_real_size_answers_on_two_picture_files(tmp_path):
     """384 pixels, 259 million parameters at random: dense and pruned, float32 and bfloat16."""
     model = madtp.load("random:base", temperature=2.0, device=DEVICE)
-    statement = "The left picture shows a meadow and the right one more than two houses."
-    pixels, ids = model.processor(PICTURES / "meadow.jpg", PICTURES / "village.jpg", statement)
+    files = [tmp_path / "left.jpg", tmp_path / "right.png"]
+    for file, image in zip(files, Shapes("test").pair(0).images):
+        Image.fromarray(image).resize((640, 480)).save(file)
+    pixels, ids = model.processor(*files, "The left picture shows a meadow and the right one two houses.")
     assert pixels.shape == (2, 3, 384, 384)
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):

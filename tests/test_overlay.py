@@ -101,3 +101,14 @@ def test_many_layers_are_thinned_out(output):
     many = SimpleNamespace(vision=[output.vision[0]] * 12)
     image = Image.new("RGB", (40, 40))
     assert nlvr_overlay(image, image, many, CONFIG, height=40).width == 7 * (40 + GAP) + GAP
+
+
+def test_a_title_is_written_above_and_changes_nothing_below(output):
+    image = Image.new("RGB", (40, 40), (100, 200, 50))
+    plain, titled = (
+        np.asarray(nlvr_overlay(image, image, output, CONFIG, height=40, title=title))
+        for title in ("", "Both images show the moon.")
+    )
+    added = len(titled) - len(plain)
+    assert (titled[added:] == plain).all()
+    assert (titled[:added] < 128).any() and (titled[0] == 255).all()

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,27 @@ def test_wheel_without_extension_is_pure_and_complete(pure_wheel):
         paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)]
         assert paths and {path.removeprefix("python/") for path in paths} <= names
     assert {"madtp_kernels/csrc/bindings.cpp", "madtp_kernels/csrc/answer.h"} <= names
+
+
+def test_source_distribution_is_complete(checkout, tmp_path):
+    """It holds everything that a wheel is built from."""
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    done = python("-c", code, cwd=checkout, env=environment(tmp_path / "cache"))
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "madtp_kernels", "csrc", "python/madtp"):
+        paths = [checkout / name] if (checkout / name).is_file() else (checkout / name).rglob("*.*")
+        assert {path.relative_to(checkout).as_posix() for path in paths if path.is_file()} <= names
+
+
+def test_installed_package_runs_the_demo(site, tmp_path):
+    """Models and all: the checkout is out of reach, and so is a network."""
+    env = environment(tmp_path / "cache", PYTHONPATH=str(site), MADTP_KERNELS_BUILD="0", HF_HUB_OFFLINE="1")
+    done = python("-m", "madtp", "demo", "--pairs", "2", cwd=tmp_path, env=env)
+    assert "2 held-out pairs" in done.stdout and re.search(r"batch of 2 +\S+ +\S+ +\S+x", done.stdout)
+    assert (tmp_path / "demo-output" / "overlay.png").stat().st_size > 10_000
+    code = "import madtp; print(madtp.__file__, madtp.load('demo-dense').temperature)"
+    assert python("-c", code, cwd=tmp_path, env=env).stdout == f"{site}/madtp/__init__.py 0.0\n"
 
 
 def test_metadata(pure_wheel):

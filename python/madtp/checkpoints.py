@@ -39,6 +39,7 @@ __all__ = ["CheckpointError", "from_official", "load", "save_pretrained", "to_of
 _log = logging.getLogger("madtp")
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # where transformers keeps them, beside the weights
+_BUNDLED = {"demo": "pruned", "demo-dense": "dense"}  # names of models in the package, and their folders
 
 
 # Weights that original BLIP and CLIP checkpoints lack by design: the dictionary with its maps, and what NLVR adds to BLIP.
@@ -193,8 +194,9 @@ def load(
             `BlipForImageTextRetrieval` or `CLIPModel`, with its weights in one file or in parts;
             a Hugging Face hub id of such a directory;
             a state dict with key names of any of these (give ``config`` where heads are not 64 wide);
-            "demo", the small NLVR model in the package; or "random:base", the real sizes with random weights (of NLVR where no
-            task is given).
+            "demo" and "demo-dense", the small NLVR models in the package, trained on :mod:`madtp.data.synthetic`, pruned and
+            dense, with weights of their own; or "random:base", the real sizes with random weights (of NLVR where no task is
+            given).
         task: one of :data:`madtp.models.MODELS`; by default the saved model's, or the one that the key names tell.
         temperature: pruning temperature; by default the checkpoint's, or 0 (dense) where it has none.
         config: sizes; by default the source's own, or read off the tensors.
@@ -285,7 +287,7 @@ def load(
         _fill(model, state, origin)
     if tokenizer is None:
         # Random weights know no words: the small bundled vocabulary serves, and needs no download.
-        tokenizer = "demo" if state is None or source == "demo" else PROCESSORS[task].default_tokenizer
+        tokenizer = "demo" if state is None else PROCESSORS[task].default_tokenizer
     model.processor = PROCESSORS[task](
         config.vision.image_size, config.text.vocab_size, config.text.max_position_embeddings, tokenizer
     )
@@ -309,9 +311,9 @@ def _recognise(state: Mapping[str, Tensor], task: str | None, origin: str) -> tu
 
 
 def _locate(source: str | os.PathLike) -> Path:
-    """File or directory of a source that is a path, "demo" or a hub id."""
-    if source == "demo":
-        return Path(str(resources.files("madtp") / "data" / "demo"))
+    """File or directory of a source that is a path, a bundled model or a hub id."""
+    if source in _BUNDLED:
+        return Path(str(resources.files("madtp") / "data" / "shapes" / _BUNDLED[source]))
     path = Path(source)
     if path.exists():
         return path

@@ -41,7 +41,7 @@ _UPRIGHT = {
 _opening = threading.Lock()
 
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
-_DEMO_VOCABULARY = Path(__file__).parent / "data" / "demo" / "tokenizer" / "vocab.txt"
+_DEMO_VOCABULARY = Path(__file__).parent / "data" / "demo" / "vocab.txt"
 
 
 class ImageError(ValueError):

@@ -22,8 +22,8 @@ _GROUPS = {
 
 
 def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
-    """Which model; `demo` says whether the bundled one will do."""
-    bundled = "demo, " if demo else ""
+    """Which model; `demo` says whether the bundled ones will do."""
+    bundled = "demo or demo-dense (small, bundled, for pictures of shapes), " if demo else ""
     parser.add_argument(
         "--model",
         required=True,

@@ -1,1 +1,1 @@
-"""Data: the bundled demonstration files, and a synthetic task that needs no download."""
+"""Data: a synthetic task that needs no download, small models trained on it, and a vocabulary of letters."""

@@ -11,6 +11,7 @@ __all__ = ["kept_patches", "nlvr_overlay", "overlay"]
 
 _GAP = 6
 _CAPTION = 18
+_TITLE = 28
 _MOST_COLUMNS = 6
 _DIMMED = 0.25  # of the brightness of a pruned patch
 _OUTLINE = (255, 196, 0)
@@ -62,6 +63,7 @@ def nlvr_overlay(
     pair: int = 0,
     layers: Sequence[int] | None = None,
     height: int = 224,
+    title: str = "",
 ) -> Image.Image:
     """The same for the two images of a pair, one below the other.
 
@@ -69,13 +71,15 @@ def nlvr_overlay(
         left, right: the images as loaded, of any size.
         output: the model's output (`vision` traces) for a batch of which `pair` is the row to draw.
         config, layers, height: as in `overlay`; `height` is that of one image.
+        title: a line above all, such as the statement.
 
     Raises:
         ValueError: a layer that the model has not.
     """
     pairs = len(output.vision[0].cu_seqlens) // 2
     samples = ((left, pair), (right, pairs + pair))
-    return _sheet([_row(image, output.vision, sample, config, layers, height) for image, sample in samples])
+    rows = [_row(image, output.vision, sample, config, layers, height) for image, sample in samples]
+    return _sheet(rows, title)
 
 
 def _row(image: Image.Image, traces, sample: int, config, layers, height: int) -> list[Image.Image]:
@@ -114,11 +118,14 @@ def _captioned(image: Image.Image, text: str) -> Image.Image:
     return tile
 
 
-def _sheet(rows: list[list[Image.Image]]) -> Image.Image:
+def _sheet(rows: list[list[Image.Image]], title: str = "") -> Image.Image:
     widths = [sum(tile.width + _GAP for tile in row) + _GAP for row in rows]
     heights = [row[0].height + _GAP for row in rows]
-    sheet = Image.new("RGB", (max(widths), sum(heights) + _GAP), "white")
-    y = _GAP
+    top = _GAP + (_TITLE if title else 0)
+    sheet = Image.new("RGB", (max(widths), top + sum(heights)), "white")
+    if title:
+        ImageDraw.Draw(sheet).text((_GAP + 2, _GAP), title, fill="black", font=ImageFont.load_default(18))
+    y = top
     for row, height in zip(rows, heights, strict=True):
         x = _GAP
         for tile in row:
