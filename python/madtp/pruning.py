@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from madtp_kernels import RaggedBatch, prune
+from madtp_kernels import RaggedBatch, compact, score_tokens
 from madtp_kernels.segments import sample_of
 
 
@@ -36,6 +36,26 @@ class Pruning:
     @property
     def active(self) -> bool:
         return self.temperature > 0
+
+    def decide(
+        self, entering: RaggedBatch, guide: tuple[Tensor, Tensor | None], received: Tensor, cls: Tensor, layer: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the tokens that enter a layer are worth, and which of them stay. Another rule is a subclass of this.
+
+        Args:
+            entering: tokens ``[T, D]``.
+            guide, received, cls, layer: as in :func:`prune_layer`.
+
+        Returns:
+            Importance ``[T]`` float32, and for :func:`madtp_kernels.compact` either ``{"threshold": [B] float32}`` or
+            ``{"keep_count": [B] int32}``.
+        """
+        dictionary, bias = guide
+        importance, threshold = score_tokens(
+            entering.values, dictionary, received, cls, entering.cu_seqlens, entering.max_seqlen, self.temperature,
+            bias=bias, backend=self.backend,
+        )  # fmt: skip
+        return importance, {"threshold": threshold}
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class LayerTrace:
     importance: Tensor | None = None
     """``[T]`` float32 of the tokens that entered; None in a dense layer."""
     threshold: Tensor | None = None
-    """``[B]`` float32; None in a dense layer."""
+    """``[B]`` float32; None in a dense layer, and where a number of tokens is kept instead."""
 
     @property
     def lengths_in(self) -> Tensor:
@@ -131,26 +151,24 @@ def prune_layer(
     Returns:
         The stream that goes on, the normalised rows (None without ``norm``), and the record of the layer.
     """
-    dictionary, bias = guide
     cu_seqlens, ids, protected = stream.tokens.cu_seqlens, stream.ids, None
     if pruning.protected_ids is not None and len(ids):
         protected = ids == pruning.protected_ids[sample_of(cu_seqlens, len(ids))]
     if pruning.weakest_last:  # the rows' numbers are carried along, from which their scores are found again
         ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
-    result = prune(
-        stream.tokens, entering, dictionary, received, cls, pruning.temperature, bias=bias, backend=pruning.backend,
-        ids=ids, sizes=stream.sizes, merged_id=-(1 + layer), protected=protected, groups=pruning.groups,
-        min_keep=pruning.min_keep, norm=norm,
+    importance, limit = pruning.decide(stream.tokens.with_values(entering), guide, received, cls, layer)
+    tokens, ids, sizes, normed = compact(
+        stream.tokens, importance, backend=pruning.backend, ids=ids, sizes=stream.sizes, merged_id=-(1 + layer),
+        protected=protected, groups=pruning.groups, min_keep=pruning.min_keep, norm=norm, **limit,
     )  # fmt: skip
-    tokens, ids, sizes, normed = result.compacted
     if pruning.weakest_last and len(ids):
-        order = weakest_last(ids, result.importance, cu_seqlens, tokens.cu_seqlens)
+        order = weakest_last(ids, importance, cu_seqlens, tokens.cu_seqlens)
         source = ids[order]
         ids = torch.where(source < 0, source, stream.ids[source.clamp(0, len(stream.ids) - 1)])
         tokens = tokens.with_values(tokens.values[order])
         sizes = None if sizes is None else sizes[order]
         normed = None if normed is None else normed[order]
-    trace = LayerTrace(cu_seqlens, tokens.cu_seqlens, ids, result.importance, result.threshold)
+    trace = LayerTrace(cu_seqlens, tokens.cu_seqlens, ids, importance, limit.get("threshold"))
     return Stream(tokens, ids, sizes), normed, trace
 
 

@@ -5,6 +5,7 @@ Images are pruned without regard to the statement, so those of a pair are encode
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch
@@ -23,16 +24,21 @@ def forward_pairs(
     per_pair: int,
     temperature: float,
     summaries: bool = False,
+    *,
+    rules: tuple[type[Pruning], type[Pruning]] = (Pruning, Pruning),
+    groups: int = 1,
 ) -> NLVROutput:
     """Answer K statements about each of P pairs, as `NLVR.forward` does if it is given every pair K times.
 
     Args:
-        model: sizes and backend are its own; it prunes by instance.
+        model: sizes and backend are its own.
         pixels: ``[2P, 3, S, S]``: the P left images, then the P right ones.
         input_ids: ``[T]`` int64 of P * K texts, pair by pair.
         per_pair: K.
         temperature: 0 runs dense.
         summaries: also return the alignment summaries.
+        rules: how images and texts are pruned.
+        groups: so many images in succession keep equally many tokens, and so many texts.
 
     Returns:
         The output for P * K statements; `vision`, `image_embeds` and the vision summary ``[2P, M, sd_dim]``
@@ -47,12 +53,17 @@ def forward_pairs(
             f"input_ids: expected {per_pair} texts for each two of {pixels.shape[0]} images, "
             f"got {input_ids.batch_size}"
         )
-    pruning = Pruning(temperature, use_sizes=model.use_sizes, backend=model.backend)
-    vision = model.visual_encoder(pixels, model.space_dict, pruning, summaries)
+
+    def pruning(rule: type[Pruning], samples: int) -> Pruning:
+        shared = torch.arange(samples, dtype=torch.int32, device=pixels.device) // groups if groups > 1 else None
+        return rule(temperature, shared, model.use_sizes, model.backend)
+
+    vision = model.visual_encoder(pixels, model.space_dict, pruning(rules[0], 2 * pairs), summaries)
     runs = Runs.of([per_pair] * pairs, pixels.device)
     text = model.text_encoder(
-        input_ids, split(vision.stream, pairs), model.space_dict, pruning, summaries, runs=runs
-    )
+        input_ids, split(vision.stream, pairs), model.space_dict, pruning(rules[1], pairs * per_pair), summaries,
+        runs=runs,
+    )  # fmt: skip
     return NLVROutput(
         logits=model.cls_head(first_rows(text.stream.tokens)),
         vision=vision.trace,

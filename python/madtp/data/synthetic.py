@@ -1,6 +1,6 @@
 """Shapes: image-pair statements in the manner of NLVR2, drawn on the fly, with known answers.
 
-Every picture holds seven to ten small objects among saturated blobs on a cluttered background; a statement
+Every picture holds four to six small objects among saturated blobs on a cluttered background; a statement
 speaks of a few of them. So few patches matter to a statement, which ones only the statement tells, and bright
 colours do not give them away. A pair is a pure function of (split, seed, index); the splits differ in scenes,
 backgrounds and drawings. `python -m madtp.data.synthetic` writes a split as PNG files with annotations in
@@ -157,13 +157,14 @@ class Shapes:
             )
         scene = _Draws(self._key, 2 * index + 1)
         objects = _draw_scene(scene)
+        while not _is_askable(census := _census(objects)):  # about one pair in 30,000
+            objects = _draw_scene(scene)
         grids = np.zeros((2, 2, GRID * GRID), np.int64)
         for side, placed in enumerate(objects):
             for cell, shape, colour in placed:
                 grids[:, side, cell] = shape + 1, colour + 1
         shapes, colours = grids.reshape(2, 2, GRID, GRID)
         images = np.stack([self._paint(scene, placed) for placed in objects])
-        census = _census(objects)
         words = _Draws(self._key, 2 * index + 2)
         made = [_make_statement(words, census, templates) for _ in range(statements)]
         return Pair(images, shapes, colours, made)
@@ -354,6 +355,18 @@ def _make_statement(draws: _Draws, census, templates: Sequence[str]) -> Statemen
                     _phrase(template, number, side, spec), label, template, kind, colour, shape, tuple(counts)
                 )
     raise ValueError(f"templates: nothing to ask about this pair with {', '.join(templates)}")
+
+
+def _is_askable(census) -> bool:
+    """Whether some statement could be true as well as false in this scene."""
+    for template in TEMPLATES:
+        for number in _NUMBERS.get(template, (0,)):
+            for side in (0, 1):
+                for kind in KINDS:
+                    answers = _answers(template, number, side, kind, census)
+                    if answers[True] and answers[False]:
+                        return True
+    return False
 
 
 def _answers(template: str, number: int, side: int, kind: str, census) -> dict[bool, list]:
