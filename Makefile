@@ -1,15 +1,18 @@
-# make demo    a virtual environment with the project in it, then: madtp demo
-# make test    the same with the test tools, then all tests, against the installed package
-# make bench   the benchmarks (pytest benchmarks/ --benchmark-only)
-# make clean   removes the environment and what builds left
+# make demo        a virtual environment with the project in it, then: madtp demo
+# make test        the same with the test tools, then all tests, against the installed package
+# make bench       the benchmarks (pytest benchmarks/ --benchmark-only)
+# make reproduce   the experiments of docs/results.md, from nothing; hours, goes on where it stopped
+# make clean       removes the environment and what builds left
 #
 # VENV=folder of the environment, PYTHON=interpreter to make it from, TORCH=version, ARGS=passed on
+# JOBS=runs at a time of make reproduce, a thread each; ARGS=--dry-run says what it would do
 
 VENV = .venv
 PYTHON = python3
 TORCH = torch==2.13.0
 CPU_WHEELS = https://download.pytorch.org/whl/cpu
 ARGS =
+JOBS = 2
 
 PIP = "$(VENV)/bin/python" -m pip --disable-pip-version-check
 
@@ -34,7 +37,7 @@ INSTALL = \
 		mv "$$stamp.started" "$$stamp"; \
 	fi
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench reproduce clean
 
 # PYTHONPATH and the checkout stay out of the way: it is the installed package that runs.
 demo:
@@ -51,6 +54,11 @@ bench:
 	@unset PYTHONPATH; $(ENVIRONMENT)
 	@unset PYTHONPATH; what='.[test]' stamp="$(VENV)/.installed-test"; $(INSTALL)
 	@unset PYTHONPATH; "$(VENV)/bin/pytest" benchmarks --benchmark-only $(ARGS)
+
+reproduce:
+	@unset PYTHONPATH; $(ENVIRONMENT)
+	@unset PYTHONPATH; what='.[plot]' stamp="$(VENV)/.installed-plot"; $(INSTALL)
+	@unset PYTHONPATH; "$(VENV)/bin/python" experiments/shapes/reproduce.py --jobs $(JOBS) $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" build madtp.egg-info

@@ -215,14 +215,19 @@ def compare(comparison: Comparison, benchmark=None, patience: int = 1) -> dict:
         benchmark.pedantic(time_subject, setup=time_others, rounds=rounds, iterations=1)
     if comparison.finish:
         comparison.finish(comparison)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    record = _record(comparison, medians, {name: min(values) for name, values in times.items()}, len(times[subject]))
+    record = _record(comparison, times)
     if benchmark is not None:
         benchmark.extra_info.update(record)
     return record
 
 
-def _record(comparison: Comparison, medians: dict[str, float], fastest: dict[str, float], rounds: int) -> dict:
+def _quartiles(values: list[float]) -> list[float]:
+    """The first and the third."""
+    return statistics.quantiles(values, n=4, method="inclusive")[::2] if len(values) > 1 else 2 * values
+
+
+def _record(comparison: Comparison, times: dict[str, list[float]]) -> dict:
+    medians = {name: statistics.median(values) for name, values in times.items()}
     subject = next(iter(medians))
     dtype = comparison.facts.get("dtype")
     record = {
@@ -230,9 +235,10 @@ def _record(comparison: Comparison, medians: dict[str, float], fastest: dict[str
         **comparison.facts,
         "subject": subject,
         "milliseconds": {name: seconds * 1e3 for name, seconds in medians.items()},
-        "fastest_milliseconds": {name: seconds * 1e3 for name, seconds in fastest.items()},
+        "fastest_milliseconds": {name: min(values) * 1e3 for name, values in times.items()},
+        "quartile_milliseconds": {name: [s * 1e3 for s in _quartiles(values)] for name, values in times.items()},
         "ratio": {name: medians[subject] / seconds for name, seconds in medians.items() if name != subject},
-        "rounds": rounds,
+        "rounds": len(times[subject]),
     }
     if comparison.gflop:
         record["gflops"] = comparison.gflop / medians[subject]

@@ -1,0 +1,165 @@
+"""Time saved models against the dense one: one statement about two pictures at a time, and 64 at once.
+
+  python experiments/shapes/measure.py --models DENSE PRUNED... --output results/timing-cpu.json
+
+All models answer the same 64 statements of the test split, each about a pair of its own, through their
+ordinary forward; the dense one uses fused attention. They take turns in one process. At batch 64 pruned
+models also run as batch-maximum execution, where all samples keep as many tokens as the one that needs most.
+Before anything is timed, a batch has to give the answers that its statements get alone. The record says on
+which device, with how many threads, and at which revision. benchmarks/ has the clocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import madtp
+from madtp import flops
+from madtp.data.synthetic import Shapes
+from madtp.models.nlvr import NLVR, NLVROutput
+
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks.measure import (  # noqa: E402
+    DEVICE, DTYPES, Comparison, WrongAnswer, compare, require, time_lines, write_records,
+)  # fmt: skip
+
+STATEMENTS = 64
+AGREE = {"float32": 1e-3, "bfloat16": 0.3}
+"""Relative error between a batch and its statements alone; in bfloat16 a token may go either way."""
+MAXIMUM = ", batch maximum"
+
+Pairs = tuple[torch.Tensor, list[torch.Tensor]]
+"""Pixels ``[2B, 3, S, S]``, left pictures first, and B texts."""
+
+
+def draw(dtype: torch.dtype) -> Pairs:
+    """The first statement about each of the first pairs of the test split."""
+    batch = Shapes("test").batch(range(STATEMENTS), statements=1)
+    lengths = batch.lengths.flatten().tolist()
+    ids = [row[:n].to(DEVICE) for row, n in zip(batch.input_ids.flatten(0, 1), lengths, strict=True)]
+    return batch.pixels.to(DEVICE, dtype), ids
+
+
+def one(pairs: Pairs, number: int) -> Pairs:
+    """A batch of a single statement."""
+    pixels, ids = pairs
+    return pixels[number :: len(ids)], ids[number : number + 1]
+
+
+def gflops(model: NLVR, output: NLVROutput) -> float:
+    """Mean official GFLOPs of a statement."""
+    costs = flops.from_output(model.config, output, guided=output.vision[0].importance is not None)
+    return sum(cost.official for cost in costs) / len(costs)
+
+
+def check(name: str, model: NLVR, pairs: Pairs, dtype: str) -> float:
+    """GFLOPs of a statement.
+
+    Raises:
+        WrongAnswer: a batch differs from its statements alone, or batch-maximum execution from its name.
+    """
+    together = model(*pairs)
+    alone = torch.cat([model(*one(pairs, number)).logits for number in range(STATEMENTS)])
+    require(together.logits, alone, AGREE[dtype], name)
+    return gflops(model, together)
+
+
+def check_maximum(name: str, model: NLVR, pairs: Pairs) -> float:
+    """The same for batch-maximum execution: pictures keep equally many tokens, and its answers are finite."""
+    output = model(*pairs)
+    if len(set(map(tuple, flops.stream_lengths(output.vision)))) != 1 or not output.logits.isfinite().all():
+        raise WrongAnswer(f"{name}: pictures keep different numbers of tokens, or answers are not finite")
+    return gflops(model, output)
+
+
+def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Callable) -> list[Comparison]:
+    """One statement at a time, and all at once. `progress` is called after each timed call."""
+    pairs = draw(DTYPES[dtype])
+    singles = [one(pairs, number) for number in range(STATEMENTS)]
+
+    def single(model: NLVR) -> Callable:
+        def call() -> None:
+            model.grouping = "instance"
+            for pair in singles:
+                model(*pair)
+            progress()
+
+        return call
+
+    def batch(model: NLVR, grouping: str) -> Callable:
+        def call() -> None:
+            model.grouping = grouping
+            model(*pairs)
+            progress()
+
+        return call
+
+    pruned = {name: model for name, model in models.items() if model.temperature > 0}
+    alone = {name: single(model) for name, model in models.items()}
+    together = {name: batch(model, "instance") for name, model in models.items()}
+    together |= {name + MAXIMUM: batch(model, "batch") for name, model in pruned.items()}
+    temperatures = {name: model.temperature for name, model in models.items()}
+
+    def comparison(size: int, candidates: dict[str, Callable]) -> Comparison:
+        facts = {"dtype": dtype, "batch": size, "statements": STATEMENTS, "temperature": temperatures}
+
+        def check_all() -> None:
+            cost = facts["gflops_per_statement"] = {}
+            for name, model in models.items():
+                model.grouping = "instance"
+                cost[name] = check(name, model, pairs, dtype)
+            for name, model in pruned.items() if size > 1 else ():
+                model.grouping = "batch"
+                cost[name + MAXIMUM] = check_maximum(name, model, pairs)
+
+        return Comparison(
+            "shapes", candidates, check_all, facts, capture=False, min_rounds=rounds, warm_up=False
+        )
+
+    return [comparison(1, alone), comparison(STATEMENTS, together)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", required=True, metavar="DIR", help="saved models; the first one is run dense"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file of times")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
+    parser.add_argument("--rounds", type=int, default=15, help="times that each model answers (default: 15)")
+    parser.add_argument("--device-name", metavar="NAME", help="what to call this machine")
+    args = parser.parse_args()
+    names = [Path(source).resolve().name for source in args.models]
+    if len(set(names)) < len(names) or args.rounds < 1:
+        parser.error("--models: expected folders of different names; --rounds: expected a number >= 1")
+
+    records = []
+    with tqdm(unit=" calls") as bar:
+        for dtype in args.dtypes:
+            models = {
+                name: madtp.load(source, device=DEVICE, dtype=DTYPES[dtype])
+                for name, source in zip(names, args.models, strict=True)
+            }
+            models[names[0]].temperature = 0.0
+            if dense := [name for name in names[1:] if not models[name].temperature]:
+                parser.error(f"--models: {', '.join(dense)}: no temperature, so not pruned")
+            todo = comparisons(models, dtype, args.rounds, bar.update)
+            bar.reset(sum(len(comparison.candidates) for comparison in todo) * args.rounds)
+            for comparison in todo:
+                bar.set_description(f"{dtype}, batch {comparison.facts['batch']}")
+                records.append(compare(comparison))
+    write_records(args.output, records, args.device_name)
+    print("\n".join(time_lines(records)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,341 @@
+"""The report of the experiments on shapes, from made-up records, and the list of runs that it goes by."""
+
+import argparse
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from madtp.cli import parser as madtp_parser
+from madtp.data import synthetic
+from madtp.data.synthetic import KINDS, TEMPLATES
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "shapes"
+
+
+@pytest.fixture(scope="module")
+def experiments():
+    """The modules `reproduce` and `report`; their folder is on the path only here."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        modules = {}
+        for name in ("reproduce", "report"):
+            spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+            sys.modules[name] = modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[name])
+        yield modules
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in modules:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def reproduce(experiments):
+    return experiments["reproduce"]
+
+
+@pytest.fixture
+def report(experiments):
+    return experiments["report"]
+
+
+def write(folder: Path, name: str, accuracy: float, settings: dict | None = None, **test) -> None:
+    """A record; templates are a hundredth below the whole."""
+    groups = {"all": accuracy} | {key: round(accuracy - 0.01, 4) for key in (*TEMPLATES, *KINDS)}
+    test = {
+        "accuracy": groups, "statements": 400, "gflops": 0.1, "gflops_full": 0.12, "reduction": 0.8,
+        "image_tokens": [145.0, 20.0], "text_tokens": [10.0, 4.0],
+    } | test  # fmt: skip
+    content = {
+        "settings": settings or {},
+        "torch": "2.13.0",
+        "metrics": [{"step": 1}, {"step": 2, "test": test}],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def run(folder: Path, method: str, reduction: float, seed: int, accuracy: float, **others) -> None:
+    test = {key: others.pop(key) for key in ("gflops", "reached", "statements") if key in others}
+    if "reached" in test:
+        test["reduction"] = test.pop("reached")
+    settings = {"method": method, "reduction": reduction, "seed": seed, "steps": 90, "pairs": 8} | others
+    write(folder, f"{method}-{reduction}-{seed}", accuracy, settings, **test)
+
+
+def rows(text: str, table: str) -> list[list[str]]:
+    """Cells of a table in the report."""
+    _, _, rest = text.partition(f"<!-- table: {table} -->")
+    block = rest.partition("<!-- end -->")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if "|" in line]
+
+
+def row(text: str, table: str, first: str) -> dict[str, str]:
+    header, _, *body = rows(text, table)
+    (found,) = [cells for cells in body if cells[0] == first]
+    return dict(zip(header, found, strict=True))
+
+
+def made(report, folder: Path) -> str:
+    """The text of the report, without plots."""
+    results = report.collect(folder)
+    return report.fill(report.SKELETON, {name: make(results) for name, make in report.TABLES.items()})
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_averaged_and_compared_with_dense(report, tmp_path):
+    write(tmp_path, "dense-test", 0.97, gflops=0.5, reduction=0.0)
+    for seed, accuracy, reached in ((0, 0.92, 0.79), (1, 0.95, 0.8), (2, 0.95, 0.81)):
+        run(tmp_path, "madtp-sizes", 0.8, seed, accuracy, reached=reached, gflops=0.1 + 0.01 * seed)
+    text = made(report, tmp_path)
+    found = row(text, "overall", "MADTP with sizes")
+    assert found["accuracy, %"] == "**94.0**"
+    assert found["range over seeds"] == "92.0 to 95.0" and found["seeds"] == "3"
+    assert found["points below dense"] == "3.0"
+    assert found["fewer GFLOPs: target"] == "80 %" and found["reached"] == "80.0 %"
+    assert found["GFLOPs"] == "0.110"
+    # sqrt(0.92 * 0.08 / 400) of the first seed, sqrt(0.97 * 0.03 / 400) of the dense model
+    assert found["standard error"] == "1.36"
+    assert row(text, "overall", "dense")["standard error"] == "0.85"
+    assert row(text, "templates", "MADTP with sizes, 80 %")["count"] == "93.0"
+    assert "steps 90, pairs 8; torch 2.13.0" in text
+
+
+def test_baselines_stand_beside_the_improvement_at_their_reduction(report, tmp_path):
+    write(tmp_path, "dense-test", 0.97, gflops=0.5)
+    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
+    run(tmp_path, "madtp-sizes", 0.5, 0, 0.96)
+    run(tmp_path, "random", 0.8, 0, 0.6)
+    write(tmp_path, "batch-maximum-0.8", 0.945, {"groups": 64}, reduction=0.6, gflops=0.2)
+    text = made(report, tmp_path)
+    assert [cells[0] for cells in rows(text, "baselines")[2:]] == [
+        "MADTP with sizes",
+        "random",
+        "batch maximum",
+    ]
+    assert row(text, "baselines", "random")["below MADTP with sizes"] == "34.0"
+    assert row(text, "baselines", "random")["points below dense"] == "37.0"
+    maximum = row(text, "baselines", "batch maximum")
+    assert (maximum["saved"], maximum["accuracy, %"]) == ("60.0 %", "**94.5**")
+
+
+def test_calibrated_stands_beside_fine_tuned_of_the_same_reduction(report, tmp_path):
+    run(tmp_path, "madtp-sizes", 0.5, 0, 0.96)
+    write(tmp_path, "calibrated-0.3", 0.9, reduction=0.31)
+    write(tmp_path, "calibrated-0.5", 0.85, reduction=0.5)
+    text = made(report, tmp_path)
+    assert row(text, "calibrated", "30 %")["calibrated, %"] == "**90.0**"
+    assert row(text, "calibrated", "30 %")["fine-tuned with sizes, %"] == ""
+    assert row(text, "calibrated", "50 %")["fine-tuned with sizes, %"] == "96.0"
+
+
+def test_tokens_by_layer(report, tmp_path):
+    run(tmp_path, "madtp", 0.8, 0, 0.9)
+    text = made(report, tmp_path)
+    found = rows(text, "tokens")
+    assert ["tokens of a picture", "before", "after 1"] in found and ["MADTP, 80 %", "145.0", "20.0"] in found
+    assert ["tokens of a statement", "before", "after 1"] in found and ["MADTP, 80 %", "10.0", "4.0"] in found
+
+
+def test_times_are_per_statement(report, tmp_path):
+    record = {
+        "dtype": "float32", "batch": 64, "statements": 64, "rounds": 5, "subject": "dense",
+        "gflops_per_statement": {"dense": 0.5, "madtp-sizes-0.8-0": 0.1},
+        "milliseconds": {"dense": 640.0, "madtp-sizes-0.8-0": 160.0},
+        "quartile_milliseconds": {"dense": [600.0, 700.0], "madtp-sizes-0.8-0": [128.0, 192.0]},
+    }  # fmt: skip
+    environment = {"device": "a machine", "threads": 2, "torch": "2.13.0", "commit": "abc"}
+    (tmp_path / "timing-cpu.json").write_text(json.dumps({"environment": environment, "records": [record]}))
+    found = row(made(report, tmp_path), "timing", "MADTP with sizes, 80 %")
+    assert (found["ms per statement"], found["middle half"], found["over dense"]) == (
+        "2.50",
+        "2.00 to 3.00",
+        "4.00x",
+    )
+
+
+def test_what_was_not_recorded_is_left_out(report, tmp_path):
+    text = made(report, tmp_path)
+    assert text.count(report.NOTHING) == len(report.TABLES) and "|" not in text
+    run(tmp_path, "random", 0.8, 0, 0.6)
+    text = made(report, tmp_path)
+    assert [cells[0] for cells in rows(text, "overall")[2:]] == ["random"]
+    assert row(text, "overall", "random")["points below dense"] == ""
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("difference", [{"steps": 91}, {"pairs": 16}, {"lr": 1e-3}, {"statements": 300}])
+def test_mixed_budgets_are_refused(report, tmp_path, difference):
+    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
+    run(tmp_path, "random", 0.8, 0, 0.6, **difference)
+    with pytest.raises(report.Refused, match="|".join(difference)):
+        report.collect(tmp_path)
+
+
+def test_a_record_under_a_wrong_name_or_without_a_result_is_refused(report, tmp_path):
+    run(tmp_path, "madtp", 0.8, 0, 0.9)
+    (tmp_path / "madtp-0.8-0.json").rename(tmp_path / "madtp-sizes-0.8-0.json")
+    with pytest.raises(report.Refused, match="records madtp 0.8 0"):
+        report.collect(tmp_path)
+    content = {"settings": {}, "torch": "", "metrics": [{"step": 1, "train": {}}]}
+    (tmp_path / "madtp-sizes-0.8-0.json").write_text(json.dumps(content))
+    with pytest.raises(report.Refused, match="one test result, got 0"):
+        report.collect(tmp_path)
+
+
+# ---- the file and its plots --------------------------------------------------------------------------------
+
+
+def test_only_tables_are_replaced_and_plots_are_drawn(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    write(tmp_path, "dense-test", 0.97, gflops=0.5)
+    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
+    run(tmp_path, "random", 0.8, 0, 0.6)
+    write(tmp_path, "batch-maximum-0.8", 0.945, {"groups": 64}, reduction=0.6, gflops=0.2)
+    output = tmp_path / "docs" / "results.md"
+    first = report.write(report.collect(tmp_path), output)
+    assert {path.name for path in first} == {
+        "results.md", "results-accuracy-gflops.png", "results-templates.png"
+    }  # fmt: skip
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in first if path.suffix == ".png")
+    output.write_text(output.read_text().replace("## Tokens\n", "## Tokens\n\nWritten by hand.\n"))
+    run(tmp_path, "random", 0.8, 0, 0.7)
+    report.write(report.collect(tmp_path), output)
+    text = output.read_text()
+    assert "Written by hand." in text
+    assert row(text, "baselines", "random")["accuracy, %"] == "**70.0**"
+    output.write_text(text.replace("table: timing", "table: another"))
+    with pytest.raises(report.Refused, match="another"):
+        report.write(report.collect(tmp_path), output)
+
+
+def test_labels_move_apart_and_no_more_than_they_need(report):
+    assert report.apart([1.0, 5.0, 9.0], 2.0) == [1.0, 5.0, 9.0]
+    assert report.apart([4.0, 4.0], 2.0) == [3.0, 5.0]
+    assert report.apart([0.0, 4.0, 4.0, 4.5], 2.0) == pytest.approx([0.0, 13 / 6, 25 / 6, 37 / 6])
+    assert report.apart([0.0, 3.0, 3.0, 3.0], 2.0) == pytest.approx([-0.75, 1.25, 3.25, 5.25])
+
+
+# ---- the list of runs --------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):
+    """The command line was understood; nothing of what follows is to be done."""
+
+
+def jobs(reproduce, tmp_path: Path):
+    return [job for stage in reproduce.stages(tmp_path, tmp_path / "out.md") for job in stage]
+
+
+def test_every_command_parses(reproduce, tmp_path, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self, *arguments):
+        raise Parsed(parse(self, *arguments))
+
+    seen = set()
+    for job in jobs(reproduce, tmp_path):
+        program, *arguments = job.command
+        if program == "-m":
+            module, *arguments = arguments
+            if module == "madtp":
+                assert madtp_parser().parse_args(arguments)
+            else:
+                assert module == synthetic.__name__
+                with monkeypatch.context() as patch, pytest.raises(Parsed):
+                    patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+                    synthetic.main(arguments)
+            continue
+        with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+            patch.setattr(sys, "argv", [program, *arguments])
+            patch.setattr(sys, "path", [str(FOLDER), *sys.path])
+            runpy.run_path(program, run_name="__main__")
+        if job.kind == "compress":
+            args = parsed.value.args[0]
+            seen.add((args.method, args.reduction, args.seed))
+    assert seen == set(reproduce.RUNS)
+
+
+def test_runs_have_methods_that_the_report_knows_and_names_of_their_own(reproduce, report, tmp_path):
+    assert {run.method for run in reproduce.RUNS} == set(report.METHODS)
+    names = [job.name for job in jobs(reproduce, tmp_path)]
+    assert len(set(names)) == len(names)
+    assert {job.kind for job in jobs(reproduce, tmp_path)} == set(reproduce.MINUTES)
+    assert reproduce.BATCH_MAXIMUM in reproduce.RUNS
+
+
+def test_commands_need_only_what_earlier_stages_leave(reproduce, tmp_path):
+    """Models and data that a command reads are written by a stage before."""
+    there = set()
+    for stage in reproduce.stages(tmp_path, tmp_path / "out.md"):
+        for job in stage:
+            command = job.command
+            wanted = {command[i + 1] for i, part in enumerate(command) if part in ("--model", "--pairs")}
+            if "--models" in command:
+                wanted |= set(command[command.index("--models") + 1 :])
+            wanted = {path for path in wanted if path.startswith(str(tmp_path))}
+            assert wanted <= there, job.name
+        for job in stage:
+            command = job.command
+            left = {command[i + 1] for i, part in enumerate(command) if part == "--output"}
+            there |= left | {str(job.result)}
+
+
+def test_jobs_run_so_many_at_a_time_and_not_again(reproduce, tmp_path):
+    begin = "import pathlib, sys, time; here = pathlib.Path(sys.argv[1]); "
+
+    def job(name: str, code: str):
+        return reproduce.Job("evaluate", name, ("-c", begin + code, str(tmp_path)), tmp_path / name)
+
+    def wait_for(name: str, then: str) -> str:
+        """Code that leaves its own file, ends when the other one is there, and fails if that takes long."""
+        return (
+            f"(here / 'began-{then}').touch(); end = time.time() + 120\n"
+            f"while not (here / 'began-{name}').exists(): assert time.time() < end; time.sleep(0.01)\n"
+            f"(here / '{then}').touch()"
+        )
+
+    together = [job("a", wait_for("b", "a")), job("b", wait_for("a", "b"))]
+    assert reproduce.minutes([[*together, job("c", "")]], 2) == 1.5 * reproduce.MINUTES["evaluate"]
+    reproduce.do(together, 2, tmp_path, tqdm(disable=True))
+    assert all(one.done for one in together) and reproduce.minutes([together], 2) == 0
+    in_turn = [
+        job("c", "time.sleep(0.3); (here / 'c').touch()"),
+        job("d", "assert (here / 'c').exists(); (here / 'd').touch()"),
+    ]
+    reproduce.do(in_turn, 1, tmp_path, tqdm(disable=True))
+
+
+def test_a_job_that_fails_stops_the_others_and_tells_why(reproduce, tmp_path):
+    def job(name: str, code: str):
+        return reproduce.Job("evaluate", name, ("-c", code), tmp_path / name)
+
+    bad = [job("bad", "print('why'); raise SystemExit(3)"), job("long", "import time; time.sleep(900)")]
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="(?s)bad failed with exit code 3.*why"):
+        reproduce.do(bad, 2, tmp_path, tqdm(disable=True))
+    assert time.monotonic() - started < 600
+    with pytest.raises(RuntimeError, match="nothing failed with exit code 0"):
+        reproduce.do([job("nothing", "")], 1, tmp_path, tqdm(disable=True))
+
+
+def test_dry_run_tells_what_is_left(tmp_path):
+    (tmp_path / "results").mkdir()
+    write(tmp_path / "results", "random-0.8-0", 0.6)
+    command = [sys.executable, FOLDER / "reproduce.py", "--dry-run", "--directory", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    lines = done.stdout.splitlines()
+    assert "# random-0.8-0: done" in lines and "# madtp-sizes-0.8-0" in lines
+    assert "jobs are left: about" in lines[-1]
+    assert not (tmp_path / "models").exists()
