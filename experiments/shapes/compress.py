@@ -12,8 +12,8 @@ temperature is set on the dev split, and the test split is answered once.
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -31,7 +31,6 @@ from madtp.compress.pairs import costs, forward_pairs
 from madtp.compress.run import Run
 from madtp.compress.schedule import cosine
 from madtp.data.synthetic import Batch, Shapes
-from madtp.files import replacing
 from madtp.guidance import alignment_loss
 from madtp.models.nlvr import NLVR
 from madtp_kernels import RaggedBatch
@@ -63,10 +62,9 @@ class Teacher:
             states = [(part.values.half(), part.cu_seqlens, part.max_seqlen) for part in parts]
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                buffer = io.BytesIO()
-                torch.save(states, buffer)
-                with replacing(path) as file:
-                    file.write(buffer.getvalue())
+                own = path.with_suffix(f".{os.getpid()}")  # another run may be about to write the same
+                torch.save(states, own)
+                os.replace(own, path)
         images, statements = (RaggedBatch(values.float(), *rest) for values, *rest in states)
         return images, statements
 
