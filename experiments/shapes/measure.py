@@ -125,6 +125,11 @@ def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Call
     return [comparison(1, alone), comparison(STATEMENTS, together)]
 
 
+def name_of(folder: Path) -> str:
+    """Of a model: its folder's, or where that is just "model", that of the folder which it is in."""
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,7 +142,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="times that each model answers (default: 15)")
     parser.add_argument("--device-name", metavar="NAME", help="what to call this machine")
     args = parser.parse_args()
-    names = [Path(source).resolve().name for source in args.models]
+    names = [name_of(Path(source).resolve()) for source in args.models]
     if len(set(names)) < len(names) or args.rounds < 1:
         parser.error("--models: expected folders of different names; --rounds: expected a number >= 1")
 

@@ -4,11 +4,10 @@ evaluate, time, report. Goes on where it stopped: what has its result is not don
   make reproduce                              in an environment of its own, into reproduction/
   make reproduce ARGS=--dry-run               what it would do, and how long that takes
   make reproduce JOBS=4                       four runs at a time, one thread each
-  python experiments/shapes/reproduce.py --directory experiments/shapes --output docs/results.md
 
-The last one makes the recorded results. DIR/results gets the records, DIR/models the models, DIR/runs what
-is of no use afterwards: checkpoints, what each command printed, answers of the dense model. The list of runs
-below is also what report.py goes by.
+Records are DIR/results/NAME.json, the report is DIR/results.md, models are DIR/NAME/model. What else is in
+DIR is of no use afterwards: checkpoints, what each command printed, answers of the dense model. The list of
+runs below is also what report.py goes by; experiments/shapes/results holds such records.
 """
 
 from __future__ import annotations
@@ -79,39 +78,39 @@ def script(name: str, **options: object) -> tuple[str, ...]:
     return (str(SHAPES / name), *arguments)
 
 
-def stages(directory: Path, output: Path, device: str = "cpu") -> list[list[Job]]:
-    """All jobs: those of a stage need nothing but the stages before.
+def stages(directory: Path, device: str = "cpu") -> list[list[Job]]:
+    """All jobs: those of a stage need nothing but the stages before. Timings are called by `device`."""
+    results = directory / "results"
 
-    Args:
-        directory: for everything but the report.
-        output: Markdown file of the report.
-        device: what the timings are called by.
-    """
-    results, models, runs = (directory / name for name in ("results", "models", "runs"))
+    def model(name: str) -> Path:
+        return directory / name / "model"
 
     def trained(kind: str, name: str, program: str, **options: object) -> Job:
         record = results / f"{name}.json"
-        command = script(program, **options, directory=runs / name, output=models / name, record=record)
+        command = script(
+            program, **options, directory=directory / name / "run", output=model(name), record=record
+        )
         return Job(kind, name, command, record)
 
-    def evaluated(name: str, model: str, **options: object) -> Job:
+    def evaluated(name: str, source: str, **options: object) -> Job:
         record = results / f"{name}.json"
-        command = script("evaluate.py", model=models / model, **options, record=record)
+        command = script("evaluate.py", model=model(source), **options, record=record)
         return Job("evaluate", name, command, record)
 
-    dense, pairs = models / "dense", runs / "pairs" / "train.jsonl"
-    shared = {"model": dense, "teacher-cache": runs / "teacher"}
-    compressed = [trained("compress", run.name, "compress.py", **run._asdict(), **shared) for run in RUNS]
-    calibrated = []
+    dense, pairs, compressed, calibrated = model("dense"), directory / "pairs" / "train.jsonl", [], []
+    for run in RUNS:
+        options = {**run._asdict(), "model": dense, "teacher-cache": directory / f"teacher-{run.seed}"}
+        compressed.append(trained("compress", run.name, "compress.py", **options))
     for reduction in CALIBRATED:
-        name = f"calibrated-{reduction}"
+        output = model(f"calibrated-{reduction}")
         command = ("-m", "madtp", "calibrate", "--model", str(dense), "--pairs", str(pairs))
-        command += ("--reduction", str(reduction), "--output", str(models / name), "--workers", "0")
-        calibrated.append(Job("calibrate", f"calibrate-{reduction}", command, models / name / "result.json"))
+        command += ("--reduction", str(reduction), "--output", str(output), "--workers", "0")
+        calibrated.append(Job("calibrate", f"calibrate-{reduction}", command, output / "result.json"))
     drawn = ("-m", "madtp.data.synthetic", "--output", str(pairs.parent), "--split", "train")
     drawn += ("--pairs", "600")
     timing = results / f"timing-{device}.json"
-    timed = [str(dense), *(str(models / run.name) for run in sorted(TIMED, reverse=True))]
+    report = directory / "results.md"
+    timed = [str(dense), *(str(model(run.name)) for run in sorted(TIMED, reverse=True))]
     return [
         [trained("dense", "dense", "train_dense.py"), Job("pairs", "pairs", drawn, pairs)],
         [*compressed, *calibrated, evaluated("dense-test", "dense", temperature=0)],
@@ -120,7 +119,7 @@ def stages(directory: Path, output: Path, device: str = "cpu") -> list[list[Job]
             *(evaluated(f"calibrated-{reduction}", f"calibrated-{reduction}") for reduction in CALIBRATED),
         ],
         [Job("timing", "timing", (*script("measure.py", output=timing), "--models", *timed), timing)],
-        [Job("report", "report", script("report.py", results=results, output=output), None)],
+        [Job("report", "report", script("report.py", results=results, output=report), None)],
     ]
 
 
@@ -137,18 +136,18 @@ def spoken(minutes: float) -> str:
     return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
 
 
-def start(job: Job, runs: Path) -> subprocess.Popen:
+def start(job: Job, logs: Path) -> subprocess.Popen:
     """Start a job; what it prints goes to its log."""
     environment = dict(os.environ)
     if job.kind != "timing":  # alone on the machine, which it measures
         environment["OMP_NUM_THREADS"] = "1"
-    with open(runs / f"{job.name}.log", "ab") as log:
+    with open(logs / f"{job.name}.log", "ab") as log:
         return subprocess.Popen(
             [sys.executable, *job.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
 
 
-def do(jobs: list[Job], at_once: int, runs: Path, bar: tqdm) -> None:
+def do(jobs: list[Job], at_once: int, logs: Path, bar: tqdm) -> None:
     """Do the jobs of a stage, some at a time. If one fails the others are stopped, and go on another time.
 
     Raises:
@@ -159,7 +158,7 @@ def do(jobs: list[Job], at_once: int, runs: Path, bar: tqdm) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                running[job.name] = (start(job, runs), job, time.monotonic())
+                running[job.name] = (start(job, logs), job, time.monotonic())
             bar.set_postfix_str(", ".join(running))
             time.sleep(0.2)
             for process, job, since in list(running.values()):
@@ -167,7 +166,7 @@ def do(jobs: list[Job], at_once: int, runs: Path, bar: tqdm) -> None:
                     continue
                 del running[job.name]
                 if process.returncode or not (job.done or job.result is None):
-                    log = runs / f"{job.name}.log"
+                    log = logs / f"{job.name}.log"
                     end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                     raise RuntimeError(
                         f"{job.name} failed with exit code {process.returncode}; the end of {log}:\n{end}"
@@ -194,9 +193,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--directory", type=Path, default=Path("reproduction"), metavar="DIR",
-        help="for records, models and checkpoints (default: reproduction)",
+        help="for everything (default: reproduction)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the report (default: DIR/results.md)")
     parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, a thread each (default: 2)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     args = parser.parse_args()
@@ -204,7 +202,7 @@ def main() -> int:
 
     directory = args.directory.resolve()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    todo = stages(directory, (args.output or directory / "results.md").resolve(), device)
+    todo = stages(directory, device)
     jobs = [job for stage in todo for job in stage]
     left = [job for job in jobs if not job.done]
     if args.dry_run:
@@ -220,21 +218,21 @@ def main() -> int:
     if args.dry_run:
         return 0
 
-    runs = directory / "runs"
-    for folder in (runs, directory / "results", directory / "models"):
+    logs = directory / "logs"
+    for folder in (logs, directory / "results"):
         folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which stops the commands
     try:
         with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit=" jobs") as bar:
             for stage in todo:
-                do([job for job in stage if not job.done], args.jobs, runs, bar)
+                do([job for job in stage if not job.done], args.jobs, logs, bar)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     except RuntimeError as error:
         print(f"{error}\nThe same command goes on.", file=sys.stderr)
         return 1
-    print((runs / "report.log").read_text().splitlines()[-1])
+    print((logs / "report.log").read_text().splitlines()[-1])
     return 0
 
 
