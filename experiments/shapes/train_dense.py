@@ -1,6 +1,6 @@
 """Train the small dense BLIP-NLVR on shapes, from scratch. Goes on where it stopped when it is started again.
 
-  python experiments/shapes/train_dense.py --directory runs/dense --output experiments/shapes/models/dense
+  python experiments/shapes/train_dense.py --directory runs/dense --output python/madtp/data/shapes/dense
 
 Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone
 tells, for each patch, which shape and colour lies there; then the statements come, simple templates first,
