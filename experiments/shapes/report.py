@@ -55,6 +55,8 @@ MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
 DENSE = "#000000"
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+"""Behind labels that a line may cross."""
 
 SKELETON = """\
 # Compression on shapes: results
@@ -492,8 +494,8 @@ def accuracy_plot(results: Results):
         place = (maximum.cost, 100 * maximum.accuracy)
         axes.plot(*place, "o", mec=MAXIMUM_STYLE.colour, mfc="white", markersize=7, zorder=4)
         axes.annotate(
-            MAXIMUM_STYLE.name, place, (0, -9), textcoords="offset points", ha="center", va="top",
-            fontsize=8, color=MAXIMUM_STYLE.colour,
+            MAXIMUM_STYLE.name, place, (8, -4), textcoords="offset points", va="top",
+            fontsize=8, color=MAXIMUM_STYLE.colour, bbox=PAPER,
         )  # fmt: skip
     if dense := results.dense:
         axes.axhline(100 * dense.accuracy, color=DENSE, linestyle=":", linewidth=1)
@@ -572,22 +574,24 @@ def time_plot(results: Results):
             points.sort()
             style = METHODS.get(key, MAXIMUM_STYLE)
             colour = DENSE if key == "dense" else style.colour
-            x, y, below, above, models = zip(*points, strict=True)
+            x, y, before, after, models = zip(*points, strict=True)
             marker = {"dense": "*", "batch maximum": "o"}.get(key, style.marker)
             fill = "white" if key == "batch maximum" else colour
             axes.errorbar(
-                x, y, xerr=(below, above), fmt=marker + "-", color=colour, mfc=fill, elinewidth=1, zorder=3,
+                x, y, xerr=(before, after), fmt=marker + "-", color=colour, mfc=fill, elinewidth=1, zorder=3,
                 markersize=10 if key == "dense" else 6,
             )  # fmt: skip
             for place, height, model in zip(x, y, models, strict=True):
                 if key == "madtp-sizes":
                     axes.annotate(
-                        whole(model.reduction), (place, height), (0, 7), textcoords="offset points",
-                        fontsize=8, color=colour, ha="center",
+                        whole(model.reduction), (place, height), (-5, 4), textcoords="offset points",
+                        ha="right", fontsize=8, color=colour,
                     )  # fmt: skip
+            beside = {"xytext": (9, 0), "ha": "left", "va": "center"}
+            below = {"xytext": (0, -9), "ha": "center", "va": "top"}
             axes.annotate(
-                "dense" if key == "dense" else style.name, (x[0], y[0]), (0, -10), textcoords="offset points",
-                ha="center", va="top", fontsize=8.5, color=colour,
+                "dense" if key == "dense" else style.name, (x[0], y[0]), textcoords="offset points",
+                fontsize=8, color=colour, bbox=PAPER, zorder=5, **(beside if key == "batch maximum" else below),
             )  # fmt: skip
         axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
         axes.set_title(f"{environment['device']}, {record['dtype']}, batch {record['batch']}", fontsize=9)
