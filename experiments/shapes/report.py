@@ -591,7 +591,8 @@ def time_plot(results: Results):
             below = {"xytext": (0, -9), "ha": "center", "va": "top"}
             axes.annotate(
                 "dense" if key == "dense" else style.name, (x[0], y[0]), textcoords="offset points",
-                fontsize=8, color=colour, bbox=PAPER, zorder=5, **(beside if key == "batch maximum" else below),
+                fontsize=8, color=colour, bbox=PAPER, zorder=5,
+                **(beside if key == "batch maximum" else below),
             )  # fmt: skip
         axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
         axes.set_title(f"{environment['device']}, {record['dtype']}, batch {record['batch']}", fontsize=9)
