@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument(
         "--reduction", type=float, default=0.8, help="share of the GFLOPs to save (default: 0.8)"
     )
-    parser.add_argument("--steps", type=int, default=800, help="default: 800")
+    parser.add_argument("--steps", type=int, default=500, help="default: 500")
     parser.add_argument("--pairs", type=int, default=16, help="pairs per step (default: 16)")
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (default: 5e-4)")
     parser.add_argument("--distill", type=float, default=1.0, help="weight of the dense model's states (default: 1)")
@@ -171,10 +171,10 @@ def main() -> None:
     result["reduction"] = round(1 - result["gflops"] / dense, 4)
     run.log(test=result)
     print(json.dumps(result, indent=2))
-    if args.record:
-        run.record(args.record)
     if args.output:
         save_pretrained(model.half(), args.output)
+    if args.record:  # last: a record says that everything is there
+        run.record(args.record)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reproduce import BATCH_MAXIMUM, CALIBRATED, RUNS
+from reproduce import BATCH_MAXIMUM, CALIBRATED, RUNS, SHIPPED, SHIPPED_STEPS
 
 SHAPES = Path(__file__).parent
 ROOT = SHAPES.parents[1]
@@ -51,6 +51,7 @@ METHODS = {
     "vision-only": Method("vision only", "the text is not pruned", "#b8860b", "P"),
 }
 CALIBRATED_STYLE = Method("calibrated", "dictionary and temperature only, no labels", "#56b4e9", "v")
+SHIPPED_NAME = f"MADTP with sizes, {SHIPPED_STEPS} steps"
 MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
@@ -134,7 +135,7 @@ def read(folder: Path) -> dict[str, Record]:
         OSError, ValueError: a file that cannot be read.
     """
     named = {run.name: run for run in RUNS}
-    evaluated = ["dense", "dense-test", f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    evaluated = ["dense", "dense-test", "shipped", f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     records = {}
     for name in [*evaluated, *named]:
@@ -225,6 +226,10 @@ class Results(NamedTuple):
         return self.records.get(f"batch-maximum-{BATCH_MAXIMUM.reduction}")
 
     @property
+    def shipped(self) -> Record | None:
+        return self.records.get("shipped")
+
+    @property
     def calibrated(self) -> list[Group]:
         found = ((reduction, self.records.get(f"calibrated-{reduction}")) for reduction in CALIBRATED)
         return [Group("calibrated", reduction, [record]) for reduction, record in found if record]
@@ -305,6 +310,10 @@ def overall(results: Results) -> str:
                 error(group.records[0]),
             ]
         )
+    if shipped := results.shipped:
+        row = [SHIPPED_NAME, whole(SHIPPED.reduction), f"{percent(shipped.test['reduction'])} %", f"{shipped.cost:.3f}"]
+        row += [f"{shipped.test['gflops_full']:.3f}", "1", f"**{percent(shipped.accuracy)}**", ""]
+        rows.append([*row, loss(results, shipped.accuracy), error(shipped)])
     header = ["method", "fewer GFLOPs: target", "reached", "GFLOPs", "full", "seeds", "accuracy, %"]
     header += ["range over seeds", "points below dense", "standard error"]
     image = "![Accuracy against GFLOPs](PLOT-accuracy-gflops.png)"
@@ -342,6 +351,9 @@ def labelled(results: Results) -> list[tuple[str, Group]]:
     found = [("dense", Group("dense", 0.0, [results.dense]))] if results.dense else []
     found += [(f"{METHODS[group.method].name}, {whole(group.reduction)}", group) for group in results.groups]
     found += [(f"calibrated, {whole(group.reduction)}", group) for group in results.calibrated]
+    if results.shipped:
+        group = Group(SHIPPED.method, SHIPPED.reduction, [results.shipped])
+        found.append((f"{SHIPPED_NAME}, {whole(SHIPPED.reduction)}", group))
     if results.maximum:
         group = Group(BATCH_MAXIMUM.method, BATCH_MAXIMUM.reduction, [results.maximum])
         found.append((MAXIMUM_STYLE.name, group))
@@ -490,6 +502,12 @@ def accuracy_plot(results: Results):
                 costs = [record.cost for record in group.records]
                 axes.plot(costs, seeds, ".", color=style.colour, markersize=5, alpha=0.5, zorder=2)
         names.append((x[0], y[0], style.name, style.colour))
+    if shipped := results.shipped:
+        colour, place = METHODS[SHIPPED.method].colour, (shipped.cost, 100 * shipped.accuracy)
+        axes.plot(*place, "o", color=colour, markersize=9, zorder=4)
+        axes.annotate(
+            f"{SHIPPED_STEPS} steps", place, (7, 4), textcoords="offset points", fontsize=8, color=colour
+        )
     if maximum := results.maximum:
         place = (maximum.cost, 100 * maximum.accuracy)
         axes.plot(*place, "o", mec=MAXIMUM_STYLE.colour, mfc="white", markersize=7, zorder=4)
