@@ -270,7 +270,7 @@ def alignment(source, pairs):
 def test_calibration_learns_the_dictionary_and_the_temperature_only(tmp_path, capsys):
     save_tiny("retrieval", tmp_path / "model")
     options = ["--reduction", 0.3, "--steps", 20, "--batch-size", 6, "--workers", 0, "--log-every", 1]
-    options += ["--dictionary", "keep"]
+    options += ["--dictionary", "keep", "--lr", 0.01]
     files = ["--model", tmp_path / "model", "--pairs", unlabelled(tmp_path / "pictures"), "--output", tmp_path / "out"]
     arguments = [str(argument) for argument in ["calibrate", *files, *options]]
     done(arguments, capsys)

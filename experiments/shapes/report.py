@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reproduce import BATCH_MAXIMUM, CALIBRATED, RUNS, SHIPPED, SHIPPED_STEPS
+from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, RUNS, SHIPPED, SHIPPED_STEPS
 
 SHAPES = Path(__file__).parent
 ROOT = SHAPES.parents[1]
@@ -56,6 +56,7 @@ MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
 DENSE = "#000000"
+SHOWN_LAYERS = (1, 2, 3, 6, 12)  # of the twelve that see images
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 """Behind labels that a line may cross."""
 
@@ -78,6 +79,11 @@ the tokens. The standard error is that of a single run and takes statements as i
 Every run starts from the same dense model and has the same steps, data and kernels.
 
 <!-- table: baselines -->
+<!-- end -->
+
+## Where the errors come from
+
+<!-- table: anatomy -->
 <!-- end -->
 
 ## By template
@@ -135,7 +141,7 @@ def read(folder: Path) -> dict[str, Record]:
         OSError, ValueError: a file that cannot be read.
     """
     named = {run.name: run for run in RUNS}
-    evaluated = ["dense", "dense-test", "shipped", f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    evaluated = ["dense", "dense-test", "shipped", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     records = {}
     for name in [*evaluated, *named]:
@@ -368,6 +374,25 @@ def templates(results: Results) -> str:
     return table(["accuracy, %", *groups], rows, image, made_by(results, results.groups, EVALUATE))
 
 
+def anatomy(results: Results) -> str:
+    """The shipped model under other conditions."""
+    names = {
+        "shipped-as-it-is": "as it is",
+        "shipped-text-whole": "text not pruned",
+        "shipped-milder": "at a third of its temperature",
+        "shipped-unpruned": "not pruned at all",
+    }
+    rows = []
+    for name in ANATOMY:
+        if record := results.records.get(name):
+            row = [names[name], f"{percent(record.test['reduction'])} %", f"**{percent(record.accuracy)}**"]
+            left = record.test["objects_left"]
+            rows.append([*row, *(percent(left[layer - 1]) for layer in SHOWN_LAYERS)])
+    header = ["the model of the package", "fewer GFLOPs", "accuracy, %"]
+    header += [f"objects with a token after layer {layer}, %" for layer in SHOWN_LAYERS]
+    return table(header, rows, f"Made by {EVALUATE} with `--method vision-only`, `--temperature`.")
+
+
 def calibrated(results: Results) -> str:
     """Calibrated models beside fine-tuned ones."""
     rows = []
@@ -431,7 +456,7 @@ def table(header: list[str], rows: list[list[str]], *rest: str) -> str:
 
 
 TABLES = {
-    "overall": overall, "baselines": baselines, "templates": templates, "calibrated": calibrated,
+    "overall": overall, "baselines": baselines, "anatomy": anatomy, "templates": templates, "calibrated": calibrated,
     "tokens": tokens, "timing": timing,
 }  # fmt: skip
 

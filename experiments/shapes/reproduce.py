@@ -48,6 +48,13 @@ RUNS = (
 )
 SHIPPED, SHIPPED_STEPS = Run("madtp-sizes", 0.8, 0), 1600
 """The pruned model that the package holds: one of the runs, but trained longer. It is called "shipped"."""
+ANATOMY = {
+    "shipped-as-it-is": {},
+    "shipped-text-whole": {"method": "vision-only"},
+    "shipped-milder": {"temperature": 3.2},
+    "shipped-unpruned": {"temperature": 0},
+}
+"""The same model under other conditions: where its errors come from."""
 CALIBRATED = (0.3, 0.5)
 """Reductions for which only dictionary and temperature are learnt."""
 BATCH_MAXIMUM = Run("madtp-sizes", 0.8, 0)
@@ -121,6 +128,7 @@ def stages(directory: Path, device: str = "cpu") -> list[list[Job]]:
         [
             evaluated(f"batch-maximum-{BATCH_MAXIMUM.reduction}", BATCH_MAXIMUM.name, groups=GROUP),
             *(evaluated(f"calibrated-{reduction}", f"calibrated-{reduction}") for reduction in CALIBRATED),
+            *(evaluated(name, "shipped", **options) for name, options in ANATOMY.items()),
         ],
         [Job("timing", "timing", (*script("measure.py", output=timing), "--models", *timed), timing)],
         [Job("report", "report", script("report.py", results=results, output=report), None)],

@@ -10,7 +10,7 @@ from .training import above_zero, add_pruning_options, add_run_options, fingerpr
 _EXAMPLES = """\
 examples:
   madtp calibrate --model model_base_retrieval_coco.pth --pairs pairs.jsonl --reduction 0.3 --output retrieval-0.3
-  madtp calibrate --model DIR --pairs pairs.jsonl --reduction 0.5 --steps 500 --output DIR-0.5 --device cuda
+  madtp calibrate --model DIR --pairs pairs.jsonl --reduction 0.5 --use-sizes --output DIR-0.5 --device cuda
 
 a row of pairs.jsonl (paths are relative to the file; "sentence", "question", "caption" may stand for "text"):
   {"image": "dog.jpg", "text": "a dog on a beach"}
@@ -18,7 +18,8 @@ a row of pairs.jsonl (paths are relative to the file; "sentence", "question", "c
 
 Only the dictionary learns, by the alignment of pictures with texts; the model's own weights stay, so that no labels
 are needed, and little time. The temperature is then set so that the target is met on up to 256 of the pairs. It costs
-more accuracy than `madtp compress`. Captioning has no text to align. The same command goes on after an interruption.
+more accuracy than `madtp compress`. More learning is not better: entries that grow alike see the same few tokens, which
+puts low reductions out of reach. Captioning has no text to align. The same command goes on after an interruption.
 
 A model that was never pruned begins with a dictionary of its own tokens, drawn from up to 64 pairs: with random
 entries even the lowest temperature drops about half of the tokens.
@@ -41,9 +42,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--reduction", required=True, type=share, help="share of the GFLOPs to save, as 0.3")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the model goes, and the run (DIR/run)")
     group = parser.add_argument_group("learning")
-    group.add_argument("--steps", type=positive, default=300, help="how many, rounded up to whole epochs (default: 300)")
+    group.add_argument("--steps", type=positive, default=100, help="how many, rounded up to whole epochs (default: 100)")
     group.add_argument("--batch-size", type=positive, default=16, help="pairs per step and process (default: 16)")
-    group.add_argument("--lr", type=above_zero, default=1e-2, help="highest learning rate (default: 0.01)")
+    group.add_argument("--lr", type=above_zero, default=1e-3, help="highest learning rate (default: 0.001)")
     add_pruning_options(group, distill="")
     add_run_options(parser)
     parser.set_defaults(run=run)
