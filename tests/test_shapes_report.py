@@ -53,6 +53,7 @@ def write(folder: Path, name: str, accuracy: float, settings: dict | None = None
     test = {
         "accuracy": groups, "statements": 400, "gflops": 0.1, "gflops_full": 0.12, "reduction": 0.8,
         "image_tokens": [145.0, 20.0], "text_tokens": [10.0, 4.0],
+        "objects_left": [1 - 0.01 * layer for layer in range(12)],
     } | test  # fmt: skip
     content = {
         "settings": settings or {},
@@ -148,6 +149,20 @@ def test_calibrated_stands_beside_fine_tuned_of_the_same_reduction(report, tmp_p
     assert row(text, "calibrated", "30 %")["calibrated, %"] == "**90.0**"
     assert row(text, "calibrated", "30 %")["fine-tuned with sizes, %"] == ""
     assert row(text, "calibrated", "50 %")["fine-tuned with sizes, %"] == "96.0"
+
+
+def test_the_shipped_model_stands_beside_the_runs_and_under_other_conditions(report, tmp_path):
+    write(tmp_path, "dense-test", 0.97, gflops=0.5, reduction=0.0)
+    run(tmp_path, "madtp-sizes", 0.8, 0, 0.9)
+    settings = {"method": "madtp-sizes", "reduction": 0.8, "seed": 0, "steps": 1600, "pairs": 8}
+    write(tmp_path, "shipped", 0.93, settings)
+    write(tmp_path, "shipped-milder", 0.955, reduction=0.7)
+    text = made(report, tmp_path)
+    longer = row(text, "overall", "MADTP with sizes, 1600 steps")
+    assert longer["accuracy, %"] == "**93.0**" and longer["points below dense"] == "4.0"
+    ((_, saved, accuracy, *left),) = rows(text, "anatomy")[2:]
+    assert (saved, accuracy) == ("70.0 %", "**95.5**")
+    assert left == ["100.0", "99.0", "98.0", "95.0", "89.0"]  # after layers 1, 2, 3, 6 and 12
 
 
 def test_tokens_by_layer(report, tmp_path):

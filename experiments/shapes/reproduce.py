@@ -62,7 +62,7 @@ BATCH_MAXIMUM = Run("madtp-sizes", 0.8, 0)
 GROUP = 32
 TIMED = [run for run in RUNS if run.seed == 0 and run.method in ("madtp-sizes", "madtp")]
 MINUTES = {
-    "dense": 25, "pairs": 0.2, "compress": 10, "shipped": 40, "calibrate": 5, "evaluate": 1, "timing": 5, "report": 0.2,
+    "dense": 22, "pairs": 0.2, "compress": 11, "shipped": 30, "calibrate": 4, "evaluate": 1, "timing": 5, "report": 0.2,
 }  # fmt: skip
 """How long each kind of job takes on one thread of two cores; timing takes all threads."""
 
