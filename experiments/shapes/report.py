@@ -531,8 +531,9 @@ def accuracy_plot(results: Results):
         colour, place = METHODS[SHIPPED.method].colour, (shipped.cost, 100 * shipped.accuracy)
         axes.plot(*place, "o", color=colour, markersize=9, zorder=4)
         axes.annotate(
-            f"{SHIPPED_STEPS} steps", place, (7, 4), textcoords="offset points", fontsize=8, color=colour
-        )
+            f"{SHIPPED_STEPS} steps", place, (0, 8), textcoords="offset points", ha="center", fontsize=8,
+            color=colour, bbox=PAPER,
+        )  # fmt: skip
     if maximum := results.maximum:
         place = (maximum.cost, 100 * maximum.accuracy)
         axes.plot(*place, "o", mec=MAXIMUM_STYLE.colour, mfc="white", markersize=7, zorder=4)
