@@ -30,7 +30,7 @@ NOTE: the weights of this model are random, its answers mean nothing. What it sh
 kept, what that costs, how long it takes."""
 _REAL_SIZE = """
 A model this small spends much of its time on what pruning does not save. The real size, with random weights
-(some minutes on a CPU): madtp demo --model random:base --temperature 8"""
+(a minute or two on a CPU): madtp demo --model random:base --temperature 8"""
 _OTHER = "{model} without pruning and at temperature {temperature:g}. Numbers are the probability of True."
 
 
