@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from madtp.pruning import Pruning
+from madtp_kernels.importance.reference import EPS
 from madtp_kernels.segments import sample_of
 
 
@@ -20,7 +21,7 @@ class NoAlignment(Pruning):
         alignment = (tokens @ dictionary.mT).detach().float()
         weights = (alignment / self.temperature).masked_fill(~seen[..., None], -torch.inf).softmax(1)
         sample = sample_of(entering.cu_seqlens, len(received))
-        total = received.new_zeros(entering.batch_size).index_add(0, sample, received) + 1e-8
+        total = received.new_zeros(entering.batch_size).index_add(0, sample, received) + EPS
         importance = (received / total[sample] + cls) / 2
         padded, _ = entering.with_values(importance.detach()).to_padded()
         threshold = (weights * padded.masked_fill(~seen, 0.0)[..., None]).sum(1).amin(1)
