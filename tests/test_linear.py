@@ -9,7 +9,7 @@ import madtp_kernels
 from madtp_kernels import BackendError, backends, linear
 from madtp_kernels.linear import reference
 
-ACTIVATIONS = [None, "gelu", "quick_gelu"]
+ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "silu"]
 LENGTHS = [3, 0, 1, 7]
 every_backend = pytest.mark.parametrize("backend", backends_here())
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -43,8 +43,10 @@ def formula(x, weight, bias, cu_seqlens, activation, residual):
     z = z if bias is None else z + bias.double()
     if activation == "gelu":
         z = z * 0.5 * torch.special.erfc(-z / 2**0.5)
-    elif activation == "quick_gelu":
-        z = z / (1 + torch.exp(-1.702 * z))
+    elif activation == "gelu_tanh":
+        z = z * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    elif activation in ("quick_gelu", "silu"):
+        z = z / (1 + torch.exp(-z * (1.702 if activation == "quick_gelu" else 1.0)))
     return z if residual is None else z + residual[: z.shape[0]].double()
 
 
@@ -245,7 +247,7 @@ def test_sizes_that_do_not_fit(name, axis, generator):
 
 @pytest.mark.parametrize("activation", ["relu", "", 1])
 def test_unknown_activation(activation, generator):
-    with pytest.raises(ValueError, match="^activation: expected None, 'gelu' or 'quick_gelu', got "):
+    with pytest.raises(ValueError, match="^activation: expected None or one of 'gelu', 'gelu_tanh', 'quick_gelu', 'silu', got "):
         linear(**case_of(generator, activation=activation))
 
 

@@ -398,7 +398,7 @@ def check_linear(dtype, tiles, tile, activation, undefined):
 
 @each_tile
 def test_linear(dtype, tiles, tile):
-    check_linear(dtype, tiles, tile, random.choice(["", "gelu", "quick_gelu"]), float("nan"))
+    check_linear(dtype, tiles, tile, random.choice(["", "gelu", "gelu_tanh", "quick_gelu", "silu"]), float("nan"))
 
 
 @each_tile

@@ -16,7 +16,7 @@ from . import reference
 
 __all__ = ["linear"]
 
-ACTIVATIONS = ("gelu", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 _MOST_TOKENS = 2**31 - 1
 
 
@@ -39,7 +39,8 @@ def linear(
         x: ``[C, in]`` float32, bfloat16 or float16 (float64 on the reference); rows beyond T are undefined.
         weight: ``[out, in]`` and bias ``[out]`` as in :func:`torch.nn.functional.linear`, in the dtype of x.
         cu_seqlens: ``[B+1]`` int32 offsets; only the last one matters.
-        activation: None, "gelu" (exact, by erf) or "quick_gelu" (``z sigmoid(1.702 z)``, CLIP's).
+        activation: None, "gelu" (exact, by erf), "gelu_tanh" (its approximation by tanh, SigLIP's), "quick_gelu"
+            (``z sigmoid(1.702 z)``, CLIP's) or "silu" (``z sigmoid(z)``).
         residual: ``[C, out]`` in the dtype of x, added last.
         backend: force "reference", "cpu", "triton" or "cuda"; by default chosen from the device.
 
@@ -58,7 +59,8 @@ def linear(
         checks.tensor("bias", bias, (weight.shape[0],), "[out]", x.dtype, x.device)
     checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None, 'gelu' or 'quick_gelu', got {checks.describe(activation)}")
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation: expected None or one of {names}, got {checks.describe(activation)}")
     if residual is not None:
         checks.tensor("residual", residual, (x.shape[0], weight.shape[0]), "[C, out]", x.dtype, x.device)
     return torch.ops.madtp_kernels.linear(

@@ -13,9 +13,13 @@ QUICK_GELU = 1.702  # z sigmoid(1.702 z), CLIP's approximation of GELU
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """``activation`` is "" (none), "gelu" (exact, by erf) or "quick_gelu"."""
+    """``activation`` is "" (none), "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" or "silu"."""
     if activation == "gelu":
         return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if activation == "silu":
+        return F.silu(z)
     return z * torch.sigmoid(QUICK_GELU * z) if activation == "quick_gelu" else z
 
 
@@ -23,6 +27,10 @@ def activation_backward(z: Tensor, d_out: Tensor, activation: str) -> Tensor:
     """Gradient of z from that of activate(z)."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(d_out, z)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(d_out, z, approximate="tanh")
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(d_out, z)
     if activation == "quick_gelu":
         s = torch.sigmoid(QUICK_GELU * z)
         return d_out * (s + QUICK_GELU * z * s * (1 - s))

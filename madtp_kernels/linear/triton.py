@@ -43,8 +43,13 @@ def _finish(
         z += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh(u)) = sigmoid(2 u)
+        u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        z = z / (1.0 + tl.exp2(u * (-2.0 * LOG2E)))
     elif ACTIVATION == "quick_gelu":
         z = z / (1.0 + tl.exp2(z * (-QUICK_GELU * LOG2E)))
+    elif ACTIVATION == "silu":
+        z = z / (1.0 + tl.exp2(z * -LOG2E))
     if residual is not None:
         added = tl.load(residual + rows[:, None] * residual_row + o_n[None, :], mask=inside, other=0.0)
         z += added.to(tl.float32)
