@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
@@ -407,21 +408,31 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:
         for key, parameter in own.items():
             if key in state:
                 parameter.copy_(state[key])
-            elif key == "temp":
-                parameter.fill_(0.07)
-            elif key.endswith("bias"):
-                parameter.zero_()
             else:
-                parameter.normal_(0.0, 1.0 if key == "space_dict" else 0.02)
+                parameter.copy_(initial_weight(key, parameter.shape))
     if "temp" in invented:
         _log.info("%s has no temp: set to 0.07, where BLIP's training begins; nothing but training uses it", origin)
         invented.remove("temp")
     if invented:
         _log.warning(
-            "%s has no %s: initialised at random, as MADTP does before training. Pruning needs a trained dictionary.",
+            "%s has no %s: made up at random (always the same), as MADTP does before training. Pruning needs a trained dictionary.",
             origin,
             ", ".join(invented),
         )
+
+
+def initial_weight(key: str, shape: torch.Size) -> Tensor:
+    """A value, float32 on the CPU, for a weight that a checkpoint lacks by design, distributed as MADTP's training begins.
+
+    It depends on the name and the shape alone (the generator's seed is the name's CRC-32), so that every process, device and
+    dtype has the same, whatever else is missing.
+    """
+    if key == "temp":
+        return torch.full(shape, 0.07)
+    if key.endswith("bias"):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    return torch.empty(shape).normal_(0.0, 1.0 if key == "space_dict" else 0.02, generator=generator)
 
 
 def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:

@@ -49,7 +49,7 @@ from transformers.utils.generic import can_return_tuple
 from madtp_kernels import RaggedBatch, backends
 
 from . import flops, layouts
-from .checkpoints import read_file
+from .checkpoints import initial_weight, read_file
 from .layers import Keys, Runs
 from .models import MODELS, Model
 from .models.base import first_rows
@@ -402,17 +402,11 @@ def _guidance(dictionary: Tensor | str | os.PathLike | None, task: str) -> dict[
 
 def _fill(slots: list[tuple[nn.Module, str]], wanted: list[tuple[str, torch.Size]], state: Mapping[str, Tensor]) -> list[str]:
     """Give values to the parameters that transformers does not have; returns those that no file knew."""
-    generator, made_up = torch.Generator().manual_seed(0), []
+    made_up = []
     for (module, name), (key, shape) in zip(slots, wanted, strict=True):
         value = state.get(key)
         if value is None:
-            value = torch.empty(shape)
-            if key == "temp":  # for training alone
-                value.fill_(0.07)
-            elif name == "bias":
-                value.zero_()
-            else:
-                value.normal_(0.0, 1.0 if key == "space_dict" else 0.02, generator=generator)
+            value = initial_weight(key, shape)
             made_up += [key] if key != "temp" else []
         elif value.shape != shape:
             raise ValueError(f"dictionary: {key} is {list(value.shape)}, this model needs {list(shape)}")

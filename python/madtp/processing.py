@@ -7,6 +7,7 @@ Models, batching of whole runs and result files live elsewhere.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import threading
@@ -223,6 +224,14 @@ def load_clip_tokenizer(source: str | os.PathLike):
     return tokenizer
 
 
+def _rules(tokenizer) -> dict:
+    """Vocabulary and rules of a tokenizer, without the state that calls leave in it."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return {"vocabulary": tokenizer.get_vocab()}
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
+
+
 class Processor:
     """Turns pictures and sentences into a BLIP model's inputs.
 
@@ -259,6 +268,15 @@ class Processor:
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def facts(self, texts: bool = True) -> dict:
+        """What decides pixels and, unless ``texts`` is false, token ids, as JSON values (see `madtp.fingerprint`)."""
+        return {
+            "kind": type(self).__name__,
+            "image_size": self.image_size,
+            "max_tokens": self.max_tokens,
+            "tokenizer": _rules(self.tokenizer) if texts else None,
+        }
 
     def image(self, source) -> torch.Tensor:
         """Pixels of a picture, float32 [3, image_size, image_size]; sources and errors as in `load_image`."""
