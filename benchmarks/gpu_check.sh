@@ -1,140 +1,158 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a machine with one GPU, in under nine minutes and without a network.
+# Builds, measures and tests on a machine with one GPU and no network, what is worth most first.
 #
-#   benchmarks/gpu_check.sh                 records go to benchmarks/results/<device>/
-#   OUT=folder benchmarks/gpu_check.sh      records and the log go to folder
+#   benchmarks/gpu_check.sh first           build operations model gpu-tests same-sample counters: about 4 minutes
+#   benchmarks/gpu_check.sh second          memcheck racecheck conformance operation-tests model-tests: about 4 minutes
+#   benchmarks/gpu_check.sh benchmarks      the whole of benchmarks/, for report.py: some minutes
+#   benchmarks/gpu_check.sh model counters  the stages that are named; without names all three groups
+#   benchmarks/gpu_check.sh --dry-run ...   tiny sizes on whatever device there is, to see that everything runs
 #
-# Every stage has its own limit, and a stage that fails or runs out of time does not stop the later ones. Stages that need
-# something which is not there (a GPU, pytest, compute-sanitizer) are skipped, with the reason. The exit status is 1 if the
-# build, a test or a benchmark's check failed. Needs Python with torch; installs nothing outside a temporary folder.
+# OUT    folder that receives the log, the figures (one line of JSON each, written as soon as it is known), the records
+#        and the counters; benchmarks/results/<device> by default
+# LIMIT  seconds for everything (none by default); each stage has a limit of its own besides
+# CACHE  folder of compiled kernels, kept from one run to the next
+#
+# A stage that fails or runs out of time does not stop the later ones, and what it has written stays. Stages that need what
+# is not there (a GPU, pytest, ncu) are skipped, with the reason. The exit status is 1 if a stage failed. Needs Python with
+# torch and, for the kernels in CUDA C++, nvcc on PATH, in CUDA_HOME or in /usr/local/cuda.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
-    exit 0
-fi
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-export XDG_CACHE_HOME="$scratch/cache" TRITON_CACHE_DIR="$scratch/triton" PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask for deterministic algorithms
+FIRST="build operations model gpu-tests same-sample counters"
+SECOND="memcheck racecheck conformance operation-tests model-tests"
+BENCHMARKS="bench-operations bench-blocks bench-model bench-captions"
+dry="" stages=""
+for word in "$@"; do
+    case "$word" in
+        -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+        --dry-run) dry=--dry-run ;;
+        first) stages="$stages $FIRST" ;;
+        second) stages="$stages $SECOND" ;;
+        benchmarks) stages="$stages $BENCHMARKS" ;;
+        *)
+            case " $FIRST $SECOND $BENCHMARKS " in
+                *" $word "*) stages="$stages $word" ;;
+                *) echo "$0: no stage $word; see --help" >&2 && exit 2 ;;
+            esac
+            ;;
+    esac
+done
+[ -n "$stages" ] || stages="$FIRST $SECOND $BENCHMARKS"
+
+if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
+    export CUDA_HOME=/usr/local/cuda
+fi
+cache=${CACHE:-${TMPDIR:-/tmp}/madtp_gpu_check}
+export TRITON_CACHE_DIR="$cache/triton" PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python"
+[ -n "$dry" ] || export XDG_CACHE_HOME="$cache"
 
 has() { python3 -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+# tool NAME: its path; the toolkit's folder need not be on PATH.
+tool() { command -v "$1" || ls {"${CUDA_HOME:-/usr/local/cuda}",/usr/local/cuda}/bin/"$1" 2>/dev/null | head -n 1; }
 
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' 2>/dev/null)
 no_gpu=""
 [ -n "$device" ] || no_gpu="torch sees no CUDA device"
+no_pytest=$no_gpu
+[ -n "$no_pytest" ] || has pytest || no_pytest="pytest is missing"
+no_device=$no_gpu
+[ -z "$dry" ] || no_device=""
 name=$(echo "${device:-no device}" | tr '[:upper:]' '[:lower:]' | tr -cs '[:alnum:]\n' '-')
 out=${OUT:-benchmarks/results/$name}
-mkdir -p "$out" || exit 1
-log="$out/gpu_check.log"
-: >"$log"
-table="$scratch/table"
+mkdir -p "$out" "$cache" || exit 1
+log="$out/gpu_check.log" figures="$out/figures.jsonl" table="$cache/table"
 : >"$table"
 failed=0
 
-line() { printf '%-24s %-10s %5s  %s\n' "$1" "$2" "$3" "$4" | tee -a "$table"; }
+line() { printf '%-18s %-8s %5s  %s\n' "$1" "$2" "$3" "$4" | tee -a "$table"; }
 
-# stage NAME END REASON COMMAND...: run until END seconds after the start at most, or skip it for the reason, if there is one.
-# An interrupt comes before the kill, so that pytest still writes what it has measured.
+# stage NAME SECONDS REASON COMMAND...: run for that long at most, or skip it for the reason, if there is one. An interrupt
+# comes before the kill, so that pytest still says what failed.
 stage() {
-    local name=$1 end=$2 reason=$3 started=$SECONDS limit status
+    local name=$1 limit=$2 reason=$3 started=$SECONDS status word=ok last
     shift 3
-    limit=$((end - SECONDS))
-    [ -n "$reason" ] || [ "$limit" -ge 5 ] || reason="no time left"
+    if [ -n "${LIMIT:-}" ] && [ $((LIMIT - SECONDS)) -lt "$limit" ]; then
+        limit=$((LIMIT - SECONDS))
+    fi
+    [ -n "$reason" ] || [ "$limit" -ge 8 ] || reason="no time left"
     if [ -n "$reason" ]; then
         line "$name" skipped - "$reason"
         return 0
     fi
+    local output="$out/$name.txt"
     printf '\n==== %s: %s\n' "$name" "$*" >>"$log"
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$scratch/output" 2>&1
-    status=$?
-    cat "$scratch/output" >>"$log"
-    local last
-    last=$(grep -v '^ *$' "$scratch/output" | tail -n 1 | cut -c1-110)
-    if [ $status -eq 0 ]; then
-        line "$name" ok "$((SECONDS - started))s" "$last"
-    else
-        [ $status -eq 124 ] || [ $status -eq 137 ] && last="stopped after ${limit} s; $last"
-        line "$name" FAILED "$((SECONDS - started))s" "$last"
-        failed=1
-        grep -E '^(FAILED|ERROR|E  )|Error:|error:' "$scratch/output" | cut -c1-160 | head -n 12
+    timeout --signal=INT --kill-after=5 "$limit" "$@" 2>&1 | tee "$output" >>"$log"
+    status=${PIPESTATUS[0]}
+    last=$(grep -v '^ *$' "$output" | tail -n 1 | cut -c1-110)
+    if [ "$status" -ne 0 ]; then
+        word=FAILED failed=1
+        [ "$status" -ne 124 ] && [ "$status" -ne 137 ] || last="stopped after $limit s; $last"
+        grep -E '^(FAILED|ERROR|E  )|Error:|error:|"error"' "$output" | cut -c1-200 | head -n 12
     fi
-    return $status
+    line "$name" "$word" "$((SECONDS - started))s" "$last"
+    printf '{"stage": "%s", "figure": "stage", "status": %d, "seconds": %d, "at": %d}\n' \
+        "$name" "$status" "$((SECONDS - started))" "$SECONDS" >>"$figures"
+    # Of tests and sanitizers the whole output is worth a file; the others' is in the log.
+    case "$name" in *tests | *check | conformance) ;; *) rm -f "$output" ;; esac
 }
 
-no_pytest=$no_gpu
-[ -n "$no_pytest" ] || has pytest || no_pytest="pytest is missing"
+measure() { stage "$1" "$2" "$no_device" python3 benchmarks/gpu_figures.py "$1" --out "$figures" $dry; }
 
-# ---- build: as a user installs it, but into a temporary folder; else from the checkout at first use ------------------
-
-checkout="$PWD:$PWD/python"
-build_from_checkout() {
-    PYTHONPATH="$checkout" MADTP_KERNELS_BUILD=1 python3 -c '
-from madtp_kernels import native
-print(native.load().build_info())'
-}
-install_from_source() {
-    MADTP_KERNELS_BUILD=1 python3 -m pip install -q --no-index --no-deps --no-build-isolation --target "$scratch/site" . &&
-        PYTHONPATH="$scratch/site" python3 -c '
-from madtp_kernels import native
-print(native.load().build_info())'
-}
-export -f build_from_checkout install_from_source
-export checkout scratch
-site=$checkout
-if stage "pip install" 130 "$no_gpu" bash -c install_from_source; then
-    [ -n "$no_gpu" ] || site="$scratch/site"
-else
-    stage "build at first use" 190 "$no_gpu" bash -c build_from_checkout
-fi
-export PYTHONPATH="$site"
-
-stage "environment" 195 "" bash -c '
-command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv
-python3 -m madtp_kernels.info'
-
-# ---- tests ----------------------------------------------------------------------------------------------------------
-
-pytest="python3 -m pytest -q -p no:cacheprovider --tb=short"
-operations="tests/test_linear.py tests/test_operators.py tests/test_contracts.py tests/test_ragged.py tests/test_batch_invariance.py"
-! has hypothesis || operations="$operations tests/test_properties.py"
-stage "gpu tests" 230 "$no_pytest" $pytest tests/test_gpu.py
-stage "conformance" 265 "$no_pytest" $pytest tests/test_conformance.py
-stage "operations" 305 "$no_pytest" $pytest $operations
-stage "models" 335 "$no_pytest" $pytest tests/test_model.py tests/test_tasks.py tests/test_clip.py tests/test_patch.py
-
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-no_sanitizer=$no_pytest
-[ -n "$no_sanitizer" ] || [ -n "$sanitizer" ] || no_sanitizer="compute-sanitizer is missing"
-# Without PyTorch's caching allocator every tensor is an allocation of its own, so that a step out of it is seen.
-stage "compute-sanitizer" 370 "$no_sanitizer" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "$sanitizer" --tool memcheck --error-exitcode 9 $pytest tests/test_gpu.py -k small_uneven
-
-# ---- benchmarks -----------------------------------------------------------------------------------------------------
+parallel=""
+! has xdist || parallel="-n 8"
+pytest="env CUBLAS_WORKSPACE_CONFIG=:4096:8 python3 -m pytest -q -p no:cacheprovider --tb=short $parallel"
+run_tests() { stage "$1" "$2" "$no_pytest" $pytest -rfE "${@:3}"; }
 
 only=""
-has pytest_benchmark && only="--benchmark-only --benchmark-columns=median,rounds"
-measure() { stage "$1" "$2" "$no_pytest" $pytest $only "benchmarks/test_$3.py" --records "$out/$3.json"; }
-measure "benchmarks: operations" 425 operations
-measure "benchmarks: blocks" 455 blocks
-measure "benchmarks: model" 505 model
-measure "benchmarks: captions" 530 captions
+! has pytest_benchmark || only="--benchmark-only --benchmark-columns=median,rounds -p no:xdist"
+records() {
+    stage "bench-$1" "$2" "$no_pytest" python3 -m pytest -q -p no:cacheprovider --tb=short $only "benchmarks/test_$1.py" \
+        --records "$out/$1.json"
+}
 
-# ---- the short table last -------------------------------------------------------------------------------------------
+# Without PyTorch's caching allocator every tensor is an allocation of its own, so that a step out of it is seen.
+sanitize() {
+    local sanitizer missing=$no_gpu
+    sanitizer=$(tool compute-sanitizer)
+    [ -n "$missing" ] || [ -n "$sanitizer" ] || missing="compute-sanitizer is missing"
+    stage "$1" "$2" "$missing" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$sanitizer" --tool "$1" --error-exitcode 9 python3 benchmarks/gpu_figures.py small --out "$figures"
+}
 
-records=$(ls "$out"/*.json 2>/dev/null)
+counters() {
+    local ncu missing=$no_gpu section sections=""
+    ncu=$(tool ncu)
+    [ -n "$missing" ] || [ -n "$ncu" ] || missing="ncu is missing"
+    for section in SpeedOfLight LaunchStats Occupancy MemoryWorkloadAnalysis ComputeWorkloadAnalysis WarpStateStats; do
+        sections="$sections --section $section"
+    done
+    stage counters 60 "$missing" "$ncu" --clock-control none --profile-from-start off $sections --csv --page details \
+        --print-details all --log-file "$out/counters.csv" python3 benchmarks/gpu_figures.py launches --out "$figures"
+}
+
+for chosen in $stages; do
+    case "$chosen" in
+        build) measure build 130 ;;
+        operations) measure operations 70 ;;
+        model) measure model 70 ;;
+        gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;
+        same-sample) measure same-sample 40 ;;
+        counters) counters ;;
+        memcheck | racecheck) sanitize "$chosen" 70 ;;
+        conformance) run_tests conformance 60 tests/test_conformance.py ;;
+        operation-tests)
+            run_tests operation-tests 70 tests/test_{linear,operators,contracts,ragged,batch_invariance}.py
+            ;;
+        model-tests) run_tests model-tests 60 tests/test_{model,tasks,clip,patch}.py ;;
+        bench-*) records "${chosen#bench-}" 120 ;;
+    esac
+done
+
 {
-    if [ -n "$records" ]; then
-        echo
-        python3 benchmarks/report.py $records --only model
-        echo
-        python3 benchmarks/report.py $records --only captions
-        echo
-        python3 benchmarks/report.py $records --only goals
-    fi
+    echo
+    [ ! -f "$figures" ] || python3 benchmarks/gpu_figures.py --table "$figures"
     echo
     echo "${device:-no GPU}: $SECONDS s, log in $log"
     cat "$table"
-} | tee -a "$log"
+} 2>&1 | tee -a "$log"
 exit $failed

@@ -1,0 +1,629 @@
+"""Figures of one GPU in the order of their worth, each appended to a file as one line of JSON as soon as it is known.
+
+    python benchmarks/gpu_figures.py STAGE [STAGE ...] --out figures.jsonl
+
+`gpu_check.sh` runs it. A figure that fails becomes a line with the error, and the next one goes on; a run that is stopped
+keeps every line before. Stages:
+
+    build        compiles the C++ extension and, in processes beside it, the Triton kernels of the stages below
+    operations   ceilings and the operations of 64 x 577 tokens in bfloat16
+    model        the real-size BLIP-NLVR: as a CUDA graph, eager, its kernels
+    same-sample  how many tokens change when a sample has other neighbours
+    launches     one launch of each kernel of interest, for a profiler that starts when it is told to
+    small        small uneven cases of every operation against the reference, for compute-sanitizer
+
+Device times are medians over replays of a CUDA graph: ``us`` with the L2 overwritten before each, ``warm_us`` back to back.
+``host_us`` is what a call takes until everything is enqueued; ``eager_us`` lies between two events around one such call.
+``--dry-run`` takes tiny sizes on whatever device there is, to see that everything is called as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import inputs
+import measure
+import nlvr
+import test_operations
+from blocks import dense_call, dictionary, pruned_call, vision_transformer
+from measure import DTYPES, ON_GPU, relative_error
+
+HERE = Path(__file__).resolve()
+BATCH = "64 x 577"
+PAIRS = (64, 32, 1)
+# Of the official GFLOPs of the random real-size model: what `nlvr.temperature_for` finds.
+TEMPERATURES = {"dense": 0.0, "pruned 50%": 5.5, "pruned 80%": 16.3}
+SECONDS = 0.25  # for the rounds of one figure
+
+
+class Log:
+    """Where figures go. In a rehearsal nothing is timed or written: every call is made once, which compiles its kernels."""
+
+    def __init__(self, path: str | None, rehearsal: bool = False) -> None:
+        self.path, self.rehearsal, self.stage, self.errors = path, rehearsal, "", 0
+
+    def write(self, figure: str, **facts) -> None:
+        if self.rehearsal and "error" not in facts:
+            return
+        line = json.dumps({"stage": self.stage, "figure": figure, **facts})
+        print(line[:400], flush=True)
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def guarding(self, figure: str, **facts):
+        """An exception inside becomes a line."""
+        try:
+            yield
+        except Exception as error:
+            self.errors += 1
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{type(error).__name__}: {error}"[:600]
+            self.write(figure, **facts, error=said, at=f"{Path(where.filename).name}:{where.lineno}")
+
+    def time(self, figure: str, call: Callable[[], object], graph: bool = True, **facts) -> None:
+        """Time one call and write the line."""
+        with self.guarding(figure, **facts):
+            if self.rehearsal:
+                call()
+                _wait()
+            else:
+                self.write(figure, **facts, **timed(call, graph))
+
+    def check(self, figure: str, call: Callable[[], object], **facts) -> None:
+        """Compare with the reference: a line says whether the answer is right."""
+        with self.guarding(figure, **facts):
+            if not self.rehearsal:
+                call()
+                self.write(figure, **facts, right=True)
+
+
+def _wait() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def _count(seconds: float, most: int) -> int:
+    """Rounds that fit."""
+    return max(3, min(most, int(SECONDS / max(seconds, 1e-6))))
+
+
+def timed(call: Callable[[], object], graph: bool = True) -> dict:
+    """Device and host times of a call, in microseconds."""
+    call()
+    _wait()
+    start = time.perf_counter()
+    call()
+    _wait()
+    rough = time.perf_counter() - start
+    hosts, events = [], []
+    for _ in range(_count(2 * rough, 20)):
+        measure._flush()  # so that the device is busy while the host enqueues
+        events.append(_between_events(call, hosts))
+        _wait()
+    result = {"host_us": statistics.median(hosts) * 1e6, "host_us_min": min(hosts) * 1e6}
+    if not ON_GPU:
+        return result
+    result["eager_us"] = statistics.median(a.elapsed_time(b) for a, b in events) * 1e3
+    if not graph:
+        return result
+    try:
+        replay = measure._captured(call)
+    except Exception as error:
+        _wait()
+        return result | {"graph_error": f"{type(error).__name__}: {error}"[:300]}
+    replay()
+    _wait()
+    cold = []
+    for _ in range(_count(rough, 30)):
+        measure._flush()
+        cold.append(_between_events(replay))
+    _wait()
+    cold = [a.elapsed_time(b) * 1e3 for a, b in cold]
+    rounds = _count(rough, 50)
+
+    def many():
+        for _ in range(rounds):
+            replay()
+
+    start, end = _between_events(many)
+    _wait()
+    low, high = measure._quartiles(cold)
+    return {
+        "us": statistics.median(cold), "us_min": min(cold), "us_quartiles": [low, high],
+        "warm_us": start.elapsed_time(end) * 1e3 / rounds, **result,
+    }  # fmt: skip
+
+
+def _between_events(call: Callable[[], object], hosts: list[float] | None = None):
+    """Events before and after the call, once it is enqueued; how long that took is appended to ``hosts``."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if ON_GPU else None
+    if events:
+        events[0].record()
+    start = time.perf_counter()
+    call()
+    took = time.perf_counter() - start
+    if events:
+        events[1].record()
+    if hosts is not None:
+        hosts.append(took)
+    return events
+
+
+def device_state() -> dict:
+    """Clocks, power and temperature as the card is found; none of it is changed."""
+    fields = (
+        "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,"
+        "clocks_event_reasons.active"
+    )
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return dict(zip(fields.split(","), values.split(", "), strict=True))
+
+
+# ---- build ----------------------------------------------------------------------------------------------------------
+
+
+def build(log: Log) -> None:
+    """The extension in one process, the rehearsals of the stages in twelve others; a line when each is done."""
+    extension = (
+        "import torch\nfrom madtp_kernels import native\ninfo = dict(native.load().build_info())\nprint(info)\n"
+        "assert info['cuda'] or not torch.cuda.is_available(), 'the extension was built without CUDA'"
+    )
+    commands = {"extension": ([sys.executable, "-c", extension], {"MADTP_KERNELS_BUILD": "1"})}
+    for part in REHEARSALS:
+        setting = {"MADTP_KERNELS_BUILD": "0", "OMP_NUM_THREADS": "2"}
+        commands[part] = ([sys.executable, str(HERE), part, "--rehearsal"], setting)
+
+    def run(name: str) -> bool:
+        command, setting = commands[name]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*command, *(["--dry-run"] if DRY and name != "extension" else [])],
+            env=os.environ | setting, capture_output=True, text=True,
+        )  # fmt: skip
+        seconds = round(time.perf_counter() - start, 1)
+        ends = {} if done.returncode == 0 else {"error": (done.stdout + done.stderr)[-1500:]}
+        log.write(name, seconds=seconds, **ends, **({"output": done.stdout[-600:]} if name == "extension" else {}))
+        return done.returncode == 0
+
+    if ON_GPU:
+        with log.guarding("device before"):
+            log.write("device before", **device_state())
+    with concurrent.futures.ThreadPoolExecutor(1 + 12 if not DRY else 1) as pool:
+        done = dict(zip(commands, pool.map(run, commands), strict=True))
+    if not done["extension"]:
+        raise SystemExit(1)
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+
+def ceilings(log: Log) -> None:
+    with log.guarding("copy"):
+        log.write("copy", gbps=measure.copy_gbps())
+    with log.guarding("product 8192"):
+        log.write("product 8192", tflops=measure.product_gflops(torch.bfloat16) / 1e3)
+    data = test_operations.Multiplied("bfloat16", BATCH, 1.0, first=True)
+    log.time("product 36928x768x3072", lambda: F.linear(data.x, data.weight), gflop=data.gflop)
+    if ON_GPU:
+        with log.guarding("device after products"):
+            log.write("device after products", **device_state())
+
+
+def attended(log: Log) -> None:
+    data = test_operations.Attended("bfloat16", BATCH)
+    state = data.attend()
+    log.time("attention", data.attend)
+    log.time("importance", lambda: data.importance(*state))
+    log.time("attention + importance", data.attend_with_importance)
+    log.check("attention and importance against the reference", data.check_importance)
+    if log.rehearsal:
+        return
+    log.time("sdpa, default", data.fused)
+    if not ON_GPU:
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+
+        def sdpa(name=name):
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                return data.fused()
+
+        log.time(f"sdpa, {name}", sdpa)
+    with log.guarding("varlen_attn"):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = data.qkv.values.unbind(1)
+        log.time("varlen_attn", lambda: varlen_attn(q, k, v, data.cu, data.cu, data.most, data.most))
+
+
+def scored(log: Log) -> None:
+    data = test_operations.Scored("bfloat16", BATCH)
+    tokens = sum(data.lengths)
+    log.time("score", data.score)
+    log.time("compact", data.compacted, rows_in=tokens, rows_out=data.rows_out)
+    log.time("compact + LayerNorm", lambda: data.compacted(norm=True))
+    log.time("prune + LayerNorm", lambda: data.pruned(norm=True))
+    with log.guarding("score, forms"):
+        from madtp_kernels.scoring import triton as scoring
+
+        chosen = scoring._one_launch
+        try:
+            for name, one in (("score, one launch", True), ("score, two launches", False)):
+                scoring._one_launch = lambda *sizes, one=one: one
+                log.time(name, data.score)
+        finally:
+            scoring._one_launch = chosen
+    log.check("score against the reference", data.check_score)
+    log.check("compact against the reference", data.check_compaction)
+    if not log.rehearsal:
+        copy, gbytes = data.copy_of(tokens, data.rows_out)
+        log.time("copy of compact's bytes", copy, gbytes=gbytes)
+        copy, gbytes = data.copy_of(tokens, 2 * data.rows_out)
+        log.time("copy of compact + LayerNorm's bytes", copy, gbytes=gbytes)
+        log.time("alignment product", lambda: F.linear(data.entering, data.dictionary))
+
+
+def multiplied(log: Log, first: bool) -> None:
+    layer = "768->3072 + GELU" if first else "3072->768 + residual"
+    for share in (0.5,) if log.rehearsal else (1.0, 0.5, 0.2):
+        data = test_operations.Multiplied("bfloat16", BATCH, share, first)
+        facts = {"layer": layer, "share": share, "gflop": data.gflop}
+        for name, call in data.candidates().items():
+            log.time(name, call, **facts)
+        used = slice(data.rows)
+        log.time("bare product over the buffer", lambda d=data: F.linear(d.x, d.weight, d.bias), **facts)
+        log.time("bare product over the tokens", lambda d=data, r=used: F.linear(d.x[r], d.weight, d.bias), **facts)
+        with log.guarding("tiles", **facts):
+            if not ON_GPU:
+                continue
+            from madtp_kernels.linear import triton as implementation
+
+            for tile in implementation._tiles(data.x, data.weight):
+                arguments = (data.x, data.weight, data.bias, data.cu, data.activation or "", data.residual)
+                log.time("tile", functools.partial(implementation._multiply, tile, *arguments), tile=[*tile], **facts)
+        log.check(f"{layer} against the reference", data.check, share=share)
+    with log.guarding("chosen tiles"):
+        from madtp_kernels.linear import triton as implementation
+
+        if hasattr(implementation, "_fastest"):
+            log.write("chosen tiles", chosen={str(key[3:]): str(tile) for key, tile in implementation._fastest.items()})
+
+
+def cuda_backend(log: Log) -> None:
+    """The same operations by the C++ kernels that stand in for Triton."""
+    if not ON_GPU:
+        return
+    data = test_operations.Attended("bfloat16", BATCH)
+    state = data.attend()
+    log.time("importance", lambda: data.importance(*state, backend="cuda"), backend="cuda")
+    log.time("attention", lambda: data.attend("cuda"), backend="cuda")
+    data = test_operations.Scored("bfloat16", BATCH)
+    log.time("score", lambda: data.score(backend="cuda"), backend="cuda")
+    log.time("compact", lambda: data.compacted(backend="cuda"), backend="cuda")
+    log.time("compact + LayerNorm", lambda: data.compacted(norm=True, backend="cuda"), backend="cuda")
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+def pairs_of(log: Log, dtype: str, count: int) -> nlvr.Pairs:
+    if log.rehearsal:  # which tokens stay does not matter, and drawing blobs takes seconds
+        inputs.images = lambda count, size=384, seed=0: torch.rand(count, 3, size, size, device=measure.DEVICE)
+    return nlvr.pairs(dtype, count)
+
+
+def forwards(log: Log, count: int) -> None:
+    pairs = pairs_of(log, "bfloat16", count)
+    net = nlvr.model("bfloat16")
+    layers = net.config.vision.depth + net.config.text.num_hidden_layers
+    for name, temperature in TEMPERATURES.items():
+        facts = {"pairs": count, "layers": layers}
+        call = functools.partial(nlvr.answer, "bfloat16", pairs, temperature)
+        with log.guarding(name, **facts):
+            if not log.rehearsal:
+                facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), guided=temperature > 0)
+        log.time(name, call, **facts)
+    if not log.rehearsal:
+        log.time("dense, plain PyTorch", lambda: nlvr.plain_answer("bfloat16", pairs), pairs=count)
+
+
+def vision_block(log: Log) -> None:
+    """Host and device time of a single layer, as the model calls it."""
+    block = vision_transformer("bfloat16", 1).blocks[0]
+    for count in (128, 2) if not DRY else (1,):
+        lengths = [577] * count
+        x = inputs.packed(inputs.tokens(lengths, inputs.WIDTH, dtype=torch.bfloat16, seed=8), lengths)
+        log.time("vision block, dense", dense_call(block, x), images=count)
+        log.time("vision block, pruned", pruned_call(block, x, dictionary("bfloat16"), 5.5), images=count)
+
+
+def agreement(log: Log) -> None:
+    """Of two pairs: the dense model against plain PyTorch, the pruned ones against the reference backend."""
+    sample = pairs_of(log, "bfloat16", 2)
+    with log.guarding("dense against plain PyTorch"):
+        plain, dense = nlvr.plain_answer("bfloat16", sample), nlvr.answer("bfloat16", sample, 0.0).logits
+        log.write("dense against plain PyTorch", relative_error=relative_error(dense, plain))
+    for name, temperature in list(TEMPERATURES.items())[1:]:
+        with log.guarding(f"{name} against the reference"):
+            ours, exact = (nlvr.answer("bfloat16", sample, temperature, backend=b) for b in (None, "reference"))
+            costs = [nlvr.gflops_per_pair("bfloat16", output, guided=True) for output in (ours, exact)]
+            error = relative_error(ours.logits, exact.logits)
+            log.write(f"{name} against the reference", relative_error=error, gflops_per_pair=costs)
+
+
+def kernels(log: Log) -> None:
+    """Which kernels a forward launches, how often, and what they take."""
+    if log.rehearsal:
+        return
+    count = PAIRS[0] if not DRY else 1
+    pairs = pairs_of(log, "bfloat16", count)
+    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if ON_GPU else [])
+    for name, temperature in reversed(TEMPERATURES.items()):
+        with log.guarding(f"kernels, {name}"):
+            call = functools.partial(nlvr.answer, "bfloat16", pairs, temperature)
+            call()
+            _wait()
+            with torch.profiler.profile(activities=kinds) as profile:
+                call()
+                _wait()
+            table: dict[str, list[float]] = {}
+            for event in profile.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    entry = table.setdefault(event.name, [0, 0.0])
+                    entry[0] += 1
+                    entry[1] += event.device_time_total
+            top = sorted(table.items(), key=lambda item: -item[1][1])
+            log.write(
+                f"kernels, {name}", pairs=count, launches=sum(n for n, _ in table.values()),
+                device_us=sum(us for _, us in table.values()),
+                top=[{"name": kernel[:140], "launches": n, "us": round(us, 1)} for kernel, (n, us) in top[:25]],
+            )  # fmt: skip
+
+
+# ---- the same sample ------------------------------------------------------------------------------------------------
+
+
+def _kept(output, pair: int, batch: int) -> list[list[int]]:
+    """Ids that leave each layer: of the pair's left image, its right image, its statement."""
+    lists = []
+    for traces, sample in ((output.vision, pair), (output.vision, batch + pair), (output.text, pair)):
+        for trace in traces:
+            start, stop = trace.cu_seqlens[sample : sample + 2].tolist()
+            lists.append(trace.ids[start:stop].tolist())
+    return lists
+
+
+def _compare(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
+    """Ids in which they differ, and layers."""
+    differing = [len(set(a) ^ set(b)) for a, b in zip(ours, theirs, strict=True)]
+    return sum(differing), sum(map(bool, differing))
+
+
+def same_sample(log: Log, dtype: str) -> None:
+    count = PAIRS[0] if not DRY else 2
+    pairs, temperature = pairs_of(log, dtype, count), TEMPERATURES["pruned 50%"]
+    together = nlvr.answer(dtype, pairs, temperature)
+    if log.rehearsal:
+        nlvr.answer(dtype, pairs.take(0, 1), temperature)
+        _wait()
+        return
+    again = nlvr.answer(dtype, pairs, temperature)
+    order = torch.randperm(count, generator=inputs.generator(3))
+    ids = pairs.input_ids.to_list()
+    images = torch.cat([order, count + order]).to(pairs.pixels.device)
+    shuffled = nlvr.answer(dtype, nlvr.Pairs.of(pairs.pixels[images], [ids[i] for i in order.tolist()]), temperature)
+    chosen = sorted({0, 1, count // 3, count // 2, count - 1})
+    for what in ("again", "permuted", "alone"):
+        with log.guarding(what, dtype=dtype):
+            differing, layers, logits = 0, 0, 0.0
+            for pair in chosen:
+                if what == "alone":
+                    other = nlvr.answer(dtype, pairs.take(pair, pair + 1), temperature)
+                    place, batch = 0, 1
+                else:
+                    other, batch = (again if what == "again" else shuffled), count
+                    place = pair if what == "again" else order.tolist().index(pair)
+                expected = _kept(together, pair, count)
+                ids_here, layers_here = _compare(expected, _kept(other, place, batch))
+                differing, layers = differing + ids_here, layers + layers_here
+                logits = max(logits, (other.logits[place] - together.logits[pair]).abs().max().item())
+            log.write(
+                what, dtype=dtype, samples=len(chosen), differing_ids=differing, differing_layers=layers,
+                layers=len(chosen) * len(expected), ids=sum(map(len, expected)), logits_differ_by=logits,
+            )  # fmt: skip
+
+
+# ---- bare launches --------------------------------------------------------------------------------------------------
+
+
+def launches(log: Log) -> None:
+    """Each kernel once between the profiler's start and stop."""
+    if not ON_GPU:
+        return
+    data, scores = test_operations.Attended("bfloat16", BATCH), test_operations.Scored("bfloat16", BATCH)
+    state = data.attend()
+    calls = [lambda: data.importance(*state), scores.compacted, scores.score, data.attend]
+    for first in (True, False):
+        layer = test_operations.Multiplied("bfloat16", BATCH, 1.0, first)
+        with log.guarding("launches"):
+            from madtp_kernels.linear import triton as implementation
+
+            arguments = (layer.x, layer.weight, layer.bias, layer.cu, layer.activation or "", layer.residual)
+            tile = implementation._tiles(layer.x, layer.weight)[0 if first else 1]
+            calls.insert(1, functools.partial(implementation._multiply, tile, *arguments))
+    for call in calls:
+        with log.guarding("launches"):
+            call()
+            _wait()
+            torch.cuda.profiler.start()
+            call()
+            _wait()
+            torch.cuda.profiler.stop()
+
+
+def small(log: Log) -> None:
+    """Empty samples, single tokens, lengths around a tile's, spare rows full of NaN."""
+    sys.path.insert(0, str(HERE.parents[1] / "tests"))
+    import helpers
+
+    generator = inputs.generator(0)
+    # In a rehearsal the extension is still being compiled.
+    kernels = (("triton",) if log.rehearsal else ("triton", "cuda")) if ON_GPU else ("cpu",)
+    for dtype in DTYPES.values():
+        for op in helpers.OPERATIONS:
+            case = helpers.CASES[op](generator, [0, 1, 2, 3, 0, 17, 64, 65, 129, 0], dtype=dtype)
+            case = helpers.with_spare_rows(case, 5)
+            exact = helpers.run(op, case, "reference")
+            for backend in kernels:
+                facts = {"dtype": str(dtype), "backend": backend}
+                with log.guarding(op, **facts):
+                    pairs = zip(helpers.run(op, case, backend), exact, strict=True)
+                    errors = [(a.double() - b.double()).abs().nan_to_num(0).max().item() for a, b in pairs if b.numel()]
+                    log.write(op, **facts, largest_errors=errors)
+        with log.guarding("linear", dtype=str(dtype)):
+            if not ON_GPU:
+                continue
+            from madtp_kernels.linear import triton as implementation
+
+            cu = torch.tensor([0, 212], dtype=torch.int32, device=measure.DEVICE)
+            for width, columns in ((128, 300), (100, 33), (7, 33)):
+                x, weight = (inputs.tokens([n], width, dtype=dtype, seed=n) for n in (230, columns))
+                residual = inputs.tokens([230], columns, dtype=dtype, seed=1)
+                for tile in implementation._tiles(x, weight):
+                    ours = implementation._multiply(tile, x, weight, None, cu, "gelu", residual)[:212]
+                    exact = F.gelu(x[:212].double() @ weight.double().mT) + residual[:212].double()
+                    facts = {"dtype": str(dtype), "tile": [*tile], "width": width, "columns": columns}
+                    log.write("linear", **facts, relative_error=relative_error(ours, exact))
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+DRY = False
+PARTS: dict[str, Callable[[Log], None]] = {
+    "build": build,
+    "ceilings": ceilings,
+    "attention": attended,
+    "scoring": scored,
+    "linear-gelu": functools.partial(multiplied, first=True),
+    "linear-residual": functools.partial(multiplied, first=False),
+    "cuda-backend": cuda_backend,
+    **{f"nlvr-{count}": functools.partial(forwards, count=count) for count in PAIRS},
+    "block": vision_block,
+    "agreement": agreement,
+    "kernels": kernels,
+    "same-bfloat16": functools.partial(same_sample, dtype="bfloat16"),
+    "same-float32": functools.partial(same_sample, dtype="float32"),
+    "launches": launches,
+    "small": small,
+}
+STAGES = {
+    "operations": ["ceilings", "attention", "scoring", "linear-gelu", "linear-residual", "cuda-backend"],
+    "model": [f"nlvr-{count}" for count in PAIRS] + ["kernels", "block", "agreement"],
+    "same-sample": ["same-bfloat16", "same-float32"],
+}
+# Parts that compile something of their own, the longest first.
+REHEARSALS = [
+    "linear-gelu", "same-float32", *(f"nlvr-{count}" for count in PAIRS), "linear-residual", "attention", "scoring", "block",
+    "agreement", "same-bfloat16", "small",
+]  # fmt: skip
+
+
+def dry_run() -> None:
+    """Sizes that a slow machine computes in a second."""
+    global DRY, BATCH, PAIRS, SECONDS
+    DRY, BATCH, PAIRS, SECONDS = True, "2 x 33", (1,), 0.01
+    measure._LARGE_BYTES = 2**22
+    nlvr.model = functools.cache(_small_model)
+
+
+def _small_model(dtype: str):
+    from madtp.checkpoints import randomize
+    from madtp.config import NLVRConfig, TextConfig, VisionConfig
+    from madtp.models.nlvr import NLVR
+
+    vision = VisionConfig(image_size=96, patch_size=16, embed_dim=128, depth=2, num_heads=2, sd_num=20, sd_dim=128)
+    text = TextConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, vocab_size=200,
+        max_position_embeddings=64, encoder_width=128,
+    )  # fmt: skip
+    net = NLVR(NLVRConfig(vision, text, merge_from=1), 4.0).to(DTYPES[dtype]).to(measure.DEVICE)
+    randomize(net)
+    return net.eval()
+
+
+def _device_is_usable() -> bool:
+    """After a kernel's fault nothing runs in this process any more."""
+    if not ON_GPU:
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def table(path: str) -> int:
+    """The figures of a file, one short line each."""
+    known = set("stage figure us warm_us host_us eager_us host_us_min us_min us_quartiles top".split())
+    print(f"{'figure':<34} {'us':>9} {'warm':>9} {'eager':>9} {'host':>9}")
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        times = [record.get(name) for name in ("us", "warm_us", "eager_us", "host_us")]
+        shown = " ".join(f"{'-' if time is None else format(time, '.1f'):>9}" for time in times)
+        facts = {key: value for key, value in record.items() if key not in known}
+        rest = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in facts.items())
+        print(f"{record['figure'][:34]:<34} {shown} {rest[:110]}".rstrip())
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, or one of {', '.join(PARTS)}")
+    parser.add_argument("--out", metavar="FILE", help="append the lines here; they are printed in any case")
+    parser.add_argument("--rehearsal", action="store_true", help="make every call once and time nothing")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--table", metavar="FILE", help="print the lines of a file as a table instead")
+    arguments = parser.parse_args()
+    if arguments.table:
+        return table(arguments.table)
+    parts = [part for stage in arguments.stages for part in STAGES.get(stage, [stage])]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no stage {', '.join(sorted(unknown))}")
+    if arguments.dry_run:
+        dry_run()
+    log = Log(arguments.out, arguments.rehearsal)
+    with torch.inference_mode():
+        for number, part in enumerate(parts):
+            log.stage = part
+            with log.guarding(part):
+                PARTS[part](log)
+            if not _device_is_usable() and parts[number + 1 :]:
+                flags = [flag for flag in sys.argv[1:] if flag not in arguments.stages]
+                os.execv(sys.executable, [sys.executable, str(HERE), *parts[number + 1 :], *flags])
+    return 1 if log.errors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
