@@ -25,6 +25,9 @@ from .layers import Runs
 from .pruning import Stream
 from .text import TextDecoder
 
+# What transformers calls the cache of a decoder, in arguments and outputs: releases from 5.24 on, and before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 def generate(
     decoder: TextDecoder,
@@ -124,20 +127,21 @@ class _Generator(PreTrainedModel, GenerationMixin):
         self.decoder, self.backend, self.official_lengths = decoder, backend, official_lengths
         self.keys, self.images = decoder.keys(memory), memory.tokens.batch_size
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values=None, attention_mask=None, **_) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask=None, **inputs) -> dict:
         """Only what the cache does not hold yet goes through the decoder."""
-        return {"input_ids": input_ids[:, past_key_values.get_seq_length() :], "past_key_values": past_key_values}
+        cache = inputs[CACHE]
+        return {"input_ids": input_ids[:, cache.get_seq_length() :], CACHE: cache}
 
-    def forward(self, input_ids: Tensor, past_key_values=None, **_) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: Tensor, **inputs) -> CausalLMOutputWithPast:
         """Logits ``[N, 1, V]`` of what comes after ``input_ids [N, L]``; the N rows are the beams, image by image."""
         rows, new = input_ids.shape
         starts = torch.arange(rows + 1, dtype=torch.int32, device=input_ids.device) * new
         texts = RaggedBatch(input_ids.flatten(), starts, new)
         beams = rows // self.images
         runs = Runs(torch.arange(self.images + 1, device=input_ids.device) * beams, beams)
-        states = self.decoder(texts, self.keys, runs=runs, cache=past_key_values, backend=self.backend)
+        states = self.decoder(texts, self.keys, runs=runs, cache=inputs[CACHE], backend=self.backend)
         last = states.values.unflatten(0, (rows, new))[:, -1]
-        return CausalLMOutputWithPast(logits=self.decoder.logits(last)[:, None], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=self.decoder.logits(last)[:, None], **{CACHE: inputs[CACHE]})
 
     # Beam search of transformers 4.15 divides by the tokens without [SEP], the prompt among them.
 

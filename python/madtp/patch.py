@@ -50,6 +50,7 @@ from madtp_kernels import RaggedBatch, backends
 
 from . import flops, layouts
 from .checkpoints import initial_weight, read_file
+from .generation import CACHE
 from .layers import Keys, Runs
 from .models import MODELS, Model
 from .models.base import first_rows
@@ -541,11 +542,12 @@ def _clip_text(self, input_ids=None, attention_mask=None, position_ids=None, **k
 @torch.no_grad()
 def _blip_encoder(
     self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, encoder_embeds=None,
-    encoder_hidden_states=None, encoder_attention_mask=None, past_key_values=None, use_cache=None, is_decoder=False, **kwargs,
+    encoder_hidden_states=None, encoder_attention_mask=None, cache=None, past_key_values=None, use_cache=None, is_decoder=False,
+    **kwargs,
 ):  # fmt: skip
     """`BlipTextModel.forward` of an encoder."""
     engine = _ready(
-        self, kwargs, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds, past_key_values=past_key_values,
+        self, kwargs, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds, cache=cache, past_key_values=past_key_values,
         is_decoder=is_decoder,
     )  # fmt: skip
     texts, positions = _ragged(input_ids, attention_mask, position_ids)
@@ -558,9 +560,10 @@ def _blip_encoder(
 @torch.no_grad()
 def _blip_decoder(
     self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, encoder_embeds=None,
-    encoder_hidden_states=None, encoder_attention_mask=None, past_key_values=None, use_cache=None, is_decoder=False, **kwargs,
+    encoder_hidden_states=None, encoder_attention_mask=None, cache=None, past_key_values=None, use_cache=None, is_decoder=False,
+    **kwargs,
 ):  # fmt: skip
-    """`BlipTextModel.forward` of a decoder. A cache is returned where one was given or asked for."""
+    """`BlipTextModel.forward` of a decoder. A cache is returned where one was given (by either name) or asked for."""
     generating = isinstance(encoder_hidden_states, _Memory)
     engine = _ready(self, kwargs, sync=not generating, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds)
     if not is_decoder:
@@ -569,17 +572,17 @@ def _blip_decoder(
     memory = encoder_hidden_states if generating else engine.memory(encoder_hidden_states, encoder_attention_mask)
     repeat = max(1, texts // memory.samples) if generating else 1  # beams, or sequences of one sample
     options = {"runs": _runs(texts, memory.samples, repeat, input_ids.device), "backend": model.backend}
-    if use_cache and past_key_values is None:
-        past_key_values = DynamicCache()
-    if past_key_values is None:
+    cache = past_key_values if cache is None else cache
+    if use_cache and cache is None:
+        cache = DynamicCache()
+    if cache is None:
         ids, positions = _ragged(input_ids, attention_mask, position_ids)
         states = model.text_decoder(model._ids(ids), memory.keys, positions=positions, **options).values
         hidden = states.new_zeros(texts, new, states.shape[-1])
         hidden[torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()] = states
     else:
-        cache = past_key_values
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        seen = cache.get_seq_length()
+        earlier = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        seen = earlier.get_seq_length()
         if attention_mask is not None and attention_mask.shape != (texts, seen + new):
             expected = [texts, seen + new]
             raise ValueError(f"attention_mask: expected {expected}, earlier tokens included, got {list(attention_mask.shape)}")
@@ -588,8 +591,8 @@ def _blip_decoder(
         ids = RaggedBatch.from_lengths(input_ids.flatten(), [new] * texts)
         options["positions"] = position_ids.expand(texts, new).flatten()
         options["visible"] = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
-        hidden = model.text_decoder(model._ids(ids), memory.keys, cache=cache, **options).values.unflatten(0, (texts, new))
-    return BaseModelOutputWithPoolingAndCrossAttentions(hidden, past_key_values=past_key_values)
+        hidden = model.text_decoder(model._ids(ids), memory.keys, cache=earlier, **options).values.unflatten(0, (texts, new))
+    return BaseModelOutputWithPoolingAndCrossAttentions(hidden, **{CACHE: cache})
 
 
 def _generate(self, *args, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
