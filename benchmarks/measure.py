@@ -279,7 +279,7 @@ def require(ours: torch.Tensor, exact: torch.Tensor, at_most: float, what: str) 
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -335,7 +335,7 @@ def write_records(path: Path, records: Iterable[dict], device_name: str | None =
     """Write a JSON file of records with the environment they were measured in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(device_name), "records": list(records)}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def goal_lines(records: Iterable[dict]) -> list[str]:

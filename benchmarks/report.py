@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         BadFile: unreadable, or neither of the two formats.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadFile(f"{path}: {error}") from error
     if isinstance(content, dict) and "records" in content:
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     text = "\n\n".join(tables(environment, records, options.only) for environment, records in devices.values())
     if options.markdown:
-        options.markdown.write_text(text + "\n")
+        options.markdown.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
     if options.out:

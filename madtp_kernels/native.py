@@ -124,7 +124,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
     import fcntl  # not on Windows, where the build has already been refused
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

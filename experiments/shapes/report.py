@@ -148,7 +148,7 @@ def read(folder: Path) -> dict[str, Record]:
         path = folder / f"{name}.json"
         if not path.exists():
             continue
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         tests = [line["test"] for line in content["metrics"] if "test" in line]
         if len(tests) != 1:
             raise Refused(f"{path}: expected one test result, got {len(tests)}")
@@ -253,7 +253,7 @@ def collect(folder: Path) -> Results:
             found[run.method, run.reduction].append(records[run.name])
     methods = list(METHODS)
     order = sorted(found, key=lambda key: (methods.index(key[0]), key[1]))
-    timings = [json.loads(path.read_text()) for path in sorted(folder.glob("timing-*.json"))]
+    timings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("timing-*.json"))]
     return Results(records, [Group(*key, found[key]) for key in order], timings)
 
 
@@ -691,7 +691,7 @@ def write(results: Results, output: Path) -> list[Path]:
         Refused: the file has no place for a table.
         OSError: it cannot be written.
     """
-    text = output.read_text() if output.exists() else SKELETON
+    text = output.read_text(encoding="utf-8") if output.exists() else SKELETON
     tables = {name: make(results).replace("PLOT", output.stem) for name, make in TABLES.items()}
     text = fill(text, tables)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -704,7 +704,7 @@ def write(results: Results, output: Path) -> list[Path]:
     for name, draw in plots:
         written.append(output.with_name(f"{output.stem}-{name}.png"))
         save_png(draw(results), written[-1])
-    output.write_text(text)
+    output.write_text(text, encoding="utf-8")
     return [*written, output]
 
 

@@ -179,7 +179,7 @@ def do(jobs: list[Job], at_once: int, logs: Path, bar: tqdm) -> None:
                 del running[job.name]
                 if process.returncode or not (job.done or job.result is None):
                     log = logs / f"{job.name}.log"
-                    end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                    end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
                     raise RuntimeError(
                         f"{job.name} failed with exit code {process.returncode}; the end of {log}:\n{end}"
                     )
@@ -244,7 +244,7 @@ def main() -> int:
     except RuntimeError as error:
         print(f"{error}\nThe same command goes on.", file=sys.stderr)
         return 1
-    print((logs / "report.log").read_text().splitlines()[-1])
+    print((logs / "report.log").read_text(encoding="utf-8").splitlines()[-1])
     return 0
 
 

@@ -3,6 +3,8 @@
 ``madtp.load(...)`` gives a model; the kernels below it are in ``madtp_kernels``.
 """
 
+from madtp_kernels import __version__
+
 from .checkpoints import CheckpointError, load, save_pretrained
 from .config import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 
@@ -25,6 +27,7 @@ __all__ = [
     "TextConfig",
     "VQAConfig",
     "VisionConfig",
+    "__version__",
     "apply_patch",
     "load",
     "remove_patch",

@@ -333,7 +333,7 @@ def _locate(source: str | os.PathLike) -> Path:
 
 def _read_config(path: Path) -> dict:
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model directory holds {CONFIG} and {WEIGHTS}") from None
     except ValueError as error:

@@ -1,29 +1,121 @@
-"""Files that appear when they are complete, at once or not at all."""
+"""Files read and written whole: what is no regular file is recognised, texts do not depend on the locale, outputs appear
+complete or not at all, and a lock keeps two runs apart."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import shutil
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replacing"]
+__all__ = ["check_output", "is_regular", "locked", "open_regular", "read_bytes", "read_text", "replacing"]
+
+STANDARD = "-"
+"""Name of standard input and output on a command line."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def is_regular(path: str | os.PathLike) -> bool:
+    """Whether this is a file on a disk, or the name of one that is not there yet."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return str(path) != STANDARD
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A file to read. Raises OSError, at once, for a folder, a pipe, a socket or a device: reading those may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe nobody writes to would block here
+    try:
+        _require(path, os.fstat(descriptor).st_mode, stat.S_ISREG)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a file or a pipe, or of standard input for "-". Raises OSError, also for a folder or a device."""
+    if str(path) == STANDARD:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "standard input is closed")
+        return sys.stdin.buffer.read()
+    _require(path, os.stat(path).st_mode, lambda mode: stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or _is_terminal(path))
+    return Path(path).read_bytes()
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The same as text. Raises ValueError if it is not UTF-8; a byte order mark is left out."""
+    content = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from error
+
+
+def _require(path: str | os.PathLike, mode: int, fits) -> None:
+    if not fits(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "of another kind")
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", str(path))
+
+
+def _is_terminal(path: str | os.PathLike) -> bool:
+    """Whether reading this device ends: that of a terminal does, and that of the null device."""
+    if not stat.S_ISCHR(os.stat(path).st_mode):
+        return False
+    with open(path, "rb", buffering=0) as device:
+        return device.isatty() or os.path.samefile(path, os.devnull)
+
+
+def check_output(path: str | os.PathLike, *, option: str = "output") -> None:
+    """Find out now that a file cannot be written later.
+
+    Raises:
+        ValueError: a name that is none.
+        OSError: a folder, a folder that is not there or cannot be written to, or anything else that is no regular file.
+    """
+    if str(path) in ("", STANDARD):
+        raise ValueError(f"{option}: expected a file name, got {str(path)!r}")
+    path = Path(os.path.realpath(path))
+    if path.exists():
+        _require(path, path.stat().st_mode, stat.S_ISREG)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "this folder cannot be written to", str(path.parent))
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write, which takes the place of ``path`` when the ``with`` block ends well, and else disappears.
+    """A binary file to write. ``path`` is replaced by it when the ``with`` block ends well, and else stays what it was.
 
-    Its content and its new name are on the disk before anything that follows.
+    Its content and its new name are on the disk before anything that follows. What a symbolic link points to is replaced,
+    not the link. Raises OSError if ``path`` is there and no regular file.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists():
+        _require(path, path.stat().st_mode, stat.S_ISREG)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -31,3 +123,14 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes out of a block that holds the same lock file. Raises BlockingIOError if one is in it."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BlockingIOError(error.errno, "in use by another process", str(path)) from error
+        yield

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "read_lines"]
+from .files import read_text
+
+__all__ = ["IMAGE_SUFFIXES", "find_images", "read_lines", "read_texts"]
+
+_log = logging.getLogger("madtp")
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 """Names of files that a folder's images have; case does not matter."""
+_OTHER_PICTURES = frozenset(
+    ".arw .cr2 .cr3 .dng .exr .hdr .heic .heif .hif .ico .jxl .nef .orf .psd .raf .rw2 .svg .tga".split()
+)
 
 
 def find_images(sources: Sequence[str | os.PathLike]) -> list[str]:
@@ -22,10 +32,14 @@ def find_images(sources: Sequence[str | os.PathLike]) -> list[str]:
         sources: files; folders, which are searched with all their subfolders for files with an image's
             suffix, hidden ones left out; or patterns with ``*``, ``?``, ``[...]`` and ``**`` for any depth.
 
+    Symbolic links to folders are followed; each folder is searched once, under its own name where it has one there. A
+    subfolder that cannot be read is among the paths, so that whoever opens it is told why. Pictures in formats that are
+    not read (HEIC, SVG, ...) are left out, with a warning.
+
     Raises:
         FileNotFoundError: a source that is neither there nor matches anything.
         ValueError: no images in a folder.
-        OSError: a folder that cannot be read.
+        OSError: a folder among the sources that cannot be read.
     """
     found: dict[str, str] = {}
     for source in map(os.fspath, sources):
@@ -36,42 +50,125 @@ def find_images(sources: Sequence[str | os.PathLike]) -> list[str]:
 
 def _files(source: str) -> list[str]:
     if os.path.isdir(source):
-        paths = list(_images_below(source))
+        paths = _images_below(source)
         if not paths:
             raise ValueError(f"{source}: no images in this folder")
         return paths
     if os.path.exists(source):
         return [source]
-    matches = sorted(glob.glob(source, recursive=True))
+    matches = _matching(source)
     if not matches:
         raise FileNotFoundError(f"{source}: no such file or folder, and no pattern that matches any")
     # `**` lists folders and also what is in them; folders by themselves stand for their images.
     return [path for match in matches for path in (_images_below(match) if os.path.isdir(match) else [match])]
 
 
-def _images_below(folder: str) -> Iterator[str]:
-    def unreadable(error: OSError):
-        raise error
+def _matching(pattern: str) -> list[str]:
+    """What `glob` finds, sorted, but in time where links lead back: it would follow those forty times, in all combinations."""
+    before, deep, after = f"/{pattern}/".partition("/**/")
+    if not deep:
+        return sorted(glob.glob(pattern))
+    found, after = [], ("**", *filter(None, after.split("/")))
+    for folder in glob.glob(os.path.join(before[1:], "") or ("/" if pattern.startswith("/") else "./")):
+        shown = folder if before else ""
+        for parts, names, _ in _walk(folder):
+            found += [os.path.join(shown, *path) for path in (parts, *((*parts, name) for name in names)) if _fits(path, after)]
+    return sorted(found)
 
-    for place, folders, names in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(place, name)
+
+def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(_fits(path[skipped:], pattern[1:]) for skipped in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
+
+
+def _images_below(folder: str) -> list[str]:
+    """Files before subfolders, each sorted by name."""
+    os.listdir(folder)  # one that is named has to be readable
+    found: list[tuple[str, ...]] = []
+    skipped: Counter[str] = Counter()
+    for parts, names, readable in _walk(folder):
+        if not readable:
+            found.append(parts)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                found.append((*parts, name))
+            elif suffix in _OTHER_PICTURES:
+                skipped[suffix] += 1
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        _log.warning("%s: left out pictures in formats that are not read: %s", folder, kinds)
+    found.sort(key=lambda parts: [*((True, part) for part in parts[:-1]), (False, parts[-1])])
+    return [os.path.join(folder, *parts) for parts in found]
+
+
+def _walk(folder: str) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
+    """Each folder from this one down once: its place below, names of its files, whether it can be read.
+
+    Links to folders are followed last: by then all that were there under their own names have been seen.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [()], []
+    while waiting or links:
+        parts = waiting.pop() if waiting else links.pop(0)
+        place = os.path.join(folder, *parts)
+        try:
+            facts = os.stat(place)
+            if (facts.st_dev, facts.st_ino) in seen:
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError:
+            yield parts, [], False
+            continue
+        names = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append((*parts, entry.name))
+            else:
+                names.append(entry.name)
+        yield parts, names, True
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank, without the white space around them.
+    """The lines of a UTF-8 text file, a pipe or standard input ("-") that are not blank, without the white space around
+    them. A line ends at a line feed, nowhere else.
 
     Raises:
         ValueError: there are none, or the file is not UTF-8.
         OSError: the file cannot be read.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return _lines(path, read_text(path))
+
+
+def _lines(path: str | os.PathLike, text: str) -> list[str]:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path}: no lines in this file")
     return lines
+
+
+def read_texts(path: str | os.PathLike) -> list[str]:
+    """Texts of a file: one per line, as in :func:`read_lines`, or a JSON list of strings.
+
+    Raises:
+        ValueError: there are none, or JSON of another form.
+        OSError: the file cannot be read.
+    """
+    text, name = read_text(path), os.fspath(path).lower()
+    try:
+        value = json.loads(text) if text.lstrip()[:1] in ("[", "{") or name.endswith(".json") else None
+    except (ValueError, RecursionError) as error:
+        if name.endswith(".json"):
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        value = None  # lines may begin with a bracket too
+    if name.endswith(".jsonl") or value is not None:
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{path}: expected one text per line, or a JSON list of strings")
+        return value
+    return _lines(path, text)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import itertools
 import json
+import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,14 +25,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .files import replacing
+from .files import is_regular, open_regular, read_bytes, replacing
 
 __all__ = ["Log", "ResumeError", "Summary", "answered", "numbered", "run", "to_line"]
 
 _READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
 
-Rows = str | os.PathLike | Sequence[dict]
-"""A JSON Lines file, each line an object, blank lines passed over; or the objects themselves."""
+_DEEPEST = 100  # levels of a row's lists and objects; Python's reader and writer give up at different depths
+
+Rows = str | os.PathLike | Sequence[dict | bytes]
+"""A JSON Lines file, a pipe or "-" for standard input, each line an object, blank lines passed over; or the objects, or the
+lines, themselves."""
 
 
 class ResumeError(ValueError):
@@ -88,21 +94,61 @@ def run(
         OSError: `source` cannot be read or `output` cannot be written.
     """
     output = Path(output)
+    source = held(source)
     digest, total = _scan(source)
-    if output.exists() and not overwrite:
-        raise ResumeError(f"{output} exists already; remove it, or give --overwrite")
     partial = output.with_name(output.name + ".partial")
+    exists = f"{output} exists already; remove it, or give --overwrite"
+    if output.exists() and not overwrite and not partial.exists():
+        raise ResumeError(exists)
+    publish = publish or _publish
     with Log(partial, {"input": f"sha256 {digest[:16]}", **settings}, overwrite=overwrite) as log:
         summary, last_row = _resume(log, batch_size, total)
+        if output.exists() and not overwrite:
+            if summary.rows < total or not _is_published(_checked(log, source), publish, output):
+                raise ResumeError(exists)
+            partial.unlink(missing_ok=True)  # the run was stopped after it had written the output
+            return summary
         rows = ((n, row) for n, row in numbered(source) if n > last_row)
         options = {"total": total, "initial": summary.rows, **options}
         with contextlib.closing(answered(rows, prepare, answer, batch_size, **options)) as batches:
             for records in batches:
                 log.append(records)
                 summary.count(records)
-        (publish or _publish)((record for record, _ in log.read()), output)
-        partial.unlink()
+        publish(_checked(log, source), output)
+        partial.unlink(missing_ok=True)
     return summary
+
+
+def held(source: Rows) -> Rows:
+    """The same rows, in memory where they come from what can be read only once."""
+    if isinstance(source, (str, os.PathLike)) and not is_regular(source):
+        return _cut(read_bytes(source))
+    return source
+
+
+def _cut(content: bytes) -> list[bytes]:
+    """Lines with their ends, which are line feeds."""
+    lines = [line + b"\n" for line in content.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _checked(log: Log, source: Rows) -> Iterator[dict]:
+    """The records, one for each row, or ResumeError: whoever else writes to the file, what is published is complete."""
+    records = (record for record, _ in log.read())
+    for row, record in itertools.zip_longest((n for n, _ in numbered(source)), records):
+        if record is None or record.get("row") != row:
+            found = "no record" if record is None else f"record {record.get('row')}"
+            raise ResumeError(f"{log.path} was changed by something else: {found} where that of row {row} is due; {log.remedy}")
+        yield record
+
+
+def _is_published(records: Iterator[dict], publish: Callable[[Iterator[dict], Path], None], output: Path) -> bool:
+    """Whether the output is what these records make."""
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as folder:
+        publish(records, Path(folder) / output.name)
+        names = os.listdir(folder)
+        return filecmp.cmpfiles(folder, output.parent, names, shallow=False)[0] == names
 
 
 def answered(
@@ -114,6 +160,8 @@ def answered(
     total: int | None = None,
     initial: int = 0,
     keep: Sequence[str] = (),
+    answers: Sequence[str] | None = None,
+    defaults: dict | None = None,
     unit: str = "rows",
     note: Callable[[], str] | None = None,
     progress: bool | None = None,
@@ -125,6 +173,9 @@ def answered(
         prepare, answer, batch_size: as in :func:`run`.
         total, initial, unit: of the progress bar: all rows, those done before, what they are.
         keep: keys of a row's object that its record begins with, also where it failed.
+        answers: keys of what `answer` gives. Where they are named, a record has all other keys of its row too; those
+            that are among `answers`, or "row", "error" or "input", are in an object "input".
+        defaults: of keys that a row lacks.
         note: what to show behind the progress bar; asked after each batch.
         progress: whether to show it; by default where standard error is a terminal.
     """
@@ -134,7 +185,8 @@ def answered(
         tqdm(total=total, initial=initial, unit=f" {unit}", disable=hidden) as bar,
     ):
         try:
-            for batch in _prepared(iter(rows), pool, partial(_prepare, prepare, keep), batch_size):
+            ready = partial(_prepare, prepare, partial(_kept, keep, answers), defaults or {})
+            for batch in _prepared(iter(rows), pool, ready, batch_size):
                 records = _records(batch, answer)
                 yield records
                 if note:
@@ -147,11 +199,11 @@ def answered(
 
 def numbered(source: Rows) -> Iterator[tuple[int, dict | bytes]]:
     """Rows with their numbers; those of a file as lines, blank ones left out."""
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as lines:
-            yield from ((n, line) for n, line in enumerate(lines, 1) if line.strip())
-    else:
-        yield from enumerate(source, 1)
+    with contextlib.ExitStack() as stack:
+        rows = held(source)
+        if isinstance(rows, (str, os.PathLike)):
+            rows = stack.enter_context(open_regular(rows))
+        yield from ((n, row) for n, row in enumerate(rows, 1) if not isinstance(row, bytes) or row.strip())
 
 
 def to_line(record: dict) -> bytes:
@@ -162,15 +214,13 @@ def to_line(record: dict) -> bytes:
 def _scan(source: Rows) -> tuple[str, int]:
     """SHA-256 of the rows and their number."""
     digest, rows = hashlib.sha256(), 0
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            for line in file:
-                digest.update(line)
-                rows += bool(line.strip())
-    else:
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (str, os.PathLike)):
+            source = stack.enter_context(open_regular(source))
         for row in source:
-            digest.update(to_line(row))
-            rows += 1
+            line = row if isinstance(row, bytes) else to_line(row)
+            digest.update(line)
+            rows += bool(line.strip())
     return digest.hexdigest(), rows
 
 
@@ -199,6 +249,8 @@ class Log:
         remedy: str = "remove it, or give --overwrite",
     ) -> None:
         self.path, self.header, self.remedy = Path(path), header, remedy
+        if not is_regular(path):
+            raise ResumeError(f"{path} is no regular file; {remedy}")
         self._file = open(path, "a+b")
         try:
             self._lock()
@@ -278,7 +330,7 @@ def _resume(log: Log, batch_size: int, total: int) -> tuple[Summary, int]:
 def _parse(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -297,28 +349,55 @@ def _prepared(
             return
 
 
-def _prepare(prepare, keep: Sequence[str], n: int, row: dict | bytes) -> tuple[dict, object, str | None]:
+def _prepare(prepare, kept, defaults: dict, n: int, row: dict | bytes) -> tuple[dict, object, str | None]:
     """What the record begins with, the instance, and the reason why there is none."""
-    kept = {}
+    start = {}
     try:
         if isinstance(row, bytes):
             row = _object(row)
-        kept = {key: row[key] for key in keep if key in row}
-        return kept, prepare(n, row), None
+        row = {**row, **{key: value for key, value in defaults.items() if key not in row}}
+        start = kept(row)
+        return start, prepare(n, row), None
     except ValueError as error:
-        return kept, None, str(error)
+        return start, None, str(error)
     except Exception as error:  # whatever a single row brings about must not end the run
-        return kept, None, f"{type(error).__name__}: {error}"
+        return start, None, f"{type(error).__name__}: {error}"
+
+
+def _kept(keep: Sequence[str], answers: Sequence[str] | None, row: dict) -> dict:
+    """What a record has of its row."""
+    kept = {key: row[key] for key in keep if key in row}
+    if answers is not None:
+        own = {"row", "error", "input", *answers}
+        others = {key: value for key, value in row.items() if key not in kept}
+        kept |= {key: value for key, value in others.items() if key not in own}
+        if hidden := {key: value for key, value in others.items() if key in own}:
+            kept["input"] = hidden
+    return kept
 
 
 def _object(line: bytes) -> dict:
     try:
         row = json.loads(line)
+        _check(row, _DEEPEST)
+    except RecursionError as error:
+        raise ValueError(f"not JSON of at most {_DEEPEST} levels") from error
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     return row
+
+
+def _check(value, levels: int) -> None:
+    """Raise for what could not be written again."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number of JSON")
+    if isinstance(value, (dict, list)):
+        if not levels:
+            raise RecursionError
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check(inner, levels - 1)
 
 
 def _records(batch: list[tuple[int, Future]], answer) -> list[dict]:

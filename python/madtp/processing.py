@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .files import open_regular
+
 MAX_PIXELS = 120_000_000
 """Largest picture that is decoded (width x height); the biggest phone cameras in use have 108 megapixels."""
 
@@ -76,7 +78,7 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int 
     if isinstance(source, (bytes, bytearray)):
         return _decode(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels)
     try:
-        file = open(source, "rb")
+        file = open_regular(source)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise ImageError(str(source), getattr(error, "strerror", None) or str(error)) from error
     with file:

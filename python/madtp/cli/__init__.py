@@ -1,16 +1,20 @@
 """The `madtp` command. Each subcommand is a module of this package; how errors end is decided here.
 
-Exit codes: 0 done; 1 done, but some rows of a batch could not be answered; 2 not done, with one line on
-stderr that says why; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 done, but some rows of a batch could not be answered, or a target was missed; 2 not done, with one
+line on stderr that says why; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
+
+import madtp_kernels
 
 from . import calibrate, caption, compress, demo, embed, evaluate, info, nlvr, retrieve, vqa
 
@@ -29,44 +33,81 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not below the list of all options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows the options)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `madtp` and all its subcommands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="madtp",
         description="Vision-language models that run on the tokens that matter.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"madtp {madtp_kernels.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (caption, vqa, retrieve, embed, nlvr, evaluate, compress, calibrate, demo, info):
         module.add_parser(commands)
+    for command in commands.choices.values():
+        command.add_argument("--quiet", action="store_true", help="no progress, notes or warnings, errors only")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing but `--debug` lets a traceback through."""
+    _occupy_standard_streams()
     args = parser().parse_args(argv)
+    # As a file name may hold characters that a terminal cannot show.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="madtp: %(message)s")
+    logging.getLogger("madtp").setLevel(logging.ERROR if args.quiet else logging.WARNING)
     try:
-        return args.run(args)
+        code = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk behind standard output is an error like any other
+        return code
     except KeyboardInterrupt:
         print("madtp: interrupted", file=sys.stderr)
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader of our output is gone: nothing more to say, also not at interpreter exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output is gone: nothing more to say
+        _give_up_stdout()
         return 141
     except Exception as error:
-        if getattr(args, "debug", False):
+        if args.debug:
             raise
         print(f"madtp: error: {_one_line(error)}", file=sys.stderr)
+        _give_up_stdout()
         return 2
+
+
+def _occupy_standard_streams() -> None:
+    """A file that is opened where standard output was closed would get its number, and all that is printed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def _give_up_stdout() -> None:
+    """What could not be written so far would be tried again at exit, and be an error then."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= 500 else text[:497] + "..."
     # Errors about what the user gave speak for themselves; the kind of any other helps to find its cause.
-    expected = isinstance(error, (ValueError, OSError))
+    expected = isinstance(error, (ValueError, OSError, FloatingPointError))
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"

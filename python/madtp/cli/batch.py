@@ -170,7 +170,8 @@ def run_rows(
             jsonl.answered(rows, prepare, noted, args.batch_size, **options)
         ) as batches:
             for records in batches:
-                sys.stdout.write(b"".join(map(jsonl.to_line, records)).decode())
+                sys.stdout.flush()
+                sys.stdout.buffer.write(b"".join(map(jsonl.to_line, records)))  # UTF-8, whatever the locale
                 sys.stdout.flush()
                 summary.count(records)
     else:

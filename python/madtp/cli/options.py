@@ -91,7 +91,6 @@ def add_model_options(
         "models of its kind were trained with)",
     )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = True):

@@ -62,7 +62,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="force an implementation of the kernels (default: the best there is)",
     )
     group.add_argument("--tokenizer", metavar="SOURCE", help="directory, vocab.txt or hub id (default: the model's)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_pruning_options(group, *, distill: str) -> None:

@@ -79,18 +79,18 @@ class Run:
     def _cut_log(self) -> None:
         """Drop what was logged after the checkpoint: those steps are done again."""
         path = self.directory / METRICS
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
         kept = []
-        for line in lines:
+        for line in filter(None, lines):
             try:
                 record = json.loads(line)
             except ValueError:
                 break  # a line that was not written whole
             if record["step"] > self.step:
                 break
-            kept.append(line + "\n")
+            kept.append(line + b"\n")
         with replacing(path) as file:
-            file.write("".join(kept).encode())
+            file.write(b"".join(kept))
 
     def advance(self, **metrics: float) -> None:
         """Count a step, and its metrics for :meth:`averages`.
@@ -120,12 +120,13 @@ class Run:
     def log(self, **metrics) -> None:
         """Append a line of metrics at the present step."""
         record = {"step": self.step, "seconds": round(self.elapsed(), 1), **metrics}
-        with open(self.directory / METRICS, "a") as file:
+        with open(self.directory / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict]:
         """Everything that was logged."""
-        return [json.loads(line) for line in (self.directory / METRICS).read_text().splitlines()]
+        with open(self.directory / METRICS, encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
 
     def record(self, path: str | os.PathLike) -> None:
         """Write settings and metrics as one JSON file, for keeping."""

@@ -443,7 +443,7 @@ def _phrase(template: str, number: int, side: int, spec: tuple) -> str:
 
 @functools.cache
 def _vocabulary() -> dict[str, int]:
-    words = VOCABULARY.read_text().split()
+    words = VOCABULARY.read_text(encoding="utf-8").split()
     return {word: number for number, word in enumerate([*words, "[DEC]", "[ENC]"])}
 
 

@@ -5,6 +5,8 @@ Read are the original formats and the JSON files that BLIP ships (and MADTP uses
 loading images: what a record says stays as it is, no picture pair is swapped, no text cleaned. Each record is
 checked; AnnotationError names the file and the record that is wrong.
 
+Where BLIP's files have a list of records, JSON Lines with one record each will do.
+
 Every reader takes `image_root`, the folder that image paths in the file start from, and `strict`: with it,
 images that are not there are an error too.
 """
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import replacing
+from ..files import open_regular, replacing
 
 __all__ = [
     "VISUAL_GENOME_WEIGHT",
@@ -28,6 +30,7 @@ __all__ = [
     "CaptionExample",
     "NLVRExample",
     "VQAExample",
+    "first_object",
     "read_answer_list",
     "read_blip_nlvr",
     "read_blip_vqa",
@@ -168,12 +171,36 @@ def _records(path, values) -> list[_Record]:
     return [_Record(path, number, value) for number, value in enumerate(values, 1)]
 
 
+def _content(path) -> bytes:
+    with open_regular(path) as file:  # a pipe could be read only once
+        return file.read()
+
+
+def _object(text: bytes) -> dict | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def first_object(path: str | os.PathLike) -> dict | None:
+    """The first line of JSON Lines, or the object that a file is; None for a list, and for what is not JSON."""
+    content = _content(path).strip()
+    first = _object(content.split(b"\n", 1)[0])
+    return _object(content) if first is None else first
+
+
 def _read_list(path) -> list[_Record]:
-    return _records(path, _parse(path, Path(path).read_bytes()))
+    """Records of a JSON list, or one per line."""
+    content = _content(path)
+    if _object(content.strip().split(b"\n", 1)[0]) is not None:
+        return _read_lines(path)
+    return _records(path, _parse(path, content))
 
 
 def _read_lines(path) -> list[_Record]:
-    lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
+    lines = enumerate(_content(path).split(b"\n"), 1)
     records = [_Record(path, number, _parse(path, line, number)) for number, line in lines if line.strip()]
     if not records:
         raise AnnotationError(path, None, "there are no records")
@@ -182,7 +209,7 @@ def _read_lines(path) -> list[_Record]:
 
 def _read_object(path, *keys: str) -> tuple[dict, dict[str, list[_Record]]]:
     """An object, and the records in the lists it has under `keys`."""
-    value = _parse(path, Path(path).read_bytes())
+    value = _parse(path, _content(path))
     if not isinstance(value, dict):
         raise AnnotationError(path, None, f"expected an object with {' and '.join(keys)}, got {_kind(value)}")
     for key in keys:
@@ -224,7 +251,7 @@ def _require_pairs(path, records: list[_Record], examples: list[NLVRExample]) ->
 def read_blip_nlvr(
     path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False
 ) -> list[NLVRExample]:
-    """BLIP's nlvr_train.json, nlvr_dev.json, nlvr_test.json: objects with sentence, label ("True", "False"),
+    """BLIP's nlvr_train.json, nlvr_dev.json, nlvr_test.json: objects with sentence (or text), label ("True", "False"),
     images [left, right], and template (a string) where the statements come from some.
 
     The pairs come in the order of the file. (The official evaluation swaps each with probability 0.5, which
@@ -237,8 +264,8 @@ def read_blip_nlvr(
             raise record.error(f"'images': expected two paths, got {_shown(list(images))}")
         left, right = (Path(image_root) / image for image in images)
         template = record.text("template") if "template" in record.value else None
-        sentence, label = record.text("sentence"), record.label()
-        examples.append(NLVRExample(left, right, sentence, label, template=template))
+        sentence = record.text("text" if "text" in record.value and "sentence" not in record.value else "sentence")
+        examples.append(NLVRExample(left, right, sentence, record.label(), template=template))
     if strict:
         _require_pairs(path, records, examples)
     return examples
@@ -365,7 +392,7 @@ def _read_vqa_answers(path) -> dict[int, tuple[int, tuple[str, ...]]]:
 def read_answer_list(path: str | os.PathLike) -> list[str]:
     """BLIP's answer_list.json: the answers that ranking chooses from, a list of strings. Raises
     AnnotationError, OSError."""
-    answers = _parse(path, Path(path).read_bytes())
+    answers = _parse(path, _content(path))
     if not _are_texts(answers) or not answers:
         raise AnnotationError(path, None, f"expected a list of one string or more, got {_shown(answers)}")
     return answers

@@ -22,6 +22,7 @@ from .annotations import (
     CaptionExample,
     NLVRExample,
     VQAExample,
+    first_object,
     read_blip_nlvr,
     read_blip_vqa,
     read_captions,
@@ -60,7 +61,8 @@ def read_examples(
         AnnotationError, OSError: a file that cannot be used.
         ValueError: `answers` where they are of no use.
     """
-    blip = Path(path).read_bytes()[:64].lstrip().startswith(b"[")
+    first = first_object(path)
+    blip = first is None or ("images" if task == "nlvr" else "image") in first
     if answers is not None and (task != "vqa" or blip):
         raise ValueError(f"answers: {path} are not the original questions of VQA v2, which have another file")
     if task == "nlvr":
