@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from madtp.inputs import find_images, read_lines
+from madtp.inputs import find_images, read_lines, read_texts
 
 
 @pytest.fixture
@@ -64,12 +64,43 @@ def test_a_folder_without_images(folder):
         find_images(["empty"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_read(folder):
-    (folder / "sub").chmod(0)
+def test_a_folder_that_cannot_be_read(folder, monkeypatch):
+    """One that is named ends the search; a subfolder is one of the paths, for whoever opens it to say why."""
+    scan, read = os.scandir, os.listdir
+
+    def refused(function):
+        def call(path):
+            if os.path.abspath(path) == str(folder / "sub"):
+                raise PermissionError(13, "Permission denied", path)
+            return function(path)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", refused(scan))
+    monkeypatch.setattr(os, "listdir", refused(read))
+    assert find_images(["."]) == ["./a.PNG", "./b.jpg", "./sub"]
     with pytest.raises(PermissionError):
-        find_images(["."])
-    (folder / "sub").chmod(0o700)
+        find_images(["sub"])
+
+
+def test_folders_behind_links_are_searched_once_and_loops_end(folder, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    (disk / "z.png").touch()
+    links = {"train": disk, "aka": "sub", "sub/up": "..", "sub/deep/self": ".", "sub/deep/other": "../.."}
+    for name, target in links.items():
+        os.symlink(target, folder / name)
+    (disk / "back").symlink_to(folder)
+    expected = ["./a.PNG", "./b.jpg", "./sub/c.webp", "./sub/deep/d.tiff", "./train/z.png"]
+    assert find_images(["."]) == expected
+    assert sorted(find_images(["**/*.[tpw]*"])) == ["empty/x.txt", "notes.txt", *(p[2:] for p in expected[2:])]
+    assert find_images(["aka"]) == ["aka/c.webp", "aka/deep/d.tiff", "aka/up/a.PNG", "aka/up/b.jpg", "aka/up/train/z.png"]
+
+
+def test_pictures_of_other_formats_are_named(folder, caplog):
+    for name in ("a.HEIC", "sub/b.heic", "sub/c.svg"):
+        (folder / name).touch()
+    assert len(find_images(["."])) == 4
+    assert "2 .heic, 1 .svg" in caplog.text
 
 
 def test_lines(tmp_path):
@@ -82,3 +113,40 @@ def test_lines(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="lines.txt: not a UTF-8"):
         read_lines(path)
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    path = tmp_path / "lines.txt"
+    lines = ["a\u2028b", "c\x85d", "e\x0cf", "g\x1ch", "i\rj"]
+    path.write_bytes("\n".join(lines).encode())
+    assert read_lines(path) == read_texts(path) == lines
+
+
+@pytest.mark.parametrize(
+    "name, content, texts",
+    [
+        ("a.json", b'["yes", "no"]', ["yes", "no"]),
+        ("a.txt", b'\xef\xbb\xbf\n[\n "yes",\n "no"\n]\n', ["yes", "no"]),
+        ("a.txt", b"[a dog]\n{a cat}\n", ["[a dog]", "{a cat}"]),
+        ("a.txt", b"1\n2\n", ["1", "2"]),
+    ],
+)
+def test_texts_come_in_lines_or_as_a_json_list(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content)
+    assert read_texts(tmp_path / name) == texts
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.json", b"yes\nno"),
+        ("a.json", b"[]"),
+        ("a.json", b'["yes", 2]'),
+        ("a.txt", b'{"yes": 1}'),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}'),
+    ],
+)
+def test_json_of_another_form_is_not_taken_for_lines(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read_texts(tmp_path / name)

@@ -1,7 +1,11 @@
 """Runs over a JSON Lines file: every row is answered once, in order, however often the run is stopped."""
 
 import fcntl
+import io
 import json
+import os
+import sys
+import threading
 
 import pytest
 
@@ -294,9 +298,107 @@ def test_an_interrupted_publication_is_made_up_for(source, output):
 
 
 def test_progress_is_shown_where_there_is_a_terminal(source, output, capsys, monkeypatch):
-    import sys
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(source, output, unit="images", note=lambda: "7.5 of 37 tokens kept")
     shown = capsys.readouterr().err
     assert "12/12" in shown and "images/s" in shown and "7.5 of 37 tokens kept" in shown
+
+
+def test_rows_of_a_pipe_are_those_of_a_file(source, output, tmp_path, monkeypatch):
+    """A named pipe, /dev/stdin and "-"; and a run that was stopped goes on, whichever it was and is."""
+    with pytest.raises(Stop):
+        run(source, output, stopping_after(1))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=lambda: pipe.write_bytes(source.read_bytes()), daemon=True).start()
+    assert run(pipe, output).resumed == 4
+    assert read(output) == EXPECTED
+    output.unlink()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+    run("-", output)
+    assert read(output) == EXPECTED
+
+
+@pytest.mark.parametrize("levels", [99, 100, 986, 5000])
+def test_a_deeply_nested_row_is_one_error_and_no_more(tmp_path, output, levels):
+    source = tmp_path / "in.jsonl"
+    nested = "[" * levels + "]" * levels
+    source.write_text(f'{{"x": 1, "deep": {nested}}}\n{{"x": 2}}\n')
+    run(source, output, answers=["square"])
+    first, second = read(output)
+    assert second == {"row": 2, "x": 2, "square": 4}
+    if levels < 100:
+        assert first == {"row": 1, "x": 1, "deep": json.loads(nested), "square": 1}
+    else:
+        assert first == {"row": 1, "error": "not JSON of at most 100 levels"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_lacks_are_errors(tmp_path, output, number):
+    (tmp_path / "in.jsonl").write_text(f'{{"x": 1, "y": {number}}}')
+    run(tmp_path / "in.jsonl", output)
+    assert "not JSON" in read(output)[0]["error"]
+
+
+def test_fields_of_rows_are_passed_on_and_never_mixed_up_with_answers(tmp_path, output):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"id": 17, "x": 2, "row": 9, "error": "none", "square": 5, "input": 1}\n{"id": 18, "x": -2}\n')
+    summary = run(source, output, answers=["square"])
+    hidden = {"row": 9, "error": "none", "square": 5, "input": 1}
+    assert read(output) == [
+        {"row": 1, "id": 17, "x": 2, "input": hidden, "square": 4},
+        {"row": 2, "id": 18, "x": -2, "error": "x is negative: -2"},
+    ]
+    assert list(summary.failed) == [2]
+
+
+def test_defaults_are_part_of_the_row(output):
+    run([{"x": 2}, {}], output, defaults={"x": 3}, keep=["x"])
+    assert read(output) == [{"row": 1, "x": 2, "square": 4}, {"row": 2, "x": 3, "square": 9}]
+
+
+@pytest.mark.parametrize("lost", [0, 5, 11])
+def test_records_that_something_else_removed_are_missed(source, output, lost):
+    partial = output.with_name("out.jsonl.partial")
+
+    def damaging(instances):
+        if 12 in instances:
+            header, *lines = partial.read_bytes().splitlines(keepends=True)
+            del lines[min(lost, len(lines) - 1)]
+            partial.write_bytes(b"".join([header, *lines]))
+        return answer(instances)
+
+    with pytest.raises(jsonl.ResumeError, match="changed by something else"):
+        run(source, output, damaging)
+    assert not output.exists()
+    run(source, output)
+    assert read(output) == EXPECTED
+
+
+def test_a_run_that_was_killed_after_publishing_is_complete(source, output, monkeypatch):
+    partial = output.with_name("out.jsonl.partial")
+
+    def publish(records, path):
+        jsonl._publish(records, path)
+        if path == output:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(source, output, publish=publish)
+    assert partial.exists()
+    assert run(source, output).resumed == 12 and leftovers(output) == []
+    assert read(output) == EXPECTED
+    # But an output that is not what the records say is another one.
+    output.unlink()
+    with pytest.raises(Stop):
+        run(source, output, publish=publish)
+    output.write_text("precious")
+    with pytest.raises(jsonl.ResumeError, match="exists already"):
+        run(source, output)
+    assert output.read_text() == "precious"
+
+
+def test_a_log_in_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(jsonl.ResumeError, match="no regular file"):
+        jsonl.Log(tmp_path / "pipe", {})

@@ -102,7 +102,7 @@ def run(
         raise ResumeError(exists)
     publish = publish or _publish
     with Log(partial, {"input": f"sha256 {digest[:16]}", **settings}, overwrite=overwrite) as log:
-        summary, last_row = _resume(log, batch_size, total)
+        summary, last_row = _resume(log, batch_size, total, source)
         if output.exists() and not overwrite:
             if summary.rows < total or not _is_published(_checked(log, source), publish, output):
                 raise ResumeError(exists)
@@ -139,7 +139,10 @@ def _checked(log: Log, source: Rows) -> Iterator[dict]:
     for row, record in itertools.zip_longest((n for n, _ in numbered(source)), records):
         if record is None or record.get("row") != row:
             found = "no record" if record is None else f"record {record.get('row')}"
-            raise ResumeError(f"{log.path} was changed by something else: {found} where that of row {row} is due; {log.remedy}")
+            raise ResumeError(
+                f"{log.path} was changed by something else: {found} where that of row {row} is due; "
+                "the same command goes on from the records before"
+            )
         yield record
 
 
@@ -311,13 +314,12 @@ class Log:
         os.fsync(self._file.fileno())
 
 
-def _resume(log: Log, batch_size: int, total: int) -> tuple[Summary, int]:
-    """Cut off what is not a whole batch; what is there already, and the last row of it."""
-    summary, last_row, row, end, batch = Summary(), 0, 0, None, []
-    for record, place in log.read():
-        if not isinstance(record.get("row"), int) or record["row"] <= row:
+def _resume(log: Log, batch_size: int, total: int, source: Rows) -> tuple[Summary, int]:
+    """Cut off what is not a whole batch of the first rows; what is there already, and the last row of it."""
+    summary, last_row, end, batch = Summary(), 0, None, []
+    for (row, _), (record, place) in zip(numbered(source), log.read(), strict=False):
+        if record.get("row") != row:
             break
-        row = record["row"]
         batch.append(record)
         if len(batch) == batch_size or summary.rows + len(batch) == total:
             summary.count(batch)
