@@ -128,6 +128,7 @@ def test_operation_in_a_graph_follows_new_data_and_lengths(op, backend, dtype, g
 
 # Triton: scores, rows. CUDA C++: alignments, thresholds, selection, offsets, rows.
 MOST_LAUNCHES = {"triton": 2, "cuda": 5}
+CONVERSIONS = {"triton": 0, "cuda": 2}  # weight and bias of a LayerNorm in 16 bits, to float32
 
 
 def pruning_case(generator, lengths, capacity, dtype, width=128, entries=100):
@@ -155,7 +156,8 @@ def test_from_scores_to_normalised_rows_in_few_launches(backend, dtype, generato
         prune(**case, backend=backend)
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(launched) <= MOST_LAUNCHES[backend], launched
+    most = MOST_LAUNCHES[backend] + (CONVERSIONS[backend] if dtype != torch.float32 else 0)
+    assert len(launched) <= most, launched
 
 
 @each_kernel
