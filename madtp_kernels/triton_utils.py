@@ -42,9 +42,14 @@ def multiprocessors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device) if tensor.is_cuda else 1
 
 
+def cdiv(size: int, unit: int) -> int:
+    """How many units cover ``size``. (`triton.cdiv` does the same in ten times the time: launches count.)"""
+    return -(-size // unit)
+
+
 def block(size: int, least: int = 16) -> int:
     """The power of two that covers ``size``, at least ``least`` (16 is the smallest side of a matrix product)."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -462,6 +462,37 @@ def test_next_to_nothing(lengths):
     assert torch.equal(out, q)
 
 
+@pytest.mark.parametrize("name, value", [("q", "nan"), ("k", "nan"), ("k", "inf"), ("k", "-inf")])
+def test_importance_of_bad_logits_is_as_bad_as_the_reference_says(name, value):
+    lengths = [5, 70]
+    cu = offsets(lengths)
+    q, k, v = random_qkv(sum(lengths), 3, 16, torch.float32)
+    {"q": q, "k": k}[name][5 + 33, 1, 2] = float(value)  # one element of one head: a maximum over heads must not hide it
+    shared = (cu, max(lengths), 0.3, False, None)
+    out, lse = attention_reference.attention(q, k, v, cu, cu, 70, 70, 0.3, False, None)
+    expected = importance_reference.attention_importance(q, k, out, lse, *shared)
+    got = importance_triton.attention_importance(q, k, out, lse, *shared)
+    bad = torch.zeros(0, dtype=torch.bool, device=DEVICE)
+    for e, g in zip(expected, got, strict=True):
+        e, g = e[:75], g[:75]
+        assert torch.equal(e.isnan(), g.isnan())
+        assert_near("importance", g[~g.isnan()], e[~e.isnan()], 1e-4)
+        bad = torch.cat([bad, e.isnan()])
+    assert bad.any() and not bad.all()
+
+
+def test_queries_that_see_no_key_give_no_importance():
+    cu = offsets([3, 70])
+    q, k, v = random_qkv(73, 3, 16, torch.float32)
+    bias = torch.zeros(k.shape[0], device=DEVICE)
+    bias[:3] = float("-inf")
+    out, lse = own_kernel(q, k, v, cu, cu, 70, 70, 0.3, False, bias)
+    assert (lse[:, :3] == float("-inf")).all() and (out[:3] == 0).all() and lse[:, 3:73].isfinite().all()
+    received, cls = importance_triton.attention_importance(q, k, out, lse, cu, 70, 0.3, False, bias)
+    assert (received[:3] == 0).all() and (cls[:3] == 0).all()
+    assert received[:73].isfinite().all() and received[4:73].gt(0).all()
+
+
 # ---- the choice between PyTorch's kernel and the own one ---------------------------------------------------------------
 
 
@@ -472,35 +503,26 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.fixture
-def varlen_of(monkeypatch):
-    """Install a stand-in for torch.nn.attention.varlen with the given parameters; returns what it was called with."""
+def flash(monkeypatch):
+    """Install a stand-in for PyTorch's flash attention; returns what it was called with."""
+    calls = []
 
-    def install(*parameters):
-        calls = []
+    def operator(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, **options):
+        calls.append({"dropout": dropout, "causal": causal, "debug": debug, **options})
+        return q.clone(), torch.full((q.shape[1], q.shape[0]), float("inf")), None, None, None
 
-        def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-            calls.append(options)
-            return q.clone(), torch.full((q.shape[1], q.shape[0]), float("inf"))
-
-        known = (varlen_attn, "lse please", frozenset(parameters))
-        monkeypatch.setattr(attention_triton, "_varlen", lambda: known)
-        monkeypatch.setattr(attention_triton, "_tensor_cores", lambda device: True)
-        return calls
-
-    return install
+    monkeypatch.setattr(attention_triton, "_flash", lambda: (operator, {"num_splits": 1}))
+    monkeypatch.setattr(attention_triton, "_tensor_cores", lambda device: True)
+    return calls
 
 
-def refusal(head_dim=64, dtype=torch.bfloat16, scale=0.125, causal=False, bias=None, spoil=lambda t: t):
+def refusal(head_dim=64, dtype=torch.bfloat16, bias=None, spoil=lambda t: t):
     fused = torch.zeros(8, 3, 2, head_dim, dtype=dtype).as_subclass(OnCuda)
-    return attention_triton.varlen_refusal(*(spoil(t) for t in fused.unbind(1)), scale, causal, bias)
+    return attention_triton.flash_refusal(*(spoil(t) for t in fused.unbind(1)), bias)
 
 
-NEWEST = ("scale", "window_size", "num_splits")
-
-
-def test_flash_attention_serves_16_bits_without_bias(varlen_of):
-    varlen_of(*NEWEST)
-    assert refusal() is None and refusal(causal=True) is None and refusal(dtype=torch.float16, scale=3.0) is None
+def test_flash_attention_serves_16_bits_without_bias(flash):
+    assert refusal() is None and refusal(dtype=torch.float16) is None
 
 
 @pytest.mark.parametrize(
@@ -515,30 +537,21 @@ def test_flash_attention_serves_16_bits_without_bias(varlen_of):
     ],
     ids=["float32", "d=60", "d=264", "key_bias", "empty", "misaligned"],
 )
-def test_flash_attention_refuses(varlen_of, case):
-    varlen_of(*NEWEST)
+def test_flash_attention_refuses(flash, case):
     assert refusal(**case)
 
 
-def test_flash_attention_of_older_pytorch(varlen_of):
-    varlen_of("is_causal")
-    assert refusal(scale=0.125) is None  # 1 / sqrt(64), its fixed scale
-    assert refusal(scale=0.2)
+def test_flash_attention_of_this_pytorch_takes_what_it_is_called_with():
+    operator, options = attention_triton._flash()
+    names = [argument.name for argument in operator._schema.arguments]
+    first = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
+    assert names[: len(first)] == first and {"scale", *options} <= set(names)
 
 
-@pytest.mark.parametrize(
-    "parameters, causal, expected",
-    [
-        (NEWEST, False, {"scale": 0.5, "num_splits": 1}),
-        (NEWEST, True, {"scale": 0.5, "num_splits": 1, "window_size": (-1, 0)}),
-        (("scale", "window_size"), True, {"scale": 0.5, "window_size": (-1, 0)}),
-        (("is_causal",), True, {"is_causal": True}),
-    ],
-)
-def test_flash_attention_is_called_as_its_version_wants(varlen_of, parameters, causal, expected):
-    calls = varlen_of(*parameters)
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_marks_queries_without_keys_as_the_contract_does(flash, causal):
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
     cu = offsets([4]).cpu()
-    _, lse = attention_triton._varlen_attention(q, q, q, cu, cu.clone(), 4, 4, 0.5, causal)
-    assert calls == [{"return_aux": "lse please", **expected}]
+    _, lse = attention_triton._flash_attention(q, q, q, cu, cu.clone(), 4, 4, 0.5, causal)
+    assert flash == [{"dropout": 0.0, "causal": causal, "debug": False, "scale": 0.5, "num_splits": 1}]
     assert (lse == float("-inf")).all(), "flash marks a query without keys by +inf"

@@ -8,8 +8,6 @@ kernel knows none of the log-sum-exp, which the importance needs, and adds up in
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -18,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import unit_stride
-from ..triton_utils import LN2, LOG2E, block, dot_precision, on_device_of_first, product
+from ..triton_utils import LN2, LOG2E, block, cdiv, dot_precision, on_device_of_first, product
 
 
 @triton.jit
@@ -59,7 +57,7 @@ def _attend(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "query_blocks"])
 def _attention_kernel(
     q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
     q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
@@ -140,7 +138,7 @@ def _triton_attention(
     lse = torch.empty(heads, capacity, dtype=torch.float32, device=q.device)
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
-    query_blocks = triton.cdiv(max_seqlen_q, block_m)
+    query_blocks = cdiv(max_seqlen_q, block_m)
     programs = (cu_seqlens_q.shape[0] - 1) * heads * query_blocks
     if programs == 0:
         return out, lse
@@ -155,13 +153,21 @@ def _triton_attention(
 
 
 @functools.cache
-def _varlen() -> tuple[Callable, object, frozenset[str]] | None:
-    """PyTorch's variable-length attention (2.10+), the request for its log-sum-exp, and the parameters it knows."""
+def _flash() -> tuple[Callable, dict[str, object]] | None:
+    """PyTorch's flash attention over packed samples and the options it is always called with; None where it has none.
+
+    The operator itself, not `torch.nn.attention.varlen`: around it that launches one more kernel, takes twice the host's time,
+    and in newer versions chooses cuDNN, which takes no ``num_splits``.
+    """
     try:
-        module = importlib.import_module("torch.nn.attention.varlen")
-        return module.varlen_attn, module.AuxRequest(lse=True), frozenset(inspect.signature(module.varlen_attn).parameters)
-    except (ImportError, AttributeError, TypeError):
+        operator = torch.ops.aten._flash_attention_forward.default
+    except AttributeError:
         return None
+    known = {argument.name for argument in operator._schema.arguments}
+    if not {"cum_seq_q", "cum_seq_k", "max_q", "max_k", "is_causal", "scale"} <= known:
+        return None
+    # Splitting by the load of the batch would make a sample depend on its neighbours.
+    return operator, {"num_splits": 1} if "num_splits" in known else {}
 
 
 @functools.cache
@@ -169,8 +175,8 @@ def _tensor_cores(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def varlen_refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_bias: Tensor | None) -> str | None:
-    """Why PyTorch's variable-length attention cannot serve this call, or None if it can."""
+def flash_refusal(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> str | None:
+    """Why PyTorch's flash attention cannot serve this call, or None if it can."""
     if not q.is_cuda:
         return "tensors are not on a CUDA device"
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -181,22 +187,17 @@ def varlen_refusal(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, 
         return f"it takes no head width {q.shape[2]}"
     if 0 in (q.shape[0], q.shape[1], k.shape[0]):
         return "there are no queries or no keys"
-    if _varlen() is None:
+    if _flash() is None:
         return "this PyTorch has none"
-    parameters = _varlen()[2]
-    if "scale" not in parameters and abs(scale * q.shape[2] ** 0.5 - 1) > 1e-6:
-        return "this PyTorch's takes no scale"
-    if causal and not parameters & {"window_size", "is_causal"}:
-        return "this PyTorch's has no causal mask"
     if not _tensor_cores(q.device):
         return "the device is older than sm_80"
-    # Flash attention loads 16 bytes at a time from every head.
+    # It loads 16 bytes at a time from every head.
     if any(t.data_ptr() % 16 or t.stride(0) % 8 or t.stride(1) % 8 for t in (q, k, v)):
         return "a tensor is not aligned to 16 bytes"
     return None
 
 
-def _varlen_attention(
+def _flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -207,17 +208,13 @@ def _varlen_attention(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    varlen_attn, want_lse, parameters = _varlen()
-    options: dict[str, object] = {"scale": scale} if "scale" in parameters else {}
-    if causal:
-        options |= {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
-    if "num_splits" in parameters:
-        options["num_splits"] = 1  # splitting by the load of the batch would make a sample depend on its neighbours
-    out, lse = varlen_attn(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_aux=want_lse, **options
-    )
+    operator, options = _flash()
+    out, lse = operator(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False, scale=scale, **options
+    )[:2]
     if cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr():  # in self-attention every query sees a key
-        lse = lse.masked_fill(lse == float("inf"), float("-inf"))  # flash's mark of a query that sees no key
+        # Its mark of a query that sees no key is +inf. One launch, in place: nobody else holds this tensor.
+        lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
     return out, lse
 
 
@@ -235,15 +232,15 @@ def attention(
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out ``[Cq, H, d]`` in the dtype of q and lse ``[H, Cq]`` float32; see the public operation for the contract."""
-    if varlen_refusal(q, k, v, scale, causal, key_bias) is None:
-        return _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
+    if flash_refusal(q, k, v, key_bias) is None:
+        return _flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
     return _triton_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_bias)
 
 
 # ---- gradient -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "query_blocks"])
 def _query_gradient_kernel(
     q, k, v, key_bias, out, lse, d_out, d_lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head, d_out_token, d_out_head, capacity,
@@ -310,7 +307,7 @@ def _query_gradient_kernel(
     tl.store(dq_rows, (acc * scale).to(dq.dtype.element_ty), mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity_q", "capacity_k", "key_blocks"])
 def _key_gradient_kernel(
     q, k, v, key_bias, lse, d_out, delta, dk, dv, d_bias, cu_seqlens_q, cu_seqlens_k,
     q_token, q_head, k_token, k_head, v_token, v_head, d_out_token, d_out_head, capacity_q, capacity_k,
@@ -417,7 +414,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
     block_d, batch = block(head_dim), cu_seqlens_q.shape[0] - 1
     for_queries, for_keys = _gradient_blocks(q.dtype, block_d)
-    query_blocks, key_blocks = triton.cdiv(max_seqlen_q, for_queries[0]), triton.cdiv(max_seqlen_k, for_keys[1])
+    query_blocks, key_blocks = cdiv(max_seqlen_q, for_queries[0]), cdiv(max_seqlen_k, for_keys[1])
     shared = {
         "HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "CAUSAL": causal, "PRECISION": dot_precision(q.dtype)
     }  # fmt: skip

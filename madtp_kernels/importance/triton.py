@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, dot_precision, multiprocessors, on_device_of_first, product
+from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, multiprocessors, on_device_of_first, product
+
+
+@triton.jit
+def _seen(lse):
+    """The log-sum-exp, +inf for a query that sees no key (-inf): it gives nothing."""
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -41,13 +47,14 @@ def _received(
         queries = step // HEADS * BLOCK_M + o_m
         i_h = step % HEADS
         head = tl.cast(i_h, tl.int64)
-        q_rows = q + queries.to(tl.int64)[:, None] * q_token + head * q_head + o_d[None, :]
-        q_tile = tl.load(q_rows, mask=(queries < tokens)[:, None] & m_d, other=0.0)
+        # Rows past the end get lse = inf, hence probability 0. They repeat the last query: zeros times an infinite key would
+        # bring in a NaN that no query of the sample has.
+        rows = tl.minimum(queries, tokens - 1).to(tl.int64)
+        q_tile = tl.load(q + rows[:, None] * q_token + head * q_head + o_d[None, :], mask=m_d, other=0.0)
         k_tile = tl.load(k_rows + head * k_head, mask=m_k, other=0.0)
-        # Rows past the end get lse = inf, hence probability 0.
-        row_lse = tl.load(lse + head * capacity + queries, mask=queries < tokens, other=float("inf")) * LOG2E
+        row_lse = _seen(tl.load(lse + head * capacity + queries, mask=queries < tokens, other=float("inf"))) * LOG2E
         s = product(q_tile, tl.trans(k_tile), None, PRECISION)
-        best = tl.maximum(best, s * scale_log2 - row_lse[:, None])
+        best = tl.maximum(best, s * scale_log2 - row_lse[:, None], propagate_nan=tl.PropagateNan.ALL)
         if i_h == HEADS - 1:
             p = tl.exp2(best + bias[None, :])
             if CAUSAL:
@@ -84,12 +91,12 @@ def _cls(
         out_tile = tl.load(out_rows + head * out_head, mask=m_tile, other=0.0).to(tl.float32)
         logit = tl.sum(k_tile * query[None, :], 1) * scale_log2 + bias
         norm = tl.sqrt(tl.sum(out_tile * out_tile, 1))
-        weighted += tl.exp2(logit - tl.load(lse + head * capacity) * LOG2E) * norm
+        weighted += tl.exp2(logit - _seen(tl.load(lse + head * capacity)) * LOG2E) * norm
         total += norm
     return weighted / (total + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "key_blocks", "slots"])
 def _importance_kernel(
     q, k, out, lse, key_bias, received, cls, partial, cu_seqlens,
     q_token, q_head, k_token, k_head, out_token, out_head, capacity, key_blocks, slots, scale_log2,
@@ -145,7 +152,7 @@ def _importance_kernel(
         tl.store(received + bos + 1 + o_n, total, mask=o_n < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "token_blocks"])
 def _add_blocks_kernel(
     partial, received, cu_seqlens, capacity, token_blocks,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -192,8 +199,8 @@ def attention_importance(
         return received, cls
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
-    key_blocks = max(1, triton.cdiv(max_seqlen - 1, block_n))
-    query_blocks = triton.cdiv(max_seqlen - 1, block_m)
+    key_blocks = max(1, cdiv(max_seqlen - 1, block_n))
+    query_blocks = cdiv(max_seqlen - 1, block_m)
     split = query_blocks > 1 and batch * key_blocks < 2 * multiprocessors(q)
     partial = torch.empty(query_blocks, capacity, dtype=torch.float32, device=q.device) if split else None
     slots = 1 + (query_blocks if split else 1)
@@ -205,7 +212,7 @@ def attention_importance(
         PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if partial is not None:
-        token_blocks = triton.cdiv(max_seqlen - 1, 128)
+        token_blocks = cdiv(max_seqlen - 1, 128)
         _add_blocks_kernel[(batch * token_blocks,)](
             partial, received, cu_seqlens, capacity, token_blocks,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=128, CAUSAL=causal, num_warps=4,
