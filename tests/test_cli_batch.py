@@ -164,7 +164,7 @@ def test_length_of_captions(command, load, photos):
     code, out, _ = command("caption", "caption", photos, "--max-length", "9", "--num-beams", "1")
     expected = predict.caption(load("caption"), files(photos), max_length=9, num_beams=1)
     assert [record["caption"] for record in records(out)] == [answer.caption for answer in expected]
-    for limits in (("--max-length", "2"), ("--max-length", "65")):
+    for limits in (("--max-length", "2"), ("--max-length", "65")):  # the prompt has four, the model 64
         code, _, err = command("caption", "caption", photos, *limits)
         assert code == 2 and "max_length" in err and err.count("\n") == 1
 
@@ -286,6 +286,7 @@ def test_questions_of_a_file_with_a_list_of_answers(command, load, photos, tmp_p
     # With --question, rows without one have that.
     code, out, _ = command("vqa", "vqa", *options, "--question", "is it a cat?")
     assert "answer" in records(out)[1] and records(out)[4] == found[4]
+    assert [records(out)[row]["question"] for row in (0, 1)] == [questions[0], "is it a cat?"], "as it was asked"
 
 
 # ---- features
@@ -590,6 +591,13 @@ def test_clip_has_no_classifier(command, photos):
         ["caption"],
         ["caption", "a.jpg", "--input", "rows.jsonl"],
         ["caption", "a.jpg", "--sample", "--num-beams", "2"],
+        ["caption", "a.jpg", "--sample", "--num-beams", "3"],
+        ["caption", "a.jpg", "--top-p", "0.9"],
+        ["caption", "a.jpg", "--seed", "0"],
+        ["caption", "a.jpg", "--max-length", "9", "--min-length", "10"],
+        ["vqa", "a.jpg", "--question", "?", "--top-k", "128"],
+        ["vqa", "a.jpg", "--question", "?", "--answers", "a.txt", "--num-beams", "3"],
+        ["vqa", "a.jpg", "--question", "?", "--answers", "a.txt", "--max-length", "10"],
         ["caption", "a.jpg", "--grouping", "pair"],
         ["vqa", "a.jpg"],
         ["embed", "a.jpg"],
@@ -600,10 +608,14 @@ def test_clip_has_no_classifier(command, photos):
     ],
 )
 def test_wrong_usage_ends_with_code_2(arguments, photos, capsys):
+    """Options that the others make useless are named, too."""
+    options = [argument for argument in arguments if argument.startswith("--")]
     arguments = [str(files(photos)[0]) if argument == "a.jpg" else argument for argument in arguments]
     with pytest.raises(SystemExit) as exit:
         cli.main([*arguments, "--model", "absent"])
-    assert exit.value.code == 2 and "--help shows the options" in capsys.readouterr().err
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert "--help shows the options" in message and (not options or any(option in message for option in options))
 
 
 @pytest.mark.parametrize("name", ["caption", "vqa", "embed", "retrieve"])
@@ -643,6 +655,30 @@ def test_a_stopped_run_goes_on_only_with_the_same_options(command, photos, tmp_p
         assert code == 2 and reason in err
     code, out, _ = command("caption", "caption", *fixed)
     assert code == 0 and "12 rows (4 of them from an earlier run)" in out
+
+
+def test_a_stopped_run_that_samples_ends_as_one_that_was_not(command, photos, tmp_path, monkeypatch):
+    """Each row has random numbers of its own, wherever it is answered."""
+    caption, outputs = predict.caption_batch, [tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"]
+    fixed = [photos, "--batch-size", "4", "--sample", "--top-p", "1"]
+    assert command("caption", "caption", *fixed, "--output", outputs[0])[0] == 0
+    for stop in (2, 1):  # after the first batch, and after the second
+        calls = []
+
+        def interrupted(*arguments, calls=calls, stop=stop, **options):
+            calls.append(options)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            torch.randn(7)  # the global random numbers are no part of it
+            return caption(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(predict, "caption_batch", interrupted)
+            assert command("caption", "caption", *fixed, "--output", outputs[1])[0] == 130
+    code, out, _ = command("caption", "caption", *fixed, "--output", outputs[1])
+    assert code == 0 and "12 rows (4 of them from an earlier run)" in out
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert len({record["caption"] for record in read(outputs[0])}) == 12
 
 
 RUNS = {"caption": ("caption", "all.jsonl"), "embed": ("clip", "all.npy")}

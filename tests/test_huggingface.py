@@ -14,12 +14,15 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
+    GenerationConfig,
 )
 
 import madtp
-from madtp import CheckpointError
+from madtp import CheckpointError, generation
 from madtp.layouts import blip_hugging_face
 from madtp.processing import load_tokenizer
+from madtp.pruning import Stream
+from madtp_kernels import RaggedBatch
 
 VOCABULARY = 200  # of the bundled tokenizer
 DEC, ENC, SEP = VOCABULARY - 2, VOCABULARY - 1, 3
@@ -134,6 +137,111 @@ def test_generated_captions(options, generator, directory):
     assert len({tuple(row) for row in answers(sequences, 3)}) > 1, "the captions are not all alike"
 
 
+# Every option that is served, with a value that changes the words, and what it needs beside it.
+BEAMS, SAMPLE = {"num_beams": 3}, {"do_sample": True}
+EFFECTS = {
+    "bad_words_ids": ([[word] for word in range(100, 198)], {}),
+    "begin_suppress_tokens": (list(range(100, 198)), {}),
+    "do_sample": (True, {}),
+    "early_stopping": (True, {**BEAMS, "length_penalty": 3.0}),
+    "epsilon_cutoff": (0.02, SAMPLE),
+    "eta_cutoff": (0.3, SAMPLE),
+    "exponential_decay_length_penalty": ((1, 3.0), {}),
+    "forced_eos_token_id": (7, {}),
+    "length_penalty": (-4.0, BEAMS),
+    "max_length": (6, {}),
+    "max_new_tokens": (2, {"max_length": None}),
+    "min_length": (12, {}),
+    "min_new_tokens": (9, {}),
+    "min_p": (0.5, SAMPLE),
+    "no_repeat_ngram_size": (1, {}),
+    "num_beams": (3, {}),
+    "remove_invalid_values": (True, {}),
+    "renormalize_logits": (True, {**BEAMS, "repetition_penalty": 1.3}),
+    "repetition_penalty": (1.4, {}),
+    "sequence_bias": ({(word,): 9.0 for word in range(50, 60)}, {}),
+    "suppress_tokens": (list(range(100, 198)), {}),
+    "temperature": (0.3, SAMPLE),
+    "top_k": (3, SAMPLE),
+    "top_p": (0.4, SAMPLE),
+    "typical_p": (0.4, SAMPLE),
+}
+# Logits are finite; and with so few words one of these has been seen to make no difference.
+WITHOUT_EFFECT = {"remove_invalid_values", "renormalize_logits", "early_stopping", "forced_eos_token_id"}
+
+
+@pytest.fixture(scope="module")
+def captioners(tmp_path_factory):
+    """A model of theirs and ours with its weights, some pictures, and a prompt."""
+    theirs, path = hugging_face("caption", torch.Generator().manual_seed(3)), tmp_path_factory.mktemp("captioner")
+    theirs.text_decoder.cls.predictions.bias.data[SEP] += 3.5  # texts end before their greatest length
+    theirs.save_pretrained(path)
+    pixels = pictures(torch.Generator().manual_seed(4), 4)
+    return theirs, load(path).text_decoder, pixels
+
+
+def written(captioners, ours: bool, **options):
+    """Words of greedy search with these options, by either."""
+    theirs, decoder, pixels = captioners
+    options = {"num_beams": 1, "max_length": 14, "min_length": 0, **options}
+    torch.manual_seed(6)
+    with torch.inference_mode():
+        images = theirs.vision_model(pixels).last_hidden_state
+        prompts = torch.tensor([[DEC, 7, 8]] * 4, device=DEVICE)
+        if not ours:
+            sequences = theirs.text_decoder.generate(
+                prompts, encoder_hidden_states=images, eos_token_id=SEP, pad_token_id=0, attention_mask=torch.ones_like(prompts),
+                **{name: value for name, value in options.items() if value is not None},
+            )  # fmt: skip
+            return answers(sequences, 3)
+        memory = Stream.start(RaggedBatch.from_padded(images, torch.ones(images.shape[:2], device=DEVICE)), use_sizes=False)
+        return [words.tolist() for words in generation.generate(decoder, memory, prompts, official_lengths=False, **options)]
+
+
+@pytest.mark.parametrize("name", generation.OPTIONS)
+def test_options_of_generate_do_what_they_do_in_transformers(name, captioners):
+    value, beside = EFFECTS[name]
+    found = written(captioners, True, **beside, **{name: value})
+    assert found == written(captioners, False, **beside, **{name: value})
+    without = beside | ({"length_penalty": 1.0} if name == "length_penalty" else {})
+    if name not in WITHOUT_EFFECT:
+        assert found != written(captioners, True, **without), "it makes a difference"
+
+
+@pytest.mark.parametrize("name", sorted(vars(GenerationConfig()).keys() - set(generation.OPTIONS)))
+def test_options_of_generate_that_are_not_served(name, captioners):
+    """All others that this release of transformers has, so that a new one is no surprise."""
+    with pytest.raises(ValueError, match=f"^{name}: no option here; there are "):
+        written(captioners, True, **{name: False if name == "use_cache" else 2})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        *(({name: EFFECTS[name][0]}, f"{name}: only sampling takes it") for name in ("top_k", "top_p", "temperature", "min_p")),
+        *(({name: EFFECTS[name][0]}, f"{name}: only beam search takes it") for name in ("length_penalty", "early_stopping")),
+        ({"max_new_tokens": 2}, "max_new_tokens: give either this or max_length, got both"),
+        ({"max_new_tokens": 38, "max_length": None}, "max_new_tokens: expected at least 1 and at most 37, got 38"),
+        ({"max_length": 41}, "max_length: expected more than the prompt's 3 and at most 40, got 41"),
+        ({"min_length": 15}, "min_length: expected at most the longest text's 14 tokens, got 15"),
+        ({"seeds": [1, 2, 3, 4], "do_sample": True, "min_p": 0.1}, "min_p: sampling with seeds takes temperature, top_k, top_p"),
+    ],
+)
+def test_options_of_generate_without_an_effect(options, message, captioners):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        written(captioners, True, **options)
+
+
+def test_words_that_are_sampled_with_seeds(captioners):
+    """The same for a prompt in any order, from among those that the options leave; other seeds give other words."""
+    sample = {"do_sample": True, "temperature": 1.5}
+    first, second = (written(captioners, True, seeds=seeds, **sample) for seeds in ([1, 2, 3, 4], [1, 2, 9, 9]))
+    assert first[:2] == second[:2] and first[2:] != second[2:]
+    assert written(captioners, True, seeds=[1, 2, 3, 4], do_sample=True, top_k=1) == written(captioners, True)
+    neutral = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    assert written(captioners, True, seeds=[1, 2, 3, 4], do_sample=True, **neutral) != first
+
+
 def test_answers_are_those_to_one_question_at_a_time(generator, directory):
     theirs = hugging_face("vqa", generator)
     theirs.save_pretrained(directory)
@@ -236,7 +344,7 @@ def test_without_a_dictionary_there_is_a_warning(generator, directory, caplog):
     hugging_face("caption", generator).save_pretrained(directory)
     with caplog.at_level(logging.WARNING, logger="madtp"):
         load(directory)
-    assert "has no space_dict: initialised at random" in caplog.text
+    assert "has no space_dict: made up at random" in caplog.text
 
 
 def test_position_numbers_in_older_files_are_left_out_by_name(generator, directory, caplog):

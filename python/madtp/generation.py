@@ -29,6 +29,22 @@ from .text import TextDecoder
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+# The options of `transformers.GenerationConfig` that our decoder serves, as transformers serves them. Every other one would be
+# ignored, change what is returned, or (a static cache, a time limit) change the words without anybody's asking: refused by name.
+_SEARCH = (
+    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_eos_token_id", "max_length",
+    "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "remove_invalid_values",
+    "renormalize_logits", "repetition_penalty", "sequence_bias", "suppress_tokens",
+)  # fmt: skip
+_BEAMS = ("early_stopping", "length_penalty")
+_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_k", "top_p", "typical_p")
+_SEEDED = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+OPTIONS = tuple(sorted((*_SEARCH, *_BEAMS, "do_sample", *_SAMPLING)))
+
+# How many of the most likely words are sampled from where nobody says: the default of transformers.
+_TOP_K = 50
+
+
 def generate(
     decoder: TextDecoder,
     memory: Stream,
@@ -51,22 +67,29 @@ def generate(
             transformers of today.
         seeds: B numbers, each for the random numbers of one prompt when sampling, so that it is continued in the same way in
             any batch and on any device; by default torch's global random numbers serve all.
-        options: of `transformers.GenerationConfig`: num_beams, max_length, min_length, do_sample, top_p, ...
+        options: those of `transformers.GenerationConfig` that :data:`OPTIONS` names: num_beams, max_length, min_length,
+            do_sample, top_p, ... None stands for an option that is not given.
 
     Returns:
         One int64 tensor per prompt: what follows it, without [SEP] and padding.
 
     Raises:
-        ValueError: a length beyond the positions of the model, or an option that `transformers` does not know.
+        ValueError: a length beyond the positions of the model, an option that is not served, or one that would have no effect:
+            of sampling without do_sample, of beam search without beams, others than temperature, top_k and top_p with seeds.
     """
-    config, limit = decoder.config, decoder.config.max_position_embeddings
-    longest = options.get("max_length", limit)
-    if not prompts.shape[1] < longest <= limit:
-        raise ValueError(f"max_length: expected more than the prompt's {prompts.shape[1]} and at most {limit}, got {longest}")
+    config, limit, prompt = decoder.config, decoder.config.max_position_embeddings, prompts.shape[1]
+    options = _checked(options)
+    if "max_new_tokens" in options and "max_length" in options:
+        raise ValueError("max_new_tokens: give either this or max_length, got both")
+    name = "max_new_tokens" if "max_new_tokens" in options else "max_length"
+    before = prompt if name == "max_new_tokens" else 0
+    longest = options.setdefault(name, limit)
+    if not prompt - before < longest <= limit - before:
+        least = "at least 1" if before else f"more than the prompt's {prompt}"
+        raise ValueError(f"{name}: expected {least} and at most {limit - before}, got {longest}")
+    if options.get("min_length", 0) > before + longest:
+        raise ValueError(f"min_length: expected at most the longest text's {before + longest} tokens, got {options['min_length']}")
     processors = None if seeds is None else _sampling(options, seeds, len(prompts))
-    unknown = sorted(name for name in options if not hasattr(GenerationConfig(), name))
-    if unknown:
-        raise ValueError(f"options: transformers' GenerationConfig knows no {', '.join(unknown)}")
     settings = GenerationConfig(
         pad_token_id=config.pad_token_id, eos_token_id=config.sep_token_id, bos_token_id=config.dec_token_id, **options
     )
@@ -76,7 +99,26 @@ def generate(
         generation_config=settings,
         logits_processor=processors,
     )
-    return [row[: _first(row, config.sep_token_id)] for row in sequences[:, prompts.shape[1] :]]
+    return [row[: _first(row, config.sep_token_id)] for row in sequences[:, prompt:]]
+
+
+def _checked(options: dict) -> dict:
+    """The options that are given; each has an effect."""
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"{name}: no option here; there are {', '.join(OPTIONS)}")
+    if options.get("do_sample"):
+        options.setdefault("top_k", _TOP_K)
+    else:
+        for name in _SAMPLING:
+            if name in options:
+                raise ValueError(f"{name}: only sampling takes it; give do_sample=True, too")
+    if options.get("num_beams", 1) == 1:
+        for name in _BEAMS:
+            if name in options:
+                raise ValueError(f"{name}: only beam search takes it; give num_beams, too")
+    return options
 
 
 def _first(row: Tensor, token: int) -> int:
@@ -89,9 +131,13 @@ def _sampling(options: dict, seeds: Sequence[int], prompts: int) -> LogitsProces
     """Takes the options of sampling out; what is left, greedy search over these processors, is sampling too."""
     if not options.pop("do_sample", False) or options.get("num_beams", 1) != 1 or len(seeds) != prompts:
         raise ValueError(f"seeds: expected one for each of {prompts} prompts, and do_sample without beams, got {len(seeds)}")
-    warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
-    chosen = [warper(options.pop(name)) for name, warper in warpers.items() if name in options]
-    return LogitsProcessorList([*chosen, _Gumbel(seeds)])
+    for name in _SAMPLING:
+        if name in options and name not in _SEEDED:
+            raise ValueError(f"{name}: sampling with seeds takes {', '.join(_SEEDED)}")
+    given = {name: options.pop(name) for name in _SEEDED if name in options}
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    warpers = [warper(given[name]) for name, warper in _SEEDED.items() if given.get(name, neutral[name]) != neutral[name]]
+    return LogitsProcessorList([*warpers, _Gumbel(seeds)])
 
 
 class _Gumbel(LogitsProcessor):

@@ -131,7 +131,7 @@ def caption_batch(model, instances: Sequence, prompt_ids=None, **options):
         output = model(model.processor.collate(instances))
         _check_finite(model, output.images)
         captions = model.generate(output.images, prompt, **options)
-    beams = 1 if options.get("top_p") else options.get("num_beams", 3)
+    beams = options.get("num_beams") or (1 if options.get("top_p") else 3)
     answers = []
     for ids, lengths in zip(captions, flops.stream_lengths(output.vision), strict=True):
         cost = flops.caption(model.config, lengths, len(prompt) + len(ids), beams=beams, guided=model.temperature > 0)
@@ -149,13 +149,20 @@ def vqa(model, questions: Sequence[tuple], batch_size: int = 8, **options) -> li
     return _in_batches(model, questions, batch_size, vqa_batch, options)
 
 
-def vqa_batch(model, instances: Sequence[tuple], candidates: Sequence[str] | None = None, k: int = 128, **options):
+def vqa_batch(model, instances: Sequence[tuple], candidates: Sequence[str] | None = None, k: int | None = None, **options):
     """Answers to instances that `model.processor` prepared, and the model's output for all of them.
 
     Args:
-        candidates: rank these, by scoring the ``k`` that begin most likely; by default answers are written.
-        options: of :meth:`madtp.models.vqa.VQA.generate`.
+        candidates: rank these, by scoring the ``k`` (128 by default) that begin most likely; by default answers are written.
+        options: of :meth:`madtp.models.vqa.VQA.generate`, for answers that are written.
+
+    Raises:
+        ValueError: ``k`` without candidates, or options beside them.
     """
+    if candidates is None and k is not None:
+        raise ValueError(f"k: only candidates are ranked, and there are none, got {k}")
+    if candidates is not None and options:
+        raise ValueError(f"{', '.join(options)}: only written answers take options of generation, and candidates are ranked")
     pixels, ids = model.processor.collate(instances)
     guided, processor = model.temperature > 0, model.processor
     with torch.inference_mode():
@@ -167,7 +174,7 @@ def vqa_batch(model, instances: Sequence[tuple], candidates: Sequence[str] | Non
             lengths, beams = [1 + len(words) for words in written], options.get("num_beams", 3)
         else:
             answers = _candidate_ids(processor, tuple(candidates))
-            ranking = model.rank(output.questions, answers, k, **options)
+            ranking = model.rank(output.questions, answers, 128 if k is None else k)
             texts = [candidates[number] for number in ranking.best.tolist()]
             scores = ranking.scores.amax(1).tolist()
             lengths = [1 + sum(len(answers[c]) for c in chosen) for chosen in ranking.candidates.tolist()]

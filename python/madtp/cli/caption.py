@@ -50,7 +50,6 @@ def add_parser(commands) -> None:
     kind.add_argument(
         "--num-beams",
         type=positive,
-        default=3,
         metavar="N",
         help="of the beam search; 1 is greedy (default: 3)",
     )
@@ -58,14 +57,14 @@ def add_parser(commands) -> None:
         "--sample", action="store_true", help="sample from the most likely words (nucleus) instead"
     )
     search.add_argument(
-        "--top-p", type=float, default=0.9, metavar="P", help="probability of those words (default: 0.9)"
+        "--top-p", type=float, metavar="P", help="with --sample: probability of those words (default: 0.9)"
     )
     search.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the sampling; each row has its own (default: 0)"
+        "--seed", type=int, metavar="N", help="with --sample: of the random numbers; each row has its own (default: 0)"
     )
-    for name, default in (("--max-length", 20), ("--min-length", 5)):
-        help = f"in tokens, prompt included (default: {default})"
-        search.add_argument(name, type=positive, default=default, metavar="N", help=help)
+    lengths = "in tokens, prompt included (default: {})"
+    search.add_argument("--max-length", type=positive, default=20, metavar="N", help=lengths.format(20))
+    search.add_argument("--min-length", type=positive, metavar="N", help=lengths.format("5, or --max-length"))
     add_model_options(parser)
     parser.set_defaults(run=run, usage_error=parser.error)
 
@@ -74,10 +73,21 @@ def run(args: argparse.Namespace) -> int:
     """Caption images."""
     from ..predict import caption_batch
 
+    if not args.sample:
+        for name in ("top_p", "seed"):
+            if getattr(args, name) is not None:
+                args.usage_error(f"--{name.replace('_', '-')}: only --sample takes it")
+    seed = 0 if args.seed is None else args.seed
+    min_length = min(5, args.max_length) if args.min_length is None else args.min_length
+    if min_length > args.max_length:
+        args.usage_error(f"--min-length: expected at most --max-length {args.max_length}, got {min_length}")
+    options = {"max_length": args.max_length, "min_length": min_length}
+    if args.sample:
+        options["top_p"] = 0.9 if args.top_p is None else args.top_p
+    else:
+        options["num_beams"] = 3 if args.num_beams is None else args.num_beams
     source, folder = image_rows(args)
     overlays = Overlays(args.save_overlay, source)
-    options = {"max_length": args.max_length, "min_length": args.min_length}
-    options |= {"top_p": args.top_p} if args.sample else {"num_beams": args.num_beams}
     model = load_model(args, ["caption"])
 
     def prepare(row: int, fields: dict) -> Item:
@@ -85,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         return Item(row, image, model.processor(image))
 
     def answer(items: list[Item]) -> list[dict]:
-        seeds = {"seeds": [_seed(args.seed, item.row) for item in items]} if args.sample else {}
+        seeds = {"seeds": [_seed(seed, item.row) for item in items]} if args.sample else {}
         captions, output = caption_batch(model, [item.inputs for item in items], **options, **seeds)
         pictures = overlays.draw(items, output.vision, model.config)
         return [
@@ -98,13 +108,12 @@ def run(args: argparse.Namespace) -> int:
             for caption, picture in zip(captions, pictures, strict=True)
         ]
 
-    seed = {"seed": args.seed} if args.sample else {}
     return run_rows(
         args,
         source,
         prepare,
         answer,
-        settings=settings_of(args, model, **options, **seed),
+        settings=settings_of(args, model, **options, **({"seed": seed} if args.sample else {})),
         tokens=["image_tokens"],
         keep=["image"],
     )

@@ -55,21 +55,18 @@ def add_parser(commands) -> None:
     search.add_argument(
         "--top-k",
         type=positive,
-        default=128,
         metavar="K",
         help="of the list, score in full those that begin most likely (default: 128)",
     )
     search.add_argument(
         "--num-beams",
         type=positive,
-        default=3,
         metavar="N",
         help="of the beam search for written answers; 1 is greedy (default: 3)",
     )
     search.add_argument(
         "--max-length",
         type=positive,
-        default=10,
         metavar="N",
         help="of written answers, in tokens (default: 10)",
     )
@@ -82,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
     from ..inputs import read_lines
     from ..predict import vqa_batch
 
+    # Options of the other way to find answers would be swallowed.
+    for name in ("num_beams", "max_length") if args.answers else ("top_k",):
+        if getattr(args, name) is not None:
+            whose = "written answers take it, without --answers" if args.answers else "--answers takes it"
+            args.usage_error(f"--{name.replace('_', '-')}: only {whose}")
     source, folder = image_rows(args)
     if args.images:
         if args.question is None:
@@ -91,22 +93,28 @@ def run(args: argparse.Namespace) -> int:
     if args.answers:
         candidates = read_lines(args.answers)
         digest = hashlib.sha256("\n".join(candidates).encode()).hexdigest()[:16]
-        options, settings = {"candidates": candidates, "k": args.top_k}, {"answers": digest, "k": args.top_k}
+        k = 128 if args.top_k is None else args.top_k
+        options, settings = {"candidates": candidates, "k": k}, {"answers": digest, "k": k}
     else:
-        options = settings = {"num_beams": args.num_beams, "max_length": args.max_length}
+        options = settings = {
+            "num_beams": 3 if args.num_beams is None else args.num_beams,
+            "max_length": 10 if args.max_length is None else args.max_length,
+        }
     model = load_model(args, ["vqa"])
 
     def prepare(row: int, fields: dict) -> Item:
         image, question = image_of(fields, folder), fields.get("question", args.question)
         if question is None:
             raise ValueError("'question' is missing, and there is no --question")
-        return Item(row, image, model.processor(image, question))
+        return Item(row, image, (question, model.processor(image, question)))
 
     def answer(items: list[Item]) -> list[dict]:
-        answers, output = vqa_batch(model, [item.inputs for item in items], **options)
+        questions, inputs = zip(*(item.inputs for item in items), strict=True)
+        answers, output = vqa_batch(model, inputs, **options)
         pictures = overlays.draw(items, output.vision, model.config)
         return [
             {
+                "question": question,  # in the row already, unless --question stands in for it
                 "answer": answer.answer,
                 **({} if answer.score is None else {"score": round(answer.score, 6)}),
                 "image_tokens": answer.image_tokens,
@@ -114,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
                 **cost_of(answer.flops),
                 **picture,
             }
-            for answer, picture in zip(answers, pictures, strict=True)
+            for question, answer, picture in zip(questions, answers, pictures, strict=True)
         ]
 
     return run_rows(

@@ -76,9 +76,9 @@ class Caption(Model):
         images: Stream,
         prompt_ids: Tensor,
         *,
-        num_beams: int = 3,
-        max_length: int = 20,
-        min_length: int = 5,
+        num_beams: int | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         **options,
@@ -88,8 +88,9 @@ class Caption(Model):
         Args:
             images: ``output.images`` of a forward.
             prompt_ids: ``[P]`` int64 that each caption begins with, [DEC] first.
-            num_beams: of the beam search; 1 is greedy.
-            max_length, min_length: in tokens, the prompt included.
+            num_beams: of the beam search; 1 is greedy, and 3 is the default.
+            max_length, min_length: in tokens, the prompt included; by default 20, unless ``max_new_tokens`` is given, and 5 or,
+                where texts end before, as long as they may be.
             top_p: sample from the most likely tokens that together have this probability (0.9 in BLIP).
             repetition_penalty: by default 1 (none), and 1.1 when sampling, as in BLIP.
             options: see :func:`madtp.generation.generate`.
@@ -98,7 +99,8 @@ class Caption(Model):
             One int64 tensor per image: what follows the prompt, without [SEP] and padding.
 
         Raises:
-            ValueError: lengths beyond the model's positions, a prompt that is not ``[P]`` int64, or a ``top_p`` beyond 0..1.
+            ValueError: lengths beyond the model's positions, a prompt that is not ``[P]`` int64, a ``top_p`` beyond 0..1 or beside
+                ``num_beams``, or an option that is not served.
         """
         from ..generation import generate
 
@@ -107,13 +109,19 @@ class Caption(Model):
         if top_p is not None:
             if not 0 < top_p <= 1:
                 raise ValueError(f"top_p: expected a number above 0 and at most 1, got {top_p}")
+            if num_beams not in (None, 1):
+                raise ValueError(f"num_beams: top_p samples, without beams, got {num_beams}")
             # 50 was the default of the transformers release that the official code runs on.
             options = {"do_sample": True, "top_p": top_p, "top_k": 50, **options}
             num_beams = 1
         if repetition_penalty is None:
             repetition_penalty = 1.0 if top_p is None else 1.1
+        if max_length is None and options.get("max_new_tokens") is None:
+            max_length = 20
+        if min_length is None:
+            min_length = min(5, len(prompt_ids) + options["max_new_tokens"] if max_length is None else max_length)
         prompts = prompt_ids.to(self.device).expand(images.tokens.batch_size, -1)
         return generate(
-            self.text_decoder, images, prompts, backend=self.backend, num_beams=num_beams, max_length=max_length,
-            min_length=min_length, repetition_penalty=repetition_penalty, **options,
+            self.text_decoder, images, prompts, backend=self.backend, num_beams=3 if num_beams is None else num_beams,
+            max_length=max_length, min_length=min_length, repetition_penalty=repetition_penalty, **options,
         )  # fmt: skip

@@ -98,24 +98,26 @@ class VQA(Model):
         )
 
     def generate(
-        self, questions: Stream, *, num_beams: int = 3, max_length: int = 10, min_length: int = 1, **options
+        self, questions: Stream, *, num_beams: int = 3, max_length: int | None = None, min_length: int = 1, **options
     ) -> list[Tensor]:
         """Answers in words.
 
         Args:
             questions: ``output.questions`` of a forward.
             num_beams: of the beam search; 1 is greedy.
-            max_length, min_length: in tokens, [DEC] included.
+            max_length, min_length: in tokens, [DEC] included; at most 10 by default, unless ``max_new_tokens`` is given.
             options: see :func:`madtp.generation.generate`.
 
         Returns:
             One int64 tensor per question, without [DEC], [SEP] and padding.
 
         Raises:
-            ValueError: lengths beyond the model's positions.
+            ValueError: lengths beyond the model's positions, or an option that is not served.
         """
         from ..generation import generate
 
+        if max_length is None and options.get("max_new_tokens") is None:
+            max_length = 10
         start = torch.full((questions.tokens.batch_size, 1), self.config.text.dec_token_id, device=self.device)
         return generate(
             self.text_decoder, questions, start, backend=self.backend, num_beams=num_beams, max_length=max_length,
