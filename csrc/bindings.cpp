@@ -49,6 +49,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_with_importance", &madtp::cpu::attention_with_importance, release());
   m.def("score_tokens", MADTP_OPERATION(score_tokens), release());
   m.def("compact", MADTP_OPERATION(compact), release());
+  m.def("nearest_kept", &madtp::cpu::nearest_kept, release());
+  m.def("novelty", &madtp::cpu::novelty, release());
+  m.def("match_tokens", &madtp::cpu::match_tokens, release());
+  m.def("layer_norm", &madtp::cpu::layer_norm, release());
   m.def("build_info", &build_info);
 }
 

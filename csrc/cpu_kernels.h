@@ -94,6 +94,10 @@ struct CpuKernels {
   void (*accumulate_row)(Type, const void* row, float weight, float* sums, int64_t size);  // sums += weight * row
   void (*store_scaled)(Type, const float* sums, float scale, void* row, int64_t size);     // row = scale * sums
   void (*layer_norm)(Type, const void* row, const float* weight, const float* bias, float eps, void* out, int64_t size);
+
+  float (*sum_of_squares)(Type, const void* row, int64_t size);
+  // Raises *best to the largest x[i] * scale[i] and returns the first i that attains it; -1 if none is above *best.
+  int64_t (*best_scaled)(const float* x, const float* scale, int64_t size, float* best);
 };
 
 // The best table that this processor can run.

@@ -2,6 +2,7 @@
 // namespace and the name) first.
 #pragma once
 
+#include "cpu_alike.h"
 #include "cpu_gemm.h"
 #include "cpu_kernels.h"
 #include "cpu_pack.h"
@@ -114,6 +115,13 @@ CpuKernels make_table() {
     with_type(type, [&]<class T>(T*) {
       layer_norm(static_cast<const T*>(row), weight, bias, eps, static_cast<T*>(out), size);
     });
+  };
+
+  table.sum_of_squares = [](Type type, const void* row, int64_t size) {
+    return with_type(type, [&]<class T>(T*) { return sum_of_squares(static_cast<const T*>(row), size); });
+  };
+  table.best_scaled = [](const float* x, const float* scale, int64_t size, float* best) {
+    return best_scaled(x, scale, size, best);
   };
   return table;
 }

@@ -1,9 +1,10 @@
-// The four operations on CPU tensors, and attention fused with its importance. Contracts (shapes, dtypes, errors) are those
+// The operations on CPU tensors, and attention fused with its importance. Contracts (shapes, dtypes, errors) are those
 // of the Python functions in madtp_kernels; the formula stands at the top of each .cpp file.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace madtp::cpu {
@@ -38,5 +39,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
     const Tensor& cu_seqlens, int64_t max_seqlen, const OptionalTensor& is_protected, const OptionalTensor& groups,
     const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes, int64_t merged_id,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact);
+
+// keys [C, D], kept [C] -> into [C]: rows.
+Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t max_seqlen);
+
+// keys [C, D], rank [C] -> novelty [C], nearest [C]: rows.
+std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& rank, const Tensor& cu_seqlens,
+                                   int64_t max_seqlen);
+
+// keys [C, D], count [B] -> into [C]: rows, similarity [C]. The first `first_free` tokens of a sample are left alone.
+std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen,
+                                        const OptionalTensor& count, std::optional<double> threshold, int64_t first_free);
+
+// x [C, D], weight and bias [D] -> [C, D].
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& cu_seqlens, double eps);
 
 }  // namespace madtp::cpu

@@ -12,9 +12,12 @@ from .checks import set_debug
 from .compaction import Compacted, compact
 from .importance import attention_importance
 from .linear import linear
+from .normalization import layer_norm
 from .prune import Pruned, prune
 from .ragged import RaggedBatch
 from .scoring import score_tokens
+from .similarity import match_tokens, nearest_kept, novelty
+from .unmerging import unmerge
 
 __version__ = "0.1.0"
 
@@ -27,8 +30,13 @@ __all__ = [
     "attention_importance",
     "attention_with_importance",
     "compact",
+    "layer_norm",
     "linear",
+    "match_tokens",
+    "nearest_kept",
+    "novelty",
     "prune",
     "score_tokens",
     "set_debug",
+    "unmerge",
 ]

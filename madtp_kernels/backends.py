@@ -90,7 +90,9 @@ def availability(name: str, device_type: str) -> str | None:
 
 
 # What the extension has no code for: on its backends PyTorch's own kernels do it, called by the reference.
-_LEFT_TO_PYTORCH = ("linear", "attention_backward")
+_LEFT_TO_PYTORCH = ("linear", "attention_backward", "unmerge")
+# What it has for the CPU only.
+_WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm")
 
 
 @functools.cache
@@ -116,6 +118,8 @@ def _resolve(op: str, package: str, name: str | None, device_type: str, dtype: t
     candidates = (name,) if name else _PREFERENCE.get(device_type, ("reference",))
     for candidate in candidates:
         reason = availability(candidate, device_type)
+        if reason is None and candidate == "cuda" and op in _WITHOUT_CUDA:
+            reason = "there is no CUDA source for it: the triton backend serves GPUs"
         if reason is None and dtype in _REFUSED_DTYPES.get(candidate, ()):
             reason = f"{str(dtype).removeprefix('torch.')} is left to the reference"
         if reason is None:

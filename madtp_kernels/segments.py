@@ -17,3 +17,11 @@ def sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     if cu_seqlens.shape[0] == 1:
         return values.new_zeros(0)
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0)
+
+
+def scatter_add(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """``[rows, D]`` sums of those of ``values [N, D]`` that share an ``index [N]`` int64, in a fixed order on every device."""
+    result = values.new_zeros(rows, *values.shape[1:])
+    if values.is_cuda:  # sorts; index_add_ would add atomically
+        return result.index_put_((index,), values, accumulate=True)
+    return result.index_add_(0, index, values)  # one by one; index_put_ would add atomically

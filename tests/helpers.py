@@ -21,12 +21,16 @@ OPERATIONS = {
     "attention_with_importance": madtp_kernels.attention_with_importance,
     "score_tokens": madtp_kernels.score_tokens,
     "compact": madtp_kernels.compact,
+    "nearest_kept": madtp_kernels.nearest_kept,
+    "novelty": madtp_kernels.novelty,
+    "match_tokens": madtp_kernels.match_tokens,
 }
+SIMILARITY = ("nearest_kept", "novelty", "match_tokens")
 
 # Which axis of an argument counts tokens, by the offsets that describe it. `x` is a tensor or a RaggedBatch.
-_QUERY_TOKENS = dict.fromkeys("q out x received cls importance protected ids sizes".split(), 0) | {"lse": 1}
+_QUERY_TOKENS = dict.fromkeys("q out x received cls importance protected ids sizes keys kept rank".split(), 0) | {"lse": 1}
 _KEY_TOKENS = dict.fromkeys("k v key_bias".split(), 0)
-_SAMPLES = ("threshold", "keep_count", "min_keep")
+_SAMPLES = ("threshold", "keep_count", "min_keep", "count")
 
 
 def missing(name: str) -> str | None:
@@ -184,12 +188,41 @@ def compaction_case(
     }
 
 
+def keys_case(generator, lengths, width=8, dtype=torch.float32):
+    """Keys of two heads, every fourth one much like an earlier one."""
+    tokens = sum(lengths)
+    keys = normal(generator, tokens, 2, width)
+    keys[4::4] = keys[: tokens - 4 : 4] + 0.1 * keys[4::4] if tokens > 4 else keys[4::4]
+    return {"keys": keys.to(dtype), "cu_seqlens": offsets(lengths), "max_seqlen": max(lengths, default=0)}
+
+
+def nearest_case(generator, lengths, width=8, dtype=torch.float32):
+    case = keys_case(generator, lengths, width, dtype)
+    return case | {"kept": (torch.rand(sum(lengths), generator=generator) < 0.5).to(DEVICE)}
+
+
+def novelty_case(generator, lengths, width=8, dtype=torch.float32, *, rank=False):
+    case = keys_case(generator, lengths, width, dtype)
+    if rank:  # few values, so that equal ones are ordered by position
+        case["rank"] = torch.randint(0, 5, (sum(lengths),), generator=generator).to(DEVICE).to(torch.promote_types(dtype, torch.float32))
+    return case
+
+
+def matching_case(generator, lengths, width=8, dtype=torch.float32, *, count=True, threshold=None, protected=1):
+    case = keys_case(generator, lengths, width, dtype)
+    counts = torch.randint(0, 5, (len(lengths),), generator=generator, dtype=torch.int32).to(DEVICE)
+    return case | {"count": counts if count else None, "threshold": threshold, "protected": protected}
+
+
 CASES = {
     "attention": attention_case,
     "attention_importance": importance_case,
     "attention_with_importance": both_case,
     "score_tokens": scoring_case,
     "compact": compaction_case,
+    "nearest_kept": nearest_case,
+    "novelty": novelty_case,
+    "match_tokens": matching_case,
 }
 
 
@@ -199,7 +232,7 @@ CASES = {
 def flat(op, result):
     """The tensors that an operation returned, as a tuple."""
     if op != "compact":
-        return tuple(result)
+        return (result,) if torch.is_tensor(result) else tuple(result)
     tensors = (result.tokens.values, result.tokens.cu_seqlens, result.ids, result.sizes, result.normed)
     return tuple(t for t in tensors if t is not None)
 
@@ -220,7 +253,8 @@ def run(op, case, backend=None):
     rows = total(case)
     if op.startswith("attention") and op != "attention_importance":
         return results[0][:rows], results[1][:, :rows], *(r[:rows] for r in results[2:])
-    return (results[0][:rows], *(t[:rows] if op == "attention_importance" else t for t in results[1:]))
+    per_token = op == "attention_importance" or op in SIMILARITY
+    return (results[0][:rows], *(t[:rows] if per_token else t for t in results[1:]))
 
 
 def in_float64(case):
@@ -238,7 +272,7 @@ def in_float64(case):
 
 def take_samples(case, samples):
     """The case of some of its samples, in the order given. Not for cases with groups."""
-    queries = next(case[n] for n in ("cu_seqlens", "cu_seqlens_q") if n in case) if "q" in case or "cls" in case else None
+    queries = next((case[n] for n in ("cu_seqlens", "cu_seqlens_q") if n in case), None)
     queries = case["x"].cu_seqlens if queries is None else queries
     keys = case.get("cu_seqlens_k", queries)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, DEVICE, OPERATIONS, backends_here, interpreted, normal, run, take_samples
+from helpers import CASES, DEVICE, OPERATIONS, SIMILARITY, backends_here, interpreted, normal, run, take_samples
 
 from madtp.checkpoints import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
@@ -27,6 +27,10 @@ def pieces(op, case, backend):
     cu = case["cu_seqlens_q" if op == "attention" else "cu_seqlens"].tolist()
     samples = []
     for b, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
+        if op in SIMILARITY:  # rows of the batch become positions in the sample
+            whole = (r[start:stop] for r in results)
+            samples.append([r.where(r < 0, r - start) if r.dtype == torch.int32 else r for r in whole])
+            continue
         first, second, *rest = results
         if op in ("attention", "attention_with_importance"):
             second = second[:, start:stop]
@@ -50,8 +54,9 @@ def check_same(op, ours, theirs, backend, what):
 @every_backend
 def test_same_sample_alone_and_in_a_batch(backend, op, dtype, generator):
     lengths = [9, 0, 1, 4, 20] if interpreted(backend) else UNEVEN
-    options = {"sizes": True, "norm": True, "protected": True} if op == "compact" else {"bias": True}
-    case = CASES[op](generator, lengths, dtype=dtype, **options)
+    options = {"compact": {"sizes": True, "norm": True, "protected": True}, "novelty": {"rank": True}}
+    options |= dict.fromkeys(("nearest_kept", "match_tokens"), {})
+    case = CASES[op](generator, lengths, dtype=dtype, **options.get(op, {"bias": True}))
     batch = pieces(op, case, backend)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     permuted = pieces(op, take_samples(case, order), backend)

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.parametrize("backend", backends_here())
 
 def case_of(op, generator, **options):
     """A valid call with every optional argument given."""
-    optional = "groups protected min_keep ids sizes norm" if op == "compact" else "bias"
+    optional = {"compact": "groups protected min_keep ids sizes norm", "novelty": "rank"}
+    optional |= dict.fromkeys(("nearest_kept", "match_tokens"), "")
+    optional = optional.get(op, "bias")
     return CASES[op](generator, LENGTHS, **{**dict.fromkeys(optional.split(), True), **options})
 
 
@@ -50,6 +52,9 @@ TENSORS = {
     "attention_with_importance": "q k v cu_seqlens key_bias",
     "score_tokens": "x dictionary received cls cu_seqlens bias",
     "compact": "x importance threshold keep_count protected groups min_keep ids sizes",
+    "nearest_kept": "keys kept cu_seqlens",
+    "novelty": "keys rank cu_seqlens",
+    "match_tokens": "keys count cu_seqlens",
 }
 ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names.split() if name != "x" or op != "compact"]
 MATCHED = [(op, name) for op, name in ARGUMENTS if not TENSORS[op].startswith(f"{name} ")]
@@ -64,6 +69,7 @@ SIZED = [
     ("score_tokens", "dictionary", 1),
     *[("score_tokens", name, 0) for name in ("received", "cls", "bias")],
     *[("compact", name, 0) for name in TENSORS["compact"].split()[1:]],
+    ("nearest_kept", "kept", 0), ("novelty", "rank", 0), ("match_tokens", "count", 0),
 ]  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def test_wrong_size(op, name, axis, backend, generator):
 @pytest.mark.parametrize("op", TENSORS)
 def test_a_dtype_no_backend_computes_in(op, backend, generator):
     case = case_of(op, generator)
-    name = "x" if op in ("score_tokens", "compact") else "q"
+    name = TENSORS[op].split()[0]
     if op == "compact":
         case[name] = case[name].with_values(case[name].values.to(torch.int32))
     else:
@@ -205,8 +211,12 @@ def test_empty_dictionary(backend, generator):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    "op, name", [("score_tokens", "received"), ("score_tokens", "cls"), ("compact", "importance"), ("compact", "threshold")]
-)
+    "op, name",
+    [
+        ("score_tokens", "received"), ("score_tokens", "cls"), ("compact", "importance"), ("compact", "threshold"),
+        ("novelty", "rank"),
+    ],
+)  # fmt: skip
 def test_scores_that_are_not_finite(op, name, bad, backend, generator, read_device_tensors):
     case = case_of(op, generator)
     case[name] = case[name].index_fill(0, torch.tensor([3], device=DEVICE), bad)
@@ -263,6 +273,12 @@ def test_batches_with_nothing_to_do(op, lengths, backend, generator):
     elif op == "compact":
         assert torch.equal(results[0], case["x"].values)
         assert torch.equal(results[1], case["x"].cu_seqlens)
+    elif op == "novelty":
+        assert (results[0] == 2).all() and results[0].shape == (tokens,)
+    elif op == "nearest_kept":
+        assert torch.equal(results[0], torch.arange(tokens, device=DEVICE).int().where(case["kept"], -1))
+    elif op == "match_tokens":
+        assert torch.equal(results[0], torch.arange(tokens, device=DEVICE).int()) and (results[1] == -math.inf).all()
     else:
         assert (results[0] == 0).all() and (results[1] == 0).all()
         assert results[0].shape == (tokens,)

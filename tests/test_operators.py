@@ -9,6 +9,7 @@ from helpers import (
     CASES,
     DEVICE,
     OPERATIONS,
+    SIMILARITY,
     backends_here,
     compaction_case,
     flat,
@@ -31,6 +32,9 @@ OPTIONS = {
     "attention_importance": [{}, {"causal": True, "bias": True}],
     "attention_with_importance": [{}, {"causal": True, "bias": True}],
     "score_tokens": [{}, {"bias": True, "temperature": 0.3}],
+    "nearest_kept": [{}],
+    "novelty": [{}, {"rank": True}],
+    "match_tokens": [{}, {"count": False, "threshold": 0.3, "protected": 0}],
     "compact": [
         {},
         {"by_count": True, "ties": True},
@@ -43,6 +47,8 @@ VARIANTS = [
 ]
 every_backend = pytest.mark.parametrize("backend", backends_here())
 every_variant = pytest.mark.parametrize("op, options", VARIANTS)
+WITHOUT_GRADIENT = ("nearest_kept", "match_tokens")
+every_differentiable_variant = pytest.mark.parametrize("op, options", [v for v in VARIANTS if v.values[0] not in WITHOUT_GRADIENT])
 
 # float32 sums in another order
 CLOSE = dict(atol=2e-5, rtol=2e-5)
@@ -72,6 +78,11 @@ def schema_arguments(op, case, backend):
         return (x.values, *selection, x.cu_seqlens, x.max_seqlen, *options, -1, *norm, exact, backend)
     if op == "score_tokens":
         return (*case.values(), backend)
+    if op in SIMILARITY:
+        before = {"nearest_kept": ["kept"], "novelty": ["rank"], "match_tokens": []}[op]
+        after = ["count", "threshold", "protected"] if op == "match_tokens" else []
+        names = [*before, "cu_seqlens", "max_seqlen", *after]
+        return (case["keys"].flatten(1), *(case.get(n) for n in names), backend)
     *first, causal, key_bias = case.values()
     return (*first, 0.5, causal, key_bias, *([] if op == "attention_with_importance" else [backend]))
 
@@ -84,7 +95,7 @@ def differentiable(case):
             leaves[name] = value.with_values(value.values.detach().requires_grad_())
         elif name == "norm" and value is not None:
             leaves[name] = (value[0].detach().requires_grad_(), value[1].detach().requires_grad_(), value[2])
-        elif torch.is_tensor(value) and value.is_floating_point() and name not in ("threshold", "sizes"):
+        elif torch.is_tensor(value) and value.is_floating_point() and name not in ("threshold", "sizes", "rank"):
             leaves[name] = value.detach().requires_grad_()
         else:
             leaves[name] = value
@@ -113,7 +124,8 @@ def test_opcheck(op, options, backend, generator):
     if options.get("exact") is False:
         case["threshold"] -= 2  # nothing is dropped: opcheck compares every row, so that all have to be defined
     operator = getattr(torch.ops.madtp_kernels, op).default
-    if op == "attention_with_importance":  # where a gradient is needed this is two operators
+    # Attention with importance is two operators where a gradient is needed.
+    if op in WITHOUT_GRADIENT or op == "attention_with_importance":
         torch.library.opcheck(operator, schema_arguments(op, case, backend))
     else:
         torch.library.opcheck(operator, schema_arguments(op, differentiable(case), backend))
@@ -124,9 +136,11 @@ def test_opcheck(op, options, backend, generator):
 def test_opcheck_in_other_dtypes(op, dtype, generator):
     case = CASES[op](generator, LENGTHS, dtype=dtype)
     if dtype == torch.float64:
-        case |= {n: case[n].double() for n in ("received", "cls", "importance", "threshold") if n in case}
+        names = ("received", "cls", "importance", "threshold")
+        case |= {n: case[n].double() for n in names if torch.is_tensor(case.get(n))}
     operator = getattr(torch.ops.madtp_kernels, op).default
-    torch.library.opcheck(operator, schema_arguments(op, differentiable(case), ""))
+    case = case if op in WITHOUT_GRADIENT else differentiable(case)
+    torch.library.opcheck(operator, schema_arguments(op, case, ""))
 
 
 # ---- gradients
@@ -151,7 +165,7 @@ def floats_with_gradient(op, case, backend):
     return tuple(r for r in results if r.requires_grad)
 
 
-@every_variant
+@every_differentiable_variant
 def test_gradcheck(op, options, generator):
     size = {"heads": 2, "head_dim": 3} if op.startswith("attention") else {"width": 5}
     options = {**options, "ties": False} if "ties" in options else options  # a small change decides a tie: a jump
@@ -180,7 +194,7 @@ def test_gradcheck(op, options, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", backends_here(kernels_only=True))
-@every_variant
+@every_differentiable_variant
 def test_gradients_agree_with_the_reference(op, options, dtype, backend, generator):
     lengths = [4, 0, 1, 5] if interpreted(backend) else LENGTHS
     case = CASES[op](generator, lengths, dtype=dtype, **{k: v for k, v in options.items() if k != "key_lengths"})
@@ -384,8 +398,8 @@ def test_rows_beyond_the_last_offset_do_not_matter(op, options, backend, rows, g
 
 
 def test_gradients_do_not_depend_on_rows_beyond_the_last_offset(generator):
-    for op, many in OPTIONS.items():
-        for options in many:
+    for op in set(OPTIONS) - set(WITHOUT_GRADIENT):
+        for options in OPTIONS[op]:
             case = CASES[op](generator, LENGTHS, **options)
             grads = []
             for own in (differentiable(case), differentiable(with_spare_rows(case, 5))):
@@ -449,7 +463,7 @@ def test_addresses_beyond_32_bits(backend, generator, monkeypatch):
     for op in OPERATIONS:
         case = CASES[op](generator, lengths, dtype=torch.bfloat16)
         expected = run(op, case, backend)
-        for name in ("x", "q", "k", "v", "out"):
+        for name in ("x", "q", "k", "v", "out", "keys"):
             if isinstance(case.get(name), RaggedBatch):
                 case[name] = case[name].with_values(far(case[name].values))
             elif name in case:

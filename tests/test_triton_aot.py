@@ -28,7 +28,7 @@ SHARED_MEMORY = 99 * 1024
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MATRIX_KERNELS = {
     "_attention_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_importance_kernel", "_linear_kernel",
-    "_score_kernel",
+    "_score_kernel", "_nearest_kernel",
 }  # fmt: skip
 COPY_INSTRUCTION = "cp.async.bulk.tensor"
 # Tiles that the copy engine fetches: on sm_90 and sm_100, where a block may take 227 KiB.
@@ -113,7 +113,10 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     from madtp_kernels.compaction import triton as compaction
     from madtp_kernels.importance import triton as importance
     from madtp_kernels.linear import triton as linear
+    from madtp_kernels.normalization import triton as normalization
     from madtp_kernels.scoring import triton as scoring
+    from madtp_kernels.similarity import triton as similarity
+    from madtp_kernels.unmerging import triton as unmerging
 
     cu = torch.tensor([0, tokens], dtype=torch.int32)
     per_token = torch.zeros(tokens)
@@ -142,7 +145,17 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         importance.attention_importance(q, k, out, lse, cu, tokens, 0.125, False, None)
         yield label
 
-    x, dictionary = torch.zeros(tokens, width, dtype=dtype), torch.zeros(entries, width, dtype=dtype)
+    x, flags = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, dtype=torch.bool)
+    for label, rank in [("against all", None), ("against higher", per_token)]:
+        similarity.nearest_kept(x, flags, cu, tokens)
+        similarity.novelty(x, rank, cu, tokens)
+        similarity.match_tokens(x, cu, tokens, None if rank is None else cu[:1], 0.5, 1)
+        yield label
+    normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
+    unmerging.unmerge(x, cu[:1].expand(tokens).contiguous(), cu)
+    yield "rows"
+
+    dictionary = torch.zeros(entries, width, dtype=dtype)
     for label, one_launch in [("one launch", True), ("two launches", False)]:
         scoring._one_launch = lambda *sizes, choice=one_launch: choice
         scoring.score_tokens(x, dictionary, per_token, per_token, cu, tokens, 1.0, None)

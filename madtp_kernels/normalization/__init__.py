@@ -1,0 +1,86 @@
+"""LayerNorm over the tokens of a capacity buffer: public function, checks, dispatch, registration, gradient.
+
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/layer_norm.cpp`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import torch
+
+from .. import backends, checks
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["layer_norm"]
+
+_MOST_TOKENS = 2**31 - 1
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> Tensor:
+    """LayerNorm of the first ``T = cu_seqlens[B]`` rows of x; T is read on the device.
+
+    Args:
+        x: ``[C, D]``; rows beyond T are undefined.
+        weight, bias: ``[D]`` floating point, of any precision; bias may be None.
+        cu_seqlens: ``[B+1]`` int32 offsets; only the last one matters.
+        eps: > 0, added to the variance.
+        backend: force an implementation.
+
+    Returns:
+        ``[C, D]`` in the dtype of x, statistics in float32 (float64 for float64); rows beyond T are undefined. The gradient
+        of x is zero there.
+
+    Raises:
+        ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
+    """
+    checks.floats("x", x, 2, "[C, D]")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one feature [C, D], got {checks.describe(x)}")
+    checks.tensor("weight", weight, (x.shape[1],), "[D]", checks.FLOATS, x.device)
+    if bias is not None:
+        checks.tensor("bias", bias, (x.shape[1],), "[D]", checks.FLOATS, x.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
+    checks.positive("eps", eps)
+    return torch.ops.madtp_kernels.layer_norm(
+        checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
+        float(eps), backend or "",
+    )  # fmt: skip
+
+
+def _run(*args):
+    *args, backend = args
+    return backends.resolve("layer_norm", "normalization", backend, args[0])[1](*args)
+
+
+def _fake_backward(x, weight, bias, cu_seqlens, eps, d_out):
+    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, cu_seqlens, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight, bias, cu_seqlens)
+
+
+def _backward(ctx, d_out):
+    x, weight, bias, cu_seqlens = ctx.saved_tensors
+    dx, d_weight, d_bias = torch.ops.madtp_kernels.layer_norm_backward(x, weight, bias, cu_seqlens, ctx.eps, d_out)
+    return dx, d_weight, None if bias is None else d_bias, None, None, None
+
+
+define(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, float eps, str backend) -> Tensor",
+    _run,
+    lambda x, *_: x.new_empty(x.shape),
+)
+define(
+    "layer_norm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, float eps, Tensor d_out) "
+    "-> (Tensor dx, Tensor d_weight, Tensor d_bias)",
+    reference.layer_norm_backward,
+    _fake_backward,
+)
+differentiate("layer_norm", _setup_context, _backward)

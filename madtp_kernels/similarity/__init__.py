@@ -1,0 +1,181 @@
+"""Which tokens of a sample have alike keys: public functions, checks, dispatch, registration, gradient.
+
+Training-free merging is made of these: the survivor a dropped token is merged into, how little a token adds to those that
+matter more, and ToMe's matching. Formulas are in `reference.py`, the GPU kernels in `triton.py`, the CPU kernels in
+`csrc/similarity.cpp`. Cosines are computed tile by tile: no L x L matrix is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["match_tokens", "nearest_kept", "novelty"]
+
+
+def _rows(keys: Tensor) -> Tensor:
+    """``[T, D]`` or ``[T, H, d]`` keys as ``[T, D]`` rows of unit stride: heads are concatenated."""
+    if not isinstance(keys, Tensor) or keys.dim() not in (2, 3) or keys.dtype not in checks.FLOATS or 0 in keys.shape[1:]:
+        meaning = "[T, D] or [T, H, d] with at least one feature"
+        raise ValueError(f"keys: expected floating-point {meaning}, got {checks.describe(keys)}")
+    return checks.unit_stride(keys.flatten(1))
+
+
+def nearest_kept(
+    keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str | None = None
+) -> Tensor:
+    """For each token the kept token of its sample whose key is the most similar (cosine): what a dropped one merges into.
+
+    Args:
+        keys: ``[T, D]`` or ``[T, H, d]``: the cosine is that of all features, heads concatenated. Their mean, as ToMe takes
+            it, is ``keys.mean(1)``. A key that is zero, or that is not finite, has cosine 0 with every key.
+        kept: ``[T]`` bool: the tokens that stay.
+        cu_seqlens, max_seqlen: offsets ``[B+1]`` int32 and an upper bound of the lengths.
+        backend: force an implementation.
+
+    Returns:
+        ``[T]`` int32 rows of the batch: a kept token's own; -1 where no token of the sample is kept. Among equally similar
+        ones the first counts. Carries no gradient.
+
+    Raises:
+        ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
+    """
+    rows = _rows(keys)
+    checks.tensor("kept", kept, (keys.shape[0],), "[T]", torch.bool, keys.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
+    return torch.ops.madtp_kernels.nearest_kept(
+        rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, backend or ""
+    )
+
+
+def novelty(
+    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, rank: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """How unlike the other tokens of its sample a token is: ``1 - max_j cos(k_i, k_j)``.
+
+    Args:
+        keys, cu_seqlens, max_seqlen, backend: as in :func:`nearest_kept`.
+        rank: ``[T]`` float32: compare with tokens of higher rank only (equal ranks: with earlier ones). Of a group of like
+            tokens the one of highest rank then is novel, where without a rank none would be.
+
+    Returns:
+        ``[T]`` float32 (float64 for float64 keys) from 0 (there is a copy) to 2; a token without others to compare with has 2.
+        Gradients flow into the keys.
+
+    Raises:
+        ValueError: an argument does not fit, or (CPU, or debug mode) a rank that is not finite. BackendError: a backend
+            asked for by name cannot run.
+    """
+    rows = _rows(keys)
+    if rank is not None:
+        checks.tensor("rank", rank, (keys.shape[0],), "[T]", torch.promote_types(keys.dtype, torch.float32), keys.device)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
+    if rank is not None:
+        checks.finite("rank", rank, cu_seqlens)
+    return torch.ops.madtp_kernels.novelty(
+        rows, checks.unit_stride(rank), checks.unit_stride(cu_seqlens), max_seqlen, backend or ""
+    )[0]
+
+
+def match_tokens(
+    keys: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    count: int | Tensor | None = None,
+    threshold: float | None = None,
+    protected: int = 1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """ToMe's bipartite soft matching (arXiv 2210.09461, section 3.1): pairs of tokens to merge, in every sample its own.
+
+    Each token at an even position finds the most similar token at an odd one; the pairs with the highest cosine are matched.
+
+    Args:
+        keys, cu_seqlens, max_seqlen, backend: as in :func:`nearest_kept`. ToMe takes the mean over heads, ``keys.mean(1)``.
+        count: at most this many pairs in each sample: one number, or ``[B]`` int32; never more than half of its unprotected
+            tokens. Equal cosines: the earlier token. None: as many as the threshold lets pass.
+        threshold: only pairs whose cosine is above it. At least one of count and threshold is given.
+        protected: tokens at the head of each sample (class, distillation, registers) that are not merged in either direction.
+
+    Returns:
+        ``into [T]`` int32: the row of the batch that each token is merged into, its own if it stays; and ``similarity [T]``
+        float32: the best cosine of every token that looked for a partner, matched or not, -inf for the others. Neither
+        carries a gradient.
+
+    Raises:
+        ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
+    """
+    rows = _rows(keys)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
+    batch = cu_seqlens.shape[0] - 1
+    if count is None and threshold is None:
+        raise ValueError("count, threshold: expected at least one of them, got neither")
+    if isinstance(count, Tensor):
+        checks.tensor("count", count, (batch,), "[B]", torch.int32, keys.device)
+        if checks.may_read(count) and batch and count.min() < 0:
+            raise ValueError(f"count: expected >= 0, got {count.min()}")
+    elif count is not None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
+        count = torch.full((batch,), count, dtype=torch.int32, device=keys.device)
+    if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
+        raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
+    if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
+        raise ValueError(f"protected: expected an int >= 0, got {checks.describe(protected)}")
+    return torch.ops.madtp_kernels.match_tokens(
+        rows.detach(), checks.unit_stride(cu_seqlens), max_seqlen, checks.unit_stride(count),
+        None if threshold is None else float(threshold), protected, backend or "",
+    )  # fmt: skip
+
+
+def _runner(op):
+    def run(*args):
+        *args, backend = args
+        return backends.resolve(op, "similarity", backend, args[0])[1](*args)
+
+    return run
+
+
+def _per_token(keys, *dtypes):
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    return tuple(keys.new_empty(keys.shape[0], dtype=d or dtype) for d in dtypes)
+
+
+def _setup_context(ctx, inputs, output):
+    keys, _, cu_seqlens, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(keys, output[1], cu_seqlens)
+
+
+def _backward(ctx, d_novelty, _):
+    return torch.ops.madtp_kernels.novelty_backward(*ctx.saved_tensors, d_novelty), None, None, None, None
+
+
+define(
+    "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, str backend) -> Tensor",
+    _runner("nearest_kept"),
+    lambda keys, *_: _per_token(keys, torch.int32)[0],
+)
+define(
+    "novelty(Tensor keys, Tensor? rank, Tensor cu_seqlens, SymInt max_seqlen, str backend) "
+    "-> (Tensor novelty, Tensor nearest)",
+    _runner("novelty"),
+    lambda keys, *_: _per_token(keys, None, torch.int32),
+)
+define(
+    "novelty_backward(Tensor keys, Tensor nearest, Tensor cu_seqlens, Tensor d_novelty) -> Tensor",
+    reference.novelty_backward,
+    lambda keys, *_: keys.new_empty(keys.shape),
+)
+define(
+    "match_tokens(Tensor keys, Tensor cu_seqlens, SymInt max_seqlen, Tensor? count, float? threshold, int protected, "
+    "str backend) -> (Tensor into, Tensor similarity)",
+    _runner("match_tokens"),
+    lambda keys, *_: _per_token(keys, torch.int32, None),
+)
+differentiate("novelty", _setup_context, _backward)

@@ -1,0 +1,228 @@
+"""Which tokens of a sample have alike keys, on the GPU: products tile by tile, of which only the best per token is kept.
+
+A first launch leaves 1 / |k| of every key, 0 for one without a direction (zero, not finite), whose row then is not even read.
+In the second a program owns a block of queries of one sample and walks over blocks of candidates. Matching takes a third,
+which finds the cosine that the r-th best pair has by bisection over its bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_utils import dot_precision, on_device_of_first, product
+
+POSITION_BITS = tl.constexpr(30)
+NORM_ROWS, NORM_COLUMNS = 16, 256
+BLOCK = 1024  # tokens per step where only scores are read
+# What a query may see.
+KEPT, OTHERS, HIGHER, ODD = (tl.constexpr(mode) for mode in range(4))
+
+
+@triton.jit
+def _scale_kernel(keys, scale, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """1 / |k| of ROWS keys; 0 for one without a direction."""
+    tokens = tl.load(cu_seqlens + batch)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS >= tokens:
+        return
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, WIDTH, COLUMNS):
+        o_k = start + tl.arange(0, COLUMNS)
+        mask = (rows < tokens)[:, None] & (o_k < WIDTH)[None, :]
+        tile = tl.load(keys + rows.to(tl.int64)[:, None] * key_row + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
+        squares += tile * tile
+    square = tl.sum(squares, 1)
+    directed = (square > 0.0) & (square < float("inf"))
+    inverse = 1.0 / tl.sqrt_rn(tl.where(directed, square, 1.0))
+    tl.store(scale + rows, tl.where(directed, inverse, 0.0), mask=rows < tokens)
+
+
+@triton.jit
+def _nearest_kernel(
+    keys, scale, kept, rank, nearest, cosine, cu_seqlens, key_row, query_blocks, first_free, WIDTH,
+    SEEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs of (sample, block of queries): the most similar candidate of each, as a row of the batch, and the cosine.
+
+    -1 and -inf without one. KEPT: candidates are the kept tokens, queries the others; kept ones get their own row. ODD: queries
+    are the even positions from first_free on, candidates the odd ones.
+    """
+    i_b = tl.program_id(0) // query_blocks
+    i_m = tl.program_id(0) % query_blocks
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    step: tl.constexpr = 2 if SEEN == ODD else 1
+    first_query = 0
+    first_candidate = 0
+    if SEEN == ODD:
+        first_query = first_free + first_free % 2
+        first_candidate = first_free + 1 - first_free % 2
+    if first_query + step * i_m * BLOCK_M >= length:
+        return
+
+    o_m = first_query + step * (i_m * BLOCK_M + tl.arange(0, BLOCK_M))
+    m_m = o_m < length
+    o_k = tl.arange(0, BLOCK_K)
+    scale_m = tl.load(scale + bos + o_m, mask=m_m, other=0.0)
+    searching = m_m
+    if SEEN == KEPT:
+        searching = m_m & (tl.load(kept + bos + o_m, mask=m_m, other=1) == 0)
+    if SEEN == HIGHER:
+        rank_m = tl.load(rank + bos + o_m, mask=m_m, other=0.0)
+    read_m = (searching & (scale_m > 0.0))[:, None]
+    query_rows = keys + (bos + o_m)[:, None] * key_row
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    place = tl.full((BLOCK_M,), -1, tl.int32)
+    # Nothing to search for, nothing to do: a block of kept tokens.
+    last = tl.where(tl.max(searching.to(tl.int32), 0) > 0, length, 0)
+    for start in range(first_candidate, last, step * BLOCK_N):
+        o_n = start + step * tl.arange(0, BLOCK_N)
+        m_n = o_n < length
+        if SEEN == KEPT:
+            m_n = m_n & (tl.load(kept + bos + o_n, mask=m_n, other=0) != 0)
+        scale_n = tl.load(scale + bos + o_n, mask=m_n, other=0.0)
+        read_n = (scale_n > 0.0)[:, None]
+        candidate_rows = keys + (bos + o_n)[:, None] * key_row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, WIDTH, BLOCK_K):
+            m_k = (k + o_k < WIDTH)[None, :]
+            query = tl.load(query_rows + (k + o_k)[None, :], mask=read_m & m_k, other=0.0)
+            candidate = tl.load(candidate_rows + (k + o_k)[None, :], mask=read_n & m_k, other=0.0)
+            acc = product(query, tl.trans(candidate), acc, PRECISION)
+        seen = m_n[None, :]
+        if SEEN == OTHERS:
+            seen = seen & (o_n[None, :] != o_m[:, None])
+        if SEEN == HIGHER:
+            rank_n = tl.load(rank + bos + o_n, mask=m_n, other=0.0)[None, :]
+            before = (rank_n == rank_m[:, None]) & (o_n[None, :] < o_m[:, None])
+            seen = seen & ((rank_n > rank_m[:, None]) | before)
+        value = tl.where(seen, acc * scale_n[None, :], float("-inf"))
+        top = tl.max(value, 1)
+        first = tl.min(tl.where(value == top[:, None], o_n[None, :], 2147483647), 1)
+        better = top > best
+        best = tl.where(better, top, best)
+        place = tl.where(better, first, place)
+
+    found = place >= 0
+    row = tl.where(found, bos + place, -1)
+    if SEEN == KEPT:
+        row = tl.where(searching, row, bos + o_m)
+    tl.store(nearest + bos + o_m, row.to(tl.int32), mask=m_m)
+    if cosine is not None:
+        value = tl.minimum(tl.maximum(tl.where(found, best, 0.0) * scale_m, -1.0), 1.0)
+        if SEEN == ODD:
+            value = tl.where(found, value, float("-inf"))
+        else:
+            value = tl.where(found, 1.0 - value, 2.0)
+        tl.store(cosine + bos + o_m, value, mask=m_m)
+
+
+@triton.jit
+def _rank(similarity, bos, o_j, mask, length):
+    """Cosines of sources as int64, larger is better: cosine, then the earlier position. Distinct and >= 0; -1 where masked."""
+    value = tl.load(similarity + bos + o_j, mask=mask, other=0.0)
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True).to(tl.int64)  # one zero, not two
+    ordered = tl.where(bits < 0, -1 - bits, bits + 0x80000000)  # unsigned order = order of the floats
+    return tl.where(mask, (ordered << POSITION_BITS) + (length - 1 - o_j), -1)
+
+
+@triton.jit(do_not_specialize=["position_bits"])
+def _match_kernel(
+    nearest, similarity, count, into, cu_seqlens, threshold, first_free, position_bits,
+    HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sample: into[source] = its candidate for the best sources, every other token's own row."""
+    i_b = tl.program_id(0)
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    most = tl.maximum(length - first_free, 0) // 2
+    if count is not None:
+        most = tl.minimum(most, tl.maximum(tl.load(count + i_b), 0))
+    # The largest rank that `most` sources reach, bit by bit: 32 bits of cosine, then those of the position that can be set.
+    cut = tl.full((), 0, tl.int64)
+    for step in range(0, 32 + position_bits):
+        bit = tl.where(step < 32, 31 + POSITION_BITS - step, 31 + position_bits - step)
+        candidate = cut + (tl.full((), 1, tl.int64) << bit.to(tl.int64))
+        reached = 0
+        for start in range(first_free, length, BLOCK):
+            o_j = start + tl.arange(0, BLOCK)
+            mask = (o_j < length) & (o_j % 2 == 0)
+            reached += tl.sum((_rank(similarity, bos, o_j, mask, length) >= candidate).to(tl.int32), 0)
+        if reached >= most:
+            cut = candidate
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        m_j = o_j < length
+        source = m_j & (o_j >= first_free) & (o_j % 2 == 0)
+        matched = source & (most > 0) & (_rank(similarity, bos, o_j, source, length) >= cut)
+        if HAS_THRESHOLD:
+            matched = matched & (tl.load(similarity + bos + o_j, mask=source, other=float("-inf")) > threshold)
+        row = tl.load(nearest + bos + o_j, mask=matched, other=0).to(tl.int64)
+        tl.store(into + bos + o_j, tl.where(matched, row, bos + o_j).to(tl.int32), mask=m_j)
+        tl.store(similarity + bos + o_j, float("-inf"), mask=m_j & (source == 0))
+
+
+def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """Queries and candidates of a tile, features of a step, warps, stages. Bits of a result depend on them: never on the batch."""
+    return (64, 64, 32, 8, 2) if dtype == torch.float32 else (128, 64, 64, 8, 3)
+
+
+def _search(
+    keys: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seen: tl.constexpr,
+    kept: Tensor | None = None,
+    rank: Tensor | None = None,
+    first_free: int = 0,
+    cosines: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    capacity, width = keys.shape
+    batch = cu_seqlens.shape[0] - 1
+    nearest = torch.empty(capacity, dtype=torch.int32, device=keys.device)
+    cosine = torch.empty(capacity, dtype=torch.float32, device=keys.device) if cosines else None
+    block_m, block_n, block_k, warps, stages = _blocks(keys.dtype)
+    query_blocks = triton.cdiv(max_seqlen, block_m * (2 if seen is ODD else 1))
+    if capacity and batch and query_blocks:
+        scale = torch.empty(capacity, dtype=torch.float32, device=keys.device)
+        _scale_kernel[(triton.cdiv(capacity, NORM_ROWS),)](
+            keys, scale, cu_seqlens, batch, keys.stride(0), width, ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4
+        )
+        _nearest_kernel[(batch * query_blocks,)](
+            keys, scale, kept, rank, nearest, cosine, cu_seqlens, keys.stride(0), query_blocks, first_free, width,
+            SEEN=seen, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(keys.dtype),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return nearest, cosine
+
+
+@on_device_of_first
+def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """``[C]`` int32; see the public operation for the contract."""
+    return _search(keys, cu_seqlens, max_seqlen, KEPT, kept=kept.view(torch.uint8), cosines=False)[0]
+
+
+@on_device_of_first
+def novelty(keys: Tensor, rank: Tensor | None, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """novelty float32 ``[C]`` and the rows it was measured from, int32 ``[C]``; see the public operation for the contract."""
+    nearest, result = _search(keys, cu_seqlens, max_seqlen, OTHERS if rank is None else HIGHER, rank=rank)
+    return result, nearest
+
+
+@on_device_of_first
+def match_tokens(
+    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, count: Tensor | None, threshold: float | None, protected: int
+) -> tuple[Tensor, Tensor]:
+    """into int32 and similarity float32, ``[C]``; see the public operation for the contract."""
+    nearest, similarity = _search(keys, cu_seqlens, max_seqlen, ODD, first_free=protected)
+    into = torch.empty_like(nearest)
+    batch = cu_seqlens.shape[0] - 1
+    if keys.shape[0] and batch:
+        _match_kernel[(batch,)](
+            nearest, similarity, count, into, cu_seqlens, 0.0 if threshold is None else threshold, protected,
+            max_seqlen.bit_length(), HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return into, similarity
