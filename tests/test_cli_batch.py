@@ -232,7 +232,7 @@ def test_overlays(command, photos, tmp_path):
     assert single.read_bytes() == (folder / "000001-000.png").read_bytes()
     # The seventh image is the second of its batch: the picture drawn alone is the same.
     seventh = files(photos)[6]
-    command("caption", "caption", seventh, "--save-overlay", single)
+    command("caption", "caption", seventh, "--save-overlay", single, "--overwrite")
     assert single.read_bytes() == (folder / f"000007-{seventh.stem}.png").read_bytes()
     code, _, err = command("caption", "caption", photos, "--save-overlay", single)
     assert code == 2 and "expected a folder" in err

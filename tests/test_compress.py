@@ -15,7 +15,7 @@ from compression import annotations, pictures, save_tiny, tiny
 from safetensors.torch import load_file
 
 import madtp
-from madtp import cli, linear
+from madtp import cli, files, linear
 from madtp.compress import train as training
 from madtp.compress.calibrate import read_pairs
 from madtp.compress.dictionary import dictionary_from_examples
@@ -200,7 +200,9 @@ def test_a_run_begins_with_tokens_and_a_teacher_that_sees_what_it_sees(data, tas
 
 def test_half_precision_official_controller_and_a_schedule_by_step(data, tmp_path, capsys):
     options = "--precision bfloat16 --controller official --schedule step --no-augment --batch-size 6 --dictionary keep".split()
-    done(compress(data, "caption", tmp_path, *options), capsys)
+    arguments = compress(data, "caption", tmp_path, *options)
+    del arguments[arguments.index("--ramp") : arguments.index("--ramp") + 2]
+    done(arguments, capsys)
     records, _, result, weights = outcome(tmp_path)
     temperatures = [r["dev"]["temperature"] for r in records if "dev" in r]
     assert temperatures == pytest.approx([1.0, 0.99, 0.98, 0.97])  # the target is missed by less than 1 GFLOPs
@@ -322,7 +324,10 @@ def test_help(command, mentioned, capsys):
     "options, reason",
     [
         (["--batch-size", "20"], "13 training examples are fewer than one step takes"),
-        (["--image-root", "/absent"], "images are not there"),
+        (["--image-root", "/absent"], "--image-root: /absent is no folder"),
+        (["--image-root", os.path.dirname(__file__)], "images are not there"),
+        (["--output", "/dev/null"], "/dev/null"),
+        (["--device", "cuda:99"], "there is no such GPU"),
         (["--task", "vqa"], "holds a model for task 'nlvr', not 'vqa'"),
         (["--model", "/absent"], "/absent: no such file"),
         (["--annotations", __file__], "not JSON"),
@@ -343,10 +348,40 @@ def test_numbers_out_of_range_are_wrong_usage(data, option, tmp_path, capsys):
 
 
 def test_a_target_that_cannot_be_reached_leaves_a_model_all_the_same(data, tmp_path, capsys):
-    done(compress(data, "nlvr", tmp_path, "--reduction", "0.02", "--epochs", "1"), capsys)
+    assert cli.main(compress(data, "nlvr", tmp_path, "--reduction", "0.02", "--epochs", "1")) == 1
+    err = capsys.readouterr().err
+    assert "the target was missed" in err and "instead of 2.0%" in err and err.count("\n") == 1
     result = outcome(tmp_path)[2]
     assert result["reduction"] > 0.1 and 0 < result["temperature"] < 0.1  # any temperature prunes more than that
     assert madtp.load(tmp_path).temperature == result["temperature"]
+
+
+@pytest.mark.parametrize(
+    "gflops, reduction, met",
+    [(50, 0.5, True), (52, 0.5, True), (53, 0.5, False), (46, 0.5, True), (44, 0.5, False), (3, 0.999, False), (214, 0.3, False)],
+)
+def test_a_target_is_met_within_five_percent_of_it(gflops, reduction, met):
+    miss = training.missed({"gflops": gflops, "dense_gflops": 100}, reduction)
+    assert (miss is None) == met
+    assert met or f"{100 - gflops:.1f}% fewer GFLOPs instead of {100 * reduction:.1f}%" in miss
+
+
+def test_two_runs_do_not_share_an_output(data, whole, capsys):
+    with files.locked(whole / "run" / "lock"):
+        assert cli.main(compress(data, "nlvr", whole, *EVERYTHING)) == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_options_that_say_nothing_are_refused(data, tmp_path, capsys):
+    for task, options, reason in (
+        ("nlvr", ["--controller", "official", "--ramp", "0.5"], "--ramp: of no use"),
+        ("caption", ["--alignment", "0.1"], "--alignment: of no use"),
+        ("nlvr", ["--model", "random:base"], "--task: random:base"),
+    ):
+        arguments = compress(data, task, tmp_path / "out", *options)
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_contrast_needs_two_samples(data, tmp_path, capsys):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import madtp
-from madtp import cli, flops, predict
+from madtp import cli, flops, jsonl, predict
 from madtp.config import (
     CaptionConfig,
     CLIPConfig,
@@ -502,7 +502,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_and_can_be_put_right(command,
         ("clip", ["--rerank", 2], "--rerank: of no use for clip"),
         ("retrieval", ["--rerank", -1], "--rerank: expected at least 0, got -1"),
         ("nlvr", ["--temperature", 1, 1], "expected different numbers"),
-        ("nlvr", ["--vqa-annotations", "x"], "of no use for nlvr"),
+        ("nlvr", ["--vqa-annotations", __file__], "of no use for nlvr"),
         ("nlvr", ["--output", "/nowhere/x.json"], "there is no folder /nowhere"),
         ("caption", ["--grouping", "pair"], "grouping: expected one of instance, batch"),
     ],
@@ -527,9 +527,55 @@ def test_plots(command, tmp_path, monkeypatch):
         with Image.open(tmp_path / "plots" / name) as picture:
             assert picture.format == "PNG" and len(picture.convert("L").getcolors()) > 20
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(predict, "nlvr_batch", None)  # found out before anything runs
     code, out, err = command("nlvr", "--plots", tmp_path / "none", "--limit", 2)
-    assert code == 0 and "accuracy" in out and not (tmp_path / "none").exists()
-    assert "no plots: plots need the package matplotlib: pip install 'madtp[plot]'" in err
+    assert code == 2 and out == "" and not (tmp_path / "none").exists()
+    assert "plots need the package matplotlib: pip install 'madtp[plot]'" in err
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_overwriting_leaves_a_run_alone_that_goes_on(command, tmp_path, processes):
+    """Of this process, or of several."""
+    parts = tmp_path / "r.jsonl.parts"
+    parts.mkdir()
+    (parts / "0-pair-0.jsonl").write_text("of a run that goes on\n")
+    with jsonl.Log(parts / "run-0", {"processes": processes}):
+        code, _, err = command("nlvr", "--records", tmp_path / "r.jsonl", "--overwrite")
+        assert code == 2 and "is being written by another process" in err
+        assert (parts / "0-pair-0.jsonl").read_text() == "of a run that goes on\n"
+    (parts / "0-pair-2.jsonl").touch()
+    assert command("nlvr", "--records", tmp_path / "r.jsonl", "--overwrite", "--limit", 2)[0] == 0
+    assert len(read(tmp_path / "r.jsonl")) == 4 and not parts.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--output", "{folder}"],
+        ["--records", "{folder}"],
+        ["--output", "/dev/null", "--overwrite"],
+        ["--plots", "{file}"],
+        ["--image-root", "{file}"],
+        ["--device", "cuda:99"],
+        ["--temperature", "0", "-1"],
+        ["--annotations", "/dev/null"],
+    ],
+)
+def test_what_is_wrong_is_found_out_before_the_model_is_loaded(command, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(madtp, "load", None)
+    (tmp_path / "file").touch()
+    code, _, err = command("nlvr", *(option.format(folder=tmp_path, file=tmp_path / "file") for option in options))
+    assert code == 2 and err.count("\n") == 1 and "NoneType" not in err
+
+
+def test_pairs_of_the_demo_can_be_evaluated(command, data, tmp_path):
+    """JSON Lines, "text" for "sentence"; BLIP's own form gives the same."""
+    rows = json.loads((data / "nlvr.json").read_text())
+    lines = [{"id": n, "text": row.pop("sentence"), **row} for n, row in enumerate(rows)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, annotations in (("a", None), ("b", tmp_path / "pairs.jsonl")):
+        assert command("nlvr", "--output", tmp_path / name, annotations=annotations)[0] == 0
+    assert without_times(results(tmp_path / "a")) == without_times(results(tmp_path / "b"))
 
 
 def test_help_has_examples(capsys):

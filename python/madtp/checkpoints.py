@@ -302,7 +302,7 @@ def _recognise(state: Mapping[str, Tensor], task: str | None, origin: str) -> tu
         modules = sorted({key.split(".")[0] for key in state})
         some = ", ".join(modules[:8]) + (", ..." if len(modules) > 8 else "")
         raise CheckpointError(
-            f"{origin}: its keys ({some or 'there are none'}) do not tell what it is for; give task, one of {', '.join(MODELS)}"
+            f"{origin}: its keys ({some or 'there are none'}) do not tell what it is for; give the task (task=, --task), one of {', '.join(MODELS)}"
         )
     if found is None:
         return layouts.for_task(task), task

@@ -89,13 +89,13 @@ def check_output(path: str | os.PathLike, *, option: str = "output") -> None:
     """
     if str(path) in ("", STANDARD):
         raise ValueError(f"{option}: expected a file name, got {str(path)!r}")
-    path = Path(os.path.realpath(path))
-    if path.exists():
-        _require(path, path.stat().st_mode, stat.S_ISREG)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "this folder cannot be written to", str(path.parent))
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        _require(path, target.stat().st_mode, stat.S_ISREG)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {target.parent} for it", str(path))
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"the folder {target.parent} cannot be written to", str(path))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from . import jsonl
+
+_log = logging.getLogger("madtp")
 
 __all__ = ["Index", "from_text", "to_text"]
 
@@ -34,20 +37,26 @@ class Index:
     Args:
         path: of the index; made if it is not there.
         settings: what determines the features, as JSON values.
+        write: whether it may be updated; where not, it has to be there.
+
+    A record that is damaged, or whose features are not finite or not as long as the others, counts for nothing.
 
     Raises:
         madtp.jsonl.ResumeError: an index of another model or other settings, or one in use.
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict) -> None:
+    def __init__(self, path: str | os.PathLike, settings: dict, *, write: bool = True) -> None:
         header = {"index": "image features", **settings}
-        self._log = jsonl.Log(path, header, remedy="remove it, or name another index")
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
-        end = None
+        self._log = jsonl.Log(path, header, write=write, remedy="remove it, or name another index")
+        self._known: dict[str, tuple[list[int], np.ndarray]] = {}
+        end, damaged = None, 0
         for record, end in self._log.read():
-            self._remember(record)
-        self._log.cut(end)
+            damaged += not self._remember(record)
+        if write:
+            self._log.cut(end)
+        if damaged:
+            _log.warning("%s: %d damaged records are left out", path, damaged)
 
     def __enter__(self) -> Index:
         return self
@@ -55,8 +64,23 @@ class Index:
     def __exit__(self, *_) -> None:
         self._log.__exit__()
 
-    def _remember(self, record: dict) -> None:
-        self._known[record["image"]] = (record["size"], record["mtime_ns"]), record["features"]
+    @property
+    def images(self) -> list[str]:
+        """Absolute paths of all images, in the order in which they were added."""
+        return list(self._known)
+
+    def _remember(self, record: dict) -> bool:
+        image, state = record.get("image"), [record.get("size"), record.get("mtime_ns")]
+        try:
+            features = from_text(record["features"])
+        except (KeyError, TypeError, ValueError):
+            return False
+        width = next((len(known) for _, known in self._known.values()), len(features))
+        usable = len(features) == width > 0 and np.isfinite(features).all()
+        if not (usable and isinstance(image, str) and all(type(number) is int for number in state)):
+            return False
+        self._known[image] = state, features
+        return True
 
     def update(
         self,
@@ -97,7 +121,7 @@ class Index:
                 new = [
                     {
                         "image": os.path.abspath(images[record["row"] - 1]),
-                        **dict(zip(("size", "mtime_ns"), states[record["row"]])),
+                        **dict(zip(("size", "mtime_ns"), states[record["row"]], strict=True)),
                         "features": record["features"],
                     }
                     for record in records
@@ -111,13 +135,13 @@ class Index:
 
     def features(self, images: Sequence[str | os.PathLike]) -> np.ndarray:
         """Features ``[N, P]`` float32 of images in the index. Raises KeyError for one that is not in it."""
-        rows = [from_text(self._known[os.path.abspath(image)][1]) for image in images]
+        rows = [self._known[os.path.abspath(image)][1] for image in images]
         return np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
 
 
-def _state(path: str | os.PathLike) -> tuple[int, int]:
+def _state(path: str | os.PathLike) -> list[int]:
     try:
         facts = os.stat(path)
     except OSError:  # whoever reads the file will tell
-        return -1, -1
-    return facts.st_size, facts.st_mtime_ns
+        return [-1, -1]
+    return [facts.st_size, facts.st_mtime_ns]

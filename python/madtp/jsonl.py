@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .files import is_regular, open_regular, read_bytes, replacing
 
-__all__ = ["Log", "ResumeError", "Summary", "answered", "numbered", "run", "to_line"]
+__all__ = ["Log", "ResumeError", "Summary", "answered", "held", "numbered", "row_of", "run", "to_line"]
 
 _READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
 
@@ -236,6 +236,7 @@ class Log:
         path: of the file; made if it is not there.
         header: what the records are; a file that begins otherwise is refused.
         overwrite: drop what is there.
+        write: whether records are added; where not, the file has to be there, and others may read it too.
         remedy: what the user can do about a file that is refused.
 
     Raises:
@@ -249,12 +250,13 @@ class Log:
         header: dict,
         *,
         overwrite: bool = False,
+        write: bool = True,
         remedy: str = "remove it, or give --overwrite",
     ) -> None:
-        self.path, self.header, self.remedy = Path(path), header, remedy
+        self.path, self.header, self.remedy, self._writes = Path(path), header, remedy, write
         if not is_regular(path):
             raise ResumeError(f"{path} is no regular file; {remedy}")
-        self._file = open(path, "a+b")
+        self._file = open(path, "a+b" if write else "rb")
         try:
             self._lock()
             if overwrite:
@@ -272,14 +274,14 @@ class Log:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, (fcntl.LOCK_EX if self._writes else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
             raise ResumeError(f"{self.path} is being written by another process") from error
 
     def _begin(self) -> None:
         self._file.seek(0)
         first, header = self._file.readline(), to_line(self.header)
-        if not first.endswith(b"\n") and header.startswith(first):  # new, or stopped within its first line
+        if self._writes and not first.endswith(b"\n") and header.startswith(first):  # new, or stopped within its first line
             self._file.truncate(0)
             self.append([self.header])
             first = header
@@ -356,7 +358,7 @@ def _prepare(prepare, kept, defaults: dict, n: int, row: dict | bytes) -> tuple[
     start = {}
     try:
         if isinstance(row, bytes):
-            row = _object(row)
+            row = row_of(row)
         row = {**row, **{key: value for key, value in defaults.items() if key not in row}}
         start = kept(row)
         return start, prepare(n, row), None
@@ -378,7 +380,8 @@ def _kept(keep: Sequence[str], answers: Sequence[str] | None, row: dict) -> dict
     return kept
 
 
-def _object(line: bytes) -> dict:
+def row_of(line: bytes) -> dict:
+    """The object in a line of JSON Lines. Raises ValueError for anything else, and for what could not be written again."""
     try:
         row = json.loads(line)
         _check(row, _DEEPEST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +17,10 @@ Records are collected in OUTPUT.partial until all are there. After an interrupti
 where it stopped. An image that cannot be used does not stop the run: its record has "error" instead of a
 result, and the exit code is 1.
 """
+
+
+COMMON = ("gflops", "gflops_full", "overlay")
+"""Fields that records of several commands have."""
 
 
 class Item(NamedTuple):
@@ -36,16 +40,22 @@ def add_images(parser: argparse.ArgumentParser, row: str) -> None:
         metavar="IMAGE",
         help="image files, folders (with all their subfolders), or patterns such as 'photos/**/*.jpg'",
     )
+    add_input(parser, row)
+
+
+def add_input(parser: argparse.ArgumentParser, row: str) -> None:
+    """Rows instead of images; `row` is an example."""
     parser.add_argument(
         "--input",
         metavar="JSONL",
-        help=f"instead of images: rows such as {row}, one per line; paths are relative to the file",
+        help=f"instead of images: rows such as {row}, one per line (-: from standard input); paths are relative to the "
+        "file, those of a pipe to the current folder; other fields of a row are passed on to its record",
     )
 
 
 def add_output(parser: argparse.ArgumentParser, unit: str = "images") -> None:
     """Where records go, and how many rows the model gets at a time."""
-    parser.add_argument("--output", metavar="JSONL", help="where the records go (default: standard output)")
+    parser.add_argument("--output", metavar="JSONL", help="where the records go (default, or -: standard output)")
     add_batch(parser, unit)
 
 
@@ -54,7 +64,7 @@ def add_batch(parser: argparse.ArgumentParser, unit: str) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help=f"{unit} per batch (default: 8)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew although there is an output")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew although there is an output, or an overlay")
 
 
 def add_overlay(parser: argparse.ArgumentParser) -> None:
@@ -67,15 +77,26 @@ def add_overlay(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def image_rows(args: argparse.Namespace) -> tuple[str | list[dict], Path]:
+def image_rows(args: argparse.Namespace) -> tuple[str | list, Path]:
     """The rows that the options name, and the folder that their paths are relative to."""
     from ..inputs import find_images
 
     if bool(args.images) == bool(args.input):
         args.usage_error("give either images or --input")
     if args.input:
-        return args.input, Path(args.input).parent
+        return input_rows(args.input)
     return [{"image": path} for path in find_images(args.images)], Path()
+
+
+def input_rows(path: str) -> tuple[str | list[bytes], Path]:
+    """The rows of `--input`, those of a pipe read already, and the folder that their paths are relative to."""
+    from ..files import is_regular, open_regular
+    from ..jsonl import held
+
+    if not is_regular(path):
+        return held(path), Path()
+    open_regular(path).close()  # whatever keeps it from being read is found out now
+    return path, Path(path).parent
 
 
 def image_of(row: dict, folder: Path) -> Path:
@@ -86,46 +107,123 @@ def image_of(row: dict, folder: Path) -> Path:
     return folder / image
 
 
+def check_output(args: argparse.Namespace, source: str | Sequence = ()) -> None:
+    """Find out before the model is loaded what would keep records from being written."""
+    from .. import files
+
+    if args.output == files.STANDARD:
+        args.output = None
+    if args.output is None:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed; give --output")
+    elif not _is_stream(args.output):
+        files.check_output(args.output, option="--output")
+        if not args.overwrite and os.path.exists(args.output) and not os.path.exists(args.output + ".partial"):
+            raise ValueError(f"{args.output} exists already; remove it, or give --overwrite")
+        _refuse_inputs(args, args.output, source)
+
+
+def _is_stream(path: str) -> bool:
+    """Whether records are written to it one after the other, and it is never replaced: a pipe or a device."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def _refuse_inputs(args: argparse.Namespace, path: str | os.PathLike, source: str | Sequence) -> None:
+    """Raise ValueError if a file that is to be written is one of those that are read."""
+    if not os.path.exists(path):
+        return
+    named = [getattr(args, name, None) for name in ("input", "texts", "answers", "model", "tokenizer")]
+    rows = source if not isinstance(source, str) else ()
+    images = [image for row in rows if isinstance(row, dict) for image in row.get("images", [row.get("image")])]
+    for name in filter(None, [*named, *images]):
+        if os.path.exists(name) and os.path.samefile(path, name):
+            raise ValueError(f"{path}: this command reads it, and cannot write to it")
+
+
 class Overlays:
     """Draws what `--save-overlay` asks for, if anything.
 
-    Raises ValueError if a single picture is to hold many images.
+    Raises, before anything is computed, ValueError or OSError for a path that cannot be written, exists already, or holds
+    the pictures themselves.
     """
 
-    def __init__(self, path: str | None, source: str | Sequence[dict]) -> None:
-        from ..inputs import IMAGE_SUFFIXES
+    def __init__(self, args: argparse.Namespace, source: str | Sequence) -> None:
+        from ..files import check_output as check_file
 
-        self.path = None if path is None else Path(path)
-        self.single = path is not None and self.path.suffix.lower() in IMAGE_SUFFIXES
-        if self.single and (isinstance(source, str) or len(source) > 1):
-            raise ValueError(f"--save-overlay {path}: expected a folder, since there may be several images")
-        if self.path is not None and not self.single:
+        self.path = None if args.save_overlay is None else Path(args.save_overlay)
+        if self.path is None:
+            return
+        named, suffix = f"--save-overlay {args.save_overlay}", self.path.suffix.lower()
+        self.single = not self.path.is_dir() and not args.save_overlay.endswith("/") and bool(suffix)
+        resumes = getattr(args, "output", None) and os.path.exists(f"{args.output}.partial")
+        if self.single:
+            self._format = _picture_format(suffix)
+            if self._format is None:
+                raise ValueError(f"{named}: no format of pictures that can be written; a folder's name ends with /")
+            if isinstance(source, str) or len(source) > 1:
+                raise ValueError(f"{named}: expected a folder, since there may be several images")
+            check_file(self.path, option="--save-overlay")
+            exists = self.path.exists()
+            _refuse_inputs(args, self.path, source)
+        else:
             self.path.mkdir(parents=True, exist_ok=True)
+            check_file(self.path / "1.png", option="--save-overlay")
+            exists = any(self.path.iterdir())
+            rows = [row for row in source if isinstance(row, dict)] if exists and not isinstance(source, str) else ()
+            folders = {os.path.dirname(image) for row in rows for image in row.get("images", [row.get("image")])}
+            if any(os.path.exists(folder or ".") and os.path.samefile(folder or ".", self.path) for folder in folders):
+                raise ValueError(f"{named}: the pictures themselves are in this folder; name another one")
+        if exists and not args.overwrite and not resumes:
+            what = "exists already" if self.single else "is not empty"
+            raise ValueError(f"{named}: {what}; name another one, or give --overwrite")
 
-    def draw(self, items: Sequence[Item], traces, config) -> list[dict]:
-        """What to add to the records of a batch, whose images are the samples of `traces`, layer by layer."""
+    def draw(self, items: Sequence, picture: Callable[[int, object], object]) -> list[dict]:
+        """What to add to the records of a batch of items, of which `picture` draws one, given its place and itself."""
+        from ..files import replacing
+
         if self.path is None:
             return [{}] * len(items)
-        from ..processing import load_image
-        from ..report.overlay import overlay
-
         added = []
-        for sample, item in enumerate(items):
+        for place, item in enumerate(items):
             path = self.path if self.single else self.path / f"{item.row:06d}-{item.image.stem}.png"
-            overlay(load_image(item.image), traces, config, sample=sample).save(path)
+            if path.exists() and os.path.samefile(path, item.image):
+                raise ValueError(f"--save-overlay: {path} is the picture itself")
+            with replacing(path) as file:
+                picture(place, item).save(file, self._format if self.single else "PNG")
             added.append({"overlay": str(path)})
         return added
 
+    def patches(self, items: Sequence[Item], traces, config) -> list[dict]:
+        """The same for items whose images are the samples of `traces`, layer by layer."""
 
-def settings_of(args: argparse.Namespace, model, **more) -> dict:
-    """What determines a command's records."""
+        def picture(sample: int, item: Item):
+            from ..processing import load_image
+            from ..report.overlay import overlay
+
+            return overlay(load_image(item.image), traces, config, sample=sample)
+
+        return self.draw(items, picture)
+
+
+def _picture_format(suffix: str) -> str | None:
+    """Pillow's name of the format that it can write to such files."""
+    from PIL import Image
+
+    name = Image.registered_extensions().get(suffix)
+    return name if name in Image.SAVE else None
+
+
+def settings_of(args: argparse.Namespace, model, *, texts: bool = True, **more) -> dict:
+    """What determines a command's records; with `texts`, the tokenizer too."""
+    from ..fingerprint import fingerprint
+
     return {
         "task": model.config.task,
         "model": str(args.model),
-        "model_files": _identity(args.model),
         "temperature": model.temperature,
         **{name: getattr(args, name) for name in ("dtype", "device", "backend", "grouping", "tokenizer")},
         **more,
+        "fingerprint": fingerprint(model, texts=texts),
     }
 
 
@@ -143,6 +241,7 @@ def run_rows(
     settings: dict,
     tokens: Sequence[str],
     unit: str = "images",
+    answers: Sequence[str] = (),
     **options,
 ) -> int:
     """Records of all rows to `args.output` or standard output, then what failed to standard error.
@@ -150,6 +249,7 @@ def run_rows(
     Args:
         source, prepare, answer, settings, options: as in :func:`madtp.jsonl.run`.
         tokens: fields of a record with token counts per layer; the progress bar shows the mean of their last.
+        answers: other fields that `answer` gives, beside those of :data:`COMMON`.
 
     Returns:
         The exit code.
@@ -157,22 +257,24 @@ def run_rows(
     from .. import jsonl
 
     kept = Kept(tokens)
-    options = {"unit": unit, "note": kept.note, **options}
+    options = {"unit": unit, "note": kept.note, "answers": [*answers, *tokens, *COMMON], **options}
+    if args.quiet:
+        options["progress"] = False
 
     def noted(instances: list) -> list[dict]:
         return kept.seen(answer(instances))
 
-    if args.output is None:
+    if args.output is None or _is_stream(args.output):
         summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
         # A terminal shows the records themselves.
-        options |= {"total": len(rows), "progress": False if sys.stdout.isatty() else None}
-        with contextlib.closing(
-            jsonl.answered(rows, prepare, noted, args.batch_size, **options)
-        ) as batches:
-            for records in batches:
-                sys.stdout.flush()
-                sys.stdout.buffer.write(b"".join(map(jsonl.to_line, records)))  # UTF-8, whatever the locale
-                sys.stdout.flush()
+        options = {"total": len(rows), "progress": False if sys.stdout and sys.stdout.isatty() else None, **options}
+        with contextlib.ExitStack() as stack:
+            # Bytes, so that what comes out does not depend on the locale.
+            out = sys.stdout.buffer if args.output is None else stack.enter_context(open(args.output, "wb"))
+            batches = jsonl.answered(rows, prepare, noted, args.batch_size, **options)
+            for records in stack.enter_context(contextlib.closing(batches)):
+                out.write(b"".join(map(jsonl.to_line, records)))
+                out.flush()
                 summary.count(records)
     else:
         try:
@@ -190,7 +292,8 @@ def run_rows(
             print("madtp: interrupted; the same command goes on from here", file=sys.stderr)
             return 130
         resumed = f" ({summary.resumed} of them from an earlier run)" if summary.resumed else ""
-        print(f"{summary.rows} rows{resumed} in {args.output}")
+        if not args.quiet:
+            print(f"{summary.rows} rows{resumed} in {args.output}")
     return report(summary.failed, summary.rows)
 
 
@@ -227,13 +330,3 @@ class Kept:
         if not self.streams:
             return ""
         return f"{self.after / self.streams:.1f} of {self.before / self.streams:.1f} tokens kept"
-
-
-def _identity(source: str) -> str | None:
-    """Changes when the files of a model do; None for a source that is not on disk."""
-    path = Path(source)
-    if not path.exists():
-        return None
-    files = [path] if path.is_file() else sorted(child for child in path.rglob("*") if child.is_file())
-    facts = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .options import add_model, positive
-from .training import above_zero, add_pruning_options, add_run_options, fingerprint, load_source, report, share
+from .training import above_zero, add_pruning_options, add_run_options, begin, load_source, origin, report, share
 
 _EXAMPLES = """\
 examples:
@@ -19,7 +19,7 @@ a row of pairs.jsonl (paths are relative to the file; "sentence", "question", "c
 Only the dictionary learns, by the alignment of pictures with texts; the model's own weights stay, so that no labels
 are needed, and little time. The temperature is then set so that the target is met on up to 256 of the pairs. It costs
 more accuracy than `madtp compress`. More learning is not better: entries that grow alike see the same few tokens, which
-puts low reductions out of reach. Captioning has no text to align. The same command goes on after an interruption.
+puts low reductions out of reach; where the target was missed, the exit code is 1. Captioning has no text to align. The same command goes on after an interruption.
 
 A model that was never pruned begins with a dictionary of its own tokens, drawn from up to 64 pairs: with random
 entries even the lowest temperature drops about half of the tokens.
@@ -47,7 +47,7 @@ def add_parser(commands) -> None:
     group.add_argument("--lr", type=above_zero, default=1e-3, help="highest learning rate (default: 0.001)")
     add_pruning_options(group, distill="")
     add_run_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,11 +59,13 @@ def run(args: argparse.Namespace) -> int:
     from ..compress.tasks import TASKS
     from ..compress.train import Settings, process_group, train
 
+    begin(args, args.pairs)
     with process_group(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
         if name not in ALIGNED:
             raise ValueError(f"{args.model}: holds a model for task {name!r}, which has no text to align pictures with")
+        source = origin(args, model, args.pairs)
         freeze_all_but_dictionary(model)
         pairs = read_pairs(args.pairs, name, args.image_root)
         per_epoch = steps_per_epoch(len(pairs), args.batch_size, 1)
@@ -76,10 +78,8 @@ def run(args: argparse.Namespace) -> int:
             alignment=1.0, distill=args.distill, dictionary=args.dictionary, schedule="step",
             precision=args.precision, labels=False, seed=args.seed,
         )  # fmt: skip
-        origin = {"task": name, "model": args.model, "data": fingerprint(args.pairs)}
         result = train(
-            model, TASKS[name](model), pairs, pairs, settings, args.output, origin=origin, workers=args.workers,
-            save_every=args.save_every, log_every=args.log_every,
+            model, TASKS[name](model), pairs, pairs, settings, args.output, origin=source, workers=args.workers,
+            save_every=args.save_every, log_every=args.log_every, progress=False if args.quiet else None,
         )  # fmt: skip
-        report(result, args.output)
-    return 0
+        return report(result, args)

@@ -12,13 +12,14 @@ from .batch import (
     add_images,
     add_output,
     add_overlay,
+    check_output,
     cost_of,
     image_of,
     image_rows,
     run_rows,
     settings_of,
 )
-from .options import add_model, add_model_options, load_model, positive
+from .options import add_model, add_model_options, load_model, only_with, positive
 
 _EXAMPLES = f"""\
 examples:
@@ -73,21 +74,18 @@ def run(args: argparse.Namespace) -> int:
     """Caption images."""
     from ..predict import caption_batch
 
-    if not args.sample:
-        for name in ("top_p", "seed"):
-            if getattr(args, name) is not None:
-                args.usage_error(f"--{name.replace('_', '-')}: only --sample takes it")
-    seed = 0 if args.seed is None else args.seed
+    only_with(args, args.sample, "without --sample", "top_p", "seed")
+    top_p, seed = (0.9 if args.top_p is None else args.top_p), args.seed or 0
+    if not 0 < top_p <= 1:
+        args.usage_error(f"--top-p: expected a number above 0, at most 1, got {top_p}")
     min_length = min(5, args.max_length) if args.min_length is None else args.min_length
     if min_length > args.max_length:
         args.usage_error(f"--min-length: expected at most --max-length {args.max_length}, got {min_length}")
-    options = {"max_length": args.max_length, "min_length": min_length}
-    if args.sample:
-        options["top_p"] = 0.9 if args.top_p is None else args.top_p
-    else:
-        options["num_beams"] = 3 if args.num_beams is None else args.num_beams
     source, folder = image_rows(args)
-    overlays = Overlays(args.save_overlay, source)
+    check_output(args, source)
+    overlays = Overlays(args, source)
+    options = {"max_length": args.max_length, "min_length": min_length}
+    options |= {"top_p": top_p} if args.sample else {"num_beams": args.num_beams or 3}
     model = load_model(args, ["caption"])
 
     def prepare(row: int, fields: dict) -> Item:
@@ -97,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     def answer(items: list[Item]) -> list[dict]:
         seeds = {"seeds": [_seed(seed, item.row) for item in items]} if args.sample else {}
         captions, output = caption_batch(model, [item.inputs for item in items], **options, **seeds)
-        pictures = overlays.draw(items, output.vision, model.config)
+        pictures = overlays.patches(items, output.vision, model.config)
         return [
             {
                 "caption": caption.caption,
@@ -115,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         answer,
         settings=settings_of(args, model, **options, **({"seed": seed} if args.sample else {})),
         tokens=["image_tokens"],
+        answers=["caption"],
         keep=["image"],
     )
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_model, positive
+from .options import add_model, only_with, positive
 from .training import (
     above_zero,
     add_pruning_options,
     add_run_options,
-    fingerprint,
+    begin,
     load_source,
     not_negative,
+    origin,
     report,
     share,
 )
@@ -33,7 +34,8 @@ examples:
       --annotations vqa_train.json --dev vqa_val.json --reduction 0.5 --output vqa-0.5 --device cuda
   madtp nlvr --model nlvr-0.8 --images left.jpg right.jpg --text "Both images show a dog."
 
-Annotations are in the formats that BLIP ships: nlvr_*.json, vqa_*.json, coco_karpathy_*.json, flickr30k_*.json.
+Annotations are in the formats that BLIP ships: nlvr_*.json, vqa_*.json, coco_karpathy_*.json, flickr30k_*.json
+(docs/annotations.md shows a record of each), or the pairs.jsonl that `madtp demo` writes.
 The loss is the task's plus 0.1 times the alignment of both modalities (captioning has no text to align). The best
 epoch is chosen on the dev split, and the temperature is set there so that the target is met. The same command
 goes on after an interruption and gives the same model (to the bit on a CPU). With torchrun a step takes
@@ -45,7 +47,7 @@ survive towards what they are without pruning; that takes one more forward per b
 copy of the weights. On the small model of experiments/shapes it helped much.
 
 Retrieval and clip train with the negatives of the batch, without MADTP's momentum encoders and queue.
-Training has no dropout and no stochastic depth.
+The exit code is 1 where the target was missed. Training has no dropout and no stochastic depth.
 """
 
 
@@ -75,7 +77,7 @@ def add_parser(commands) -> None:
         group.add_argument(f"--{name}", type=kind, help=what)
     group.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forwards per step (default: 1)")
     group.add_argument(
-        "--alignment", type=not_negative, default=0.1, metavar="W", help="weight of the alignment loss (default: 0.1)"
+        "--alignment", type=not_negative, metavar="W", help="weight of the alignment loss (default: 0.1)"
     )
     add_pruning_options(group, distill=", in a frozen copy of the model; 1 is a good value")
     group.add_argument(
@@ -97,12 +99,11 @@ def add_parser(commands) -> None:
     group.add_argument(
         "--ramp",
         type=not_negative,
-        default=0.4,
         metavar="SHARE",
         help="share of the steps over which the bracket's target falls to the goal (default: 0.4)",
     )
     add_run_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,9 +111,12 @@ def run(args: argparse.Namespace) -> int:
     from ..compress.tasks import TASKS
     from ..compress.train import Settings, process_group, train
 
+    only_with(args, args.controller == "bracket", "with --controller official", "ramp")
+    begin(args, args.annotations, args.dev)
     with process_group(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
+        only_with(args, name != "caption", "for caption, which has no text to align pictures with", "alignment")
         task = TASKS[name](model)
         examples = task.read(args.annotations, args.image_root, training=True)
         dev = task.read(args.dev, args.image_root, training=False)
@@ -122,14 +126,14 @@ def run(args: argparse.Namespace) -> int:
         )
         settings = Settings(
             reduction=args.reduction, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-            accumulate=args.accumulate, alignment=args.alignment, distill=args.distill,
-            dictionary=args.dictionary, controller=args.controller, temperature=args.temperature, ramp=args.ramp,
+            accumulate=args.accumulate, alignment=0.1 if args.alignment is None else args.alignment, distill=args.distill,
+            dictionary=args.dictionary, controller=args.controller, temperature=args.temperature,
+            ramp=0.4 if args.ramp is None else args.ramp,
             schedule=args.schedule, precision=args.precision, augment=args.augment, seed=args.seed,
         )  # fmt: skip
-        origin = {"task": name, "model": args.model, "data": fingerprint(args.annotations, args.dev)}
         result = train(
-            model, task, examples, dev, settings, args.output, origin=origin, workers=args.workers,
-            save_every=args.save_every, log_every=args.log_every,
+            model, task, examples, dev, settings, args.output,
+            origin=origin(args, model, args.annotations, args.dev), workers=args.workers, save_every=args.save_every,
+            log_every=args.log_every, progress=False if args.quiet else None,
         )  # fmt: skip
-        report(result, args.output)
-    return 0
+        return report(result, args)

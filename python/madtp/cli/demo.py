@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
+from ..files import check_output, replacing
 from .options import add_model_options, load_model, positive
 
 _BATCH = 32  # pairs that are answered at once
@@ -104,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
     from ..predict import nlvr_batch
     from ..report.overlay import nlvr_overlay
 
+    directory = Path(args.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    check_output(directory / "pairs.jsonl", option="--output-dir")
     trained = args.model != "random:base"
     pruned = load_model(args, ["nlvr"])
     if not pruned.temperature:
@@ -125,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     answers, outputs = zip(*(nlvr_batch(m, [s.instance for s in samples]) for m in models), strict=True)
     _print_answers(samples, answers)
     if trained:
-        questions, tallies = _answer(models, split, args.pairs)
+        questions, tallies = _answer(models, split, args.pairs, args.quiet)
     else:
         questions, tallies = samples, [_Tally() for _ in models]
         for tally, mine in zip(tallies, answers, strict=True):
@@ -135,7 +139,6 @@ def run(args: argparse.Namespace) -> int:
     if args.model == "demo":
         print(_REAL_SIZE)
 
-    directory = Path(args.output_dir)
     _write(directory, samples)
     picture = directory / "overlay.png"
     title = f"{samples[0].sentence}  The model says: {answers[1][0].answer}"
@@ -143,9 +146,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{picture}: the patches of the first pair that survive each layer")
     print(f"{directory / 'pairs.jsonl'}: pairs and statements, to ask again:")
     images = shlex.join(str(directory / name) for name in _names(0))
-    print(f"  madtp nlvr --model {shlex.quote(args.model)} --images {images} \\")
+    options = shlex.join(["--model", args.model, *_given(args)])
+    print(f"  madtp nlvr {options} --images {images} \\")
     print(f"      --text {shlex.quote(samples[0].sentence)}")
+    print(f"  madtp evaluate {options} --annotations {shlex.quote(str(directory / 'pairs.jsonl'))}")
     return 0
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """The options that answers depend on, where they are not the default."""
+    defaults = {"device": "cpu", "dtype": "float32", "grouping": "instance"}
+    names = ("temperature", "device", "dtype", "backend", "grouping", "tokenizer", "threads")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) != defaults.get(name)}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def _question(model, split, index: int, templates) -> _Question:
@@ -159,7 +172,7 @@ def _question(model, split, index: int, templates) -> _Question:
     )
 
 
-def _answer(models, split, pairs: int) -> tuple[list[_Question], list[_Tally]]:
+def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], list[_Tally]]:
     """What the models answer to one statement about each of so many pairs, or fewer if it takes too long."""
     from tqdm import tqdm
 
@@ -168,7 +181,7 @@ def _answer(models, split, pairs: int) -> tuple[list[_Question], list[_Tally]]:
 
     questions, tallies = [], [_Tally() for _ in models]
     begin = time.perf_counter()
-    with tqdm(total=pairs, desc="held-out pairs", unit=" pairs", leave=False, disable=None) as bar:
+    with tqdm(total=pairs, desc="held-out pairs", unit=" pairs", leave=False, disable=quiet or None) as bar:
         while len(questions) < pairs and time.perf_counter() - begin < _ANSWER_SECONDS:
             indices = range(len(questions), min(len(questions) + _BATCH, pairs))
             batch = [_question(models[0], split, index, TEMPLATES) for index in indices]
@@ -260,11 +273,11 @@ def _names(number: int) -> list[str]:
 
 
 def _write(directory: Path, samples: list[_Question]) -> None:
-    """Pictures and statements, as `madtp nlvr --input` reads them."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Pictures and statements, as `madtp nlvr --input` and `madtp evaluate --annotations` read them."""
     rows = []
     for number, sample in enumerate(samples):
         for name, image in zip(_names(number), sample.images, strict=True):
             image.save(directory / name)
         rows.append({"images": _names(number), "text": sample.sentence, "label": str(sample.truth)})
-    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with replacing(directory / "pairs.jsonl") as file:
+        file.writelines((json.dumps(row) + "\n").encode() for row in rows)

@@ -13,6 +13,7 @@ from .batch import (
     add_batch,
     add_images,
     add_overlay,
+    check_output,
     cost_of,
     image_of,
     image_rows,
@@ -47,7 +48,7 @@ def add_parser(commands) -> None:
     )
     add_model(parser)
     add_images(parser, '{"image": "a.jpg"}')
-    parser.add_argument("--texts", metavar="FILE", help="instead of images: texts, one per line")
+    parser.add_argument("--texts", metavar="FILE", help="instead of images: texts, one per line or a JSON list (-: from standard input)")
     parser.add_argument("--output", metavar="FILE", required=True, help="a .npy or .safetensors file")
     add_batch(parser, "images or texts")
     add_overlay(parser)
@@ -57,8 +58,9 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed images or texts."""
+    from ..files import check_output as check_file
     from ..index import to_text
-    from ..inputs import read_lines
+    from ..inputs import read_texts
     from ..predict import embed_images, embed_texts
 
     if Path(args.output).suffix not in _WRITERS:
@@ -67,10 +69,13 @@ def run(args: argparse.Namespace) -> int:
     if args.texts and (args.images or args.input or args.save_overlay):
         args.usage_error("give either images or --texts (--save-overlay goes with images)")
     if args.texts:
-        source, folder = [{"text": text} for text in read_lines(args.texts)], Path()
+        source, folder = [{"text": text} for text in read_texts(args.texts)], Path()
     else:
         source, folder = image_rows(args)
-    overlays = Overlays(args.save_overlay, source)
+    for path in (args.output, f"{args.output}.jsonl"):
+        check_file(path, option="--output")
+    check_output(args, source)
+    overlays = Overlays(args, source)
     model = load_model(args, TASKS, words=bool(args.texts))
     kind = "text" if args.texts else "image"
 
@@ -86,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             pictures = [{}] * len(items)
         else:
             embeddings, output = embed_images(model, [item.inputs for item in items])
-            pictures = overlays.draw(items, output.trace, model.config)
+            pictures = overlays.patches(items, output.trace, model.config)
         return [
             {
                 f"{kind}_tokens": embedding.tokens,
@@ -102,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
         source,
         prepare,
         answer,
-        settings=settings_of(args, model, text_mode=model.config.text_mode, kind=kind),
+        settings=settings_of(args, model, texts=bool(args.texts), text_mode=model.config.text_mode, kind=kind),
         tokens=[f"{kind}_tokens"],
+        answers=["features", "index"],
         keep=[kind],
         unit=f"{kind}s",
         publish=_publish,

@@ -34,7 +34,8 @@ files of NLVR2 and VQA v2, or those that BLIP ships, of which captions and retri
 
 Each sample is pruned on its own (unless --grouping says otherwise) and counted once, however large the
 batches and however many processes there are. With --records, a run that was interrupted goes on where it
-stopped when the same command is given again.
+stopped when the same command is given again. docs/annotations.md shows a record of each format; `madtp demo` writes
+pairs.jsonl, which can be evaluated at once.
 """
 
 
@@ -112,9 +113,6 @@ def run(args: argparse.Namespace) -> int:
     parts = _begin(args)
     processes = Processes.started()
     try:
-        if args.overwrite and parts and processes.rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-        processes.wait()
         device = args.device
         if device == "cuda" and processes.count > 1:
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -137,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
                 folder=parts,
                 settings=settings,
                 processes=processes,
+                overwrite=args.overwrite,
+                progress=False if args.quiet else None,
                 **options,
             )
         except KeyboardInterrupt:
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
             if parts:
                 shutil.rmtree(parts)
             # Last, since whoever reads it may have gone.
-            print("\n".join([*_table(results, task, settings), *written]))
+            print("\n".join([*_table(results, task, settings), *([] if args.quiet else written)]))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -163,22 +163,37 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _begin(args: argparse.Namespace) -> Path | None:
-    """Where answers are kept until all are there, if at all. Outputs that exist are not replaced unasked."""
+    """Where answers are kept until all are there, if at all. What cannot be read or written, or would replace something
+    unasked, is found out here, before the model is loaded."""
+    from ..files import check_output, open_regular
+
+    for path in (args.annotations, args.vqa_annotations):
+        if path:
+            open_regular(path).close()
+    if args.image_root and not Path(args.image_root).is_dir():
+        raise ValueError(f"--image-root: {args.image_root} is no folder")
+    if args.model == "random:base" and args.task is None:
+        args.usage_error("--task: random:base is for any task, so it has to be named")
     parts = None if args.records is None else Path(args.records + ".parts")
-    if not args.overwrite and not (parts and parts.exists()):
-        for path in (args.output, args.records):
-            if path and Path(path).exists():
-                raise ValueError(f"{path} exists already; remove it, or give --overwrite")
-    for path in (args.output, args.records):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {Path(path).resolve().parent}")
+    for name in ("output", "records"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        check_output(path, option=f"--{name}")
+        if Path(path).exists() and not args.overwrite and not (parts and parts.exists()):
+            raise ValueError(f"{path} exists already; remove it, or give --overwrite")
+    if args.plots:
+        from ..report.plots import require_matplotlib
+
+        require_matplotlib()
+        Path(args.plots).mkdir(parents=True, exist_ok=True)
+        check_output(Path(args.plots) / "quality.png", option="--plots")
     return parts
 
 
 def _task_options(args: argparse.Namespace, task: str) -> dict:
     """Options of the task that were given; others make no sense for it."""
-    from ..evaluate.annotations import read_answer_list
-    from ..inputs import read_lines
+    from ..inputs import read_texts
 
     words = ("num_beams", "max_length", "min_length")
     useful = {
@@ -196,9 +211,7 @@ def _task_options(args: argparse.Namespace, task: str) -> dict:
     if given.get("rerank", 0) < 0:
         raise ValueError(f"--rerank: expected at least 0, got {args.rerank}")
     if "answers" in given:
-        path = given.pop("answers")
-        listed = Path(path).read_bytes()[:64].lstrip().startswith(b"[")
-        given["candidates"] = (read_answer_list if listed else read_lines)(path)
+        given["candidates"] = read_texts(given.pop("answers"))
     if "top_k" in given:
         given["k"] = given.pop("top_k")
     return given
@@ -208,7 +221,7 @@ def _settings(args: argparse.Namespace, model, device: str, options: dict, sampl
     """What determines the answers."""
     shown = dict(options)
     if "candidates" in shown:
-        shown["candidates"] = _digest("\n".join(shown["candidates"]).encode())
+        shown["candidates"] = _digest(json.dumps(shown["candidates"]).encode())
     files = [path for path in (args.annotations, args.vqa_annotations) if path]
     settings = settings_of(
         args,
@@ -237,7 +250,8 @@ def _write(
     """Records, figures and plots, if asked for; says what is where."""
     from ..evaluate.figures import UNITS
     from ..evaluate.run import TIMING
-    from ..jsonl import replacing, to_line
+    from ..files import replacing
+    from ..jsonl import to_line
 
     written = []
     if args.records:
@@ -289,14 +303,9 @@ def _plot(folder: Path, task: str, results: list[dict]) -> list[str]:
     from ..report.plots import quality_plot, save_png, tokens_plot
 
     metric = HEADLINE[task]
-    try:
-        plots = {"tokens.png": tokens_plot(results)}
-        if metric in results[0]["quality"]:
-            plots["quality.png"] = quality_plot(results, metric, UNITS[task])
-    except ImportError as error:
-        print(f"madtp: no plots: {error}", file=sys.stderr)
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
+    plots = {"tokens.png": tokens_plot(results)}
+    if metric in results[0]["quality"]:
+        plots["quality.png"] = quality_plot(results, metric, UNITS[task])
     for name, figure in plots.items():
         save_png(figure, folder / name)
     return [f"plot: {folder / name}" for name in plots]

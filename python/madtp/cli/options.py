@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
+
+_log = logging.getLogger("madtp")
 
 
 def positive(text: str) -> int:
@@ -13,6 +16,8 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
     return number
 
+
+THREADS = "CPU threads (default: torch's choice; on a machine that is busy, 1 is often the fastest by far)"
 
 _GROUPS = {
     "instance": "nothing (default)",
@@ -90,7 +95,29 @@ def add_model_options(
         help="directory, vocabulary file or hub id (default: the saved model's, or from the hub the one that "
         "models of its kind were trained with)",
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=positive, metavar="N", help=THREADS)
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that is not there: loading a model onto it would find that out much later."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        why = "is built without CUDA" if torch.version.cuda is None else f"sees {torch.cuda.device_count()} of them"
+        raise ValueError(f"--device {name}: there is no such GPU; torch {torch.__version__} {why}")
+
+
+def only_with(args: argparse.Namespace, condition: bool, what: str, *names: str) -> None:
+    """End with a usage error if options were given that say nothing unless ``condition`` holds, which is ``what``."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if given and not condition:
+        args.usage_error(f"{', '.join(given)}: of no use {what}")
 
 
 def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = True):
@@ -101,14 +128,20 @@ def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = 
 
     import madtp
 
+    check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    temperature = 0.0 if getattr(args, "dense", False) else getattr(args, "temperature", None)
+    asked = getattr(args, "temperatures", None) or [temperature]
+    for value in asked:
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"temperature: expected a number >= 0, got {value}")
     # Random weights are of any task, files tell theirs.
     task = tasks[0] if len(tasks) == 1 or args.model == "random:base" else None
     model = madtp.load(
         args.model,
         task=task,
-        temperature=0.0 if getattr(args, "dense", False) else getattr(args, "temperature", None),
+        temperature=temperature,
         text_mode=getattr(args, "text_mode", None),
         device=args.device,
         dtype=getattr(torch, args.dtype),
@@ -119,6 +152,12 @@ def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = 
     if model.config.task not in tasks:
         expected = " or ".join(map(repr, tasks))
         raise ValueError(f"{args.model}: holds a model for task {model.config.task!r}, not {expected}")
+    if model.temperature == 0 and asked == [None]:
+        _log.warning(
+            "%s has no pruning temperature, so nothing is pruned: give --temperature%s",
+            args.model,
+            ", for example 8" if args.model == "random:base" else ", or see `madtp compress` and `madtp calibrate`",
+        )
     if words:
         _ = model.processor.tokenizer
     return model

@@ -17,6 +17,7 @@ from .batch import (
     Kept,
     add_images,
     add_output,
+    check_output,
     image_of,
     image_rows,
     report,
@@ -30,6 +31,7 @@ _EXAMPLES = f"""\
 examples:
   madtp retrieve --model DIR photos/ --index photos.index --text "a dog on a beach"
   madtp retrieve --model DIR photos/ --index photos.index --texts queries.txt --top 20 --output found.jsonl
+  madtp retrieve --model DIR --index photos.index --text "a cat"
   madtp retrieve --model DIR photos/ --texts captions.txt --direction image-to-text --top 1
 
 The index keeps the features of the images: the next time, only those that are new or have changed are
@@ -55,14 +57,16 @@ def add_parser(commands) -> None:
     add_model(parser)
     add_images(parser, '{"image": "a.jpg"}')
     parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
-    parser.add_argument("--texts", metavar="FILE", help="texts, one per line")
+    parser.add_argument("--texts", metavar="FILE", help="texts, one per line or a JSON list (-: from standard input)")
     parser.add_argument(
         "--direction",
         choices=["text-to-image", "image-to-text"],
         default="text-to-image",
         help="what is asked for what (default: text-to-image)",
     )
-    parser.add_argument("--index", metavar="FILE", help="keep the features of the images here")
+    parser.add_argument(
+        "--index", metavar="FILE", help="keep the features of the images here; without images, search those that it has"
+    )
     parser.add_argument(
         "--top", type=positive, default=10, metavar="N", help="matches per query (default: 10)"
     )
@@ -70,7 +74,8 @@ def add_parser(commands) -> None:
         "--rerank",
         type=int,
         metavar="K",
-        help="score the best K again with BLIP's classifier (default: 16; for CLIP, which has none, 0)",
+        help="score the best K again with BLIP's classifier, which reads the pictures (default: 16; 0 for CLIP, which has "
+        "none, and where only an index is given)",
     )
     add_output(parser, "images or texts")
     add_model_options(parser, text_modes=True)
@@ -79,52 +84,60 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank images for texts, or texts for images."""
-    from ..inputs import read_lines
+    from ..files import check_output as check_file
+    from ..inputs import read_texts
 
     if bool(args.text) == bool(args.texts):
         args.usage_error("give either --text or --texts")
-    texts = args.text or read_lines(args.texts)
-    images = _images(args)
+    texts = args.text or read_texts(args.texts)
+    rows = None
+    if args.images or args.input:
+        rows = _rows(args)
+        if args.index:
+            check_file(args.index, option="--index")
+    elif not args.index:
+        args.usage_error("give images, --input or an --index to search")
+    elif not Path(args.index).exists():
+        raise ValueError(f"{args.index}: there is no such index; give images to make it from")
+    check_output(args, rows or ())
     model = load_model(args, TASKS)
     rerank = args.rerank
     if rerank is None:
-        rerank = 16 if model.config.task == "retrieval" else 0
+        rerank = 16 if model.config.task == "retrieval" and rows is not None else 0
     if rerank < 0 or (rerank and model.config.task == "clip"):
         expected = "0, since CLIP has no classifier" if model.config.task == "clip" else "at least 0"
         raise ValueError(f"--rerank: expected {expected}, got {rerank}")
 
-    features, failed = _features(args, model, images)
+    rows, features, failed = _features(args, model, rows)
     if args.direction == "image-to-text":
-        return _image_to_text(args, model, texts, images, features, failed, rerank)
-    usable = [image for number, image in enumerate(images, 1) if number not in failed]
+        return _image_to_text(args, model, texts, rows, features, failed, rerank)
+    usable = [row["image"] for number, row in enumerate(rows, 1) if number not in failed]
     code = _text_to_image(args, model, texts, usable, features, rerank)
-    return max(code, report(failed, len(images), "images could not be searched"))
+    return max(code, report(failed, len(rows), "images could not be searched"))
 
 
-def _images(args: argparse.Namespace) -> list[str]:
+def _rows(args: argparse.Namespace) -> list[dict]:
+    from ..jsonl import numbered, row_of
+
     source, folder = image_rows(args)
-    if not isinstance(source, str):
-        return [row["image"] for row in source]
-    images = []
-    for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                images.append(str(image_of(row if isinstance(row, dict) else {}, folder)))
-            except ValueError as error:
-                raise ValueError(f"{source}, line {number}: {error}") from error
-    return images
+    rows = []
+    for number, row in numbered(source):
+        try:
+            row = row_of(row) if isinstance(row, bytes) else row
+            rows.append({**row, "image": str(image_of(row, folder))})
+        except ValueError as error:
+            raise ValueError(f"{args.input}, line {number}: {error}") from error
+    return rows
 
 
-def _features(args, model, images: Sequence[str]):
-    """Features ``[N, P]`` of the images that can be used, and why the others, by number from 1, cannot."""
+def _features(args, model, rows: list[dict] | None):
+    """Images, those of the index unless they are given, features ``[N, P]`` of the ones that can be used, and why the
+    others, by number from 1, cannot."""
     from ..index import Index, to_text
     from ..predict import embed_images
 
-    settings = settings_of(args, model)
-    if settings["model_files"]:  # the same files under another name
-        del settings["model"]
-    for name in ("tokenizer", "device", "backend"):
+    settings = settings_of(args, model, texts=False)
+    for name in ("model", "tokenizer", "device", "backend"):  # the fingerprint has what matters
         del settings[name]
     kept = Kept(["image_tokens"])
 
@@ -136,11 +149,17 @@ def _features(args, model, images: Sequence[str]):
             ]
         )
 
+    if rows is None:
+        with Index(args.index, settings, write=False) as index:
+            if not index.images:
+                raise ValueError(f"{args.index}: this index is empty")
+            return [{"image": image} for image in index.images], index.features(index.images), {}
+    images = [row["image"] for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         path = args.index or Path(folder) / "index"
         try:
             with Index(path, settings) as index:
-                options = {"unit": "images", "note": kept.note}
+                options = {"unit": "images", "note": kept.note, "progress": False if args.quiet else None}
                 added, failed = index.update(images, model.processor.image, embed, args.batch_size, **options)
                 features = index.features(
                     [image for number, image in enumerate(images, 1) if number not in failed]
@@ -149,11 +168,11 @@ def _features(args, model, images: Sequence[str]):
             if args.index:
                 print("madtp: interrupted; the index has what is done", file=sys.stderr)
             raise
-    if args.index:
+    if args.index and not args.quiet:
         print(f"{args.index}: {added} of {len(images)} images encoded anew", file=sys.stderr)
     if len(failed) == len(images):
         raise ValueError(f"none of {len(images)} images can be used; the first: {failed[1]}")
-    return features, failed
+    return rows, features, failed
 
 
 def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
@@ -196,7 +215,7 @@ def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
     )
 
 
-def _image_to_text(args, model, texts, images, features, failed, rerank: int) -> int:
+def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> int:
     import torch
 
     from ..predict import embed_images, embed_texts, match
@@ -205,7 +224,7 @@ def _image_to_text(args, model, texts, images, features, failed, rerank: int) ->
     for start in range(0, len(ids), args.batch_size):
         embeddings += embed_texts(model, ids[start : start + args.batch_size])[0]
     collection = torch.stack([embedding.features for embedding in embeddings])
-    usable = [number for number in range(1, len(images) + 1) if number not in failed]
+    usable = [number for number in range(1, len(rows) + 1) if number not in failed]
     place = {number: position for position, number in enumerate(usable)}
 
     def prepare(number: int, row: dict) -> Item:
@@ -235,18 +254,19 @@ def _image_to_text(args, model, texts, images, features, failed, rerank: int) ->
 
     return run_rows(
         args,
-        [{"image": image} for image in images],
+        rows,
         prepare,
         answer,
         settings=_settings(args, model, rerank, texts, collection.numpy()),
         tokens=[],
+        answers=["texts"],
         keep=["image"],
     )
 
 
 def _settings(args, model, rerank: int, names: Sequence[str], features) -> dict:
     """What determines the matches; among it the collection that is searched."""
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape") + features.tobytes())
+    digest = hashlib.sha256(json.dumps(list(names)).encode() + features.tobytes())
     return settings_of(
         args,
         model,

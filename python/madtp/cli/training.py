@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
-import zlib
+import sys
 from pathlib import Path
 
-from .options import positive
+from .options import THREADS, check_device, positive
 
 
 def share(text: str) -> float:
@@ -48,7 +49,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes that prepare pictures (default: 2; 0: none)"
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=positive, metavar="N", help=THREADS)
     group.add_argument("--seed", type=int, default=42, help="of everything random (default: 42)")
     group.add_argument(
         "--save-every", type=not_negative, default=300, metavar="S", help="seconds between checkpoints (default: 300)"
@@ -86,6 +87,23 @@ def add_pruning_options(group, *, distill: str) -> None:
     )
 
 
+def begin(args: argparse.Namespace, *files: str) -> None:
+    """Find out before the model is loaded what is missing, and what cannot be written."""
+    from ..files import check_output, open_regular
+
+    for path in files:
+        open_regular(path).close()
+    if args.image_root and not Path(args.image_root).is_dir():
+        raise ValueError(f"--image-root: {args.image_root} is no folder")
+    if args.model == "random:base" and args.task is None:
+        args.usage_error("--task: random:base is for any task, so it has to be named")
+    if args.workers < 0:
+        raise ValueError(f"--workers: expected a number >= 0, got {args.workers}")
+    check_device(args.device)
+    Path(args.output, "run").mkdir(parents=True, exist_ok=True)
+    check_output(Path(args.output, "result.json"), option="--output")
+
+
 def load_source(args: argparse.Namespace, task: str | None, device: str):
     """The model to train, on this process's device, with its own temperature; what it lacks is initialised from the seed."""
     import torch
@@ -94,8 +112,6 @@ def load_source(args: argparse.Namespace, task: str | None, device: str):
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.workers < 0:
-        raise ValueError(f"--workers: expected a number >= 0, got {args.workers}")
     torch.manual_seed(args.seed)
     model = madtp.load(
         args.model, task=task, device=device, backend=args.backend, tokenizer=args.tokenizer,
@@ -105,15 +121,25 @@ def load_source(args: argparse.Namespace, task: str | None, device: str):
     return model
 
 
-def fingerprint(*paths: str) -> list[int]:
-    """A number for each file's content: a run does not go on with other data."""
-    return [zlib.crc32(Path(path).read_bytes()) for path in paths]
+def origin(args: argparse.Namespace, model, *files: str) -> dict:
+    """What a run depends on beside its settings: it does not go on with another model or other data."""
+    from ..fingerprint import fingerprint
+
+    data = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in files]
+    return {"task": model.config.task, "model": args.model, "data": data, "fingerprint": fingerprint(model)}
 
 
-def report(result: dict, output: str) -> None:
-    """Print the result of a run."""
+def report(result: dict, args: argparse.Namespace) -> int:
+    """Print the result of a run; the exit code, which is 1 where the target was missed."""
     from ..compress.losses import rank
+    from ..compress.train import missed
 
+    miss = missed(result, args.reduction)
     if rank() == 0:
         print(json.dumps(result, indent=2))
-        print(f"model in {output}; {Path(output) / 'run'} holds the metrics and the checkpoint, which is no longer needed")
+        if not args.quiet:
+            run = Path(args.output) / "run"
+            print(f"model in {args.output}; {run} holds the metrics and the checkpoint, which is no longer needed")
+        if miss:
+            print(f"madtp: the target was missed: {miss}", file=sys.stderr)
+    return 1 if miss else 0

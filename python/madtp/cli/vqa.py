@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 
 from .batch import (
     UNFINISHED,
@@ -12,13 +13,14 @@ from .batch import (
     add_images,
     add_output,
     add_overlay,
+    check_output,
     cost_of,
     image_of,
     image_rows,
     run_rows,
     settings_of,
 )
-from .options import add_model, add_model_options, load_model, positive
+from .options import add_model, add_model_options, load_model, only_with, positive
 
 _EXAMPLES = f"""\
 examples:
@@ -50,7 +52,9 @@ def add_parser(commands) -> None:
     add_overlay(parser)
     search = parser.add_argument_group("how answers are found")
     search.add_argument(
-        "--answers", metavar="FILE", help="choose among these, one per line; by default answers are written"
+        "--answers",
+        metavar="FILE",
+        help="choose among these, one per line or a JSON list; by default answers are written",
     )
     search.add_argument(
         "--top-k",
@@ -76,45 +80,37 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer questions."""
-    from ..inputs import read_lines
+    from ..inputs import read_texts
     from ..predict import vqa_batch
 
-    # Options of the other way to find answers would be swallowed.
-    for name in ("num_beams", "max_length") if args.answers else ("top_k",):
-        if getattr(args, name) is not None:
-            whose = "written answers take it, without --answers" if args.answers else "--answers takes it"
-            args.usage_error(f"--{name.replace('_', '-')}: only {whose}")
+    only_with(args, bool(args.answers), "without --answers", "top_k")
+    only_with(args, not args.answers, "with --answers", "num_beams", "max_length")
+    if args.images and args.question is None:
+        args.usage_error("--question is missing")
     source, folder = image_rows(args)
-    if args.images:
-        if args.question is None:
-            args.usage_error("--question is missing")
-        source = [{**row, "question": args.question} for row in source]
-    overlays = Overlays(args.save_overlay, source)
+    check_output(args, source)
+    overlays = Overlays(args, source)
     if args.answers:
-        candidates = read_lines(args.answers)
-        digest = hashlib.sha256("\n".join(candidates).encode()).hexdigest()[:16]
-        k = 128 if args.top_k is None else args.top_k
+        candidates, k = read_texts(args.answers), args.top_k or 128
+        digest = hashlib.sha256(json.dumps(candidates).encode()).hexdigest()[:16]
         options, settings = {"candidates": candidates, "k": k}, {"answers": digest, "k": k}
     else:
-        options = settings = {
-            "num_beams": 3 if args.num_beams is None else args.num_beams,
-            "max_length": 10 if args.max_length is None else args.max_length,
-        }
+        options = settings = {"num_beams": args.num_beams or 3, "max_length": args.max_length or 10}
     model = load_model(args, ["vqa"])
 
     def prepare(row: int, fields: dict) -> Item:
-        image, question = image_of(fields, folder), fields.get("question", args.question)
-        if question is None:
+        image = image_of(fields, folder)
+        if "question" not in fields:
             raise ValueError("'question' is missing, and there is no --question")
-        return Item(row, image, (question, model.processor(image, question)))
+        if not isinstance(fields["question"], str):
+            raise ValueError(f"'question' must be a string, got {json.dumps(fields['question'])}")
+        return Item(row, image, model.processor(image, fields["question"]))
 
     def answer(items: list[Item]) -> list[dict]:
-        questions, inputs = zip(*(item.inputs for item in items), strict=True)
-        answers, output = vqa_batch(model, inputs, **options)
-        pictures = overlays.draw(items, output.vision, model.config)
+        answers, output = vqa_batch(model, [item.inputs for item in items], **options)
+        pictures = overlays.patches(items, output.vision, model.config)
         return [
             {
-                "question": question,  # in the row already, unless --question stands in for it
                 "answer": answer.answer,
                 **({} if answer.score is None else {"score": round(answer.score, 6)}),
                 "image_tokens": answer.image_tokens,
@@ -122,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
                 **cost_of(answer.flops),
                 **picture,
             }
-            for question, answer, picture in zip(questions, answers, pictures, strict=True)
+            for answer, picture in zip(answers, pictures, strict=True)
         ]
 
     return run_rows(
@@ -132,5 +128,7 @@ def run(args: argparse.Namespace) -> int:
         answer,
         settings=settings_of(args, model, question=args.question, **settings),
         tokens=["image_tokens"],
+        answers=["answer", "score", "question_tokens"],
         keep=["image", "question"],
+        defaults={} if args.question is None else {"question": args.question},
     )

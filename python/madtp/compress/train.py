@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
-import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +29,8 @@ from tqdm import tqdm
 from madtp_kernels import RaggedBatch
 
 from ..checkpoints import save_pretrained
+from ..files import locked, replacing
 from ..guidance import alignment_loss
-from ..jsonl import replacing
 from ..linear import reproducible
 from ..models import Model
 from .controller import TemperatureController, find_temperature
@@ -41,8 +41,6 @@ from .official import OfficialController
 from .run import CHECKPOINT, Run
 from .schedule import cosine
 from .tasks import Task
-
-_log = logging.getLogger("madtp")
 
 START = 0.1  # temperature of the bracketing controller
 TOLERATED = 1.05  # a model is eligible on the dev split if it costs at most this multiple of the target
@@ -284,6 +282,20 @@ class _Best:
         self.score, self.step = state["score"], state["step"]
 
 
+def _alone(function: Callable) -> Callable:
+    """Runs ``function(model, task, examples, dev, settings, output, ...)`` where no other run has the same output."""
+
+    @functools.wraps(function)
+    def run(model, task, examples, dev, settings, output, **options) -> dict:
+        directory = Path(output) / "run"
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory / "lock") if rank() == 0 else contextlib.nullcontext():
+            return function(model, task, examples, dev, settings, output, **options)
+
+    return run
+
+
+@_alone
 @reproducible()
 def train(
     model: Model,
@@ -297,6 +309,7 @@ def train(
     workers: int = 0,
     save_every: float = 300,
     log_every: int = 10,
+    progress: bool | None = None,
 ) -> dict:
     """Train a model to a target cost, and save it with its temperature.
 
@@ -313,6 +326,7 @@ def train(
         workers: processes that prepare pictures, per training process; 0: none beside it.
         save_every: seconds between checkpoints.
         log_every: steps between lines of metrics.
+        progress: whether to show a bar; by default where standard error is a terminal.
 
     Returns:
         The result: temperature, score and cost on the dev split, those of the dense model, the chosen step.
@@ -320,10 +334,11 @@ def train(
     Raises:
         ValueError: settings or data that do not fit.
         FloatingPointError: the loss is not a finite number.
+        BlockingIOError: another process trains to the same output.
     """
     if settings.batch_size < task.smallest_batch and settings.labels:
         raise ValueError(f"batch_size: this task's loss compares instances and needs at least {task.smallest_batch}")
-    output = Path(output)
+    output, quiet = Path(output), None if progress is None else not progress
     per_epoch = steps_per_epoch(len(examples), settings.batch_size, settings.accumulate)
     total, device = settings.epochs * per_epoch, model.device
     size = {"batch_size": settings.batch_size, "workers": workers}
@@ -344,7 +359,6 @@ def train(
         controller = OfficialController(model.config.task, settings.temperature)
 
     directory = output / "run"
-    directory.mkdir(parents=True, exist_ok=True)
     start, best = _Start(), _Best(directory)
     if not (directory / CHECKPOINT).exists():
         if settings.dictionary == "tokens":
@@ -393,7 +407,7 @@ def train(
         steps=range(run.step, total), views=settings.augment, workers=workers,
     )  # fmt: skip
     saved = time.monotonic()
-    with tqdm(total=total, initial=run.step, unit=" steps", desc="training", disable=_quiet()) as bar:
+    with tqdm(total=total, initial=run.step, unit=" steps", desc="training", disable=quiet if rank() == 0 else True) as bar:
         while run.step < total:
             means = _step(objective, teacher, optimizer, batches, controller.temperature, settings, run.step, device)
             used, epoch_ends = controller.temperature, (run.step + 1) % per_epoch == 0
@@ -484,15 +498,17 @@ def _temperature_for(model: Model, task: Task, dev: Sequence, goal: float, start
 
     try:
         return find_temperature(cost, goal * dense, start or START)
-    except ValueError:
-        found = cost(start)
-        # A model that has been trained is not thrown away; its cost is in the result.
-        if rank() == 0:
-            _log.warning(
-                "no temperature makes the model cost %.4g GFLOPs; it stays at %.3g, where it costs %.4g",
-                goal * dense, start, found,
-            )  # fmt: skip
+    except ValueError:  # a model that has been trained is not thrown away; its cost is in the result
         return start
+
+
+def missed(result: dict, reduction: float) -> str | None:
+    """What a result lacks of the reduction that it was to have, if anything."""
+    cost, goal = result["gflops"] / result["dense_gflops"], 1 - reduction
+    if cost <= TOLERATED * goal and cost >= goal + 1 - TOLERATED:
+        return None
+    less = "no temperature prunes less" if cost < goal else "no temperature prunes enough"
+    return f"{1 - cost:.1%} fewer GFLOPs instead of {reduction:.1%} ({less})"
 
 
 class _Board:
@@ -532,7 +548,3 @@ def _from_first(value):
 def _wait() -> None:
     if processes() > 1:
         dist.barrier()
-
-
-def _quiet() -> bool | None:
-    return None if rank() == 0 else True  # None: tqdm shows itself on terminals only

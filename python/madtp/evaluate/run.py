@@ -77,6 +77,7 @@ def evaluate(
     folder: str | os.PathLike | None = None,
     settings: dict | None = None,
     processes: Processes | None = None,
+    overwrite: bool = False,
     progress: bool | None = None,
     **options,
 ) -> tuple[list[dict], dict[float, dict[str, list[dict]]]]:
@@ -92,6 +93,7 @@ def evaluate(
         settings: what else determines the answers, as JSON values; a stopped run goes on only under the same
             ones.
         processes: those that share the work, if there are several.
+        overwrite: begin anew, whatever is in the folder.
         progress: whether to show a bar; by default where standard error is a terminal.
         options: of the task, see `tasks`.
 
@@ -126,7 +128,12 @@ def evaluate(
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # Nothing is logged there: it says whose folder this is, and keeps other processes out.
-        stack.enter_context(jsonl.Log(folder / f"run-{processes.rank}", header))
+        stack.enter_context(jsonl.Log(folder / f"run-{processes.rank}", header, overwrite=overwrite))
+        if overwrite:
+            processes.wait()  # until each has locked its part: nothing is removed from a run that goes on
+            if processes.rank == 0:
+                _clear(folder, processes.count)
+            processes.wait()
         try:
             for number, temperature in enumerate(temperatures):
                 model.temperature = temperature
@@ -139,6 +146,14 @@ def evaluate(
         finally:
             model.temperature = own
     return results, records
+
+
+def _clear(folder: Path, processes: int) -> None:
+    """Remove what earlier runs left, of however many processes they were."""
+    kept = {f"run-{rank}" for rank in range(processes)}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
 
 
 class _Steps:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-__all__ = ["quality_plot", "save_png", "tokens_plot"]
+__all__ = ["quality_plot", "require_matplotlib", "save_png", "tokens_plot"]
 
 
-def _figure(width: float, height: float):
+def require_matplotlib():
+    """matplotlib's figures. Raises ImportError: it is not installed."""
     try:
         from matplotlib.figure import Figure  # without pyplot, which keeps figures and wants a display
     except ImportError as error:
         raise ImportError("plots need the package matplotlib: pip install 'madtp[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float):
+    return require_matplotlib()(figsize=(width, height), layout="constrained")
 
 
 def _name(result: dict) -> str:
@@ -77,7 +82,7 @@ def tokens_plot(results: Sequence[dict]):
 
 def save_png(figure, path: str | os.PathLike) -> None:
     """Write a figure, complete or not at all. Raises OSError."""
-    from ..jsonl import replacing
+    from ..files import replacing
 
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
