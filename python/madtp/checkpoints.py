@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import zlib
 from collections.abc import Mapping
@@ -26,29 +25,27 @@ from torch import Tensor, nn
 
 from madtp_kernels import backends
 
-from . import layouts
-from .config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
+from . import hub, layouts
+from .config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig, check_temperature
 from .files import replacing
+from .image_transform import ImageTransform
 from .layouts.blip import from_ours as to_official
 from .layouts.blip import to_ours as from_official
 from .layouts.clip import infer_config as infer_clip_config
 from .models import MODELS, Model
 from .processing import PROCESSORS
+from .weight_files import WEIGHTS, CheckpointError, read_file, read_json, read_parts
 
 __all__ = ["CheckpointError", "from_official", "load", "save_pretrained", "to_official"]
 
 _log = logging.getLogger("madtp")
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")  # where transformers keeps them, beside the weights
+CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer"
+_NAMED = 200  # keys in an error
 _BUNDLED = {"demo": "pruned", "demo-dense": "dense"}  # names of models in the package, and their folders
 
 
 # Weights that original BLIP and CLIP checkpoints lack by design: the dictionary with its maps, and what NLVR adds to BLIP.
 _INVENTED = re.compile(r"^space_dict$|^temp$|\.merge_layer\.|_query_model\.q_map\.|\.query_models\.\d+\.")
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be loaded; the message says which and why."""
 
 
 # ---- sizes --------------------------------------------------------------------------------------------------------
@@ -128,43 +125,7 @@ def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float =
     return CONFIGS[task](**sizes)
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
-    """State dict and temperature (None if it has none) of a `.safetensors` file or a torch checkpoint.
-
-    Raises:
-        CheckpointError: unreadable, or a pickle that holds more than tensors and plain values.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path), None
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, because it holds objects other than tensors and plain values, and unpickling those could run "
-            f"code. Convert it to safetensors where you trust it. ({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path}: refused, because it is a TorchScript archive, which holds code. Save its state dict instead, where you "
-                "trust it: torch.save(torch.jit.load(path, 'cpu').state_dict(), ...)"
-            ) from error
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: expected a state dict or {{'model': state dict}}, got {type(content).__name__}")
-    state = content.get("model", content)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected tensors under 'model', found other values")
-    try:
-        temperature = None if content.get("temperature") is None else float(content["temperature"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: temperature: expected a number, got {content['temperature']!r}") from error
-    return dict(state), temperature
+# ---- loading ------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -203,22 +164,30 @@ def load(
         config: sizes; by default the source's own, or read off the tensors.
         image_size: other than the checkpoint's; the position embedding is interpolated.
         text_mode: "clean" or "compat", for tasks that have both; by default the saved model's, or "clean".
-        tokenizer: directory, `vocab.txt` or hub id of the tokenizer; by default the one saved with the model, or
-            bert-base-uncased (CLIP: openai/clip-vit-large-patch14). It is opened at first use, so that a model that is given
-            ids needs none.
+        tokenizer: directory, `vocab.txt` or hub id of the tokenizer; by default the one that lies with the model (in its
+            directory, or beside its file), or bert-base-uncased (CLIP: openai/clip-vit-large-patch14). It is opened at first
+            use, so that a model that is given ids needs none.
         device, dtype: where and in which precision the model runs.
         backend: force an implementation of the kernels ("reference", "cpu", "triton", "cuda").
         grouping: "instance", "batch", or for NLVR "pair"; see :class:`madtp.models.Model`.
         use_sizes: merged tokens weigh what they stand for; by default as the model was saved, or not.
 
+    Pictures become pixels (`model.processor`) as the model's own `preprocessor_config.json` or `processor_config.json` says,
+    and where it has none as models of its kind were trained: the whole picture squashed to a square for BLIP and for MADTP,
+    of CLIP too; shorter side and centre for CLIP from elsewhere.
+
     Raises:
-        CheckpointError: nothing there, a file that cannot be opened safely, or weights that do not fit.
-        ValueError: an argument that makes no sense.
+        CheckpointError: nothing there, a file that cannot be opened safely, weights that do not fit or are not finite, or
+            settings of a processor that cannot be honoured.
+        ValueError: an argument that makes no sense, such as a device that is not there.
     """
     if task is not None and task not in MODELS:
         raise ValueError(f"task: expected one of {', '.join(MODELS)}, got {task!r}")
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    device = _usable(device)
     if isinstance(config, dict):
         task = task or config.get("task")
         if task not in CONFIGS:
@@ -228,6 +197,7 @@ def load(
         if task not in (None, config.task):
             raise ValueError(f"config: sizes of a model for task {config.task!r}, not {task!r}")
         task = config.task
+    place = transform = None
     if isinstance(source, Mapping):
         state, found_temperature, origin = dict(source), None, "the state dict"
     elif source == "random:base":
@@ -235,34 +205,34 @@ def load(
         config = config or CONFIGS[task]()
         state, found_temperature, origin = None, None, source
     else:
-        directory = _locate(source)
+        place = _locate(source)
         origin = str(source)
-        if directory.is_dir():
-            settings, state = _read_config(directory / CONFIG), None
+        if place.is_dir():
+            settings, state = _read_config(place / CONFIG), None
             if "model_type" in settings:  # written by transformers
-                state, settings = _read_hugging_face(directory, settings, task)
-                if tokenizer is None and any((directory / name).exists() for name in _VOCABULARIES):
-                    tokenizer = directory
+                family = str(settings["model_type"])
+                state, settings = _read_hugging_face(place, settings, task)
+                transform = _read_transform(place, family)
             saved_task = settings.get("task", task)
             if task not in (None, saved_task):
                 raise CheckpointError(f"{origin}: holds a model for task {saved_task!r}, not {task!r}")
             if saved_task not in CONFIGS:
-                raise CheckpointError(f"{directory / CONFIG}: 'task' is {saved_task!r}, not one of {', '.join(CONFIGS)}")
+                raise CheckpointError(f"{place / CONFIG}: 'task' is {saved_task!r}, not one of {', '.join(CONFIGS)}")
             task = saved_task
-            config = config or CONFIGS[task].from_dict(settings)
+            if config is None:
+                config = CONFIGS[task].from_dict(settings)
             if state is None:
-                state, _ = read_file(directory / WEIGHTS)
+                state, _ = read_file(place / WEIGHTS)
+                # Models that were saved without this file were made with squashed pictures.
+                transform = _read_transform(place, "blip") or ImageTransform.squash(config.vision.image_size)
             found_temperature = settings.get("temperature")
             if use_sizes is None:
                 use_sizes = bool(settings.get("use_sizes"))
-            if tokenizer is None and (directory / TOKENIZER).exists():
-                tokenizer = directory / TOKENIZER
         else:
-            state, found_temperature = read_file(directory)
+            state, found_temperature = read_file(place)
 
     temperature = next((t for t in (temperature, found_temperature) if t is not None), 0.0)
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a number >= 0, got {temperature!r}")
+    temperature = check_temperature(temperature)
     if state is not None:
         layout, task = _recognise(state, task, origin)
         try:
@@ -272,8 +242,16 @@ def load(
             config = config or (infer_clip_config(state) if task == "clip" else infer_config(state, task))
         except ValueError as error:
             raise CheckpointError(f"{origin}: {error}") from error
+        # MADTP trains its CLIP, which has a dictionary, with squashed pictures.
+        centred = layout is layouts.clip_hugging_face or "space_dict" not in state
+    else:
+        centred = True
+    if transform is None:
+        rule = ImageTransform.centre if task == "clip" and centred else ImageTransform.squash
+        transform = rule(config.vision.image_size)
     if image_size is not None:
         config = replace(config, vision=replace(config.vision, image_size=image_size))
+        transform = transform.at(image_size)
     if text_mode is not None:
         if not hasattr(config, "text_mode"):
             raise ValueError(f"text_mode: models for task {task!r} have only one, got {text_mode!r}")
@@ -281,18 +259,32 @@ def load(
     # Parameters are allocated once, in the dtype asked for, and not initialised twice.
     with torch.device("meta"):
         model = MODELS[task](config, temperature, grouping, bool(use_sizes), backend)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
     if state is None:
-        randomize(model)
+        randomize(model.to_empty(device=device))
     else:
-        _fill(model, state, origin)
+        _fill(model, state, origin, device)
+    if tokenizer is None and place is not None:
+        tokenizer = _tokenizer_of(place if place.is_dir() else place.parent, task)
     if tokenizer is None:
         # Random weights know no words: the small bundled vocabulary serves, and needs no download.
         tokenizer = "demo" if state is None else PROCESSORS[task].default_tokenizer
-    model.processor = PROCESSORS[task](
-        config.vision.image_size, config.text.vocab_size, config.text.max_position_embeddings, tokenizer
-    )
+    sizes = config.vision.image_size, config.text.vocab_size, config.text.max_position_embeddings
+    try:
+        model.processor = PROCESSORS[task](*sizes, tokenizer, transform)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
     return model.eval()
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can be put on."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch without CUDA, no GPU, no such number or name
+        raise ValueError(f"device: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def _recognise(state: Mapping[str, Tensor], task: str | None, origin: str) -> tuple[ModuleType, str]:
@@ -318,29 +310,22 @@ def _locate(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors", ".bin"):
-        from huggingface_hub import snapshot_download
-
-        try:
-            found = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-            if not list(found.glob("*.safetensors")):  # older repositories; those of today hold the same weights twice
-                found = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.bin"]))
-            return found
-        except Exception as error:  # offline, no such repository, no access: all end here with the hub's own words
-            raise CheckpointError(f"{source}: neither a path nor reachable on the hub: {error}") from error
-    raise CheckpointError(f"{source}: no such file or directory")
+    name = str(source)
+    if "/" not in name or not hub.is_id(name) or path.suffix in (".pth", ".pt", ".safetensors", ".bin"):
+        raise CheckpointError(f"{source}: no such file or directory")
+    try:
+        found = hub.download(name, ["*.json", "*.txt", "*.safetensors"])
+        if not list(found.glob("*.safetensors")):  # older repositories; those of today hold the same weights twice
+            found = hub.download(name, ["*.json", "*.txt", "*.bin"])
+        return found
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a model directory holds {CONFIG} and {WEIGHTS}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; a model directory holds {CONFIG} and {WEIGHTS}")
+    return read_json(path)
 
 
 def _read_hugging_face(directory: Path, settings: dict, task: str | None) -> tuple[dict[str, Tensor], dict]:
@@ -349,7 +334,7 @@ def _read_hugging_face(directory: Path, settings: dict, task: str | None) -> tup
     if layout is None:
         known = ", ".join(layouts.HUGGING_FACE)
         raise CheckpointError(f"{directory / CONFIG}: 'model_type' is {settings['model_type']!r}, not one of {known}")
-    state = _read_parts(directory)
+    state = read_parts(directory)
     try:
         config = layout.config_of(settings, state, task)
     except (TypeError, ValueError) as error:
@@ -358,32 +343,37 @@ def _read_hugging_face(directory: Path, settings: dict, task: str | None) -> tup
     return state, {**config.to_dict(), "temperature": temperature}
 
 
-def _read_parts(directory: Path) -> dict[str, Tensor]:
-    """Weights in one of transformers' files, or in several that an index lists."""
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        if (directory / name).exists():
-            return read_file(directory / name)[0]
-        index = directory / f"{name}.index.json"
-        if not index.exists():
+def _read_transform(directory: Path, family: str) -> ImageTransform | None:
+    """The model's own way from pictures to pixels, where a file tells; transformers 5 has one file for all processors."""
+    for name, part in (("processor_config.json", "image_processor"), (PREPROCESSOR, None)):
+        path = directory / name
+        if not path.exists():
             continue
-        places = _read_config(index).get("weight_map")
-        if not isinstance(places, dict) or not all(part == Path(str(part)).name for part in places.values()):
-            raise CheckpointError(f"{index}: expected 'weight_map', from keys to files of the same directory")
-        state = {}
-        for part in sorted(set(places.values())):
-            state |= read_file(directory / part)[0]
-        lost = sorted(set(places) - set(state))
-        if lost:
-            raise CheckpointError(f"{index}: its files lack {', '.join(lost)}")
-        return state
-    raise CheckpointError(f"{directory}: no weights; expected {WEIGHTS} or pytorch_model.bin, or the index of their parts")
+        settings = read_json(path)
+        if part is not None and part not in settings:
+            continue
+        settings = settings if part is None else settings[part]
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{path}: {part}: expected an object, got {type(settings).__name__}")
+        try:
+            return ImageTransform.from_settings(settings, family)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return None
 
 
-def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:
-    """Copy weights into an uninitialised model; make up only what BLIP checkpoints lack by design, and say so."""
+def _tokenizer_of(place: Path, task: str) -> Path | None:
+    """The tokenizer that lies with a model: in a folder of its own, or beside the weights."""
+    vocabularies = ("tokenizer.json", "vocab.json" if task == "clip" else "vocab.txt")
+    return next((folder for folder in (place / TOKENIZER, place) if any((folder / name).exists() for name in vocabularies)), None)
+
+
+def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.device) -> None:
+    """Give a model without memory (on the device "meta") these weights, once it is known that they fit; make up only what
+    BLIP checkpoints lack by design, and say so."""
     own = model.state_dict()
     for position in ("visual_encoder.pos_embed", "visual.pos_embed"):
-        if position in state and state[position].shape != own[position].shape:
+        if position in state and state[position].dim() == 3 and state[position].shape != own[position].shape:
             state[position] = interpolate_positions(state[position], own[position].shape[1] - 1)
     missing = sorted(set(own) - set(state))
     invented = [key for key in missing if _INVENTED.search(key)]
@@ -393,32 +383,43 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    # Whole numbers are what a quantised model holds, with scales that nothing here knows.
+    mistyped = [f"{key} {state[key].dtype}" for key in own if key in state and not state[key].is_floating_point()]
     problems = [
-        f"{what}: {', '.join(keys)}"
+        f"{what}: {', '.join(keys[:_NAMED])}{f', and {len(keys) - _NAMED} more' if len(keys) > _NAMED else ''}"
         for what, keys in (
             ("missing", [key for key in missing if key not in invented]),
             ("unexpected", unexpected),
             ("of another shape", misshapen),
+            ("not of a floating-point type", mistyped),
         )
         if keys
     ]
     if problems:
         raise CheckpointError(f"{origin}: weights do not fit a model for task {model.config.task!r}; " + "; ".join(problems))
+    model.to_empty(device=device)
+    own = model.state_dict()
     with torch.no_grad():
         for key, parameter in own.items():
-            if key in state:
-                parameter.copy_(state[key])
-            else:
-                parameter.copy_(initial_weight(key, parameter.shape))
+            parameter.copy_(state[key] if key in state else initial_weight(key, parameter.shape))
+    bad = [key for key, parameter in own.items() if not _finite(parameter)]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f", and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise CheckpointError(f"{origin}: weights that are not finite numbers, in {model.dtype}: {shown}")
     if "temp" in invented:
         _log.info("%s has no temp: set to 0.07, where BLIP's training begins; nothing but training uses it", origin)
         invented.remove("temp")
     if invented:
         _log.warning(
-            "%s has no %s: made up at random (always the same), as MADTP does before training. Pruning needs a trained dictionary.",
+            "%s has no %s: initialised at random, always alike, as MADTP does before training. Pruning needs a trained dictionary.",
             origin,
             ", ".join(invented),
         )
+
+
+def _finite(weight: Tensor) -> bool:
+    # A sum needs no memory; only where it overflows or is not finite, a closer look does.
+    return bool(weight.sum(dtype=torch.float32).isfinite()) or bool(weight.isfinite().all())
 
 
 def initial_weight(key: str, shape: torch.Size) -> Tensor:
@@ -471,7 +472,8 @@ def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:
 
 
 def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
-    """Write `model.safetensors`, `config.json` (sizes, temperature, `use_sizes`) and the tokenizer, each file atomically."""
+    """Write `model.safetensors`, `config.json` (sizes, temperature, `use_sizes`), `preprocessor_config.json` (how pictures
+    become pixels) and the tokenizer, each file atomically."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -480,6 +482,9 @@ def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
     settings = {**model.config.to_dict(), "temperature": model.temperature, "use_sizes": model.use_sizes}
     with replacing(directory / CONFIG) as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())
+    if model.processor is not None:
+        with replacing(directory / PREPROCESSOR) as file:
+            file.write((json.dumps(model.processor.transform.settings(), indent=2) + "\n").encode())
     try:
         model.processor.tokenizer.save_pretrained(directory / TOKENIZER)
     except (OSError, ValueError) as error:

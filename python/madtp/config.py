@@ -3,8 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+_MOST = {"depth": 1000, "num_hidden_layers": 1000, "image_size": 10_000, "patch_size": 10_000}
+_MOST_OF_ANY = 10_000_000
+_FROM_ZERO = ("pad_token_id", "sep_token_id", "eos_token_id", "merge_from")
+
+
+def check_temperature(value: float) -> float:
+    """The pruning temperature as a float. Beyond the bounds, logits divided by it would leave the range of float32.
+
+    Raises:
+        ValueError: not a number, or beyond the bounds.
+    """
+    try:
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (number == 0 or 1e-30 <= number <= 1e30):
+        raise ValueError(f"temperature: expected 0, or a number from 1e-30 to 1e30, got {value!r}")
+    return number
+
+
+def _check(config, section: str) -> None:
+    """Types and bounds of the numbers that a configuration holds: a damaged file must not build a model without end."""
+    for field_ in dataclasses.fields(config):
+        name, value, kind = f"{section}{field_.name}", getattr(config, field_.name), field_.type
+        if kind == "int" or (kind == "int | None" and value is not None):
+            least, most = int(field_.name not in _FROM_ZERO), _MOST.get(field_.name, _MOST_OF_ANY)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value!r}")
+        elif kind == "float" and (not isinstance(value, (int, float)) or not 0 < value < math.inf):
+            raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+        elif kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +66,7 @@ class VisionConfig:
     """Of BLIP's LayerNorms: 1e-6 in the original code, 1e-5 in transformers. CLIP's is 1e-5 everywhere."""
 
     def __post_init__(self) -> None:
+        _check(self, "vision.")
         if self.image_size % self.patch_size:
             raise ValueError(f"vision.image_size: {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.embed_dim % self.num_heads:
@@ -67,6 +102,7 @@ class TextConfig:
     """[SEP], with which texts end."""
 
     def __post_init__(self) -> None:
+        _check(self, "text.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -112,6 +148,9 @@ class NLVRConfig(Config):
     merge_from: int = 6
     """First text layer that concatenates its two image streams through a merge layer; earlier ones average them."""
 
+    def __post_init__(self) -> None:
+        _check(self, "")
+
 
 @dataclass(frozen=True)
 class VQAConfig(Config):
@@ -144,6 +183,7 @@ class RetrievalConfig(Config):
     """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.retrieval`."""
 
     def __post_init__(self) -> None:
+        _check(self, "")
         if self.text_mode not in ("clean", "compat"):
             raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
 
@@ -162,6 +202,7 @@ class CLIPTextConfig:
     """The end-of-text token. None: the highest id of a text, which is OpenAI's rule."""
 
     def __post_init__(self) -> None:
+        _check(self, "text.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -186,6 +227,7 @@ class CLIPConfig(Config):
     """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.clip`."""
 
     def __post_init__(self) -> None:
+        _check(self, "")
         if not self.vision.map_func:
             raise ValueError("vision.map_func: expected true, since every block of CLIP has a map to the dictionary")
         for name, value, choices in (
@@ -203,6 +245,8 @@ CONFIGS: dict[str, type[Config]] = {
 
 
 def _build(kind: type, name: str, values: dict):
+    if not isinstance(values, dict):
+        raise ValueError(f"config.{name}: expected an object, got {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:

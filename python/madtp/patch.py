@@ -50,6 +50,7 @@ from madtp_kernels import RaggedBatch, backends
 
 from . import flops, layouts
 from .checkpoints import initial_weight, read_file
+from .config import check_temperature
 from .generation import CACHE
 from .layers import Keys, Runs
 from .models import MODELS, Model
@@ -145,8 +146,8 @@ def apply_patch(
     given = [name for name, value in settings.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"expected exactly one of {', '.join(settings)}, got {', '.join(given) or 'none'}")
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+    if temperature is not None:
+        check_temperature(temperature)
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio: expected a share above 0 and up to 1, got {keep_ratio}")
     if target_gflops is not None and not target_gflops > 0:

@@ -6,29 +6,30 @@ Models, batching of whole runs and result files live elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
+from . import hub
 from .files import open_regular
+from .image_transform import ImageTransform
 
 MAX_PIXELS = 120_000_000
 """Largest picture that is decoded (width x height); the biggest phone cameras in use have 108 megapixels."""
 
 # Raster formats only: Pillow hands some others (EPS) to external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
-# CLIP's statistics, in the [0, 1] range, which BLIP uses too.
-_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), dtype=np.float32)
-_STD = np.array((0.26862954, 0.26130258, 0.27577711), dtype=np.float32)
 
 # EXIF orientation -> what turns the stored picture upright.
 _UPRIGHT = {
@@ -41,8 +42,46 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_opening = threading.Lock()
+_STRIP = 1 << 20  # pixels that are worked on at a time where several copies are needed
 
+
+class _InFlight:
+    """Bounds the pixels that all threads hold at a time: pictures that together have more wait for each other."""
+
+    def __init__(self, most: int):
+        self._most, self._now, self._less = most, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def holding(self, pixels: int) -> Iterator[None]:
+        """Counts that many inside; waits first until they fit. One picture always fits."""
+        with self._less:
+            self._less.wait_for(lambda: self._now == 0 or self._now + pixels <= self._most)
+            self._now += pixels
+        try:
+            yield
+        finally:
+            with self._less:
+                self._now -= pixels
+                self._less.notify_all()
+
+
+_opening, _loading = threading.Lock(), threading.Lock()
+# While it is decoded, a picture takes up to three times four bytes per pixel, however small its file.
+_in_flight = _InFlight(MAX_PIXELS)
+
+
+def _after_fork() -> None:
+    """In a process of its own: locks that other threads held when it was forked would never be given back."""
+    global _opening, _loading, _in_flight
+    _opening, _loading, _in_flight = threading.Lock(), threading.Lock(), _InFlight(MAX_PIXELS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+_TOKENIZER_FILES = tuple(
+    "tokenizer.json vocab.txt vocab.json merges.txt tokenizer_config.json special_tokens_map.json added_tokens.json".split()
+)
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 _DEMO_VOCABULARY = Path(__file__).parent / "data" / "demo" / "vocab.txt"
 
@@ -68,65 +107,116 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int 
     `source` is a path, the bytes of a file, or a PIL image. The EXIF orientation is applied; transparent
     parts are laid over white, as an image viewer or a web page does (dropping alpha would reveal whatever
     colour is stored beneath); 16-bit grey is scaled to 8 bits; palette, grey, CMYK become RGB; of an
-    animation the first frame is taken.
+    animation the first frame is taken. Threads wait for each other where their pictures have more than
+    `MAX_PIXELS` together.
 
-    Raises ImageError, naming the source, if it is missing, unreadable, not an image, damaged, truncated,
-    larger than `max_pixels`, or of a kind without a defined range of values (32-bit integer or float).
+    Raises ImageError, naming the source, if it is missing, not a regular file, unreadable, not an image,
+    damaged, truncated, larger than `max_pixels`, or of a kind without a defined range of values (32-bit
+    integer or float).
     """
-    if isinstance(source, Image.Image):
-        return _as_rgb(source, "PIL image", max_pixels)
-    if isinstance(source, (bytes, bytearray)):
-        return _decode(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels)
+    with _opened(source, max_pixels) as (image, name):
+        return _as_rgb(image, name)
+
+
+@contextlib.contextmanager
+def _opened(source, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, str]]:
+    """A picture whose size is known to be acceptable, not decoded yet, and its name; its pixels count as in flight."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, Image.Image):
+            image, name = source, "PIL image"
+        else:
+            if isinstance(source, (bytes, bytearray)):
+                file, name = io.BytesIO(source), f"image of {len(source)} bytes"
+            else:
+                file, name = stack.enter_context(_regular_file(source)), str(source)
+            image = stack.enter_context(_identified(file, name, max_pixels))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(name, f"too large: {width} x {height} pixels, at most {max_pixels} are accepted")
+        if width * height == 0:
+            raise ImageError(name, f"empty: {width} x {height} pixels")
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            raise ImageError(name, "pixels of 32 bits have no defined range of values; convert to 8 or 16 bits")
+        stack.enter_context(_in_flight.holding(width * height))
+        yield image, name
+
+
+def _regular_file(path: str | os.PathLike) -> BinaryIO:
     try:
-        file = open_regular(source)
+        return open_regular(path)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise ImageError(str(source), getattr(error, "strerror", None) or str(error)) from error
-    with file:
-        return _decode(file, str(source), max_pixels)
+        raise ImageError(str(path), getattr(error, "strerror", None) or str(error)) from error
 
 
-def _decode(file, name: str, max_pixels: int) -> Image.Image:
+def _identified(file, name: str, max_pixels: int) -> Image.Image:
     try:
-        # Pillow's own size limit only warns; ours, below, raises. The lock is there because warning filters
-        # are global.
+        # Pillow's own size limit only warns; ours raises. The lock is there because warning filters are global.
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             Image.init()  # registers all formats that this build of Pillow can read
-            image = Image.open(file, formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+            return Image.open(file, formats=[kind for kind in _FORMATS if kind in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise ImageError(name, f"too large: more than {max_pixels} pixels") from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(name, "not an image in a known format") from error
     except Exception as error:  # Pillow's readers raise many kinds of error on malformed data
         raise ImageError(name, f"damaged image ({error})") from error
-    with image:
-        return _as_rgb(image, name, max_pixels)
 
 
-def _as_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(name, f"too large: {width} x {height} pixels, at most {max_pixels} are accepted")
-    if width * height == 0:
-        raise ImageError(name, f"empty: {width} x {height} pixels")
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ImageError(name, "pixels of 32 bits have no defined range of values; convert to 8 or 16 bits")
+def _as_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
+        hidden = _transparent_value(image)
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         if turn is not None:
             image = image.transpose(turn)
         if image.mode.startswith("I"):
-            grey = np.asarray(image).astype(np.float32) / 257  # 65535 becomes 255
-            return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return _by_strips(image, lambda strip: _from_16_bits(strip, hidden))
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return _by_strips(image, lambda strip: _on_white(strip, hidden))
         return image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:
         raise ImageError(name, f"damaged image ({error})") from error
+
+
+def _transparent_value(image: Image.Image) -> int | tuple[int, int, int] | None:
+    """The grey value or colour that a PNG declares transparent, as it is once the picture is decoded.
+
+    Pillow gives it as the file has it, in the file's number of bits. Of colours with 16 bits per channel Pillow keeps the
+    upper 8, so that there a colour counts as transparent if those agree.
+    """
+    value, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format != "PNG" or not isinstance(value, (int, tuple)) or not tiles:
+        return None
+    stored = tiles[0][3]
+    if stored == "RGB;16B":
+        return tuple(part >> 8 for part in value)
+    return value * {"L;2": 85, "L;4": 17}.get(stored, 1)
+
+
+def _by_strips(image: Image.Image, to_rgb) -> Image.Image:
+    """The whole picture by way of `to_rgb`, without its intermediate copies of the whole."""
+    whole, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        whole.paste(to_rgb(image.crop(box)), box)
+    return whole
+
+
+def _on_white(image: Image.Image, hidden: int | tuple[int, int, int] | None) -> Image.Image:
+    if hidden is not None:
+        image.info["transparency"] = hidden
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
+def _from_16_bits(image: Image.Image, hidden: int | None) -> Image.Image:
+    values = np.asarray(image)
+    grey = np.rint(values.astype(np.float32) / 257).clip(0, 255).astype(np.uint8)  # 65535 becomes 255
+    if hidden is not None:
+        grey[values == hidden] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _orientation(image: Image.Image):
@@ -137,16 +227,12 @@ def _orientation(image: Image.Image):
 
 
 def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """Pixel tensor of an RGB image: float32 [3, size, size].
+    """Pixel tensor of an RGB image, float32 [3, size, size], as BLIP's evaluation makes it.
 
     Bicubic (antialiased) resize to exactly size x size, the aspect ratio is not kept; then [0, 1] and CLIP's
-    mean and standard deviation, as BLIP's evaluation does.
+    mean and standard deviation.
     """
-    # Bit-identical to transformers' BlipImageProcessorPil, which however converts the full-size picture to an
-    # array and back before it resizes: 9 times slower on a 12-megapixel photo.
-    resized = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
-    normalised = (resized / np.float32(255) - _MEAN) / _STD
-    return torch.from_numpy(normalised.transpose(2, 0, 1).copy())
+    return ImageTransform.squash(size)(image)
 
 
 def clean_sentence(text: str, max_words: int = 40) -> str:
@@ -182,19 +268,13 @@ def load_tokenizer(source: str | os.PathLike):
     """
     from transformers import BertTokenizer
 
-    path = _DEMO_VOCABULARY if source == "demo" else Path(source)
+    path = _DEMO_VOCABULARY if source == "demo" else _vocabulary(source)
     try:
-        if path.is_file():
-            tokenizer = BertTokenizer(vocab=str(path))
-        else:
-            tokenizer = BertTokenizer.from_pretrained(str(source))
-    except Exception as error:  # hub, file and format errors of several libraries
+        tokenizer = BertTokenizer(vocab=str(path)) if path.is_file() else BertTokenizer.from_pretrained(path)
+    except Exception as error:  # file and format errors of several libraries
         raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
     if len(tokenizer) <= 5:  # transformers makes up a vocabulary of special tokens where it finds no file
-        raise ValueError(
-            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with a vocab.txt or "
-            "tokenizer.json, or a hub id that can be downloaded"
-        )
+        raise ValueError(f"tokenizer {str(source)!r}: no vocabulary found; give a directory with a vocab.txt or tokenizer.json")
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
@@ -214,16 +294,46 @@ def load_clip_tokenizer(source: str | os.PathLike):
         letters = sorted(ByteLevel.alphabet())
         entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
         return CLIPTokenizer(vocab={entry: number for number, entry in enumerate(entries)}, merges=[])
+    path = _vocabulary(source)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(source))
-    except Exception as error:  # hub, file and format errors of several libraries
+        tokenizer = CLIPTokenizer.from_pretrained(path)
+    except Exception as error:  # file and format errors of several libraries
         raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
     if len(tokenizer) <= 3:  # transformers makes up a vocabulary of special tokens where it finds no file
         raise ValueError(
-            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with vocab.json and merges.txt or "
-            "tokenizer.json, or a hub id that can be downloaded"
+            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with vocab.json and merges.txt or tokenizer.json"
         )
     return tokenizer
+
+
+def _vocabulary(source: str | os.PathLike) -> Path:
+    """The file or directory of a tokenizer that is a path or a hub id; transformers, given an id, tries again for minutes."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if not isinstance(source, str) or not hub.is_id(source):
+        raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: no such file or directory")
+    try:
+        return hub.download(source, _TOKENIZER_FILES)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {source!r} cannot be loaded: {error}; give a directory that holds one") from error
+
+
+def _settled(tokenizer):
+    """The tokenizer after a first text: what a saved one remembers of truncation and padding is undone by that."""
+    tokenizer("a")
+    return tokenizer
+
+
+# Word pieces come with a space before these (and after a lone apostrophe) that English does not have.
+_JOINED = (".", "?", "!", ",", "' ", "n't", "'m", "'s", "'ve", "'re")
+
+
+def _joined(text: str) -> str:
+    """As transformers 4.15, which BLIP's evaluation runs on, cleans up what it has decoded; newer ones do not."""
+    for piece in _JOINED:
+        text = text.replace(f" {piece}", piece.strip())
+    return text
 
 
 def _rules(tokenizer) -> dict:
@@ -237,9 +347,10 @@ def _rules(tokenizer) -> dict:
 class Processor:
     """Turns pictures and sentences into a BLIP model's inputs.
 
-    image_size: side of the square the pictures are resized to. vocab_size and max_tokens: the model's word
-    embedding rows and positions. tokenizer: anything `load_tokenizer` takes, or a tokenizer object; it is
-    loaded when first used.
+    image_size: side of the square of pixels. vocab_size and max_tokens: the model's word embedding rows and
+    positions. tokenizer: anything `load_tokenizer` takes, or a tokenizer object; it is loaded when first used,
+    by one thread. transform: how pictures become pixels; by default they are squashed, as BLIP's and MADTP's
+    are. Raises ValueError for a transform to another size.
     """
 
     default_tokenizer = "bert-base-uncased"
@@ -250,39 +361,60 @@ class Processor:
         vocab_size: int = 30524,
         max_tokens: int = 512,
         tokenizer="bert-base-uncased",
+        transform: ImageTransform | None = None,
     ):
         self.image_size, self.vocab_size, self.max_tokens = image_size, vocab_size, max_tokens
+        self.transform = transform or ImageTransform.squash(image_size)
+        if self.transform.output != (image_size, image_size):
+            made = "pixels of any size" if self.transform.output is None else "{} x {} pixels".format(*self.transform.output)
+            raise ValueError(f"transform: makes {made}, but the model takes {image_size} x {image_size}")
         self._source, self._tokenizer = tokenizer, None
 
     @property
     def tokenizer(self):
         """The tokenizer; loading it raises ValueError if its vocabulary is not the model's."""
         if self._tokenizer is None:
-            named = isinstance(self._source, (str, os.PathLike))
-            tokenizer = load_tokenizer(self._source) if named else self._source
-            size, added = len(tokenizer), tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
-            # The bundled vocabulary may serve a larger model: one with random weights, which knows no words.
-            fits = size == self.vocab_size or (self._source == "demo" and size < self.vocab_size)
-            if not fits or added != [size - 2, size - 1]:
-                raise ValueError(
-                    f"tokenizer {str(self._source)!r}: {size} entries with [DEC] and [ENC], but the model is "
-                    f"made for {self.vocab_size}, of which the last two are [DEC] and [ENC]"
-                )
-            self._tokenizer = tokenizer
+            with _loading:  # several threads may prepare the first texts
+                if self._tokenizer is None:
+                    self._tokenizer = self._load()
         return self._tokenizer
+
+    def _load(self):
+        named = isinstance(self._source, (str, os.PathLike))
+        tokenizer = load_tokenizer(self._source) if named else self._source
+        size, added = len(tokenizer), tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])
+        # The bundled vocabulary may serve a larger model: one with random weights, which knows no words.
+        fits = size == self.vocab_size or (self._source == "demo" and size < self.vocab_size)
+        if not fits or added != [size - 2, size - 1]:
+            raise ValueError(
+                f"tokenizer {str(self._source)!r}: {size} entries with [DEC] and [ENC], but the model is "
+                f"made for {self.vocab_size}, of which the last two are [DEC] and [ENC]"
+            )
+        return _settled(tokenizer)
 
     def facts(self, texts: bool = True) -> dict:
         """What decides pixels and, unless ``texts`` is false, token ids, as JSON values (see `madtp.fingerprint`)."""
         return {
             "kind": type(self).__name__,
-            "image_size": self.image_size,
+            "pixels": self.transform.settings(),
             "max_tokens": self.max_tokens,
             "tokenizer": _rules(self.tokenizer) if texts else None,
         }
 
     def image(self, source) -> torch.Tensor:
-        """Pixels of a picture, float32 [3, image_size, image_size]; sources and errors as in `load_image`."""
-        return to_pixels(load_image(source), self.image_size)
+        """Pixels of a picture, float32 [3, image_size, image_size]; sources and errors as in `load_image`, and ImageError
+        for one so narrow that it cannot be resized in proportion."""
+        with _opened(source) as (image, name):
+            image = _as_rgb(image, name)
+            try:
+                return self.transform(image)
+            except ValueError as error:
+                raise ImageError(name, str(error)) from error
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """The part of a picture that the model sees, as its pixels show it, in the picture's own size."""
+        box = self.transform.box(*image.size)
+        return image if box == (0, 0, *image.size) else image.crop(box)
 
     def _ids(self, text: str, clean, first: str, truncate: int | None = None) -> torch.Tensor:
         """Token ids int64 [L]: `first`, word pieces, [SEP]; at most `truncate` of them. Raises TextError if the
@@ -290,17 +422,21 @@ class Processor:
         """
         if not isinstance(text, str):
             raise TextError(f"text must be a string, got {type(text).__name__}")
-        tokenizer = self.tokenizer
-        length = {} if truncate is None else {"truncation": True, "max_length": truncate}
-        ids = torch.tensor(tokenizer(clean(text), **length)["input_ids"], dtype=torch.int64)
+        tokenizer, cleaned = self.tokenizer, clean(text)
+        ids = torch.tensor(tokenizer(cleaned, verbose=False)["input_ids"], dtype=torch.int64)
+        if truncate is not None and len(ids) > truncate:
+            # Not by the tokenizer: threads that ask it for different lengths disturb each other.
+            ids = torch.cat([ids[: truncate - 1], ids[-1:]])
         if len(ids) > self.max_tokens:
-            raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
+            given, used = len(text.split()), len(cleaned.split())
+            cut = f" (its first {used} of {given} words, which is where BLIP cuts)" if used < given else ""
+            raise TextError(f"text has {len(ids)} tokens{cut}, the model takes at most {self.max_tokens}")
         ids[0] = tokenizer.convert_tokens_to_ids(first)
         return ids
 
     def decode(self, ids: torch.Tensor) -> str:
-        """The words of token ids [L], special tokens left out."""
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+        """The words of token ids [L], special tokens left out, without the spaces that word pieces bring about."""
+        return _joined(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
 
 
 class NLVRProcessor(Processor):
@@ -394,28 +530,25 @@ class RetrievalProcessor(Processor):
 class CLIPProcessor(Processor):
     """Images and texts for CLIP, each on its own.
 
-    Images are resized to a square like BLIP's, as MADTP's CLIP does; the original CLIP resizes the shorter side
-    and cuts out the centre. Texts are not cleaned; for MADTP's results on captions use `clean_sentence` first.
+    By default images are resized to a square like BLIP's, as MADTP's CLIP does; a model from elsewhere brings its own
+    `transform` (the original CLIP's is `ImageTransform.centre`). Texts are not cleaned; for MADTP's results on captions
+    use `clean_sentence` first.
 
     tokenizer: anything `load_clip_tokenizer` takes, or a tokenizer object.
     """
 
     default_tokenizer = "openai/clip-vit-large-patch14"
 
-    @property
-    def tokenizer(self):
-        """The tokenizer; loading it raises ValueError if its vocabulary is not the model's."""
-        if self._tokenizer is None:
-            named = isinstance(self._source, (str, os.PathLike))
-            tokenizer = load_clip_tokenizer(self._source) if named else self._source
-            size = len(tokenizer)
-            # The bundled vocabulary may serve a larger model: one with random weights, which knows no words.
-            if size != self.vocab_size and (self._source != "demo" or size > self.vocab_size):
-                raise ValueError(
-                    f"tokenizer {str(self._source)!r}: {size} entries, but the model is made for {self.vocab_size}"
-                )
-            self._tokenizer = tokenizer
-        return self._tokenizer
+    def _load(self):
+        named = isinstance(self._source, (str, os.PathLike))
+        tokenizer = load_clip_tokenizer(self._source) if named else self._source
+        size = len(tokenizer)
+        # The bundled vocabulary may serve a larger model: one with random weights, which knows no words.
+        if size != self.vocab_size and (self._source != "demo" or size > self.vocab_size):
+            raise ValueError(
+                f"tokenizer {str(self._source)!r}: {size} entries, but the model is made for {self.vocab_size}"
+            )
+        return _settled(tokenizer)
 
     def text(self, text: str) -> torch.Tensor:
         """Token ids int64 [L] of a text: start, word pieces, end. Nothing is truncated. Raises TextError if the
@@ -423,7 +556,7 @@ class CLIPProcessor(Processor):
         if not isinstance(text, str):
             raise TextError(f"text must be a string, got {type(text).__name__}")
         tokenizer = self.tokenizer
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self.max_tokens:
             raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
         if {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1]):

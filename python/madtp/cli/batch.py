@@ -193,14 +193,14 @@ class Overlays:
             added.append({"overlay": str(path)})
         return added
 
-    def patches(self, items: Sequence[Item], traces, config) -> list[dict]:
+    def patches(self, items: Sequence[Item], traces, model) -> list[dict]:
         """The same for items whose images are the samples of `traces`, layer by layer."""
 
         def picture(sample: int, item: Item):
             from ..processing import load_image
             from ..report.overlay import overlay
 
-            return overlay(load_image(item.image), traces, config, sample=sample)
+            return overlay(model.processor.view(load_image(item.image)), traces, model.config, sample=sample)
 
         return self.draw(items, picture)
 

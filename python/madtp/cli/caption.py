@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     def answer(items: list[Item]) -> list[dict]:
         seeds = {"seeds": [_seed(seed, item.row) for item in items]} if args.sample else {}
         captions, output = caption_batch(model, [item.inputs for item in items], **options, **seeds)
-        pictures = overlays.patches(items, output.vision, model.config)
+        pictures = overlays.patches(items, output.vision, model)
         return [
             {
                 "caption": caption.caption,

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             pictures = [{}] * len(items)
         else:
             embeddings, output = embed_images(model, [item.inputs for item in items])
-            pictures = overlays.patches(items, output.trace, model.config)
+            pictures = overlays.patches(items, output.trace, model)
         return [
             {
                 f"{kind}_tokens": embedding.tokens,

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         answers, output = nlvr_batch(model, [pair.inputs for pair in pairs])
 
         def picture(place: int, pair: _Pair):
-            images = load_image(pair.image), load_image(pair.right)
+            images = [model.processor.view(load_image(path)) for path in (pair.image, pair.right)]
             title = f"{pair.text}  The model says: {answers[place].answer}"
             return nlvr_overlay(*images, output, model.config, pair=place, title=title)
 

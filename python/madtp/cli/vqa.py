@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
     def answer(items: list[Item]) -> list[dict]:
         answers, output = vqa_batch(model, [item.inputs for item in items], **options)
-        pictures = overlays.patches(items, output.vision, model.config)
+        pictures = overlays.patches(items, output.vision, model)
         return [
             {
                 "answer": answer.answer,

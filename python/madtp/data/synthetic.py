@@ -461,9 +461,10 @@ def token_ids(sentence: str) -> list[int]:
 def pixels(images: np.ndarray) -> np.ndarray:
     """Pictures ``[..., 96, 96, 3]`` uint8 as a model takes them in: ``[..., 3, 96, 96]`` float32, as
     `madtp.processing.to_pixels` gives them."""
-    from ..processing import _MEAN, _STD
+    from ..image_transform import ImageTransform
 
-    return np.moveaxis((images.astype(np.float32) / np.float32(255) - _MEAN) / _STD, -1, -3)
+    levels = ImageTransform.squash(SIZE).levels()
+    return np.stack([channel.take(images[..., c]) for c, channel in enumerate(levels)], axis=-3)
 
 
 def _blend(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, checks
 
-from ..config import Config
+from ..config import Config, check_temperature
 from ..pruning import Pruning
 
 
@@ -70,10 +70,7 @@ class Model(nn.Module):
 
     def _temperature(self, temperature: float | None) -> float:
         """The temperature of a call: its own, or the model's."""
-        temperature = self.temperature if temperature is None else float(temperature)
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-        return temperature
+        return check_temperature(self.temperature if temperature is None else temperature)
 
     def _pruning(self, temperature: float, batch: int) -> Pruning:
         """Settings for a stream of ``batch`` samples."""
