@@ -570,7 +570,7 @@ def test_openai_state_dicts(caplog):
     with caplog.at_level(logging.INFO, logger="madtp"):
         loaded = madtp.load(openai)
     assert "input_resolution, context_length, vocab_size" in caplog.text
-    assert "space_dict" in caplog.text and "made up at random" in caplog.text
+    assert "space_dict" in caplog.text and "initialised at random" in caplog.text
     expected = dataclasses.replace(model.config.vision, sd_num=100, sd_dim=768)
     assert loaded.config == dataclasses.replace(model.config, vision=expected)
     for key, value in model.state_dict().items():

@@ -344,7 +344,7 @@ def test_without_a_dictionary_there_is_a_warning(generator, directory, caplog):
     hugging_face("caption", generator).save_pretrained(directory)
     with caplog.at_level(logging.WARNING, logger="madtp"):
         load(directory)
-    assert "has no space_dict: made up at random" in caplog.text
+    assert "has no space_dict: initialised at random" in caplog.text
 
 
 def test_position_numbers_in_older_files_are_left_out_by_name(generator, directory, caplog):
