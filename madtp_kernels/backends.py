@@ -92,7 +92,8 @@ def availability(name: str, device_type: str) -> str | None:
 # What the extension has no code for: on its backends PyTorch's own kernels do it, called by the reference.
 _LEFT_TO_PYTORCH = ("linear", "attention_backward", "unmerge")
 # What it has for the CPU only.
-_WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm")
+_WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm", "attention_received")
+_NO_SOURCE = "there is no CUDA source for it: the triton backend serves GPUs"
 
 
 @functools.cache
@@ -114,12 +115,14 @@ _REFUSED_DTYPES = {"cpu": (torch.float64,), "cuda": (torch.float64,), "triton": 
 
 
 @functools.cache
-def _resolve(op: str, package: str, name: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, Callable]:
+def _resolve(
+    op: str, package: str, name: str | None, device_type: str, dtype: torch.dtype, cuda_lacks: str | None = None
+) -> tuple[str, Callable]:
     candidates = (name,) if name else _PREFERENCE.get(device_type, ("reference",))
     for candidate in candidates:
         reason = availability(candidate, device_type)
-        if reason is None and candidate == "cuda" and op in _WITHOUT_CUDA:
-            reason = "there is no CUDA source for it: the triton backend serves GPUs"
+        if reason is None and candidate == "cuda":
+            reason = cuda_lacks or (_NO_SOURCE if op in _WITHOUT_CUDA else None)
         if reason is None and dtype in _REFUSED_DTYPES.get(candidate, ()):
             reason = f"{str(dtype).removeprefix('torch.')} is left to the reference"
         if reason is None:
@@ -130,16 +133,19 @@ def _resolve(op: str, package: str, name: str | None, device_type: str, dtype: t
     raise AssertionError("the reference takes everything")
 
 
-def resolve(op: str, package: str, requested: str, leading: torch.Tensor) -> tuple[str, Callable]:
+def resolve(
+    op: str, package: str, requested: str, leading: torch.Tensor, cuda_lacks: str | None = None
+) -> tuple[str, Callable]:
     """The backend that serves this call, by name, and its function (positional arguments of the operation's schema).
 
     Args:
         op: name of the operation; package: its folder.
         requested: the caller's choice, "" for none; leading: the tensor whose device and dtype decide.
+        cuda_lacks: what of this call the CUDA sources cannot do, for the message; None if nothing.
 
     Raises:
         BackendError: a backend asked for by name (argument, :func:`use`, environment) cannot run.
         ValueError: no backend has that name.
     """
     name = _checked(requested) if requested else forced()
-    return _resolve(op, package, name, leading.device.type, leading.dtype)
+    return _resolve(op, package, name, leading.device.type, leading.dtype, cuda_lacks)

@@ -101,15 +101,17 @@ def with_spare_rows(case, rows):
 
 
 def attention_case(
-    generator, lengths, heads=2, head_dim=8, dtype=torch.float32, *, key_lengths=None, causal=False, bias=False, gain=1.0
-):
+    generator, lengths, heads=2, head_dim=8, dtype=torch.float32, *, key_lengths=None, key_heads=None, causal=False,
+    bias=False, gain=1.0,
+):  # fmt: skip
     """Self-attention, or cross-attention with ``key_lengths``; ``gain`` sharpens the probabilities."""
+    key_heads = key_heads or heads
     key_lengths = lengths if key_lengths is None else key_lengths
     queries, keys = sum(lengths), sum(key_lengths)
     return {
         "q": normal(generator, queries, heads, head_dim, dtype=dtype) * gain,
-        "k": normal(generator, keys, heads, head_dim, dtype=dtype),
-        "v": normal(generator, keys, heads, head_dim, dtype=dtype),
+        "k": normal(generator, keys, key_heads, head_dim, dtype=dtype),
+        "v": normal(generator, keys, key_heads, head_dim, dtype=dtype),
         "cu_seqlens_q": offsets(lengths),
         "cu_seqlens_k": offsets(key_lengths),
         "max_seqlen_q": max(lengths, default=0),
@@ -325,6 +327,7 @@ def _eager_logits(q, k, causal, key_bias):
 
 def eager_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=False, key_bias=None, **_):
     outs, lses = [], []
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     for (q0, q1), (k0, k1) in zip(_samples(cu_seqlens_q), _samples(cu_seqlens_k), strict=True):
         s = _eager_logits(q[q0:q1], k[k0:k1], causal, None if key_bias is None else key_bias[k0:k1])
         p = s.softmax(-1).nan_to_num(0)  # a query that sees no key

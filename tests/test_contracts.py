@@ -60,7 +60,7 @@ ARGUMENTS = [(op, name) for op, names in TENSORS.items() for name in names.split
 MATCHED = [(op, name) for op, name in ARGUMENTS if not TENSORS[op].startswith(f"{name} ")]
 # Axes whose size another argument fixes. (More keys than queries, or rows beyond the last offset, are legal.)
 SIZED = [
-    ("attention", "k", 1), ("attention", "k", 2), ("attention", "v", 0), ("attention", "v", 1), ("attention", "v", 2),
+    ("attention", "k", 2), ("attention", "v", 0), ("attention", "v", 1), ("attention", "v", 2),
     ("attention", "cu_seqlens_k", 0), ("attention", "key_bias", 0),
     *[("attention_importance", name, axis) for name in ("k", "out") for axis in range(3)],
     *[("attention_with_importance", name, axis) for name in ("k", "v") for axis in range(3)],

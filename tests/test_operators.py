@@ -28,7 +28,7 @@ from madtp_kernels import RaggedBatch, attention, attention_importance, compact,
 
 LENGTHS = [5, 0, 1, 9]
 OPTIONS = {
-    "attention": [{}, {"causal": True}, {"bias": True}, {"key_lengths": [3, 2, 0, 7], "causal": True, "bias": True}],
+    "attention": [{}, {"causal": True}, {"bias": True}, {"key_heads": 1, "causal": True, "bias": True}, {"key_lengths": [3, 2, 0, 7], "causal": True, "bias": True}],
     "attention_importance": [{}, {"causal": True, "bias": True}],
     "attention_with_importance": [{}, {"causal": True, "bias": True}],
     "score_tokens": [{}, {"bias": True, "temperature": 0.3}],

@@ -60,7 +60,7 @@ def test_layer_norm_as_an_operator(backend, generator):
     x, weight, shift = (t.requires_grad_() for t in norm_case(generator))
     cu_seqlens = offsets(LENGTHS)
     torch.library.opcheck(torch.ops.madtp_kernels.layer_norm.default, (x, weight, shift, cu_seqlens, 1e-5, backend))
-    call = lambda *t: layer_norm(*t, cu_seqlens, backend=backend) * 2  # noqa: E731
+    call = lambda *t: layer_norm(*t, cu_seqlens, backend=backend) * 2
     assert torch.equal(compiled(call)(x, weight, shift), call(x, weight, shift))
     with torch.inference_mode():
         assert torch.equal(call(x, weight, shift), call(x, weight, shift))
@@ -69,7 +69,7 @@ def test_layer_norm_as_an_operator(backend, generator):
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck_of_layer_norm(bias, generator):
     leaves = [t.double().requires_grad_() for t in norm_case(generator, 5, bias=bias) if t is not None]
-    function = lambda x, w, b=None: layer_norm(x, w, b, offsets(LENGTHS))  # noqa: E731
+    function = lambda x, w, b=None: layer_norm(x, w, b, offsets(LENGTHS))
     assert torch.autograd.gradcheck(function, leaves)
 
 
@@ -144,7 +144,7 @@ def test_the_gradient_of_a_row_is_the_sum_over_its_group(backend, generator):
     cu_seqlens = offsets(LENGTHS)
     arguments = (x[:12].detach().requires_grad_(), rows, cu_seqlens, backend)
     torch.library.opcheck(torch.ops.madtp_kernels.unmerge.default, arguments)
-    call = lambda x: unmerge(x, rows, cu_seqlens, backend=backend) * 2  # noqa: E731
+    call = lambda x: unmerge(x, rows, cu_seqlens, backend=backend) * 2
     assert torch.equal(compiled(call)(x), call(x))
 
 

@@ -31,8 +31,9 @@ def attention(
     """Softmax attention of every sample's queries over the same sample's keys.
 
     Args:
-        q: ``[Tq, H, d]``, k and v: ``[Tk, H, d]``; float32, bfloat16 or float16 (float64 on the reference). Views of a
-            larger buffer are fine. Self-attention passes the same offsets twice, cross-attention two different ones.
+        q: ``[Tq, H, d]``, k and v: ``[Tk, Hk, d]``; float32, bfloat16 or float16 (float64 on the reference). Views of a
+            larger buffer are fine. Self-attention passes the same offsets twice, cross-attention two different ones. With
+            fewer key heads (H a multiple of Hk) queries are grouped: head h looks at key head ``h // (H / Hk)``.
         cu_seqlens_q, cu_seqlens_k: ``[B+1]`` int32 offsets of the samples in q and in k, v.
         max_seqlen_q, max_seqlen_k: upper bounds of the sample lengths (host integers).
         scale: factor of the logits; ``d ** -0.5`` if None.
@@ -49,7 +50,7 @@ def attention(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         BackendError: a backend asked for by name cannot run.
     """
-    arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias)
+    arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, True)
     return torch.ops.madtp_kernels.attention(*arguments, backend or "")
 
 
@@ -64,14 +65,19 @@ def checked(
     scale: float | None,
     causal: bool,
     key_bias: Tensor | None,
+    grouped: bool = False,
 ) -> tuple:
-    """The arguments of an attention as the implementations rely on them, or the ValueError that :func:`attention` describes."""
+    """The arguments of an attention as the implementations rely on them, or the ValueError that :func:`attention` describes.
+
+    ``grouped``: there may be fewer key heads than query heads.
+    """
     checks.floats("q", q, 3, "[Tq, H, d]")
     heads, head_dim = q.shape[1:]
     if not 1 <= head_dim <= 256 or heads < 1:
         raise ValueError(f"q: expected [Tq, H, d] with H >= 1 and 1 <= d <= 256, got {checks.describe(q)}")
-    checks.tensor("k", k, (None, heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
-    checks.tensor("v", v, (k.shape[0], heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
+    key_heads = key_head_count("k", k, heads) if grouped else heads
+    checks.tensor("k", k, (None, key_heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
+    checks.tensor("v", v, (k.shape[0], key_heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
     checks.offsets("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, "q")
     checks.offsets("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, "k")
     checks.tensor("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B+1]", torch.int32, q.device)
@@ -86,10 +92,31 @@ def checked(
     )  # fmt: skip
 
 
+def key_head_count(name: str, k: Tensor, heads: int) -> int:
+    """Key heads of ``k [Tk, Hk, d]`` for this many query heads, or a ValueError. Wrong dimensions are left to another check."""
+    if not isinstance(k, Tensor) or k.dim() != 3:
+        return heads
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        meaning = f"[Tk, Hk, d] with Hk a divisor of the {heads} query heads"
+        raise ValueError(f"{name}: expected {meaning}, got {checks.describe(k)}")
+    return k.shape[1]
+
+
+NO_GROUPS = "its kernels take as many key heads as query heads"
+
+
 def _run(*args):
     *args, backend = args
-    _, implementation = backends.resolve("attention", "attention", backend, args[0])
-    return implementation(*args)
+    q, k, v, *rest = args
+    groups = q.shape[1] // k.shape[1]
+    name, implementation = backends.resolve("attention", "attention", backend, q, NO_GROUPS if groups > 1 else None)
+    if groups == 1 or name != "cpu":
+        return implementation(*args)
+    # The C++ kernel pairs head with head: every first query head of a group, every second one, ... on the same keys.
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    for i in range(groups):
+        out[:, i::groups], lse[i::groups] = implementation(q[:, i::groups], k, v, *rest)
+    return out, lse
 
 
 def _fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, backend):
@@ -97,10 +124,20 @@ def _fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, backend):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=score_dtype)
 
 
-def _run_backward(*args):
+def _run_backward(q, k, v, *args):
     *args, backend = args
-    _, implementation = backends.resolve("attention_backward", "attention", backend, args[0])
-    return implementation(*args)
+    groups = q.shape[1] // k.shape[1]
+    _, implementation = backends.resolve("attention_backward", "attention", backend, q)
+    if groups == 1:
+        return implementation(q, k, v, *args)
+    dq, dk, dv, d_bias = implementation(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), *args)
+    return dq, sum_groups(dk, groups), sum_groups(dv, groups), d_bias
+
+
+def sum_groups(gradient: Tensor, groups: int) -> Tensor:
+    """The gradient ``[T, H, d]`` of keys that were repeated for each query head as that of the ``[T, H / groups, d]`` keys."""
+    wide = gradient.unflatten(1, (-1, groups)).to(torch.promote_types(gradient.dtype, torch.float32))
+    return wide.sum(2).to(gradient.dtype)
 
 
 def _fake_backward(q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, d_out, d_lse, backend):

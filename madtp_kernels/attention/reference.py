@@ -36,6 +36,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """out_hi = sum_j softmax_j(s_hij) v_hj and lse_hi = log sum_j exp(s_hij), sample by sample."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    if k.shape[1] != q.shape[1]:  # grouped queries
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True):
         # Queries at the front that see no key: all of them without keys, the surplus ones under a causal mask.

@@ -61,10 +61,10 @@ def _attend(
 def _attention_kernel(
     q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
     q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sample, against all its keys."""
+    """One program: BLOCK_M queries of one head of one sample, against all its keys. GROUP heads share a key head."""
     pid = tl.program_id(0)
     i_m = pid % query_blocks
     i_h = (pid // query_blocks) % HEADS
@@ -81,8 +81,9 @@ def _attention_kernel(
     rows = bos_q.to(tl.int64) + o_m
     m_q = (o_m < len_q)[:, None] & (o_d < HEAD_DIM)[None, :]
     q_tile = tl.load(q + rows[:, None] * q_token + i_h.to(tl.int64) * q_head + o_d[None, :], mask=m_q, other=0.0)
-    k += bos_k.to(tl.int64) * k_token + i_h.to(tl.int64) * k_head
-    v += bos_k.to(tl.int64) * v_token + i_h.to(tl.int64) * v_head
+    key_head = (i_h // GROUP).to(tl.int64)
+    k += bos_k.to(tl.int64) * k_token + key_head * k_head
+    v += bos_k.to(tl.int64) * v_token + key_head * v_head
     if key_bias is not None:
         key_bias += bos_k
 
@@ -146,8 +147,8 @@ def _triton_attention(
         q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), capacity, query_blocks,
         scale * LOG2E.value,
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
-        PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+        HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
+        CAUSAL=causal, PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 

@@ -5,9 +5,8 @@ The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel 
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 from .. import backends, checks
 from ..registration import define, differentiate
