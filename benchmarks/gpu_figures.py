@@ -294,20 +294,7 @@ def multiplied(log: Log, first: bool) -> None:
         used = slice(data.rows)
         log.time("bare product over the buffer", lambda d=data: F.linear(d.x, d.weight, d.bias), **facts)
         log.time("bare product over the tokens", lambda d=data, r=used: F.linear(d.x[r], d.weight, d.bias), **facts)
-        with log.guarding("tiles", **facts):
-            if not ON_GPU:
-                continue
-            from madtp_kernels.linear import triton as implementation
-
-            for tile in implementation._tiles(data.x, data.weight):
-                arguments = (data.x, data.weight, data.bias, data.cu, data.activation or "", data.residual)
-                log.time("tile", functools.partial(implementation._multiply, tile, *arguments), tile=[*tile], **facts)
         log.check(f"{layer} against the reference", data.check, share=share)
-    with log.guarding("chosen tiles"):
-        from madtp_kernels.linear import triton as implementation
-
-        if hasattr(implementation, "_fastest"):
-            log.write("chosen tiles", chosen={str(key[3:]): str(tile) for key, tile in implementation._fastest.items()})
 
 
 def cuda_backend(log: Log) -> None:

@@ -72,7 +72,7 @@ def pretending(capability: int):
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (triton_utils, "_multiprocessors", lambda device: MULTIPROCESSORS),
         (linear, "_copy_engine", lambda device: capability >= 90),
-        (linear, "_choose", lambda x, weight, *rest: linear._unmeasured(linear._tiles(x, weight), x, weight)),
+        (linear, "_architecture", lambda device: capability // 10),
         (attention, "_tensor_cores", lambda device: True),
         (attention, "_varlen", lambda: (flash, None, frozenset({"scale", "window_size"}))),
         (checks, "may_read", lambda tensor: False),

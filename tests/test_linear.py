@@ -281,82 +281,52 @@ def test_a_backend_that_cannot_run_says_why(generator):
 # ---- choice of tiles
 
 
-class OnCuda(torch.Tensor):
-    """A CPU tensor that says it is on a GPU."""
-
-    is_cuda = True
-
-
 @pytest.fixture
-def tiles(monkeypatch):
-    """The Triton implementation as on a Hopper GPU of 100 multiprocessors, with measured times to come from `times`."""
-    triton = pytest.importorskip("triton")
+def implementation(monkeypatch):
+    """The Triton implementation as on a Hopper GPU."""
+    pytest.importorskip("triton")
     from madtp_kernels.linear import triton as implementation
 
     monkeypatch.setattr(implementation, "_copy_engine", lambda device: True)
-    monkeypatch.setattr(implementation, "multiprocessors", lambda tensor: 100)
-    monkeypatch.setattr(implementation, "_fastest", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    implementation.times = []
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **options: implementation.times.pop(0))
-    yield implementation
-    del implementation.times
+    return implementation
 
 
 def product(rows, width=768, columns=768, dtype=torch.bfloat16):
-    x, weight = (torch.zeros(size, width, dtype=dtype).as_subclass(OnCuda) for size in (rows, columns))
-    return x, weight, None, "", None
+    return (torch.zeros(size, width, dtype=dtype) for size in (rows, columns))
 
 
-def test_small_products_are_left_to_pytorch(tiles):
-    assert tiles._choose(*product(36928, 64, 64)) is None
-    assert tiles._choose(*product(1154, 768, 3072)) is None
-    assert tiles._choose(*product(577, 768, 384, torch.float32)) is None
-    assert not tiles._fastest
-
-
-def test_without_a_measurement_half_of_the_rows_fill_the_device(tiles):
+def test_without_a_measurement_half_of_the_rows_fill_the_device(implementation):
+    tiles = implementation.tiles
     large, middle, small = tiles.COPY_ENGINE
-    chosen = [tiles._unmeasured(tiles.COPY_ENGINE, *product(rows)[:2]) for rows in (300, 8400, 8500, 36928)]
+    chosen = [tiles.choose(tiles.COPY_ENGINE, 10, 100, rows, 768, 768) for rows in (300, 8400, 8500, 36928)]
     assert chosen == [small, small, large, large]
-    narrow = [tiles._unmeasured(tiles.COPY_ENGINE, *product(10**5, columns=columns)[:2]) for columns in (64, 128, 256)]
+    narrow = [tiles.choose(tiles.COPY_ENGINE, 10, 100, 10**5, 768, columns) for columns in (64, 128, 256)]
     assert narrow == [small, middle, large]
 
 
-def test_the_fastest_is_measured_once_per_size(tiles):
-    large, middle, _ = tiles.COPY_ENGINE
-    tiles.times = [3.0, 1.0, 2.0, 4.0]
-    assert tiles._choose(*product(36000)) == middle and tiles.times == []
-    assert tiles._choose(*product(37000)) == middle
-    tiles.times = [1.0, 2.0, 3.0, 0.9]  # the last is PyTorch's
-    assert tiles._choose(*product(36000, 768, 3072)) is None
-    tiles.times = [1.0, 2.0, 3.0, 4.0]
-    assert tiles._choose(*product(80000)) == large
-    assert tiles._choose(*product(36000)) == middle
+def test_the_most_similar_product_that_was_measured_decides(implementation, monkeypatch):
+    tiles = implementation.tiles
+    entries = [(36928, 768, 3072), (36928, 3072, 768), (1154, 768, 768)]
+    measured = [tiles.Measured(*sizes, tile) for sizes, tile in zip(entries, tiles.COPY_ENGINE, strict=True)]
+    monkeypatch.setattr(tiles, "MEASURED", {123: tuple(measured)})
+    sizes = [(70000, 1024, 4096), (18000, 4096, 1024), (577, 512, 512), (36928, 768, 3072)]
+    chosen = [tiles.choose(tiles.COPY_ENGINE, 123, 100, *size) for size in sizes]
+    assert chosen == [*tiles.COPY_ENGINE, tiles.COPY_ENGINE[0]]
+    assert tiles.choose(tiles.UNALIGNED, 123, 100, *sizes[0]) in tiles.UNALIGNED
+    assert tiles.choose(tiles.COPY_ENGINE, 123, 100, 0, 768, 3072) in tiles.COPY_ENGINE
 
 
-def test_a_capture_is_not_measured_in(tiles, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tiles._choose(*product(36928)) == tiles.COPY_ENGINE[0]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    tiles.times = [3.0, 1.0, 2.0, 4.0]
-    assert tiles._choose(*product(36928)) == tiles.COPY_ENGINE[1]
-
-
-def test_measured_with_half_of_the_rows(tiles, monkeypatch):
-    seen = []
-    monkeypatch.setattr(tiles, "_multiply", lambda tile, x, weight, bias, cu, *rest: seen.append((tile, cu.tolist())))
-    monkeypatch.setattr(tiles.triton.testing, "do_bench", lambda call, **options: call() is None)
-    monkeypatch.setattr(tiles.reference, "linear", lambda *_: 1)
-    tiles._choose(*product(36928))
-    assert seen == [(tile, [18464]) for tile in tiles.COPY_ENGINE]
+def test_tables_hold_tiles_that_were_tried(implementation):
+    tiles = implementation.tiles
+    for entries in tiles.MEASURED.values():
+        assert {entry.tile for entry in entries} <= {*tiles.COPY_ENGINE, *tiles.CANDIDATES}
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda t: t[:, 1:9], lambda t: t[:, :0], lambda t: t[:, :5].contiguous()], ids=["address", "empty", "stride"]
 )
-def test_the_copy_engine_needs_aligned_operands(tiles, spoil):
-    x, weight = product(64, 64, 64)[:2]
-    assert tiles._tiles(x, weight) == tiles.COPY_ENGINE
-    assert tiles._tiles(spoil(x), spoil(weight)) == tiles.UNALIGNED
-    assert tiles._tiles(x.float(), weight.float()) == tiles.FLOAT32
+def test_the_copy_engine_needs_aligned_operands(implementation, spoil):
+    x, weight = product(64, 64, 64)
+    assert implementation._tiles(x, weight) is implementation.tiles.COPY_ENGINE
+    assert implementation._tiles(spoil(x), spoil(weight)) is implementation.tiles.UNALIGNED
+    assert implementation._tiles(x.float(), weight.float()) is implementation.tiles.FLOAT32

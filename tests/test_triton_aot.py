@@ -112,6 +112,7 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     from madtp_kernels.attention import triton as attention
     from madtp_kernels.compaction import triton as compaction
     from madtp_kernels.importance import triton as importance
+    from madtp_kernels.linear import tiles as linear_tiles
     from madtp_kernels.linear import triton as linear
     from madtp_kernels.normalization import triton as normalization
     from madtp_kernels.scoring import triton as scoring
@@ -138,7 +139,7 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     for tile in tiles[-1:] if dtype == torch.float16 else tiles:  # bfloat16 stands for both
         activation = "gelu" if tile is tiles[0] else ""  # the one that needs most registers, and seconds to compile
         linear._multiply(tile, x, weight, hidden[0], cu, activation, hidden)
-        yield COPY_ENGINE if tiles is linear.COPY_ENGINE else f"{tile.rows} x {tile.columns}"
+        yield COPY_ENGINE if tiles is linear_tiles.COPY_ENGINE else f"{tile.rows} x {tile.columns}"
 
     for label, multiprocessors in [("one launch", 1), ("two launches", 1000)]:
         importance.multiprocessors = lambda tensor, count=multiprocessors: count

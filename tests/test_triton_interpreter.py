@@ -5,6 +5,7 @@ row shows.
 """
 
 import itertools
+import math
 import random
 
 import pytest
@@ -18,6 +19,7 @@ from madtp_kernels.compaction import triton as compaction_triton
 from madtp_kernels.importance import reference as importance_reference
 from madtp_kernels.importance import triton as importance_triton
 from madtp_kernels.linear import reference as linear_reference
+from madtp_kernels.linear import tiles as linear_tiles
 from madtp_kernels.linear import triton as linear_triton
 from madtp_kernels.scoring import reference as scoring_reference
 from madtp_kernels.scoring import triton as scoring_triton
@@ -363,9 +365,9 @@ def test_compaction_leaves_a_sample_alone(threshold):
 # ---- linear ---------------------------------------------------------------------------------------------------------
 
 TILES = {
-    torch.float32: [linear_triton.FLOAT32],
-    torch.bfloat16: [linear_triton.SIXTEEN_BITS, linear_triton.COPY_ENGINE],
-    torch.float16: [linear_triton.SIXTEEN_BITS, linear_triton.COPY_ENGINE],
+    torch.float32: [linear_tiles.FLOAT32],
+    torch.bfloat16: [linear_tiles.SIXTEEN_BITS, linear_tiles.COPY_ENGINE],
+    torch.float16: [linear_tiles.SIXTEEN_BITS, linear_tiles.COPY_ENGINE],
 }
 EVERY_TILE = [(dtype, tiles, tile) for dtype in DTYPES for tiles in TILES[dtype] for tile in tiles]
 each_tile = pytest.mark.parametrize(
@@ -375,9 +377,9 @@ each_tile = pytest.mark.parametrize(
 
 def check_linear(dtype, tiles, tile, activation, undefined):
     """Several tiles in each direction that no tile divides, dealt out to three programs."""
-    if tiles is linear_triton.COPY_ENGINE and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+    if tiles is linear_tiles.COPY_ENGINE and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("has no copy engine")
-    lengths, width, columns = [5, 0, 1, 37, 2, 230], 104, 300
+    lengths, width, columns = [5, 0, 1, 37, 2, 230], 104, 304 if tile.stored else 300
     tokens = sum(lengths)
     x = torch.randn(tokens + SPARE, 2 * width, device=DEVICE).to(dtype)[:, :width]
     weight = (torch.randn(columns, width, device=DEVICE) / width**0.5).to(dtype)
@@ -404,6 +406,19 @@ def test_linear(dtype, tiles, tile):
 @each_tile
 def test_linear_writes_no_row_without_a_token(dtype, tiles, tile):
     assert check_linear(dtype, tiles, tile, "gelu", 1.0).isnan().all()
+
+
+def test_linear_stored_by_the_copy_engine():
+    tile = next(tile for tile in linear_tiles.CANDIDATES if tile.stored)
+    check_linear(torch.bfloat16, linear_tiles.COPY_ENGINE, tile, "gelu", float("nan"))
+
+
+def test_linear_shows_bad_values():
+    x = torch.tensor([[float("nan")], [float("inf")], [-1.0]], device=DEVICE).expand(3, 16).contiguous()
+    weight = torch.ones(1, 16, device=DEVICE)
+    for activation in ("", "gelu", "gelu_tanh", "quick_gelu", "silu"):
+        got = linear_triton.linear(x, weight, None, offsets([3]), activation, None)[:, 0].tolist()
+        assert math.isnan(got[0]) and got[1] == float("inf") and math.isfinite(got[2]), activation
 
 
 # ---- every operation ------------------------------------------------------------------------------------------------

@@ -4,15 +4,13 @@ Each program reads T and takes every n-th tile of the result, so that no program
 activation and residual are applied to the float32 sums before they are rounded and stored. On Hopper and later the copy engine
 fetches the operands (tensor descriptors), if their addresses are multiples of 16 bytes.
 
-Which shape of tiles is the fastest is measured, once per size and dtype, with half of the rows in use; PyTorch's product over
-the whole buffer takes part, because for float32 it is hard to beat by leaving out rows. A product that takes microseconds
-goes to it right away: there launches count, and PyTorch's take less of the host's time.
+A row has the same bits whatever the number of rows: alone, in any batch, in any buffer. PyTorch's product has not, and is
+never taken. Which tiles serve which product is written in `tiles.py`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,20 +19,39 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_utils import LOG2E, dot_precision, multiprocessors, on_device_of_first, product
-from . import reference
+from . import reference, tiles
+from .tiles import Tile
 
 QUICK_GELU = tl.constexpr(reference.QUICK_GELU)
 GROUP = 8  # row blocks whose tiles follow one another: what they share stays in the L2 cache
 
-# Multiply-adds below which a product takes some ten microseconds on a large GPU.
-SMALL = {torch.float32: 2**28, torch.bfloat16: 2**32, torch.float16: 2**32}
+
+@triton.jit
+def _gelu(z):
+    """z Phi(z), as max(z, 0) - |z| Phi(-|z|), without the cancellation of 1 + erf.
+
+    log2(Phi(-a)) is nearly a parabola: -1 + a Q(a), with Q of degree 7 fitted to a <= 5.5. The error is at most 2.7e-7 |z|, that
+    of PyTorch in float32 3.4e-7. Beyond, Q runs on downwards and the second term is nothing. This takes a third of the
+    instructions of an erf, and of their fetches: unrolled over a tile, those were most of the kernel's time.
+    """
+    a = tl.minimum(tl.abs(z), 64.0)
+    q = -9.426576948e-7 * a + 1.5572696959e-5
+    q = q * a - 6.7104455159e-5
+    q = q * a - 4.4118869788e-4
+    q = q * a + 7.4872802639e-3
+    q = q * a - 5.2813109034e-2
+    q = q * a - 0.45909297276
+    q = q * a - 1.15112042117
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(q * a - 1.0)
 
 
 @triton.jit
 def _finish(
-    z, bias, residual, out, residual_row, o_m, first_column, tokens, OUT, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr
-):
+    z, bias, residual, out, residual_row, first_row, first_column, tokens, OUT,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
     """Add the bias to the sums z, apply the activation, add the residual, store."""
+    o_m = first_row + tl.arange(0, ROWS)
     o_n = first_column + tl.arange(0, COLUMNS)
     rows = o_m.to(tl.int64)
     m_n = o_n < OUT
@@ -42,7 +59,7 @@ def _finish(
     if bias is not None:
         z += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        z = _gelu(z)
     elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh(u)) = sigmoid(2 u)
         u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
         z = z / (1.0 + tl.exp2(u * (-2.0 * LOG2E)))
@@ -51,9 +68,15 @@ def _finish(
     elif ACTIVATION == "silu":
         z = z / (1.0 + tl.exp2(z * -LOG2E))
     if residual is not None:
-        added = tl.load(residual + rows[:, None] * residual_row + o_n[None, :], mask=inside, other=0.0)
+        if STORED:
+            added = residual.load([first_row, first_column])
+        else:
+            added = tl.load(residual + rows[:, None] * residual_row + o_n[None, :], mask=inside, other=0.0)
         z += added.to(tl.float32)
-    tl.store(out + rows[:, None] * OUT + o_n[None, :], z.to(out.dtype.element_ty), mask=inside)
+    if STORED:
+        out.store([first_row, first_column], z.to(out.dtype))
+    else:
+        tl.store(out + rows[:, None] * OUT + o_n[None, :], z.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -65,11 +88,11 @@ def _corner(tile, row_blocks, column_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     return (first_block + in_group % group) * BLOCK_M, in_group // group * BLOCK_N
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _linear_kernel(
     x, weight, bias, residual, out, cu_seqlens, batch, x_row, weight_row, residual_row, OUT, IN,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles ``program_id``, ``program_id + programs``, ... of the first T rows of the result."""
     tokens = tl.load(cu_seqlens + batch)
@@ -98,89 +121,56 @@ def _linear_kernel(
 
         first_row, first_column = _corner(finished, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
         finished += tl.num_programs(0)
-        o_m = first_row + tl.arange(0, BLOCK_M)
         # Halves of the tile one after the other: the addresses of a whole one would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        _finish(left, bias, residual, out, residual_row, o_m, first_column, tokens, OUT, BLOCK_N // 2, ACTIVATION)
         _finish(
-            right, bias, residual, out, residual_row, o_m, first_column + BLOCK_N // 2, tokens, OUT, BLOCK_N // 2, ACTIVATION
-        )
+            left, bias, residual, out, residual_row, first_row, first_column, tokens, OUT,
+            BLOCK_M, BLOCK_N // 2, ACTIVATION, STORED,
+        )  # fmt: skip
+        _finish(
+            right, bias, residual, out, residual_row, first_row, first_column + BLOCK_N // 2, tokens, OUT,
+            BLOCK_M, BLOCK_N // 2, ACTIVATION, STORED,
+        )  # fmt: skip
 
 
-class Tile(NamedTuple):
-    """Shape of a tile of the result, columns of the operands per step, and how it is run."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    programs: int  # per multiprocessor
-
-    def count(self, rows: int, columns: int) -> int:
-        return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
-
-
-# From the one that reuses its operands most to the one that fills a device with the fewest rows.
-FLOAT32 = (Tile(128, 128, 16, 8, 2, 1), Tile(64, 128, 16, 8, 2, 2))
-SIXTEEN_BITS = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 64, 4, 3, 2))
-UNALIGNED = SIXTEEN_BITS[1:]  # the addresses of a large tile would not fit the registers
-COPY_ENGINE = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 128, 64, 4, 3, 2))
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """Major number of the compute capability; 0 where there is none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @functools.cache
 def _copy_engine(device: torch.device) -> bool:
     """Whether the device fetches tiles by descriptors, and has the shared memory (227 KiB) for large ones."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return _architecture(device) in (9, 10)
+
+
+def _aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0
 
 
 def _tiles(x: Tensor, weight: Tensor) -> tuple[Tile, ...]:
     if x.dtype == torch.float32:
-        return FLOAT32
-    if not x.shape[1] or any(t.data_ptr() % 16 or t.stride(0) % 8 for t in (x, weight)):
-        return UNALIGNED
-    return COPY_ENGINE if _copy_engine(x.device) else SIXTEEN_BITS
+        return tiles.FLOAT32
+    if not x.shape[1] or not _aligned(x) or not _aligned(weight):
+        return tiles.UNALIGNED
+    return tiles.COPY_ENGINE if _copy_engine(x.device) else tiles.SIXTEEN_BITS
 
 
-def _unmeasured(tiles: tuple[Tile, ...], x: Tensor, weight: Tensor) -> Tile:
-    """The largest tile that the result fills in width, and of which half of the rows have enough for the whole device."""
-    rows, columns = x.shape[0] // 2, weight.shape[0]
-    for tile in tiles:
-        if columns >= tile.columns and tile.count(rows, columns) >= multiprocessors(x) * tile.programs:
-            return tile
-    return tiles[-1]
+def _choose(x: Tensor, weight: Tensor) -> Tile:
+    return tiles.choose(
+        _tiles(x, weight), _architecture(x.device), multiprocessors(x), *x.shape, weight.shape[0]
+    )  # fmt: skip
 
 
-_fastest: dict[tuple, Tile | None] = {}
-
-
-def _choose(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tile | None:
-    """The tile for this product; None if PyTorch's product over all rows is the faster one."""
-    tiles = _tiles(x, weight)
-    (capacity, width), columns = x.shape, weight.shape[0]
-    if not x.is_cuda:
-        return _unmeasured(tiles, x, weight)
-    if capacity * width * columns < SMALL[x.dtype]:
-        return None
-    key = (x.device, x.dtype, tiles, capacity.bit_length(), width, columns)
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():  # nothing can be timed
-            return _unmeasured(tiles, x, weight)
-        _fastest[key] = _measure(tiles, x, weight, bias, activation, residual)
-    return _fastest[key]
-
-
-def _measure(
-    tiles: tuple[Tile, ...], x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Tile | None:
-    """Time all candidates on this product with half of its rows in use: some tens of milliseconds each."""
-    half = torch.full((1,), x.shape[0] // 2, dtype=torch.int32, device=x.device)
-    calls = {tile: functools.partial(_multiply, tile, x, weight, bias, half, activation, residual) for tile in tiles}
-    calls[None] = functools.partial(reference.linear, x, weight, bias, half, activation, residual)
-    times = {
-        tile: triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median") for tile, call in calls.items()
-    }
-    return min(times, key=times.__getitem__)
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of blocks ``[rows, columns]`` of an aligned matrix. The constructor checks once more, for longer than a launch takes."""
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = tensor, [*tensor.shape], [*tensor.stride()]
+    descriptor.block_shape = [rows, columns]
+    return descriptor
 
 
 def _multiply(
@@ -197,16 +187,21 @@ def _multiply(
     programs = min(tile.count(capacity, columns), multiprocessors(x) * tile.programs)
     if programs == 0:
         return out
-    descriptors = _tiles(x, weight) is COPY_ENGINE
-    x_tiles, weight_tiles = x, weight
+    descriptors = _tiles(x, weight) is tiles.COPY_ENGINE
+    stored = descriptors and tile.stored and columns % 8 == 0 and (residual is None or _aligned(residual))
+    residual_row = 0 if residual is None else residual.stride(0)
+    x_tiles, weight_tiles, out_tiles, residual_tiles = x, weight, out, residual
     if descriptors:
-        x_tiles = TensorDescriptor(x, [*x.shape], [*x.stride()], [tile.rows, tile.depth])
-        weight_tiles = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [tile.columns, tile.depth])
+        x_tiles, weight_tiles = _descriptor(x, tile.rows, tile.depth), _descriptor(weight, tile.columns, tile.depth)
+    if stored:
+        out_tiles = _descriptor(out, tile.rows, tile.columns // 2)
+        residual_tiles = None if residual is None else _descriptor(residual, tile.rows, tile.columns // 2)
     _linear_kernel[(programs,)](
-        x_tiles, weight_tiles, bias, residual, out, cu_seqlens, cu_seqlens.shape[0] - 1,
-        x.stride(0), weight.stride(0), residual.stride(0) if residual is not None else 0, columns, width,
+        x_tiles, weight_tiles, bias, residual_tiles, out_tiles, cu_seqlens, cu_seqlens.shape[0] - 1,
+        x.stride(0), weight.stride(0), residual_row, columns, width,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP, ACTIVATION=activation,
-        DESCRIPTORS=descriptors, PRECISION=dot_precision(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        DESCRIPTORS=descriptors, STORED=stored, PRECISION=dot_precision(x.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -216,7 +211,4 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, activation: str, residual: Tensor | None
 ) -> Tensor:
     """``[C, out]``; see the public operation for the contract."""
-    tile = _choose(x, weight, bias, activation, residual)
-    if tile is None:
-        return reference.linear(x, weight, bias, cu_seqlens, activation, residual)
-    return _multiply(tile, x, weight, bias, cu_seqlens, activation, residual)
+    return _multiply(_choose(x, weight), x, weight, bias, cu_seqlens, activation, residual)

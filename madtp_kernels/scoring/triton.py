@@ -4,9 +4,9 @@ Tokens go in tiles. For every dictionary entry a tile leaves four numbers: the l
 exponentials below it: 1, received share + CLS term, alignment. The threshold is linear in the terms of the importance, so
 these are enough, and the tiles of a sample merge as an online softmax does.
 
-A large batch, or one of small samples, takes one launch, one program per sample. A few large samples would leave the device
-idle that way: there every tile gets a program, and a second, tiny launch merges. Both do the same arithmetic in the same
-order: the bits are the same.
+Samples of one tile, or about as many as there are multiprocessors, take one launch, one program per sample. Other batches would
+leave a part of the device idle that way: there every tile gets a program, and a second, tiny launch merges. Both do the same
+arithmetic in the same order: the bits are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, dot_precision, on_device_of_first, product
+from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, multiprocessors, on_device_of_first, product
 
 STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
 TOKEN_BLOCK = 1024  # tokens per step where only scores are read
@@ -165,13 +165,13 @@ def _merge(
     tl.store(threshold, tl.min(lowest, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "one_launch"])
 def _score_kernel(
     x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens, x_token, dictionary_entry,
-    slots, WIDTH, M, entries, scale_log2, ONE_LAUNCH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
+    slots, one_launch, WIDTH, M, entries, scale_log2, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: all tiles of a sample and their merge (ONE_LAUNCH), or one tile of a sample."""
+    """One program: all tiles of a sample and their merge (``one_launch``), or one tile of a sample."""
     i_b = tl.program_id(0) // slots
     slot = tl.program_id(0) % slots
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
@@ -187,7 +187,7 @@ def _score_kernel(
     left += (bos // BLOCK_J + i_b) * (STATISTICS * entries)
     received_total = _total(received, bos + 1, tokens, BLOCK)
     first_tile, last_tile = slot, slot + 1
-    if ONE_LAUNCH:
+    if one_launch != 0:
         last_tile = tl.cdiv(tokens, BLOCK_J)
     for i_t in tl.range(first_tile, last_tile, disable_licm=True):
         begin = bos + 1 + i_t * BLOCK_J
@@ -197,7 +197,7 @@ def _score_kernel(
             tokens - i_t * BLOCK_J, received_total, WIDTH, M, entries, scale_log2,
             BLOCK_J, BLOCK_M, BLOCK_K, ONE_BLOCK, EVEN, PRECISION,
         )  # fmt: skip
-    if ONE_LAUNCH:
+    if one_launch != 0:
         tl.debug_barrier()  # the merge reads what other threads of this program stored
         _merge(
             received, cls, importance, threshold + i_b, left, bos + 1, tokens, last_tile, received_total, M, entries,
@@ -229,13 +229,12 @@ def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
     return (64, 32, 8, 1) if dtype == torch.float32 else (128, 64, 8, 3)
 
 
-def _one_launch(batch: int, max_seqlen: int, width: int, element_size: int) -> bool:
-    """Whether one program per sample is as good as one per tile.
+def _one_launch(batch: int, tiles: int, multiprocessors: int) -> bool:
+    """Whether one program per sample is as fast as one per tile of at most ``tiles`` each and a second launch.
 
-    It is if the samples fill about half of a large GPU (64 programs). It is also if a sample is so small that one
-    multiprocessor reads it, at some 100 bytes a nanosecond, in about the time of a second launch.
+    A multiprocessor holds one program. The second launch takes about half as long as a tile.
     """
-    return batch >= 64 or max_seqlen * width * element_size <= 512 * 1024
+    return cdiv(batch, multiprocessors) * tiles <= cdiv(batch * tiles, multiprocessors) + 0.5
 
 
 @on_device_of_first
@@ -259,14 +258,15 @@ def score_tokens(
         return importance, threshold
     block_j, block_k, warps, stages = _blocks(x.dtype)
     block_m = min(block(entries), 128)
-    padded = triton.cdiv(entries, block_m) * block_m
+    padded = cdiv(entries, block_m) * block_m
     left = torch.empty(capacity // block_j + batch, STATISTICS.value, padded, dtype=torch.float32, device=x.device)
-    one_launch = _one_launch(batch, max_seqlen, width, x.element_size())
-    slots = 1 if one_launch else max(1, triton.cdiv(max_seqlen - 1, block_j))
+    tiles = max(1, cdiv(max_seqlen - 1, block_j))
+    one_launch = _one_launch(batch, tiles, multiprocessors(x))
+    slots = 1 if one_launch else tiles
     _score_kernel[(batch * slots,)](
         x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens,
-        x.stride(0), dictionary.stride(0), slots, width, entries, padded, LOG2E.value / temperature,
-        ONE_LAUNCH=one_launch, BLOCK_J=block_j, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK=TOKEN_BLOCK,
+        x.stride(0), dictionary.stride(0), slots, int(one_launch), width, entries, padded, LOG2E.value / temperature,
+        BLOCK_J=block_j, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK=TOKEN_BLOCK,
         ONE_BLOCK=padded == block_m, EVEN=width % block_k == 0, PRECISION=dot_precision(x.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 On a CPU at inference oneDNN is called directly, with weights packed once: torch's own `linear` goes to another library for
 float32, repacks at each call, and leaves GELU and sums to separate passes. Which of the two is faster is measured, once per
 dtype, not guessed from the processor's name. On a GPU a pruned batch lies in a buffer larger than its tokens, whose number
-the host does not know: `madtp_kernels.linear` leaves the spare rows out. Everywhere else this is
+the host does not know: `madtp_kernels.linear` leaves the spare rows out. At inference it serves every layer of tokens there,
+pruned or not, so that a sample's bits do not depend on its neighbours. Everywhere else this is
 `torch.nn.functional.linear`.
 """
 
@@ -45,7 +46,9 @@ class Linear(nn.Linear):
         ``activation`` is one of :data:`ACTIVATIONS`: the exact GELU, or OpenAI's x * sigmoid(1.702 x). ``tokens`` is the batch
         whose rows x has; rows beyond its last token are then undefined in the result.
         """
-        if tokens is not None and tokens.bound and x.is_cuda and not torch.is_autocast_enabled("cuda"):
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        ours = tokens is not None and x.is_cuda and (tokens.bound or not differentiated)
+        if ours and not torch.is_autocast_enabled("cuda"):
             return linear(
                 x, self.weight, self.bias, tokens.cu_seqlens, activation=activation, residual=residual
             )

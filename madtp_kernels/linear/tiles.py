@@ -1,0 +1,90 @@
+"""Shapes of the tiles in which the GPU multiplies, and which of them serves which product: data, not code.
+
+Every tile of a list makes a row from the same products in the same order, so that they all give the same bits: a choice, by
+whatever rule, costs or saves time and changes no result. Nothing is measured while a model runs. `benchmarks/tune.py`
+measures on a GPU and writes `MEASURED`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from ..triton_utils import cdiv
+
+
+class Tile(NamedTuple):
+    """Shape of a tile of the result, columns of the operands per step, and how it is run."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    """Per multiprocessor."""
+    stored: bool = False
+    """The copy engine also fetches the residual and stores the result, spare rows of a tile included."""
+
+    def count(self, rows: int, columns: int) -> int:
+        return cdiv(rows, self.rows) * cdiv(columns, self.columns)
+
+
+# From the one that reuses its operands most to the one that fills a device with the fewest rows.
+FLOAT32 = (Tile(128, 128, 16, 8, 2, 1), Tile(64, 128, 16, 8, 2, 2))
+SIXTEEN_BITS = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 64, 4, 3, 2))
+UNALIGNED = SIXTEEN_BITS[1:]  # the addresses of a large tile would not fit the registers
+COPY_ENGINE = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 128, 64, 4, 3, 2))
+
+# What `benchmarks/tune.py` tries besides, where the copy engine serves.
+CANDIDATES = (
+    Tile(128, 256, 64, 8, 4, 1),
+    Tile(128, 256, 64, 8, 3, 1, True),
+    Tile(256, 128, 64, 8, 3, 1),
+    Tile(256, 128, 64, 8, 4, 1),
+    Tile(128, 128, 64, 8, 3, 2),
+    Tile(128, 128, 64, 4, 3, 2, True),
+    Tile(64, 256, 64, 4, 2, 2),
+    Tile(64, 128, 64, 4, 4, 2),
+    Tile(64, 128, 64, 4, 2, 3),
+    Tile(64, 64, 64, 4, 4, 3),
+    Tile(64, 64, 64, 4, 4, 3, True),
+)
+
+
+class Measured(NamedTuple):
+    """The fastest tile, on average over shares of the rows in use, of ``[rows, width]`` times ``[width, columns]``."""
+
+    rows: int
+    width: int
+    columns: int
+    tile: Tile
+
+
+# By the major number of the compute capability; products in 16 bits that the copy engine serves.
+MEASURED: dict[int, tuple[Measured, ...]] = {}
+
+
+def by_size(tiles: tuple[Tile, ...], rows: int, columns: int, multiprocessors: int) -> Tile:
+    """The largest tile that the result fills in width, and of which half of the rows have enough for the whole device."""
+    for tile in tiles:
+        if columns >= tile.columns and tile.count(rows // 2, columns) >= multiprocessors * tile.programs:
+            return tile
+    return tiles[-1]
+
+
+@functools.lru_cache(4096)
+def choose(
+    tiles: tuple[Tile, ...], architecture: int, multiprocessors: int, rows: int, width: int, columns: int
+) -> Tile:
+    """The tile for a product: that of the most similar one measured on this architecture, else by its size."""
+    measured = MEASURED.get(architecture, ()) if tiles is COPY_ENGINE else ()
+    if not measured or not rows or not columns:
+        return by_size(tiles, rows, columns, multiprocessors)
+
+    def distance(entry: Measured) -> float:
+        sizes = zip(entry[:3], (rows, width, columns), strict=True)
+        return sum(abs(math.log(theirs / ours)) for theirs, ours in sizes)
+
+    return min(measured, key=distance).tile
