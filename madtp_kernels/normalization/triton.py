@@ -1,4 +1,4 @@
-"""LayerNorm on the GPU, for a number of rows that only the device knows: programs beyond it end at once."""
+"""LayerNorm on the GPU, for a number of rows that only the device knows: as many programs as the device holds share them."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import block, on_device_of_first
+from ..triton_utils import block, cdiv, multiprocessors, on_device_of_first
 
 
-@triton.jit
+PROGRAMS = 8  # per multiprocessor
+
+
+@triton.jit(do_not_specialize=["batch"])
 def _layer_norm_kernel(
     x, weight, bias, out, cu_seqlens, batch, x_row, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One program: ROWS whole rows."""
+    """One program: every n-th group of ROWS whole rows among the first T."""
     tokens = tl.load(cu_seqlens + batch)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS >= tokens:
-        return
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < WIDTH
-    mask = (rows < tokens)[:, None] & m_d[None, :]
-    wide = rows.to(tl.int64)[:, None]
-    tile = tl.load(x + wide * x_row + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(m_d[None, :], tile - (tl.sum(tile, 1) / WIDTH)[:, None], 0.0)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / WIDTH + eps)
-    result = centred * scale[:, None] * tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        result += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + wide * WIDTH + o_d[None, :], result.to(out.dtype.element_ty), mask=mask)
+    for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < tokens)[:, None] & m_d[None, :]
+        wide = rows.to(tl.int64)[:, None]
+        tile = tl.load(x + wide * x_row + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(m_d[None, :], tile - (tl.sum(tile, 1) / WIDTH)[:, None], 0.0)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / WIDTH + eps)
+        result = centred * scale[:, None] * tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            result += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + wide * WIDTH + o_d[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
 @on_device_of_first
@@ -37,11 +39,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tenso
     """``[C, D]``; see the public operation for the contract."""
     capacity, width = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if capacity == 0:
-        return out
     block_d = block(width)
     rows = max(1, min(16, 4096 // block_d))
-    _layer_norm_kernel[(triton.cdiv(capacity, rows),)](
+    programs = min(cdiv(capacity, rows), PROGRAMS * multiprocessors(x))
+    if programs == 0:
+        return out
+    _layer_norm_kernel[(programs,)](
         x, weight, bias, out, cu_seqlens, cu_seqlens.shape[0] - 1, x.stride(0), eps, width,
         ROWS=rows, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

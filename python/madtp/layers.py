@@ -1,4 +1,4 @@
-"""Attention of packed tokens ``[T, D]``: over themselves, over what a decoder remembers, over another modality."""
+"""LayerNorm and attention of packed tokens ``[T, D]``: over themselves, over what a decoder remembers, over another modality."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, attention, attention_with_importance
+from madtp_kernels import RaggedBatch, attention, attention_with_importance, layer_norm
 
 from .linear import Linear
 from .pruning import Pruning, Stream
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension, which on a GPU leaves out the rows beyond the tokens of a bound batch."""
+
+    def forward(self, x: Tensor, tokens: RaggedBatch | None = None) -> Tensor:
+        """``x [C, D]`` to ``[C, D]``; rows beyond the last token of ``tokens``, the batch whose rows x has, are then undefined."""
+        if tokens is not None and tokens.bound and x.is_cuda and not torch.is_autocast_enabled("cuda"):
+            return layer_norm(x, self.weight, self.bias, tokens.cu_seqlens, self.eps)
+        return super().forward(x)
 
 
 class Attended(NamedTuple):

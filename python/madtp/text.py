@@ -20,7 +20,7 @@ from madtp_kernels.segments import sample_of
 
 from .config import TextConfig
 from .guidance import QueryModel
-from .layers import CrossAttention, Keys, Runs, cached_attention, self_attention
+from .layers import CrossAttention, Keys, LayerNorm, Runs, cached_attention, self_attention
 from .linear import Linear, mlp
 from .pruning import LayerTrace, Pruning, Stream, prune_layer
 from .vision import run_blocks
@@ -46,7 +46,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=EPS)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=EPS)
 
     def forward(self, input_ids: RaggedBatch, positions: Tensor) -> RaggedBatch:
         """Ids ``[T]`` int64 with their positions ``[T]``, to ``[T, D]``."""
@@ -66,13 +66,13 @@ class SingleCrossAttention(nn.Module):
         self.self = CrossAttention(width, config.encoder_width, config.num_attention_heads)
         self.output = nn.Module()
         self.output.dense = Linear(width, width)
-        self.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.output.LayerNorm = LayerNorm(width, eps=EPS)
 
     def forward(self, x: RaggedBatch, others: Sequence[Stream | Keys], backend: str | None, runs: Runs | None) -> Tensor:
         """``x [T, D]`` and what it looks at, to ``[T, D]``."""
         (other,) = others
         attended = self.self(x, other, backend, runs)
-        return self.output.LayerNorm(self.output.dense(attended, residual=x.values, tokens=x))
+        return self.output.LayerNorm(self.output.dense(attended, residual=x.values, tokens=x), x)
 
 
 class TwinCrossAttention(nn.Module):
@@ -86,7 +86,7 @@ class TwinCrossAttention(nn.Module):
         self.output = nn.Module()
         self.output.dense0 = Linear(width, width)
         self.output.dense1 = Linear(width, width)
-        self.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.output.LayerNorm = LayerNorm(width, eps=EPS)
         self.output.merge_layer = Linear(2 * width, width) if merges else None
 
     def forward(self, x: RaggedBatch, others: Sequence[Stream | Keys], backend: str | None, runs: Runs | None) -> Tensor:
@@ -97,7 +97,7 @@ class TwinCrossAttention(nn.Module):
             both = (left + right) / 2 + x.values
         else:
             both = self.output.merge_layer(torch.cat([left, right], -1), residual=x.values, tokens=x)
-        return self.output.LayerNorm(both)
+        return self.output.LayerNorm(both, x)
 
 
 class Layer(nn.Module):
@@ -112,13 +112,13 @@ class Layer(nn.Module):
         self.attention.self.qkv = Linear(width, 3 * width)
         self.attention.output = nn.Module()
         self.attention.output.dense = Linear(width, width)
-        self.attention.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.attention.output.LayerNorm = LayerNorm(width, eps=EPS)
         self.crossattention = crossattention
         self.intermediate = nn.Module()
         self.intermediate.dense = Linear(width, config.intermediate_size)
         self.output = nn.Module()
         self.output.dense = Linear(config.intermediate_size, width)
-        self.output.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.output.LayerNorm = LayerNorm(width, eps=EPS)
 
     def forward(
         self,
@@ -141,7 +141,7 @@ class Layer(nn.Module):
         else:
             attended = cached_attention(qkv, stream.tokens.batch_size, cache, layer, visible)
         summed = self.attention.output.dense(attended.out, residual=entering, tokens=stream.tokens)
-        stream = stream.with_values(self.attention.output.LayerNorm(summed))
+        stream = stream.with_values(self.attention.output.LayerNorm(summed, stream.tokens))
         if pruning.active:
             before = stream
             stream, _, trace = prune_layer(
@@ -155,7 +155,7 @@ class Layer(nn.Module):
         if others:
             x = self.crossattention(stream.tokens, others, pruning.backend, runs)
         x = mlp(x, self.intermediate.dense, self.output.dense, residual=x, tokens=stream.tokens)
-        return stream.with_values(self.output.LayerNorm(x)), trace
+        return stream.with_values(self.output.LayerNorm(x, stream.tokens)), trace
 
 
 def mask_after_pruning(before: Stream, after: Stream, importance: Tensor, layer: int) -> Tensor:
@@ -247,7 +247,7 @@ class LMHead(nn.Module):
         width = config.hidden_size
         self.transform = nn.Module()
         self.transform.dense = Linear(width, width)
-        self.transform.LayerNorm = nn.LayerNorm(width, eps=EPS)
+        self.transform.LayerNorm = LayerNorm(width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from madtp_kernels import RaggedBatch
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_summary
-from .layers import self_attention
+from .layers import LayerNorm, self_attention
 from .linear import Linear, mlp
 from .pruning import LayerTrace, Pruning, Stream, prune_layer
 
@@ -44,11 +44,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.activation, self.causal = num_heads, activation, causal
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attn = nn.Module()
         self.attn.qkv = Linear(width, 3 * width)
         self.attn.proj = Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = nn.Module()
         self.mlp.fc1 = Linear(width, hidden)
         self.mlp.fc2 = Linear(hidden, width)
@@ -56,17 +56,17 @@ class Block(nn.Module):
     def forward(
         self, stream: Stream, guide: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
     ) -> tuple[Stream, LayerTrace]:
-        entering = stream.tokens.values
-        qkv = self.attn.qkv(self.norm1(entering), tokens=stream.tokens).unflatten(-1, (3, self.num_heads, -1))
+        tokens, entering = stream.tokens, stream.tokens.values
+        qkv = self.attn.qkv(self.norm1(entering, tokens), tokens=tokens).unflatten(-1, (3, self.num_heads, -1))
         attended = self_attention(qkv, stream, pruning, causal=self.causal)
-        stream = stream.with_values(self.attn.proj(attended.out, residual=entering, tokens=stream.tokens))
+        stream = stream.with_values(self.attn.proj(attended.out, residual=entering, tokens=tokens))
         if pruning.active:
             norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
             stream, normed, trace = prune_layer(
                 stream, entering, attended.received, attended.cls, guide, pruning, layer, norm=norm
             )
         else:
-            normed = self.norm2(stream.tokens.values)
+            normed = self.norm2(stream.tokens.values, stream.tokens)
             trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
         tokens = stream.tokens
         x = mlp(normed, self.mlp.fc1, self.mlp.fc2, tokens.values, self.activation, tokens=tokens)
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed.proj = nn.Conv2d(3, width, config.patch_size, config.patch_size)
         eps = config.layer_norm_eps
         self.blocks = nn.ModuleList(Block(width, config.num_heads, hidden, eps=eps) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = LayerNorm(width, eps=eps)
         self.img_query_model = QueryModel(width, config.sd_dim, config.map_func)
 
     def embed(self, pixels: Tensor) -> RaggedBatch:
@@ -159,4 +159,4 @@ class VisionTransformer(nn.Module):
         stream = Stream.start(self.embed(pixels), pruning.use_sizes)
         query_models = [self.img_query_model] * len(self.blocks)
         stream, trace, summary = run_blocks(self.blocks, query_models, stream, dictionary, pruning, summaries)
-        return VisionOutput(stream.with_values(self.norm(stream.tokens.values)), trace, summary)
+        return VisionOutput(stream.with_values(self.norm(stream.tokens.values, stream.tokens)), trace, summary)
