@@ -27,13 +27,15 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-SETTING = "MADTP_KERNELS_BUILD"
+SETTING, CUDA_SETTING = "MADTP_KERNELS_BUILD", "MADTP_KERNELS_CUDA"
 MINIMUM_TORCH = (2, 10)
 LIBRARY_NAME = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 CUDA_ARCHITECTURES = (80, 90, 100)
+_CUDA_FOLDER = "/usr/local/cuda/bin"
 
 _COMPILE_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-DNDEBUG")
 _NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DNDEBUG", "--threads=0")
+_PASSING = r"no space left|disk quota|input/output error|cannot allocate|out of memory|memory exhausted|\bkilled\b"
 _TORCH_LIBRARIES = ("torch_python", "torch", "torch_cpu", "c10")
 
 
@@ -42,22 +44,24 @@ class BuildError(RuntimeError):
 
     Attributes:
         output: what the compiler printed, shortened, with the command; "" where none ran.
+        passing: whether it may work the next time: the disk was full, or the compiler was killed.
     """
 
-    def __init__(self, reason: str, output: str = "") -> None:
+    def __init__(self, reason: str, output: str = "", passing: bool = False) -> None:
         super().__init__(reason)
-        self.output = output
+        self.output, self.passing = output, passing
 
 
-def setting() -> str:
+def setting(name: str = SETTING) -> str:
     """``MADTP_KERNELS_BUILD``: "0" never compile, "1" a failure is an error, "" compile where possible.
+    ``MADTP_KERNELS_CUDA``: the same of the CUDA kernels, but "" compiles them only where there is a GPU.
 
     Raises:
         BuildError: any other value.
     """
-    value = os.environ.get(SETTING, "")
+    value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise BuildError(f"{SETTING}={value}: expected 0 (never compile), 1 (a failure is an error) or unset")
+        raise BuildError(f"{name}={value}: expected 0 (never compile), 1 (a failure is an error) or unset")
     return value
 
 
@@ -97,10 +101,17 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler: none of g++, c++, clang++ is on PATH and CXX is not set")
 
 
+def _output(command: list[str], **options) -> subprocess.CompletedProcess:
+    """What a program prints, in whatever encoding."""
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", **options
+    )
+
+
 def compiler_version(command: list[str]) -> str:
     """First line of ``<compiler> --version``."""
     try:
-        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        shown = _output([*command, "--version"], check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C++ compiler does not run: {error}") from error
     return (shown.strip() or "unknown").splitlines()[0]
@@ -116,30 +127,47 @@ class Nvcc:
 
 
 def find_nvcc() -> Nvcc | None:
-    """``nvcc`` from ``CUDA_HOME`` or PATH, or None."""
+    """``nvcc`` from ``CUDA_HOME`` where that is set, else from PATH or /usr/local/cuda, or None."""
     home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    folders = [os.path.join(home, "bin")] if home else [os.environ.get("PATH", os.defpath), _CUDA_FOLDER]
+    path = next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
     if path is None:
         return None
     # The toolkit's folder is asked of nvcc itself: what PATH finds may be a wrapper script somewhere else.
-    steps = subprocess.run([path, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    version = subprocess.run([path, "--version"], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", steps.stderr, re.MULTILINE)
-    release = re.search(r"release (\d+\.\d+)", version.stdout)
+    top = re.search(r"^#\$ TOP=(.+)$", _output([path, "--dryrun", "-x", "cu", "-c", os.devnull]).stderr, re.MULTILINE)
+    release = re.search(r"release (\d+\.\d+)", _output([path, "--version"]).stdout)
     if top is None or release is None:
         return None
     return Nvcc(path, release[1], Path(top[1].strip()).resolve())
 
 
-def _cuda_toolkit(torch_cuda: str | None) -> Nvcc | None:
-    """The nvcc to compile .cu files with, or None when the extension is to be built for the CPU only."""
-    if not torch_cuda or not _sources(".cu"):
-        return None
-    nvcc = find_nvcc()
+def _cuda_toolkit() -> tuple[Nvcc | None, str]:
+    """The nvcc to compile .cu files with; or None, and why the extension is built for the CPU only.
+
+    Raises:
+        BuildError: ``MADTP_KERNELS_CUDA=1`` asks for what cannot be had.
+    """
+    import torch
+
+    asked, nvcc = setting(CUDA_SETTING), None
+    if not _sources(".cu"):
+        return None, "there are no CUDA sources"
+    if asked == "0":
+        why = f"{CUDA_SETTING}=0 forbids it"
+    elif not torch.version.cuda:
+        why = f"torch {torch.__version__} is built without CUDA"
+    elif asked != "1" and not torch.cuda.is_available():
+        why = f"torch sees no GPU ({CUDA_SETTING}=1 compiles for one all the same; that takes many minutes)"
+    elif (nvcc := find_nvcc()) is None:
+        why = f"nvcc is not in CUDA_HOME, on PATH or in {_CUDA_FOLDER}"
     # libcudart is torch's own at run time, and its file name carries the major version.
-    if nvcc is None or nvcc.release.split(".")[0] != torch_cuda.split(".")[0]:
-        return None
-    return nvcc
+    elif nvcc.release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        why, nvcc = f"{nvcc.path} is of CUDA {nvcc.release}, torch of CUDA {torch.version.cuda}", None
+    else:
+        return nvcc, ""
+    if asked == "1":
+        raise BuildError(f"the CUDA kernels cannot be compiled: {why}")
+    return None, why
 
 
 def environment_tag() -> str:
@@ -213,21 +241,26 @@ class _Unit:
         return cls(source, tuple(command), folder / f"{source.name}-{digest.hexdigest()[:16]}.o")
 
     def compile(self, verbose: bool) -> None:
-        if self.object.exists():
-            return
         partial = self.object.with_suffix(f".{os.getpid()}.partial")
         try:
             command = [*self.command, "-c", str(self.source), "-o", str(partial)]
             _execute(command, f"compile {self.source.name}", verbose)
-            os.replace(partial, self.object)
+            _put(partial, self.object)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Give a file its name, once its content is on the disk: what has the name is whole, whenever the power fails."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _execute(command: list[str], what: str, verbose: bool) -> None:
     if verbose:
         print(shlex.join(command), file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = _output(command)
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         cause = next((line for line in lines if re.search(r"\berror\b|undefined|Killed", line)), lines[-1])
@@ -236,6 +269,7 @@ def _execute(command: list[str], what: str, verbose: bool) -> None:
         raise BuildError(
             f"{Path(command[0]).name} could not {what} (exit status {done.returncode}): {cause.strip()}",
             "\n".join([shlex.join(command), *shown]),
+            passing=done.returncode < 0 or any(re.search(_PASSING, line, re.IGNORECASE) for line in lines),
         )
 
 
@@ -270,7 +304,7 @@ def compile_extension(
     object_dir = Path(object_dir) if object_dir is not None else out_dir / "objects"
     cxx = compiler()
     cxx_version = compiler_version(cxx)
-    nvcc = _cuda_toolkit(torch.version.cuda)
+    nvcc, without_cuda = _cuda_toolkit()
     torch_dir = Path(torch.__file__).resolve().parent
 
     headers = [torch_dir / "include", torch_dir / "include/torch/csrc/api/include"]
@@ -295,10 +329,15 @@ def compile_extension(
 
     out_dir.mkdir(parents=True, exist_ok=True)
     object_dir.mkdir(parents=True, exist_ok=True)
+    if without_cuda:
+        say(f"without CUDA kernels: {without_cuda}")
     with concurrent.futures.ThreadPoolExecutor(_jobs()) as pool:
         try:
-            for pending in [pool.submit(unit.compile, verbose) for unit in units]:
-                pending.result()
+            stale = [unit for unit in units if not unit.object.exists()]
+            pending = {pool.submit(unit.compile, verbose): unit.source.name for unit in stale}
+            for count, done in enumerate(concurrent.futures.as_completed(pending), 1):
+                done.result()
+                say(f"{count} of {len(stale)} sources compiled: {pending[done]}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -313,18 +352,48 @@ def compile_extension(
             "sources": source_hash(),
             "compiler": cxx_version,
             "cuda": nvcc.release if nvcc else None,
+            "sha256": _digest(partial),
         }
-        (out_dir / "_C.json").write_text(json.dumps(information, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, library)
+        _put(partial, library)
+        partial.write_text(json.dumps(information, indent=2) + "\n", encoding="utf-8")
+        _put(partial, out_dir / "_C.json")
     finally:
         partial.unlink(missing_ok=True)
     _remove_superseded(object_dir, units)
     return library
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_record(path: Path) -> dict:
+    """The JSON object in a file; an empty one where there is none."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def fits(folder: Path) -> bool:
+    """Whether the library in a folder was compiled here from these sources, and is whole: half of one would kill Python."""
+    record, library = read_record(folder / "_C.json"), folder / LIBRARY_NAME
+    if record.get("environment") != environment_tag() or record.get("sources") != source_hash():
+        return False
+    if setting(CUDA_SETTING) == "1" and not record.get("cuda"):
+        return False
+    return library.is_file() and record.get("sha256") == _digest(library)
+
+
+def say(message: str) -> None:
+    """Tell whoever waits."""
+    print(f"madtp_kernels: {message}", file=sys.stderr, flush=True)
+
+
 def _nvcc_command(nvcc: Nvcc) -> list[str]:
     """nvcc with machine code for each generation that it knows, and PTX of the newest for later ones."""
-    known = subprocess.run([nvcc.path, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = _output([nvcc.path, "--list-gpu-arch"]).stdout.split()
     targets = [number for number in CUDA_ARCHITECTURES if f"compute_{number}" in known]
     if not targets:
         raise BuildError(f"{nvcc.path} compiles for none of the architectures {CUDA_ARCHITECTURES}")

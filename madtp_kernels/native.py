@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shlex
-import sys
 import threading
 import time
 import types
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from . import build
 
+_KEPT = 3600  # seconds that a failure to compile is remembered
 _lock = threading.Lock()
 _loaded: types.ModuleType | None = None
 _failure: str | None = None
@@ -60,24 +60,15 @@ def load() -> types.ModuleType:
 def _find_or_compile() -> types.ModuleType:
     installed = Path(__file__).resolve().parent
     cached = cache_dir() / build.source_hash()
-    if _fits(installed):
+    if build.fits(installed):
         with contextlib.suppress(ImportError):  # a system library has changed under it: compile another
             return build.import_library(installed / build.LIBRARY_NAME)
-    if _fits(cached):
+    if build.fits(cached):
         try:
             return build.import_library(cached / build.LIBRARY_NAME)
         except ImportError:
             (cached / "_C.json").unlink(missing_ok=True)
     return build.import_library(_compile(cached))
-
-
-def _fits(folder: Path) -> bool:
-    try:
-        information = json.loads((folder / "_C.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    expected = {"environment": build.environment_tag(), "sources": build.source_hash()}
-    return (folder / build.LIBRARY_NAME).is_file() and expected.items() <= information.items()
 
 
 def _compile(folder: Path) -> Path:
@@ -90,32 +81,34 @@ def _compile(folder: Path) -> Path:
     build.check_requirements()
     command = shlex.join(build.compiler())
     with _exclusive(folder.parent):
-        if _fits(folder):
+        if build.fits(folder):
             return folder / build.LIBRARY_NAME  # another process compiled it while this one waited
-        # A failure is kept, so that not every start of Python spends a minute on finding it out again.
+        # A failure is kept for an hour, so that not every start of Python spends a minute on finding it out again.
         failure = folder / "failure.json"
         if setting != "1" and (earlier := _earlier_failure(failure, command)):
             raise build.BuildError(f"{earlier} (details in {failure}; {build.SETTING}=1 tries again)")
-        _say(f"compiling the C++ kernels for {build.environment_tag()} with {command}, once: a minute or two")
+        build.say(f"compiling the C++ kernels for {build.environment_tag()} with {command}, once: a minute or two")
         start = time.monotonic()
         try:
             library = build.compile_extension(folder, object_dir=folder.parent / "objects")
         except build.BuildError as error:
+            if error.passing:
+                raise
             folder.mkdir(parents=True, exist_ok=True)
-            record = {"compiler": command, "reason": str(error), "output": error.output.splitlines()}
+            record = {"compiler": command, "reason": str(error), "output": error.output.splitlines(), "time": time.time()}
             failure.write_text(json.dumps(record, indent=2), encoding="utf-8")
             raise build.BuildError(f"{error} (details in {failure})") from error
         failure.unlink(missing_ok=True)
-        _say(f"compiled in {time.monotonic() - start:.0f} s, kept in {folder}")
+        build.say(f"compiled in {time.monotonic() - start:.0f} s, kept in {folder}")
         return library
 
 
 def _earlier_failure(path: Path, command: str) -> str | None:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    record = build.read_record(path)
+    reason, when = record.get("reason"), record.get("time")
+    if record.get("compiler") != command or not isinstance(reason, str) or not isinstance(when, (int, float)):
         return None
-    return record["reason"] if record["compiler"] == command else None
+    return reason if 0 <= time.time() - when < _KEPT else None
 
 
 @contextlib.contextmanager
@@ -128,10 +121,6 @@ def _exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("waiting for another process that compiles the C++ kernels")
+            build.say("waiting for another process that compiles the C++ kernels")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _say(message: str) -> None:
-    print(f"madtp_kernels: {message}", file=sys.stderr, flush=True)

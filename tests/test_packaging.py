@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from madtp_kernels import backends, build, info
+from madtp_kernels import backends, build, info, native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +62,7 @@ def write_sources(folder: Path) -> None:
 
 def environment(cache: Path, **settings: str | None) -> dict[str, str]:
     """This process's environment without what steers the project, with a cache of its own."""
-    dropped = ("PYTHONPATH", "CXX", build.SETTING, "MADTP_KERNELS_BACKEND", "TRITON_INTERPRET")
+    dropped = ("PYTHONPATH", "CXX", build.SETTING, build.CUDA_SETTING, "MADTP_KERNELS_BACKEND", "TRITON_INTERPRET")
     result = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**result, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **settings}
 
@@ -284,6 +284,46 @@ def test_cached_extension_that_does_not_load_is_compiled_again(site, tmp_path):
     assert loaded["answer"] == 42 and "compiling" in said
 
 
+@needs_compiler
+def test_half_a_library_or_a_damaged_record_is_compiled_again(site, tmp_path):
+    """Half of one would end Python with SIGBUS."""
+    cached = Path(load(site, tmp_path)[0]["file"])
+    record, whole = cached.with_name("_C.json"), cached.read_bytes()
+    for damage in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
+        cached.write_bytes(damage)
+        loaded, said = load(site, tmp_path)
+        assert loaded["answer"] == 42 and "compiling" in said
+        assert cached.read_bytes() == whole
+    for damage in (b"[]", b"{", b'"text"', b"\xff\0", b"[" * 9999):
+        record.write_bytes(damage)
+        assert build.read_record(record) == {}
+    assert load(site, tmp_path)[0]["answer"] == 42
+
+
+@needs_compiler
+def test_a_failure_that_passes_is_not_kept(site, tmp_path):
+    """A full disk, a compiler that was killed; a damaged record of a failure, and one of yesterday."""
+    compiler = tmp_path / "g++"
+
+    def behaves(script):
+        compiler.write_text(f"#!/bin/sh\ncase \"$*\" in *--version*) echo fake; exit;; esac\n{script}\n")
+        compiler.chmod(0o755)
+
+    for script in ("echo 'fatal error: error writing to x.s: No space left on device' >&2; exit 1", "kill -9 $$"):
+        behaves(script)
+        assert "could not compile" in load(site, tmp_path, CXX=str(compiler))[0]["reason"]
+        assert not list((tmp_path / "cache").rglob("failure.json"))
+    behaves("echo 'error: nothing' >&2; exit 1")
+    assert "error: nothing" in load(site, tmp_path, CXX=str(compiler))[0]["reason"]
+    (kept,) = (tmp_path / "cache").rglob("failure.json")
+    record = json.loads(kept.read_text())
+    assert "error: nothing" in native._earlier_failure(kept, str(compiler))
+    old, undated = {**record, "time": record["time"] - 4000}, {**record, "time": None}
+    for content in ([], {"compiler": str(compiler)}, old, undated):
+        kept.write_text(json.dumps(content))
+        assert native._earlier_failure(kept, str(compiler)) is None
+
+
 def test_environment_can_forbid_compiling(site, tmp_path):
     outcome, said = load(site, tmp_path, MADTP_KERNELS_BUILD="0")
     assert outcome["reason"].endswith("is installed, and MADTP_KERNELS_BUILD=0 forbids compiling one")
@@ -355,6 +395,70 @@ def test_flags_of_a_single_source_apply_on_x86_64_only(sources, tmp_path, monkey
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     library = build.compile_extension(tmp_path / "there")
     assert build.import_library(library).build_info()["flags"] == 0
+
+
+@needs_compiler
+def test_progress_and_what_is_left_out_are_said(sources, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv(build.CUDA_SETTING, "0")
+    (sources / "kernel.cu").write_text("nothing that a C++ compiler would take")
+    build.compile_extension(tmp_path / "out")
+    said = capfd.readouterr().err
+    assert "2 of 2 sources compiled: " in said
+    assert "without CUDA kernels: MADTP_KERNELS_CUDA=0 forbids it" in said
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """A CUDA compiler of release 13.0, where nothing names it; torch has CUDA 13 and sees a GPU."""
+    path = tmp_path / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/cuda' >&2\necho 'tools, release 13.0, V13.0.1'\n")
+    path.chmod(0o755)
+    for name in ("CUDA_HOME", build.CUDA_SETTING):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "_CUDA_FOLDER", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(torch.version, "cuda", "13.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return path
+
+
+def test_nvcc_is_found_wherever_it_usually_is(nvcc, monkeypatch):
+    assert build.find_nvcc() is None
+    monkeypatch.setattr(build, "_CUDA_FOLDER", str(nvcc.parent))
+    found = build.Nvcc(str(nvcc), "13.0", nvcc.parent.parent)
+    assert build.find_nvcc() == found and build._cuda_toolkit() == (found, "")
+    monkeypatch.setenv("CUDA_HOME", "/absent")  # what is named is meant
+    assert build.find_nvcc() is None
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parent.parent))
+    assert build.find_nvcc() == found
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert build.find_nvcc() == found
+
+
+def test_cuda_is_compiled_where_there_is_a_gpu_or_a_setting_asks(nvcc, monkeypatch):
+    assert "nvcc is not in CUDA_HOME" in build._cuda_toolkit()[1]
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    for asked, gpu, cuda, why in (
+        ("", True, "13.1", None),
+        ("", False, "13.1", "torch sees no GPU"),
+        ("1", False, "13.1", None),
+        ("0", True, "13.1", "forbids it"),
+        ("", True, None, "is built without CUDA"),
+        ("", True, "12.8", "of CUDA 13.0, torch of CUDA 12.8"),
+    ):
+        monkeypatch.setenv(build.CUDA_SETTING, asked)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        found, said = build._cuda_toolkit()
+        assert (found is None, said) == (why is not None, said if why else "") and (why or "") in said
+    monkeypatch.setenv(build.CUDA_SETTING, "1")
+    with pytest.raises(build.BuildError, match="cannot be compiled: .*torch of CUDA 12.8"):
+        build._cuda_toolkit()
+    monkeypatch.setenv(build.CUDA_SETTING, "yes")
+    with pytest.raises(build.BuildError, match="expected 0"):
+        build._cuda_toolkit()
 
 
 @needs_compiler
