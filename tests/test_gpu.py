@@ -4,12 +4,15 @@ Skipped without a CUDA device. `benchmarks/gpu_check.sh` runs this file.
 """
 
 import contextlib
+import logging
 
 import pytest
+import test_graphs
 import torch
 from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, spare_rows, total, with_spare_rows
 from madtp_kernels import RaggedBatch, attention, backends, linear, prune
 
+from madtp import graphs
 from madtp.checkpoints import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
 from madtp.models.nlvr import NLVR
@@ -413,3 +416,143 @@ def test_whole_model_agrees_with_the_reference(backend, generator, as_in_use):
     for a, b in zip(ours.vision + ours.text, exact.vision + exact.text, strict=True):
         assert torch.equal(a.cu_seqlens, b.cu_seqlens)
     torch.testing.assert_close(ours.logits, exact.logits, rtol=1e-3, atol=1e-3)
+
+
+# ---- graphs of the product ------------------------------------------------------------------------------------------
+
+
+def pairs_of(generator, dtype, lengths, most=32):
+    """Pixels and words of as many pairs. The words lie in the buffer of a bucket, so eager runs take the same path."""
+    ids = torch.zeros(len(lengths) * most, dtype=torch.int64)
+    ids[: sum(lengths)] = torch.randint(1, TEXT.vocab_size, (sum(lengths),), generator=generator)
+    pixels = normal(generator, 2 * len(lengths), 3, VISION.image_size, VISION.image_size, dtype=dtype)
+    return pixels, RaggedBatch(ids.cuda(), offsets(lengths), most, bound=True)
+
+
+def lengths_of(generator, count):
+    return torch.randint(1, 33, (count,), generator=generator).tolist()
+
+
+@each_kernel
+@each_dtype
+@torch.inference_mode()
+def test_full_buckets_replay_what_runs_eagerly_bit_by_bit(backend, dtype, generator, as_in_use):
+    model = small_model(dtype, backend)
+    for temperature in (0.0, TEMPERATURE, 16.0):
+        model.temperature = temperature
+        for count in (4, 1, 8, 2, 4, 12, 8, 1, 4, 2, 12, 4):
+            inputs = pairs_of(generator, dtype, lengths_of(generator, count))
+            ours, theirs = graphs.run(model, *inputs), model(*inputs)
+            assert torch.equal(ours.logits, theirs.logits)
+            for a, b in zip(ours.vision + ours.text, theirs.vision + theirs.text, strict=True):
+                assert torch.equal(a.cu_seqlens, b.cu_seqlens)
+                rows = int(b.cu_seqlens[-1])
+                assert torch.equal(a.ids[:rows], b.ids[:rows])
+        assert bool(theirs.vision[-1].pruned.any()) == (temperature > 0)
+    assert len(model.graphs) == 15
+
+
+@each_kernel
+@pytest.mark.parametrize("name, method", test_graphs.CALLS, ids=lambda part: part.replace(", ", "-"))
+@torch.inference_mode()
+def test_every_task_replays_any_batch(name, method, backend, generator, as_in_use):
+    """Buckets that are filled up, in float32: other rows of a product may round differently, kept tokens stay the same."""
+    model = test_graphs.make(name, recorder=graphs.CudaRecorder).cuda()
+    model.backend = backend
+    data = test_graphs.draw(generator)
+    call = test_graphs.bound(model, method)
+    for count in (3, 4, 3, 4, 3, 5, 7, 6, 4, 1, 11, 9, 10, 1, 3):
+        numbers = torch.randperm(test_graphs.COUNT, generator=generator)[:count].tolist()
+        inputs = test_graphs.inputs_of(name, method, data, numbers)
+        test_graphs.check_same(graphs.run(call, *inputs), call(*inputs), tolerance=1e-4)
+    assert 4 <= len(model.graphs) <= 6
+
+
+@each_kernel
+@each_dtype
+@torch.inference_mode()
+def test_a_replay_does_not_wait_for_the_device(backend, dtype, generator, as_in_use):
+    model = small_model(dtype, backend)
+    batches = [pairs_of(generator, dtype, lengths_of(generator, count)) for count in (3, 4, 4, 3, 4, 3)]
+    for inputs in batches:
+        graphs.run(model, *inputs)
+    assert len(model.graphs) == 2
+    with no_synchronisation():
+        results = [graphs.run(model, *inputs) for inputs in batches]
+    for ours, inputs in zip(results, batches, strict=True):
+        torch.testing.assert_close(ours.logits, model(*inputs).logits, rtol=2e-2, atol=2e-2)
+
+
+@torch.inference_mode()
+def test_replays_on_several_streams_do_not_mix(generator, as_in_use):
+    model = small_model(torch.float32, None)
+    batches = [pairs_of(generator, torch.float32, lengths_of(generator, count)) for count in (4, 8) * 10]
+    expected = [model(*inputs).logits for inputs in batches]
+    for inputs in batches[:4]:
+        graphs.run(model, *inputs)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(3)], []
+    for number, inputs in enumerate(batches):
+        with torch.cuda.stream(streams[number % 3]):
+            results.append(graphs.run(model, *inputs).logits)
+    torch.cuda.synchronize()
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@torch.inference_mode()
+def test_graphs_share_memory_and_give_it_back(generator, as_in_use):
+    model = small_model(torch.bfloat16, None)
+    model.graphs.limit = 3
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, held = torch.cuda.memory_reserved(), []
+    for count in (64, 64, 48, 48, 32, 32, 24, 24, 16, 16, 64, 64):
+        graphs.run(model, *pairs_of(generator, torch.bfloat16, lengths_of(generator, count)))
+        held.append(model.graphs.bytes)
+    assert len(model.graphs) == 3
+    assert held[1] > 0
+    assert held[-1] <= 4 * held[1], "smaller batches, and the same one again, find most of their memory in the pool"
+    model.graphs.clear()
+    torch.cuda.empty_cache()
+    assert model.graphs.bytes == 0
+    assert torch.cuda.memory_reserved() <= before + (32 << 20)
+
+
+@torch.inference_mode()
+def test_a_forward_that_waits_is_not_recorded_and_harms_nothing(generator, as_in_use, caplog):
+    """The reference reads offsets on the host. A recording that fails would break the allocator and random numbers."""
+    graphs._log_once.cache_clear()
+    model = small_model(torch.float32, "reference")
+    inputs = pairs_of(generator, torch.float32, [9, 20, 14, 5])
+    expected = model(*inputs).logits
+    with caplog.at_level(logging.WARNING, "madtp"):
+        for _ in range(3):
+            assert torch.equal(graphs.run(model, *inputs).logits, expected)
+    (record,) = caplog.records
+    assert "it waits for the device at" in record.message and len(model.graphs) == 0
+    torch.cuda.empty_cache()
+    torch.randn(3, device="cuda")
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        model.capture(*inputs)
+    model.backend = None
+    for _ in range(3):
+        ours = graphs.run(model, *inputs).logits
+    assert len(model.graphs) == 1
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@each_dtype
+@torch.inference_mode()
+def test_capture_by_hand_follows_new_pairs_and_refuses_new_weights(dtype, generator, as_in_use):
+    model = small_model(dtype, None)
+    captured = model.capture(*pairs_of(generator, dtype, [9, 20, 14]), temperature=16.0)
+    for _ in range(3):
+        inputs = pairs_of(generator, dtype, lengths_of(generator, 3))
+        expected = model(*inputs, temperature=16.0)
+        with no_synchronisation():
+            output = captured(*inputs)
+        assert torch.equal(output.logits, expected.logits)
+    model.cls_head[0].weight.mul_(2)
+    with pytest.raises(ValueError, match="its weights have changed"):
+        captured(*inputs)

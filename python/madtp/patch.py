@@ -28,7 +28,7 @@ import logging
 import os
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ from transformers.utils.generic import can_return_tuple
 
 from madtp_kernels import RaggedBatch, backends
 
-from . import flops, layouts
+from . import flops, graphs, layouts
 from .checkpoints import initial_weight, read_file
 from .config import check_temperature
 from .generation import CACHE
@@ -308,25 +308,22 @@ class _Engine:
         """Final tokens and what every layer did, of ``[B, 3, S, S]``."""
         model = self.model
         if self.task == "clip":
-            features = model.encode_image(pixel_values)
+            features = graphs.run(model.encode_image, pixel_values)
             return features.stream, features.trace
-        pruning = model._pruning(model.temperature, pixel_values.shape[0])
-        stream, trace, _ = model.visual_encoder(model._pixels(pixel_values), model.space_dict, pruning)
-        return stream, trace
+        return graphs.run(types.MethodType(_encode_images, model), pixel_values)
 
     def texts(
         self, input_ids: RaggedBatch, images: Stream | None, positions: Tensor | None = None
     ) -> tuple[Stream, list[LayerTrace]]:
         """The same of BLIP's texts ``[T]``, alone or with images in view."""
         model = self.model
-        others, runs = (), None
-        if images is not None:
-            others, runs = (images,), _runs(input_ids.batch_size, images.tokens.batch_size, 1, model.device)
-        pruning = model._pruning(model.temperature, input_ids.batch_size)
-        stream, trace, _ = model.text_encoder(
-            model._ids(input_ids), others, model.space_dict, pruning, runs=runs, positions=positions
-        )
-        return stream, trace
+        input_ids = model._ids(input_ids)
+        positions = Stream.start(input_ids, use_sizes=False).ids if positions is None else positions
+        encode = types.MethodType(_encode_texts, model)
+        inputs = [input_ids, input_ids.with_values(positions)] + ([] if images is None else [images.tokens])
+        runs = None if images is None else _runs(len(input_ids), len(images.tokens), 1, model.device)
+        stream, trace = graphs.run(encode, *inputs) if runs is None else encode(*inputs, runs=runs)
+        return _no_longer(stream, input_ids.max_seqlen), trace
 
     def memory(self, hidden_states: Tensor | None, mask: Tensor | None) -> _Memory:
         """What the decoder is to look at."""
@@ -369,6 +366,32 @@ class _Engine:
                         for (i, t), a in zip(pairs, alone, strict=True)
                     ]
         return Step(temperature, keep_ratio, sum(cost.official for cost in costs) / len(costs))
+
+
+def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Stream, list[LayerTrace]]:
+    """BLIP's images: what :mod:`madtp.graphs` records."""
+    pruning = model._pruning(model.temperature, len(pixels))
+    stream, trace, _ = model.visual_encoder(model._pixels(pixels), model.space_dict, pruning)
+    return stream, trace
+
+
+def _encode_texts(
+    model: Model, input_ids: RaggedBatch, positions: RaggedBatch, *images: RaggedBatch, runs: Runs | None = None
+) -> tuple[Stream, list[LayerTrace]]:
+    """BLIP's texts, with images in view or none."""
+    pruning = model._pruning(model.temperature, len(input_ids))
+    others = [Stream.start(tokens, use_sizes=False) for tokens in images]
+    stream, trace, _ = model.text_encoder(
+        input_ids, others, model.space_dict, pruning, runs=runs, positions=positions.values
+    )
+    return stream, trace
+
+
+def _no_longer(stream: Stream, length: int) -> Stream:
+    """The stream with a bound of its lengths that no graph has rounded up: outputs are padded to it."""
+    tokens = stream.tokens
+    tokens = RaggedBatch(tokens.values, tokens.cu_seqlens, min(tokens.max_seqlen, length), tokens.bound)
+    return replace(stream, tokens=tokens)
 
 
 def _slot(module: nn.Module, key: str) -> tuple[nn.Module, str]:
@@ -534,7 +557,7 @@ def _clip_text(self, input_ids=None, attention_mask=None, position_ids=None, **k
     """`CLIPTextModel.forward`."""
     engine = _ready(self, kwargs, position_ids=position_ids)
     texts, eot = _clip_texts(engine.model, input_ids, attention_mask)
-    stream = engine.model.encode_text(texts).stream
+    stream = _no_longer(graphs.run(engine.model.encode_text, texts).stream, texts.max_seqlen)
     stream = stream.with_values(self.final_layer_norm(stream.tokens.values))
     return BaseModelOutputWithPooling(_padded(stream), stream.tokens.values[rows_of(stream, eot)])
 

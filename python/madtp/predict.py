@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from . import flops
+from . import flops, graphs
 from .pruning import Stream
 
 __all__ = [
@@ -61,7 +61,7 @@ def nlvr_batch(model, instances: Sequence[tuple]):
     """Answers to instances that `model.processor` prepared, and the model's output for all of them."""
     pixels, ids = model.processor.collate(instances)
     with torch.inference_mode():
-        output = model(pixels, ids)
+        output = graphs.run(model, pixels, ids)
         probabilities = output.logits.float().softmax(-1)[:, 1].tolist()
     if not all(0 <= probability <= 1 for probability in probabilities):
         raise FloatingPointError(
@@ -128,7 +128,7 @@ def caption_batch(model, instances: Sequence, prompt_ids=None, **options):
     """
     prompt = model.processor.prompt_ids if prompt_ids is None else prompt_ids
     with torch.inference_mode():
-        output = model(model.processor.collate(instances))
+        output = graphs.run(model, model.processor.collate(instances))
         _check_finite(model, output.images)
         captions = model.generate(output.images, prompt, **options)
     beams = options.get("num_beams") or (1 if options.get("top_p") else 3)
@@ -166,7 +166,7 @@ def vqa_batch(model, instances: Sequence[tuple], candidates: Sequence[str] | Non
     pixels, ids = model.processor.collate(instances)
     guided, processor = model.temperature > 0, model.processor
     with torch.inference_mode():
-        output = model(pixels, ids)
+        output = graphs.run(model, pixels, ids)
         _check_finite(model, output.questions)
         if candidates is None:
             written = model.generate(output.questions, **options)
@@ -197,14 +197,14 @@ def _candidate_ids(processor, candidates: tuple[str, ...]) -> list[torch.Tensor]
 def embed_images(model, pixels: Sequence[torch.Tensor]):
     """Embeddings of images that `model.processor.image` prepared (BLIP retrieval, CLIP), and the encoder's output."""
     with torch.inference_mode():
-        output = model.encode_image(torch.stack(list(pixels)))
+        output = graphs.run(model.encode_image, torch.stack(list(pixels)))
     return _embeddings(model, output, "image"), output
 
 
 def embed_texts(model, ids: Sequence[torch.Tensor]):
     """Embeddings of texts that `model.processor.text` prepared (BLIP retrieval, CLIP), and the encoder's output."""
     with torch.inference_mode():
-        output = model.encode_text(ids)
+        output = graphs.run(model.encode_text, ids)
     return _embeddings(model, output, "text"), output
 
 

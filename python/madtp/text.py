@@ -53,6 +53,8 @@ class Embeddings(nn.Module):
         limit = self.position_embeddings.num_embeddings
         if input_ids.max_seqlen > limit:
             raise ValueError(f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {limit} positions")
+        if input_ids.bound:  # rows beyond the last token have positions as if they belonged to the last text
+            positions = positions.clamp(max=limit - 1)
         x = self.word_embeddings(input_ids.values) + self.position_embeddings(positions)
         return input_ids.with_values(self.LayerNorm(x))
 

@@ -103,21 +103,27 @@ def run_blocks(
     return stream, trace, summary
 
 
-def embed_patches(pixels: Tensor, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor, image_size: int) -> RaggedBatch:
+def embed_patches(
+    pixels: Tensor | RaggedBatch, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor, image_size: int
+) -> RaggedBatch:
     """``pixels [B, 3, S, S]`` to tokens ``[B * (P + 1), D]``: CLS, then the patches row by row, with positions.
 
     ``proj`` is the convolution over patches, ``cls_token [1, 1, D]``, ``pos_embed [1, P + 1, D]``.
+    ``pixels`` may be a ragged batch of such images, of which a sample has one or none.
 
     Raises:
         ValueError: pixels of another size.
     """
-    if pixels.dim() != 4 or pixels.shape[1:] != (3, image_size, image_size):
-        raise ValueError(f"pixels: expected [B, 3, {image_size}, {image_size}], got {list(pixels.shape)}")
+    images = pixels.values if isinstance(pixels, RaggedBatch) else pixels
+    if images.dim() != 4 or images.shape[1:] != (3, image_size, image_size):
+        raise ValueError(f"pixels: expected [B, 3, {image_size}, {image_size}], got {list(images.shape)}")
     # A convolution whose stride is its kernel is a linear layer on patches.
-    patches = F.pixel_unshuffle(pixels, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
+    patches = F.pixel_unshuffle(images, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
     length = x.shape[1]
+    if isinstance(pixels, RaggedBatch):
+        return RaggedBatch(x.flatten(0, 1), pixels.cu_seqlens * length, length, bound=True)
     cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * length
     return RaggedBatch(x.flatten(0, 1), cu_seqlens, length)
 

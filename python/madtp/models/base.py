@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch, checks
 
 from ..config import Config, check_temperature
+from ..graphs import Captured, Graphs
 from ..pruning import Pruning
 
 
@@ -31,6 +32,8 @@ class Model(nn.Module):
     """
 
     groupings: ClassVar[tuple[str, ...]] = ("instance", "batch")
+    capturable: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods that :meth:`capture` takes: each sample's results are its own, so a CUDA graph serves smaller batches too."""
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Model(nn.Module):
         self.use_sizes = use_sizes
         self.backend = backend
         self.processor = None
+        self.graphs = Graphs()
         self.space_dict = nn.Parameter(torch.randn(config.vision.sd_num, config.vision.sd_dim))
 
     @contextlib.contextmanager
@@ -59,6 +63,45 @@ class Model(nn.Module):
             yield self
         finally:
             self.temperature = temperature
+
+    def capture(
+        self,
+        *inputs: Tensor | RaggedBatch | Sequence[Tensor],
+        method: str = "forward",
+        text_length: int | None = None,
+        temperature: float | None = None,
+    ) -> Captured:
+        """Record a forward as a CUDA graph for one batch size. (:mod:`madtp.predict` uses graphs automatically.)
+
+            forward = model.capture(pixels, input_ids)
+            logits = forward(other_pixels, other_ids).logits
+
+        Kernels are compiled and tuned beforehand. A graph follows new pixels, words and token counts, but not new weights
+        or settings: calling it after a change is an error.
+
+        Args:
+            inputs: inputs of the method, with the batch size to capture.
+            method: one of :attr:`capturable`.
+            text_length: tokens of the longest text that has to fit; by default that of ``inputs``.
+            temperature: for this graph, instead of the model's own.
+
+        Returns:
+            A replacement for the method that takes inputs of the same sizes, and shorter texts. Its results are not
+            copied: the next replay of any graph of this model overwrites them.
+
+        Raises:
+            ValueError: a model that is not on a CUDA device, is training, or has hooks; enabled gradients; inputs that do
+                not fit each other.
+            RuntimeError: CUDA refuses the recording.
+        """
+        if method not in self.capturable:
+            raise ValueError(f"method: expected one of {', '.join(self.capturable)}, got {method!r}")
+        return self.graphs.capture(getattr(self, method), *inputs, text_length=text_length, temperature=temperature)
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that the model takes."""
+        return self.config.text.max_position_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -92,13 +135,14 @@ class Model(nn.Module):
     def _check_ids(self, input_ids: RaggedBatch, name: str) -> None:
         check_ids(input_ids, self.config.text.vocab_size, name)
 
-    def _pixels(self, pixels: Tensor) -> Tensor:
+    def _pixels(self, pixels: Tensor | RaggedBatch) -> Tensor | RaggedBatch:
         return pixels.to(self.device, self.dtype)
 
 
 def first_rows(tokens: RaggedBatch) -> Tensor:
-    """``[B, D]``: the first token of each sample, which stands for it."""
-    return tokens.values[tokens.cu_seqlens[:-1].long()]
+    """``[B, D]``: the first token of each sample, which stands for it; any row for an empty sample."""
+    # Empty samples at the end begin beyond the last row of an exact buffer.
+    return tokens.values[tokens.cu_seqlens[:-1].long().clamp(max=len(tokens.values) - 1)]
 
 
 def check_ids(input_ids: RaggedBatch, vocabulary: int, name: str = "input_ids") -> None:

@@ -58,11 +58,11 @@ class Caption(Model):
             ValueError: sizes that do not fit the model or each other.
         """
         temperature = self._temperature(temperature)
-        pruning = self._pruning(temperature, pixels.shape[0])
+        pruning = self._pruning(temperature, len(pixels))
         if input_ids is not None:
             input_ids = self._ids(input_ids)
-            if input_ids.batch_size != pixels.shape[0]:
-                raise ValueError(f"input_ids: expected a text for each of {pixels.shape[0]} images, got {input_ids.batch_size}")
+            if len(input_ids) != len(pixels):
+                raise ValueError(f"input_ids: expected a text for each of {len(pixels)} images, got {len(input_ids)}")
         vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
         logits = None
         if input_ids is not None:

@@ -152,6 +152,8 @@ class CLIPText(nn.Module):
 class CLIP(Model):
     """Images and texts in one space, ragged from the embeddings to the features."""
 
+    capturable = ("encode_image", "encode_text")
+
     def __init__(self, config: CLIPConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())

@@ -72,8 +72,8 @@ class NLVR(Model):
         """
         input_ids = self._ids(input_ids)
         batch = input_ids.batch_size
-        if pixels.shape[0] != 2 * batch:
-            raise ValueError(f"pixels: expected two images for each of {batch} texts, got {pixels.shape[0]} images")
+        if len(pixels) != 2 * batch:
+            raise ValueError(f"pixels: expected two images for each of {batch} texts, got {len(pixels)} images")
         temperature = self._temperature(temperature)
         pruning = self._pruning(temperature, 2 * batch)
         if pruning.active and self.grouping == "pair":

@@ -82,6 +82,8 @@ class RetrievalOutput:
 class Retrieval(Model):
     """Image and text encoder, both pruned; the text encoder also reads texts with an image in view."""
 
+    capturable = ("encode_image", "encode_text")
+
     def __init__(self, config: RetrievalConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         self.visual_encoder = VisionTransformer(config.vision)
@@ -122,7 +124,7 @@ class Retrieval(Model):
         Raises:
             ValueError: pixels of another size, or a temperature that makes no sense.
         """
-        pruning = self._pruning(self._temperature(temperature), pixels.shape[0])
+        pruning = self._pruning(self._temperature(temperature), len(pixels))
         stream, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
         return Encoded(F.normalize(self.vision_proj(first_rows(stream.tokens)), dim=-1), stream, *record)
 
@@ -196,4 +198,9 @@ class Retrieval(Model):
         padded, mask = RaggedBatch(input_ids.values, input_ids.cu_seqlens, PADDED_LENGTH).to_padded(
             self.config.text.pad_token_id
         )
-        return RaggedBatch.from_lengths(padded.flatten(), [PADDED_LENGTH] * len(padded)), ~mask.flatten()
+        cu_seqlens = torch.arange(len(padded) + 1, dtype=torch.int32, device=padded.device) * PADDED_LENGTH
+        return RaggedBatch(padded.flatten(), cu_seqlens, PADDED_LENGTH), ~mask.flatten()
+
+    @property
+    def longest_text(self) -> int:
+        return PADDED_LENGTH if self.config.text_mode == "compat" else super().longest_text

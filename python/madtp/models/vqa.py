@@ -84,8 +84,8 @@ class VQA(Model):
         """
         input_ids = self._ids(input_ids)
         batch = input_ids.batch_size
-        if pixels.shape[0] != batch:
-            raise ValueError(f"pixels: expected an image for each of {batch} questions, got {pixels.shape[0]}")
+        if len(pixels) != batch:
+            raise ValueError(f"pixels: expected an image for each of {batch} questions, got {len(pixels)}")
         pruning = self._pruning(self._temperature(temperature), batch)
         vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
         text = self.text_encoder(input_ids, (vision.stream,), self.space_dict, pruning, summaries)

@@ -1,0 +1,584 @@
+"""CUDA graphs: a forward is recorded once per bucket of sizes and then replayed with a single launch.
+
+A pruned forward is hundreds of short kernels: Python takes longer to launch them than a GPU takes to run them. It can
+be recorded because the host knows every size in it. Pruned tokens stay in a buffer that would hold all of them, and
+only the device knows how many there are. One recording therefore serves every batch that fits:
+
+* A batch is filled up to 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, ... samples, which keeps graphs few and filling below a
+  third of a large bucket. A filling sample has no image, and empty samples cost nothing. Its text has one token,
+  because a text answers through its first token.
+* Texts are bounded by the next multiple of 32 tokens. It is only a bound: layers take time for the tokens that are
+  there.
+
+:func:`run` records and replays automatically; :meth:`madtp.models.base.Model.capture` does so by hand. Not recorded:
+the decoder that writes text, and the matching of pairs, whose sizes change from call to call in other ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from madtp_kernels import RaggedBatch, backends, checks
+
+from .pruning import LayerTrace, Stream
+
+__all__ = ["Captured", "Graphs", "run"]
+
+_log = logging.getLogger("madtp")
+
+LARGEST_BATCH = 256  # larger ones keep the GPU busy for longer than Python needs
+TEXT_STEP = 32
+MOST_GRAPHS = 16
+MEMORY_SHARE = 0.25  # of the device, for all graphs of a model together
+
+
+def run(call: Callable, *inputs) -> Any:
+    """Call a model, replaying a CUDA graph where one can be used.
+
+    The first call of a bucket runs eagerly, the second records it, later ones replay. The result has memory of its own.
+
+    Args:
+        call: a :class:`madtp.models.Model`, one of its methods, or a function bound to one. A bare tensor in its
+            result is ``[B, ...]``, one row per sample.
+        inputs: images ``[k * B, 3, S, S]``; texts, as a list or a ragged batch ``[T]``; other tokens, as a ragged
+            batch.
+    """
+    model = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
+    graphs = getattr(model, "graphs", None)
+    return call(*inputs) if graphs is None else graphs.run(call, *inputs)
+
+
+def batch_bucket(samples: int) -> int:
+    """Samples that a batch is filled up to: the next power of two or, above 8, the next midpoint of two."""
+    power = 1 << (samples - 1).bit_length()
+    middle = power // 4 * 3
+    return middle if power > 8 and samples <= middle else power
+
+
+def text_bucket(length: int, most: int) -> int:
+    """Bound of the text length: the next multiple of 32, or the most that the model takes."""
+    return min(-(-length // TEXT_STEP) * TEXT_STEP, most)
+
+
+# ---- one recording --------------------------------------------------------------------------------------------------
+
+
+class CudaRecorder:
+    """Makes graphs that share one memory pool on one device.
+
+    The results of one graph may lie where another keeps intermediate values, so they are valid until the next replay.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        # A pool reuses memory only within a stream, so all recordings are made on this one.
+        self.stream = torch.cuda.Stream(device)
+        self.done = torch.cuda.Event()
+        self.limit = int(torch.cuda.get_device_properties(device).total_memory * MEMORY_SHARE)
+        self.bytes = 0
+
+    def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Record ``function``. The result replays it and returns the tensors that ``function`` returned."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            function()  # compiles kernels, chooses tiles, allocates workspaces: none of it can be recorded
+            _run_without_waiting(function)
+        current.wait_stream(self.stream)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The outer block restores the stream even if ending a failed recording raises. Other threads may go on
+            # using the device, to load images for example.
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                results = function()
+        except BaseException:
+            self._abandon()
+            raise
+        self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+
+        def replay() -> Any:
+            graph.replay()
+            return results
+
+        return replay
+
+    def _abandon(self) -> None:
+        """End allocation from the pool, which torch leaves open when CUDA refuses to end a recording."""
+        try:
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        except RuntimeError:
+            return  # the recording was ended in order
+        torch._C._cuda_releasePool(self.device.index, self.pool)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Calls use the buffers one after the other, also when they are made on several streams."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.done)
+            yield
+            self.done.record(stream)
+
+    def settle(self) -> None:
+        """Wait until no recording is running, so that recordings can be dropped."""
+        torch.cuda.synchronize(self.device)
+
+
+def _run_without_waiting(function: Callable[[], Any]) -> None:
+    """Run what is to be recorded, and raise if it waits for the device.
+
+    A recording that waits fails too, but leaves torch's allocator and random numbers in a state of recording.
+
+    Raises:
+        RuntimeError: something waits.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # not "error": other threads may wait
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing" in str(warning.message):
+            raise RuntimeError(f"it waits for the device at {warning.filename}:{warning.lineno}")
+
+
+class _Recording:
+    """A recorded function and the buffers that it reads."""
+
+    def __init__(
+        self, recorder, model, function: Callable, inputs: Sequence[Tensor | RaggedBatch], batch: int, text_length: int
+    ) -> None:
+        self.batch, self.text_length = batch, text_length
+        samples, _ = _sizes(inputs)
+        # Ordinary tensors can be overwritten inside and outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffers = [self._buffer(model, value, samples) for value in inputs]
+            with recorder.turn():
+                self._load(inputs, samples)
+                self.replay = recorder.record(lambda: function(model, *self.buffers))
+
+    def _buffer(self, model, value: Tensor | RaggedBatch, samples: int) -> Tensor | RaggedBatch:
+        device = model.device
+        if isinstance(value, Tensor):
+            images = len(value) // samples * self.batch
+            pixels = torch.zeros(images, *value.shape[1:], dtype=model.dtype, device=device)
+            if samples == self.batch:
+                return pixels
+            return RaggedBatch(pixels, torch.zeros(images + 1, dtype=torch.int32, device=device), 1, bound=True)
+        length = self.text_length if _is_text(value) else value.max_seqlen
+        values = torch.zeros(self.batch * length, *value.values.shape[1:], dtype=value.dtype, device=device)
+        return RaggedBatch(values, torch.zeros(self.batch + 1, dtype=torch.int32, device=device), length, bound=True)
+
+    def _load(self, inputs: Sequence[Tensor | RaggedBatch], samples: int) -> None:
+        """Copy a batch into the buffers and fill it up. Does not wait for the device."""
+        filling = self.batch - samples
+        for buffer, value in zip(self.buffers, inputs, strict=True):
+            if isinstance(buffer, Tensor):
+                buffer.copy_(value, non_blocking=True)
+            elif isinstance(value, Tensor):
+                # All images lie at the front, and each sample owns one but for the filling, which owns none. With
+                # several images per sample (NLVR) come all first ones, their filling, then all second ones.
+                buffer.values[: len(value)].copy_(value, non_blocking=True)
+                row = torch.arange(len(buffer) + 1, dtype=torch.int32, device=buffer.device)
+                first = row // self.batch * samples
+                buffer.cu_seqlens.copy_(first + (row % self.batch).clamp(max=samples))
+            else:
+                buffer.cu_seqlens[: samples + 1].copy_(value.cu_seqlens)
+                end = value.cu_seqlens[-1:]
+                steps = torch.arange(1, filling + 1, dtype=torch.int32, device=buffer.device) if _is_text(value) else 0
+                buffer.cu_seqlens[samples + 1 :].copy_(end + steps)
+                if _is_text(value):
+                    # Every row is looked up in the embedding: the filling and the rows beyond it repeat the last token.
+                    rows = torch.arange(len(buffer.values), device=buffer.device)
+                    buffer.values.copy_(value.values[torch.minimum(rows, end - 1)])
+                else:
+                    # Tokens fill at most these rows; a bound buffer may have more.
+                    rows = min(len(value.values), samples * value.max_seqlen)
+                    buffer.values[:rows].copy_(value.values[:rows])
+
+    def __call__(self, inputs: Sequence[Tensor | RaggedBatch], *, copy: bool) -> Any:
+        """Results for a batch that fits. Without ``copy`` they are valid until the next replay."""
+        samples, _ = _sizes(inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            self._load(inputs, samples)
+            results = self.replay()
+        return _Results(samples, self.batch, copy).of(results)
+
+
+class _Results:
+    """Takes the filling out of what a graph computed."""
+
+    def __init__(self, samples: int, batch: int, copy: bool) -> None:
+        self.samples, self.batch, self.copy = samples, batch, copy
+        self.seen: dict[tuple, Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value, self._per_sample)
+        if isinstance(value, RaggedBatch):
+            values, offsets = self._tensor(value.values), self._tensor(value.cu_seqlens, self._offsets)
+            return RaggedBatch(values, offsets, value.max_seqlen, value.bound or self.samples < self.batch)
+        if isinstance(value, LayerTrace):
+            return LayerTrace(
+                self._tensor(value.cu_seqlens_in, self._offsets),
+                self._tensor(value.cu_seqlens, self._offsets),
+                self._tensor(value.ids),
+                self._tensor(value.importance),
+                self._tensor(value.threshold, self._per_sample),
+            )
+        if isinstance(value, Stream):
+            return Stream(self.of(value.tokens), *map(self._tensor, (value.ids, value.sizes, value.masked)))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.of, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.of, value))
+        if dataclasses.is_dataclass(value):
+            return type(value)(*(self.of(getattr(value, field.name)) for field in dataclasses.fields(value)))
+        return value
+
+    def _tensor(self, value: Tensor | None, part: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """A tensor or a part of it. A tensor that occurs several times in the results does so again."""
+        if value is None:
+            return None
+        key = (id(value), part)
+        if key not in self.seen:
+            found = value if part is None or self.samples == self.batch else part(value)
+            self.seen[key] = found.clone() if self.copy else found
+        return self.seen[key]
+
+    def _per_sample(self, value: Tensor) -> Tensor:
+        """Rows ``[k * batch, ...]`` to ``[k * samples, ...]``."""
+        return value.unflatten(0, (-1, self.batch))[:, : self.samples].flatten(0, 1)
+
+    def _offsets(self, value: Tensor) -> Tensor:
+        """Offsets of k * batch samples to those of k * samples. Filling between samples is empty: no row moves."""
+        if len(value) == self.batch + 1:
+            return value[: self.samples + 1]
+        return torch.cat([self._per_sample(value[:-1]), value[-1:]])
+
+
+def _is_text(value: RaggedBatch) -> bool:
+    return not value.dtype.is_floating_point
+
+
+def _sizes(inputs: Sequence[Tensor | RaggedBatch]) -> tuple[int, int] | None:
+    """Samples of a batch and the bound of its text length (0 without texts); None if the inputs do not fit together."""
+    counts = {len(value) for value in inputs if isinstance(value, RaggedBatch)} or {len(value) for value in inputs}
+    if len(counts) != 1:
+        return None
+    (samples,) = counts
+    if not samples or any(len(value) % samples or not len(value) for value in inputs):
+        return None
+    texts = [value for value in inputs if isinstance(value, RaggedBatch) and _is_text(value)]
+    return samples, max((text.max_seqlen for text in texts), default=0)
+
+
+def _shapes(inputs: Sequence[Tensor | RaggedBatch], samples: int) -> tuple:
+    """Every other size of the inputs."""
+    return tuple(
+        (len(value) // samples, value.shape[1:])
+        if isinstance(value, Tensor)
+        else (0 if _is_text(value) else value.max_seqlen, value.dtype, value.values.shape[1:])
+        for value in inputs
+    )
+
+
+# ---- what a recording depends on ------------------------------------------------------------------------------------
+
+
+def _settings(model) -> tuple:
+    """What a forward depends on besides weights and inputs."""
+    return (
+        model.temperature, model.grouping, model.use_sizes, model.backend, backends.forced(), model.dtype,
+        torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def _weights(model: nn.Module) -> tuple[list, str | None]:
+    """Addresses and versions of all weights, and why a replay would differ from running the modules (None if not)."""
+    tensors, reason, modules = [], None, [model]
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        reason = "there are hooks on all modules"
+    while modules:  # hundreds of modules at each call: `Module.modules()` takes several times as long
+        module = modules.pop()
+        if module is None:
+            continue
+        own = module.__dict__
+        if own["training"]:
+            reason = "the model is in training mode"
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            reason = f"{type(module).__name__} has hooks"
+        if "forward" in own:
+            reason = f"{type(module).__name__} has another forward"
+        if own["_parameters"]:
+            tensors += own["_parameters"].values()
+        if own["_buffers"]:
+            tensors += own["_buffers"].values()
+        modules += own["_modules"].values()
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    try:
+        versions = [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors made in inference mode count no writes
+        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [*map(Tensor.data_ptr, tensors), *versions], reason
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.warning(message)
+
+
+# ---- the recordings of a model --------------------------------------------------------------------------------------
+
+
+class Graphs:
+    """The recordings of one model, which :func:`run` makes as needed. The least recently used ones are dropped.
+
+    All of them share memory that is released only as a whole. So all are dropped when they exceed their share of the
+    device's memory, and when weights change.
+
+    Attributes:
+        limit: how many are kept; 0 turns graphs off. Set by the environment variable `MADTP_GRAPHS`.
+    """
+
+    def __init__(self, recorder: Callable[[torch.device], Any] = CudaRecorder) -> None:
+        self.limit = _limit()
+        self._make_recorder, self._recorder = recorder, None
+        self._recordings: OrderedDict[tuple, _Recording] = OrderedDict()
+        self._seen: set[tuple] = set()
+        self._refused: set[tuple] = set()
+        self._weights: list = []
+        self._lock = threading.RLock()
+
+    def __reduce__(self):
+        """Copied and unpickled models start without recordings."""
+        return Graphs, (self._make_recorder,)
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    @property
+    def bytes(self) -> int:
+        """Device memory that the graphs hold, besides the buffers of their inputs."""
+        return 0 if self._recorder is None else self._recorder.bytes
+
+    def clear(self) -> None:
+        """Drop all recordings but those that :meth:`capture` returned."""
+        with self._lock:
+            if self._recorder is not None:
+                self._recorder.settle()
+            self._recordings.clear()
+            self._seen.clear()
+            self._refused.clear()
+            self._recorder = None
+
+    def run(self, call: Callable, *inputs) -> Any:
+        """See :func:`run`."""
+        model, function = _parts(call)
+        if not self.limit or model.device.type != self._make_recorder.device_type:
+            return call(*inputs)
+        weights, reason = _weights(model)
+        reason = reason or _reason(model, function)
+        inputs = _prepared(model, inputs)
+        sizes = _sizes(inputs)
+        if reason is None and sizes is not None:
+            samples, length = sizes
+            if samples > LARGEST_BATCH:
+                reason = f"a batch has more than {LARGEST_BATCH} samples"
+            elif length > model.longest_text:
+                sizes = None  # the model raises
+        if reason is not None:
+            _log_once(f"CUDA graphs are not used: {reason}")
+        if reason is not None or sizes is None:
+            return call(*inputs)
+
+        batch, length = batch_bucket(samples), text_bucket(length, model.longest_text)
+        full = samples == batch or not any(isinstance(value, Tensor) for value in inputs)
+        key = (function, batch, full, length, _shapes(inputs, samples), _settings(model))
+        with self._lock:
+            if weights != self._weights:
+                self.clear()
+                self._weights = weights
+            if key not in self._recordings:
+                if key not in self._seen or key in self._refused:
+                    result = call(*inputs)
+                    if len(self._seen) >= 64 * MOST_GRAPHS:
+                        self._seen.clear()
+                    self._seen.add(key)
+                    return result
+                if not self._record(key, model, function, inputs, batch, length):
+                    return call(*inputs)
+            self._recordings.move_to_end(key)
+            with self._recorder.turn():
+                return self._recordings[key](inputs, copy=True)
+
+    def _record(self, key: tuple, model, function: Callable, inputs: Sequence, batch: int, length: int) -> bool:
+        """Add a recording. Returns False if that is not possible."""
+        try:
+            while len(self._recordings) >= self.limit:
+                self._shared(model).settle()
+                self._recordings.popitem(last=False)
+            recording = _Recording(self._shared(model), model, function, inputs, batch, length)
+        except Exception as error:  # whatever it is, the eager forward does not need it
+            self.clear()  # the pool of a failed recording cannot be used again
+            self._refused.add(key)
+            _log_once(f"CUDA graphs are not used for {batch} samples: {type(error).__name__}: {error}")
+            return False
+        if self._recorder.bytes > self._recorder.limit:
+            alone, gigabytes = not self._recordings, self._recorder.bytes / 1e9
+            del recording
+            self.clear()
+            if alone:
+                self._refused.add(key)
+                _log_once(f"CUDA graphs are not used for {batch} samples: one takes {gigabytes:.1f} GB")
+            else:
+                self._seen.add(key)
+            return False
+        self._recordings[key] = recording
+        return True
+
+    def _shared(self, model) -> Any:
+        if self._recorder is None:
+            self._recorder = self._make_recorder(model.device)
+        return self._recorder
+
+    def capture(
+        self, call: Callable, *inputs, text_length: int | None = None, temperature: float | None = None
+    ) -> Captured:
+        """See :meth:`madtp.models.base.Model.capture`."""
+        model, function = _parts(call)
+        if model.device.type != self._make_recorder.device_type:
+            raise ValueError(f"model: CUDA graphs need a model on a CUDA device, got one on {model.device}")
+        reason = _weights(model)[1] or _reason(model, function)
+        if reason is not None:
+            raise ValueError(f"model: it cannot be captured, because {reason}")
+        inputs = _prepared(model, inputs)
+        sizes = _sizes(inputs)
+        if sizes is None:
+            raise ValueError(f"inputs: expected images and texts of one batch, got {[len(value) for value in inputs]}")
+        samples, longest = sizes
+        longest = longest if text_length is None else text_length
+        if not sizes[1] <= longest <= max(model.longest_text, sizes[1]):
+            raise ValueError(f"text_length: expected {sizes[1]} to {model.longest_text} tokens, got {text_length}")
+        if temperature is not None:
+            temperature = model._temperature(temperature)
+            function = functools.partial(function, temperature=temperature)
+        with self._lock:
+            recorder = self._shared(model)
+            try:
+                recording = _Recording(recorder, model, function, inputs, samples, longest)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.clear()  # the pool of a failed recording cannot be used again
+                raise RuntimeError(f"model: the call cannot be recorded: {error}") from error
+        return Captured(model, recorder, self._lock, recording, _shapes(inputs, samples), temperature)
+
+
+class Captured:
+    """A forward that :meth:`madtp.models.base.Model.capture` recorded for one batch size. Call it like the model.
+
+    Results are not copied: the next replay of any graph of the model overwrites them.
+    """
+
+    def __init__(self, model, recorder, lock, recording: _Recording, shapes: tuple, temperature: float | None) -> None:
+        self._model, self._recorder, self._lock, self._recording = model, recorder, lock, recording
+        self._shapes, self._temperature = shapes, temperature
+        self._weights, self._settings = _weights(model)[0], self._now()
+
+    def _now(self) -> tuple:
+        temperature, *others = _settings(self._model)
+        return (temperature if self._temperature is None else self._temperature, *others)
+
+    def __call__(self, *inputs) -> Any:
+        """Replay with inputs of the captured sizes; texts may be shorter.
+
+        Raises:
+            ValueError: inputs of other sizes, or a model that has changed since (weights, temperature, other settings,
+                hooks, training mode) and has to be captured again.
+        """
+        model, recording = self._model, self._recording
+        weights, reason = _weights(model)
+        reason = reason or _reason(model, None)
+        if weights != self._weights:
+            reason = "its weights have changed"
+        if self._now() != self._settings:
+            reason = f"its settings have changed: {self._settings} were captured, they are {self._now()}"
+        if reason is not None:
+            raise ValueError(f"model: it has to be captured again, because {reason}")
+        inputs = _prepared(model, inputs)
+        samples, length = _sizes(inputs) or (0, 0)
+        if samples != recording.batch or length > recording.text_length or _shapes(inputs, samples) != self._shapes:
+            texts = f" and texts of up to {recording.text_length} tokens" if recording.text_length else ""
+            raise ValueError(
+                f"inputs: captured for {recording.batch} samples{texts}, shapes {self._shapes}; got {samples or 'no'} "
+                f"samples, texts of up to {length} tokens, shapes {_shapes(inputs, samples or 1)}"
+            )
+        with self._lock, self._recorder.turn():
+            return recording(inputs, copy=False)
+
+
+def _parts(call: Callable) -> tuple[Any, Callable]:
+    """The model, and the function to call with it as the first argument."""
+    return (call, type(call).forward) if isinstance(call, nn.Module) else (call.__self__, call.__func__)
+
+
+def _prepared(model, inputs: Sequence) -> list[Tensor | RaggedBatch]:
+    """Lists of texts as ragged batches on the device, checked as the model does."""
+    return [
+        value
+        if isinstance(value, Tensor) or isinstance(value, RaggedBatch) and value.device == model.device
+        else model._ids(value)
+        for value in inputs
+    ]
+
+
+def _reason(model, function: Callable | None) -> str | None:
+    """Why a call cannot be replayed now; None if it can."""
+    if function is not None:
+        name = function.__name__
+        if getattr(type(model), name, None) is function and name not in model.capturable:
+            return f"{type(model).__name__}.{name} is not one of {', '.join(model.capturable)}"
+    if model.grouping == "batch":
+        return "grouping 'batch' makes samples depend on each other, and so on the filling"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is enabled"
+    if model.device.type != "cpu" and checks.may_read(model.space_dict):
+        return "the checks of MADTP_KERNELS_DEBUG wait for the device"
+    if torch.compiler.is_compiling() or model.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "the call is being compiled or captured already"
+    return None
+
+
+def _limit() -> int:
+    """How many recordings a model keeps: MADTP_GRAPHS, or the default."""
+    value = os.environ.get("MADTP_GRAPHS", "")
+    if value and not value.isdecimal():
+        raise ValueError(f"MADTP_GRAPHS: expected a number of graphs to keep, or 0 for none, got {value!r}")
+    return int(value) if value else MOST_GRAPHS

@@ -1,0 +1,541 @@
+"""CUDA graphs of whole forwards, on any machine: a stand-in for the recorder runs the function again at each replay.
+
+It shows buckets, filling, what a recording depends on, and what happens where none is possible. Real graphs are tested
+in test_gpu.py.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import logging
+import pickle
+
+import pytest
+import test_clip
+import test_tasks
+import torch
+from madtp import graphs
+from madtp.checkpoints import randomize
+from madtp.graphs import Graphs, batch_bucket, text_bucket
+from madtp.models import MODELS
+from madtp.pruning import LayerTrace, Stream
+from test_waits import CASES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from madtp_kernels import RaggedBatch
+
+SIZE = 64  # of the pictures
+COUNT, LONGEST = 11, 21
+METHODS = {"retrieval": ["encode_image", "encode_text"], "clip": ["encode_image", "encode_text"]}
+NAMES = [name for name in CASES if name != "nlvr, batch"]  # whose samples depend on each other: it runs eagerly
+CALLS = [(name, method) for name in NAMES for method in METHODS.get(name.partition(",")[0], ["forward"])]
+each_call = pytest.mark.parametrize("name, method", CALLS, ids=lambda part: part.replace(", ", "-"))
+
+
+def tensors(result):
+    """All tensors of a result."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (list, tuple)):
+        for part in result:
+            yield from tensors(part)
+    elif dataclasses.is_dataclass(result):
+        for field in dataclasses.fields(result):
+            yield from tensors(getattr(result, field.name))
+
+
+class Rerun:
+    """A recorder for the CPU: a replay runs the function on the buffers, and spoils the results of the last replay."""
+
+    device_type = "cpu"
+    each, limit = 100, 10**6
+
+    def __init__(self, device):
+        self.bytes, self.last = 0, None
+
+    def record(self, function):
+        function()
+        self.bytes += self.each
+
+        def replay():
+            self.last = function()
+            return self.last
+
+        return replay
+
+    @contextlib.contextmanager
+    def turn(self):
+        for tensor in tensors(self.last):
+            tensor.fill_(-7)
+        yield
+
+    def settle(self):
+        pass
+
+
+class RerunOnMeta(Rerun):
+    device_type = "meta"
+
+
+class Broken(Rerun):
+    def record(self, function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+class Small(Rerun):
+    limit = 250
+
+
+def make(name, temperature=2.0, recorder=Rerun):
+    task, (config, options) = name.partition(",")[0], CASES[name]
+    with torch.inference_mode(False), torch.no_grad():
+        model = MODELS[task](config, temperature, **options).eval()
+        randomize(model, seed=5)
+        model.space_dict.mul_(0.2)  # alignments of order one, so that thresholds are averages of many tokens
+    model.graphs = Graphs(recorder)
+    return model
+
+
+@pytest.fixture
+def data(generator):
+    return draw(generator)
+
+
+def draw(generator):
+    """Pictures and texts of which the tests take parts."""
+    lengths = torch.randint(3, LONGEST, (COUNT,), generator=generator).tolist()
+    ids = [torch.randint(6, test_tasks.VOCABULARY - 2, (length,), generator=generator) for length in lengths]
+    return torch.randn(COUNT, 2, 3, SIZE, SIZE, generator=generator), ids, test_clip.texts_of(generator, lengths)
+
+
+def inputs_of(name, method, data, numbers):
+    """What a method takes, for these samples."""
+    pixels, ids, clip_ids = data
+    texts = [(clip_ids if name.startswith("clip") else ids)[number] for number in numbers]
+    if method == "encode_text":
+        return (texts,)
+    if name.startswith("nlvr"):
+        return pixels[numbers].transpose(0, 1).flatten(0, 1), texts
+    return (pixels[numbers, 0], texts) if name == "vqa" else (pixels[numbers, 0],)
+
+
+def check_same(ours, theirs, tolerance=1e-5):
+    """Two results: the same kept tokens in every layer, and values that agree."""
+    check = functools.partial(check_same, tolerance=tolerance)
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, Tensor):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    elif isinstance(theirs, RaggedBatch):
+        assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+        check(ours.exact().values, theirs.exact().values)
+    elif isinstance(theirs, LayerTrace):
+        assert torch.equal(ours.cu_seqlens_in, theirs.cu_seqlens_in)
+        assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+        rows_in, rows = int(theirs.cu_seqlens_in[-1]), int(theirs.cu_seqlens[-1])
+        assert torch.equal(ours.ids[:rows], theirs.ids[:rows])
+        assert (ours.threshold is None) == (theirs.threshold is None)
+        if theirs.threshold is not None:
+            check(ours.threshold, theirs.threshold)
+            check(ours.importance[:rows_in], theirs.importance[:rows_in])
+    elif isinstance(theirs, Stream):
+        check(ours.tokens, theirs.tokens)
+        rows = theirs.tokens.num_tokens
+        assert torch.equal(ours.ids[:rows], theirs.ids[:rows])
+    elif isinstance(theirs, (list, tuple)):
+        for mine, yours in zip(ours, theirs, strict=True):
+            check(mine, yours)
+    elif dataclasses.is_dataclass(theirs):
+        for field in dataclasses.fields(theirs):
+            check(getattr(ours, field.name), getattr(theirs, field.name))
+    else:
+        assert ours == theirs
+
+
+def bound(model, method):
+    return model if method == "forward" else getattr(model, method)
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_filled_up_by_a_third_at_most():
+    buckets = sorted({batch_bucket(samples) for samples in range(1, 257)})
+    assert buckets == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    for samples in range(1, 257):
+        assert samples <= batch_bucket(samples) <= max(1.5 * samples, 8)
+        assert batch_bucket(samples) == min(bucket for bucket in buckets if bucket >= samples)
+
+
+def test_texts_are_bounded_by_multiples_of_32_and_by_the_model():
+    assert [text_bucket(length, 77) for length in (0, 1, 32, 33, 64, 65, 77)] == [0, 32, 32, 64, 64, 77, 77]
+
+
+# ---- the results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0], ids=["dense", "pruned"])
+@each_call
+@torch.inference_mode()
+def test_any_batch_gets_what_it_gets_without_graphs(name, method, temperature, data, generator):
+    """Batches of many sizes, in random order, each replayed from a recording that others use too."""
+    model = make(name, temperature)
+    call, eager, held = bound(model, method), bound(model, method), []
+    for _ in range(2):
+        for size in (torch.randperm(COUNT, generator=generator) + 1).tolist():
+            numbers = torch.randperm(COUNT, generator=generator)[:size].tolist()
+            inputs = inputs_of(name, method, data, numbers)
+            ours, theirs = graphs.run(call, *inputs), eager(*inputs)
+            check_same(ours, theirs)
+            held.append((ours, theirs))
+    assert 4 <= len(model.graphs) <= 9
+    for ours, theirs in held:  # results are good for longer than until the next replay
+        check_same(ours, theirs)
+    if temperature:
+        traces = [theirs.vision if method == "forward" else theirs.trace for _, theirs in held]
+        assert any(bool(trace[-1].pruned.any()) for trace in traces), "nothing was pruned: the claim would be empty"
+
+
+@torch.inference_mode()
+def test_a_bucket_runs_then_is_recorded_then_replayed(data, monkeypatch):
+    model, calls = make("vqa"), []
+    monkeypatch.setattr(type(model), "forward", counted(type(model).forward, calls))
+    for samples, recordings in [(3, 0), (3, 1), (4, 1), (3, 1), (4, 2), (4, 2)]:
+        graphs.run(model, *inputs_of("vqa", "forward", data, range(samples)))
+        assert len(model.graphs) == recordings
+    # Eager runs have the batch; the stand-in runs a full bucket, once to record and once for each replay.
+    assert [len(pixels) for pixels in calls] == [3, 4, 4, 4, 4, 4, 4, 4]
+
+
+def counted(function, calls):
+    def forward(self, pixels, *rest, **options):
+        calls.append(pixels)
+        return function(self, pixels, *rest, **options)
+
+    return forward
+
+
+@torch.inference_mode()
+def test_a_bound_buffer_of_texts_is_taken_as_it_is(data):
+    """As on a GPU, where the host does not know how many rows hold tokens."""
+    model = make("retrieval")
+    for number, lengths in enumerate([[5, 9, 3], [9, 9, 9], [1, 2, 3], [4, 4, 4]]):
+        texts = [data[1][0].repeat(4)[:length] for length in lengths]
+        exact = RaggedBatch.from_list(texts)
+        spare = torch.full((27,), 10**9 if number > 1 else 0)  # replays look nothing up there
+        values = torch.cat([exact.values, spare])
+        ours = graphs.run(model.encode_text, RaggedBatch(values[:27], exact.cu_seqlens, 9, bound=True))
+        check_same(ours, model.encode_text(texts))
+    assert len(model.graphs) == 1
+
+
+class NoHostMemory(TorchDispatchMode):
+    """Raises where an operation on the device takes a tensor of the host: a copy cannot be recorded."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [value for value in tensors([*args, *kwargs.values()]) if value.dim()]
+        result = function(*args, **kwargs)
+        devices = {value.device.type for value in [*given, *tensors(result)]}
+        assert devices <= {"meta"}, f"{function} on {devices}"
+        return result
+
+
+class RerunWithoutHost(RerunOnMeta):
+    def record(self, function):
+        with NoHostMemory():
+            function()
+        return lambda: function()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0], ids=["dense", "pruned"])
+@each_call
+@torch.inference_mode()
+def test_neither_loading_nor_running_waits_or_touches_the_host(name, method, temperature):
+    """Tensors without values: whoever asks for one gets an exception."""
+    task, (config, options) = name.partition(",")[0], CASES[name]
+    model = MODELS[task](config, temperature, **options).to("meta").eval()
+    model.graphs = Graphs(RerunWithoutHost)
+    for samples in (3, 3, 3, 4, 4):
+        pixels = torch.empty((2 if task == "nlvr" else 1) * samples, 3, SIZE, SIZE, device="meta")
+        ids = RaggedBatch(
+            torch.empty(25, dtype=torch.int64, device="meta"),
+            torch.empty(samples + 1, dtype=torch.int32, device="meta"),
+            12,
+        )
+        both = [pixels] if task == "caption" else [pixels, ids]
+        taken = {"encode_text": [ids], "encode_image": [pixels]}.get(method, both)
+        with NoHostMemory():
+            graphs.run(bound(model, method), *taken)
+    assert len(model.graphs) == 1 + (method != "encode_text")
+
+
+# ---- nothing stale --------------------------------------------------------------------------------------------------
+
+
+def write(model):
+    model.visual_encoder.blocks[0].mlp.fc1.weight.mul_(1.5)
+
+
+def replace_parameter(model):
+    model.visual_encoder.blocks[0].norm1.weight = torch.nn.Parameter(torch.full((64,), 1.5))
+
+
+def replace_module(model):
+    head = torch.nn.Linear(64, 64)
+    model.cls_head[0] = head.requires_grad_(False).eval()
+
+
+def load(model):
+    model.load_state_dict({key: value * 1.1 for key, value in model.state_dict().items()})
+
+
+def assign(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+CHANGES = {
+    "in place": write,
+    "parameter": replace_parameter,
+    "module": replace_module,
+    "load_state_dict": load,
+    "data": assign,
+    "temperature": lambda model: setattr(model, "temperature", 6.0),
+    "dense": lambda model: setattr(model, "temperature", 0.0),
+    "pair": lambda model: setattr(model, "grouping", "pair"),
+    "sizes": lambda model: setattr(model, "use_sizes", True),
+    "backend": lambda model: setattr(model, "backend", "reference"),
+}
+EAGER = {
+    "hook": lambda model: model.text_encoder.register_forward_hook(lambda *given: None),
+    "hook before": lambda model: model.cls_head.register_forward_pre_hook(lambda *given: None),
+    "training": lambda model: model.train(),
+    "grouping": lambda model: setattr(model, "grouping", "batch"),
+    "off": lambda model: setattr(model.graphs, "limit", 0),
+    "forward": lambda model: setattr(model.cls_head, "forward", lambda x: 2 * x[:, :2]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_changed_model_gives_changed_answers(change, data):
+    model, inputs = make("nlvr"), inputs_of("nlvr", "forward", data, range(3))
+    for _ in range(3):
+        before = graphs.run(model, *inputs)
+    CHANGES[change](model)
+    theirs = model(*inputs)
+    assert not torch.equal(theirs.logits, before.logits) or change == "backend"
+    for _ in range(3):
+        check_same(graphs.run(model, *inputs), theirs)
+    assert len(model.graphs) == (1 if change in ("in place", "parameter", "module", "load_state_dict", "data") else 2)
+
+
+@pytest.mark.parametrize("change", EAGER)
+@torch.no_grad()
+def test_what_a_replay_would_miss_runs_eagerly(change, data, monkeypatch, caplog):
+    graphs._log_once.cache_clear()
+    model, inputs, calls = make("nlvr"), inputs_of("nlvr", "forward", data, range(3)), []
+    for _ in range(3):
+        graphs.run(model, *inputs)
+    EAGER[change](model)
+    monkeypatch.setattr(type(model), "forward", counted(type(model).forward, calls))
+    with caplog.at_level(logging.WARNING, "madtp"):
+        for _ in range(2):
+            check_same(graphs.run(model, *inputs), model(*inputs))
+    assert all(isinstance(pixels, Tensor) for pixels in calls)  # a recording has a ragged batch of them
+    assert len([r for r in caplog.records if "CUDA graphs are not used" in r.message]) == (change != "off")
+
+
+def test_gradients_are_never_lost(data):
+    model, inputs = make("nlvr"), inputs_of("nlvr", "forward", data, range(3))
+    with torch.no_grad():
+        for _ in range(3):
+            graphs.run(model, *inputs)
+    assert graphs.run(model, *inputs).logits.requires_grad
+
+
+@torch.inference_mode()
+def test_results_may_be_used_in_and_out_of_inference_mode(data):
+    model, inputs = make("nlvr"), inputs_of("nlvr", "forward", data, range(3))
+    for _ in range(3):
+        graphs.run(model, *inputs)
+    with torch.inference_mode(False), torch.no_grad():
+        outside = graphs.run(model, *inputs)
+        outside.logits.add_(1)
+    check_same(graphs.run(model, *inputs), model(*inputs))
+
+
+# ---- bounds and failures --------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_the_recording_used_longest_ago_is_dropped(data):
+    model = make("caption")
+    model.graphs.limit = 2
+    batches = {size: inputs_of("caption", "forward", data, range(size)) for size in (1, 2, 4, 8)}
+    for size in (1, 2, 1, 2, 1, 4, 4):
+        check_same(graphs.run(model, *batches[size]), model(*batches[size]))
+    assert [key[1] for key in model.graphs._recordings] == [1, 4]
+    model.graphs.clear()
+    assert len(model.graphs) == model.graphs.bytes == 0
+
+
+@torch.inference_mode()
+def test_memory_that_is_used_up_is_given_back(data, caplog):
+    graphs._log_once.cache_clear()
+    model = make("caption", recorder=Small)  # two recordings fit
+    for size in (1, 1, 2, 2, 4, 4, 4):
+        inputs = inputs_of("caption", "forward", data, range(size))
+        check_same(graphs.run(model, *inputs), model(*inputs))
+        assert model.graphs.bytes <= Small.limit
+    assert [key[1] for key in model.graphs._recordings] == [4] and model.graphs.bytes == 100
+
+    class TooSmall(Rerun):
+        limit = 50
+
+    model.graphs = Graphs(TooSmall)
+    with caplog.at_level(logging.WARNING, "madtp"):
+        for _ in range(4):
+            check_same(graphs.run(model, *inputs), model(*inputs))
+    assert len(model.graphs) == 0
+    assert [record.message for record in caplog.records] == ["CUDA graphs are not used for 4 samples: one takes 0.0 GB"]
+
+
+@torch.inference_mode()
+def test_a_recording_that_fails_is_not_tried_again(data, caplog):
+    graphs._log_once.cache_clear()
+    model, inputs = make("caption", recorder=Broken), inputs_of("caption", "forward", data, range(4))
+    with caplog.at_level(logging.WARNING, "madtp"):
+        for _ in range(4):
+            check_same(graphs.run(model, *inputs), model(*inputs))
+    (record,) = caplog.records
+    assert "operation not permitted when stream is capturing" in record.message
+
+
+@pytest.mark.parametrize("method", ["forward", "encode_image"])
+@torch.inference_mode()
+def test_wrong_inputs_get_the_error_of_the_model(method, data):
+    name = "retrieval" if method == "encode_image" else "vqa"
+    model, good = make(name), inputs_of(name, method, data, range(3))
+    for _ in range(3):
+        graphs.run(bound(model, method), *good)
+    wrong = [(good[0][..., :-1], *good[1:])]
+    if name == "vqa":
+        pixels, ids = good
+        too_long = torch.ones(test_tasks.TEXT.max_position_embeddings + 1, dtype=torch.int64)
+        wrong += [(pixels[:2], ids), (pixels.repeat(2, 1, 1, 1), ids)]
+        wrong += [(pixels, texts) for texts in ([], [torch.tensor([10**6])] * 3, [too_long] * 3)]
+    for inputs in wrong:
+        for _ in range(3):
+            with pytest.raises(ValueError) as ours:
+                graphs.run(bound(model, method), *inputs)
+            with pytest.raises(ValueError) as theirs:
+                bound(model, method)(*inputs)
+            assert str(ours.value) == str(theirs.value)
+
+
+def test_copies_of_a_model_begin_without_recordings(data):
+    model, inputs = make("caption"), inputs_of("caption", "forward", data, range(4))
+    with torch.inference_mode():
+        for _ in range(2):
+            graphs.run(model, *inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert (len(model.graphs), len(other.graphs)) == (1, 0)
+        with torch.inference_mode():
+            check_same(graphs.run(other, *inputs), model(*inputs))
+
+
+def test_the_environment_sets_how_many_are_kept(monkeypatch):
+    for value, limit in (("", 16), ("0", 0), ("3", 3)):
+        monkeypatch.setenv("MADTP_GRAPHS", value)
+        assert Graphs().limit == limit
+    monkeypatch.setenv("MADTP_GRAPHS", "no")
+    with pytest.raises(ValueError, match="MADTP_GRAPHS: expected a number"):
+        Graphs()
+
+
+@torch.inference_mode()
+def test_on_a_cpu_nothing_is_recorded(data):
+    model, inputs = make("caption", recorder=graphs.CudaRecorder), inputs_of("caption", "forward", data, range(4))
+    for _ in range(3):
+        check_same(graphs.run(model, *inputs), model(*inputs))
+    assert len(model.graphs) == 0
+
+
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_capture_by_hand(data):
+    model = make("nlvr")
+    captured = model.capture(*inputs_of("nlvr", "forward", data, range(3)), text_length=LONGEST)
+    hot = model.capture(*inputs_of("nlvr", "forward", data, range(2)), text_length=LONGEST, temperature=6.0)
+    for numbers in ([3, 4, 5], [8, 7, 6], [0, 9, 10]):
+        inputs = inputs_of("nlvr", "forward", data, numbers)
+        check_same(captured(*inputs), model(*inputs))
+        inputs = inputs_of("nlvr", "forward", data, numbers[:2])
+        check_same(hot(*inputs), model(*inputs, temperature=6.0))
+    with model.dense():
+        check_same(hot(*inputs), model(*inputs, temperature=6.0))
+
+
+@torch.inference_mode()
+def test_results_of_a_capture_are_overwritten_by_the_next_call(data):
+    model = make("nlvr")
+    captured = model.capture(*inputs_of("nlvr", "forward", data, range(3)), text_length=LONGEST)
+    before = captured(*inputs_of("nlvr", "forward", data, range(3))).logits
+    kept = before.clone()
+    captured(*inputs_of("nlvr", "forward", data, range(3, 6)))
+    assert not torch.equal(before, kept)
+
+
+@torch.inference_mode()
+def test_capture_of_one_tower(data):
+    model = make("clip")
+    for method in ("encode_image", "encode_text"):
+        options = {"text_length": LONGEST} if method == "encode_text" else {}
+        captured = model.capture(*inputs_of("clip", method, data, range(3)), method=method, **options)
+        inputs = inputs_of("clip", method, data, range(3, 6))
+        check_same(captured(*inputs), getattr(model, method)(*inputs))
+    with pytest.raises(ValueError, match="method: expected one of encode_image, encode_text, got 'forward'"):
+        model.capture(*inputs_of("nlvr", "forward", data, range(3)))
+
+
+@torch.inference_mode()
+def test_capture_says_what_is_wrong(data):
+    model, inputs = make("nlvr"), inputs_of("nlvr", "forward", data, range(3))
+    captured = model.capture(*inputs, text_length=LONGEST)
+    longer = [torch.ones(LONGEST + 1, dtype=torch.int64)] * 3
+    fewer = inputs_of("nlvr", "forward", data, range(2))
+    for wrong in (fewer, (inputs[0], longer), (inputs[0][:3], inputs[1]), inputs[:1]):
+        with pytest.raises(ValueError, match=f"inputs: captured for 3 samples and texts of up to {LONGEST} tokens"):
+            captured(*wrong)
+    with pytest.raises(ValueError, match="inputs: expected images and texts of one batch"):
+        model.capture(inputs[0][:4], inputs[1])
+    with pytest.raises(ValueError, match="text_length: expected .* got 1"):
+        model.capture(*inputs, text_length=1)
+    with pytest.raises(ValueError, match="temperature: expected 0, or a number"):
+        model.capture(*inputs, temperature=-1)
+    with torch.inference_mode(False), torch.enable_grad(), pytest.raises(ValueError, match="gradients are enabled"):
+        captured(*inputs)
+    for change, match in [("temperature", "settings have"), ("in place", "weights have"), ("module", "weights have")]:
+        captured = model.capture(*inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            CHANGES[change](model)
+        with pytest.raises(ValueError, match=f"model: it has to be captured again, because .*{match}"):
+            captured(*inputs)
+    captured = model.capture(*inputs)
+    EAGER["hook"](model)
+    with pytest.raises(ValueError, match="model: it has to be captured again, because TextEncoder has hooks"):
+        captured(*inputs)
+    with pytest.raises(ValueError, match="model: it cannot be captured, because TextEncoder has hooks"):
+        model.capture(*inputs)
+    model = make("nlvr", recorder=graphs.CudaRecorder)
+    with pytest.raises(ValueError, match="model: CUDA graphs need a model on a CUDA device, got one on cpu"):
+        model.capture(*inputs)
+    model = make("nlvr", recorder=Broken)
+    with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
+        model.capture(*inputs)
