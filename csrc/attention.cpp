@@ -21,27 +21,27 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   for (const auto& samples : sample_groups(kernels, keys, offsets_k)) {
-    const PackedKeys packed(kernels, keys, &values, offsets_k, key_bias, samples);
+    const PackedKeys packed(kernels, keys, &values, offsets_k, key_bias, samples, causal);
     const AttentionCall call{kernels,   queries, offsets_q, offsets_k, packed, static_cast<float>(scale),
                              causal, out,     lse};
     std::vector<AttentionCall::Block> items;
-    int64_t most_rows = 0, most_columns = 0;
+    int64_t scratch_bytes = 0;
     for (const int64_t b : samples) {
-      const Blocks blocks(kernels, offsets_q.length(b), offsets_k.length(b), 1);
+      const Blocks blocks(layout_of(kernels, call.factor()), offsets_q.length(b), offsets_k.length(b), 1);
       if (blocks.count == 0) continue;
-      most_rows = std::max(most_rows, blocks.rows);
-      most_columns = std::max(most_columns, call.stride(b));
+      scratch_bytes = std::max(scratch_bytes, call.scratch_bytes(blocks.rows, offsets_k.length(b)));
       for (int64_t head = 0; head < queries.heads; ++head) {
         for (int64_t block = 0; block < blocks.count; ++block) {
-          items.push_back({b, head, blocks.first(block), blocks.size(block)});
+          items.push_back({b, blocks.first(block), blocks.size(block), head, 1});
         }
       }
     }
     share_items(static_cast<int64_t>(items.size()), [&](const auto& next) {
-      const AttentionCall::Scratch scratch(call, most_rows, most_columns);
+      const Buffer scratch(scratch_bytes);
       for (size_t item = next(); item < items.size(); item = next()) {
         // Another thread may take the next item; then the queries asked for were wasted.
-        call.run(scratch, items[item], item + 1 < items.size() ? &items[item + 1] : nullptr, nullptr, nullptr);
+        if (item + 1 < items.size()) call.prefetch(items[item + 1]);
+        call.run(items[item], {}, scratch);
       }
     });
   }

@@ -1,12 +1,9 @@
 // Self-attention and its importance in one pass.
 //
 // attention.cpp and importance.cpp say what is computed. Alone, importance has to recompute the logits from the log-sum-exp.
-// Here a work item takes a block of queries through all heads, and after each head's softmax updates the running maximum of
-// s - lse while the logits are at hand: a third of the matrix products falls away, and no more than one block of
-// probabilities exists at a time.
+// Here a work item takes a block of queries through all heads, and updates the running maximum of s - lse while the logits are
+// at hand: a third of the matrix products falls away, and no more than one block of probabilities exists at a time.
 #include <ATen/ops/empty.h>
-
-#include <limits>
 
 #include "cpu_attention_block.h"
 #include "cpu_importance_sums.h"
@@ -22,32 +19,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_importance(const Tenso
   const Offsets offsets(cu_seqlens);
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
-  const ImportanceSums sums(kernels, offsets, queries.heads, q.size(0));
+  const Factor factor = factor_of(kernels, queries.type);
+  const ImportanceSums sums(kernels, layout_of(kernels, factor), offsets, queries.heads, q.size(0));
 
   for (const auto& samples : sample_groups(kernels, keys, offsets)) {
-    const PackedKeys packed(kernels, keys, &values, offsets, key_bias, samples);
+    const PackedKeys packed(kernels, keys, &values, offsets, key_bias, samples, causal);
     const AttentionCall call{kernels, queries, offsets, offsets, packed, static_cast<float>(scale),
                              causal,  out,     lse};
     const auto chunks = sums.chunks(samples);
-    const int64_t rows_most = sums.most_rows(samples), columns = call.stride(samples.front());
+    int64_t scratch_bytes = 0, best_bytes = 0;
+    for (const int64_t b : samples) {
+      const int64_t rows = sums.blocks(b).rows, length = offsets.length(b);
+      scratch_bytes = std::max(scratch_bytes, call.scratch_bytes(rows, length));
+      best_bytes = std::max(best_bytes, kernels.best_bytes(factor, rows, length));
+    }
     share_items(static_cast<int64_t>(chunks.size()), [&](const auto& next) {
-      const AttentionCall::Scratch scratch(call, rows_most, columns);
-      const Buffer memory(rows_most * columns * 4);
-      float* const best = memory.at<float>();
+      const Buffer scratch(scratch_bytes), best(best_bytes);
       for (size_t item = next(); item < chunks.size(); item = next()) {
         const auto& [b, first_block, last_block, received] = chunks[item];
         const Blocks& blocks = sums.blocks(b);
-        const int64_t length = offsets.length(b), width = call.stride(b);
-        std::fill_n(received, length, 0.0f);
+        std::fill_n(received, offsets.length(b), 0.0f);
         for (int64_t block = first_block; block < last_block; ++block) {
           const int64_t first = blocks.first(block), rows = blocks.size(block);
-          std::fill_n(best, rows * width, -std::numeric_limits<float>::infinity());
-          for (int64_t head = 0; head < queries.heads; ++head) {
-            const AttentionCall::Block now{b, head, first, rows}, following{b, head + 1, first, rows};
-            call.run(scratch, now, head + 1 < queries.heads ? &following : nullptr, best,
-                     first == 0 ? sums.first_weights(b, head) : nullptr);
-          }
-          kernels.exp_column_sums(best, width, rows, length, length, received);
+          float* const first_weights = first == 0 ? sums.first_weights(b, 0) : nullptr;
+          call.run({b, first, rows, 0, queries.heads}, {best.at<float>(), first_weights, offsets.total()}, scratch);
+          // Token 0 gives nothing.
+          kernels.best_column_sums(factor, best.at<float>(), first == 0 ? 1 : 0, rows, offsets.length(b), received);
+          if (causal) sums.spread_nan(lse, b, first, rows, received);
         }
       }
     });

@@ -9,7 +9,7 @@ namespace madtp::cpu {
 // not depend on the batch.
 struct Blocks {
   // `parts`: at least that many blocks, so that threads find work in a batch of few samples.
-  Blocks(const CpuKernels& kernels, int64_t queries, int64_t keys, int64_t parts);
+  Blocks(const Layout& layout, int64_t queries, int64_t keys, int64_t parts);
 
   int64_t first(int64_t block) const { return block * rows; }
   int64_t size(int64_t block) const { return std::min(rows, queries - block * rows); }
@@ -28,21 +28,31 @@ struct AttentionCall {
   Tensor& out;  // [Cq, H, d] contiguous
   Tensor& lse;  // [H, Cq] contiguous
 
-  int64_t stride(int64_t b) const { return round_up(offsets_k.length(b), kernels.panel); }
-
-  // A thread's memory for blocks of up to `rows` queries and `columns` keys.
-  struct Scratch {
-    Scratch(const AttentionCall& call, int64_t rows, int64_t columns);
-    int64_t rows_bytes, logits_bytes, weights_bytes;
-    Buffer memory;
-  };
+  Factor factor() const { return factor_of(kernels, q.type); }
 
   struct Block {
-    int64_t b, head, first, rows;  // queries [first, first + rows) of sample b
+    int64_t b, first, rows;  // queries [first, first + rows) of sample b
+    int64_t head, heads;     // heads [head, head + heads)
   };
 
-  // Attends a block. `next` is the block that follows in this thread, or null. `best` and `first_weights`: see SoftmaxBlock.
-  void run(const Scratch& scratch, const Block& block, const Block* next, float* best, float* first_weights) const;
+  // What importance wants of a block: see AttentionBlock. First weights are null for any but the first block.
+  struct Wanted {
+    float* best;
+    float* first_weights;
+    int64_t first_stride;
+  };
+
+  // Bytes that a block needs as `scratch`.
+  int64_t scratch_bytes(int64_t rows, int64_t keys) const {
+    return kernels.scratch_bytes(factor(), rows, keys, q.head_dim);
+  }
+
+  void run(const Block& block, const Wanted& wanted, const Buffer& scratch) const;
+
+  // Asks for the queries of a block that this thread will attend next.
+  void prefetch(const Block& block) const {
+    q.prefetch(offsets_q.start(block.b) + block.first, block.rows, block.head);
+  }
 };
 
 }  // namespace madtp::cpu

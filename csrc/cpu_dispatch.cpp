@@ -4,11 +4,18 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu_kernels.h"
 
 namespace madtp::cpu {
 
 #if defined(__x86_64__)
+CpuKernels cpu_kernels_amx();
 CpuKernels cpu_kernels_avx512bf16();
 CpuKernels cpu_kernels_avx512();
 CpuKernels cpu_kernels_avx2();
@@ -23,6 +30,19 @@ struct Candidate {
   CpuKernels (*make)();
 };
 
+// Whether the processor has AMX tiles of bfloat16 and the system lets this process use them, which it has to be asked for.
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and the number of the state
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kBf16) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 CpuKernels choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -33,6 +53,7 @@ CpuKernels choose() {
 #endif
   const Candidate candidates[] = {
 #if defined(__x86_64__)
+      {"amx", bf16 && has_tiles(), cpu_kernels_amx},
       {"avx512bf16", bf16, cpu_kernels_avx512bf16},
       {"avx512", avx512, cpu_kernels_avx512},
       {"avx2", avx2, cpu_kernels_avx2},
@@ -44,7 +65,7 @@ CpuKernels choose() {
   for (const Candidate& candidate : candidates) {
     if (candidate.runs && (any || std::strcmp(wanted, candidate.name) == 0)) return candidate.make();
   }
-  throw std::runtime_error("MADTP_KERNELS_CPU: expected avx512bf16, avx512, avx2 or portable, and a processor that has it, got " +
+  throw std::runtime_error("MADTP_KERNELS_CPU: expected amx, avx512bf16, avx512, avx2 or portable, and a processor that has it, got " +
                            std::string(wanted));
 }
 

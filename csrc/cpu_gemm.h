@@ -2,7 +2,8 @@
 //
 // Packed layout: panels of kPanelVectors vectors of columns (the last one may have fewer); within a panel the depth runs
 // outermost. float32: one vector per depth and vector of columns. bfloat16: the two values of an even and the following odd
-// depth side by side in each 32-bit lane, which is what the dot-product instruction takes.
+// depth side by side in each 32-bit lane, which is what the dot-product instructions take. The depth is padded to whole
+// Product::kDepthUnit, left operands to whole Product::kRows.
 #pragma once
 
 #include "cpu_kernels.h"
@@ -17,16 +18,31 @@ struct ProductF32 {
   using element = float;
   using vector = vf;
   static constexpr int kDepth = 1;  // depths consumed by a step
+  static constexpr int kDepthUnit = 1;
+  static constexpr int kRows = kTileRows;
+  static constexpr int kPanelVectors = MADTP_ISA::kPanelVectors;
   MADTP_INLINE vector left(const float* p) { return broadcast(*p); }
   MADTP_INLINE vector right(const float* p) { return load(p); }
   MADTP_INLINE vf accumulate(vector a, vector b, vf c) { return fma(a, b, c); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// Products by tiles: cpu_tiles.h. A packed tile of 16 pairs of depths and 16 columns is a piece of memory.
+struct ProductBF16 {
+  using element = bf16;
+  static constexpr int kDepth = 2;
+  static constexpr int kDepthUnit = 32;
+  static constexpr int kRows = 16;
+  static constexpr int kPanelVectors = 1;
+};
+#elif defined(__AVX512BF16__)
 struct ProductBF16 {
   using element = bf16;
   using vector = __m512i;
   static constexpr int kDepth = 2;
+  static constexpr int kDepthUnit = 2;
+  static constexpr int kRows = kTileRows;
+  static constexpr int kPanelVectors = MADTP_ISA::kPanelVectors;
   MADTP_INLINE vector left(const bf16* p) {
     int pair;
     std::memcpy(&pair, p, 4);
@@ -107,6 +123,7 @@ MADTP_INLINE void block_product(const LeftRows& left, const void* right, int64_t
   }
 }
 
+// c = scale * left right + bias.
 template <class Product>
 void product(const LeftRows& left, const void* right, int64_t columns, int64_t depth, float scale, const float* bias,
              float* c, int64_t c_stride) {
@@ -116,6 +133,7 @@ void product(const LeftRows& left, const void* right, int64_t columns, int64_t d
   });
 }
 
+// out = row_scale * left right, rows and columns exactly. Of the packed depth only the first `depth` count.
 template <class Product, class Out>
 void scaled_product(const LeftRows& left, const void* right, int64_t columns, int64_t depth, int64_t packed_depth,
                     const float* row_scale, Out* out, int64_t out_stride) {
@@ -139,7 +157,7 @@ void product_maximum(const LeftRows& left, const void* panel, int64_t columns, i
       (depth + Product::kDepth - 1) / Product::kDepth, [&](int64_t row, int v, vf sum) {
         float* to = best + row * best_stride + v * kLanes;
         const vf value = fma(sum, factor, load(bias + v * kLanes)) - broadcast(row_offset[row]);
-        store(to, maximum(load(to), value));
+        store(to, maximum_or_nan(value, load(to)));
       });
 }
 

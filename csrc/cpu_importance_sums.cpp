@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cmath>
+
 namespace madtp::cpu {
 
 namespace {
@@ -17,7 +19,8 @@ int64_t partial_stride(int64_t length) { return round_up(length, 16); }
 
 }  // namespace
 
-ImportanceSums::ImportanceSums(const CpuKernels& kernels, const Offsets& offsets, int64_t heads, int64_t total_rows)
+ImportanceSums::ImportanceSums(const CpuKernels& kernels, const Layout& layout, const Offsets& offsets, int64_t heads,
+                               int64_t total_rows)
     : kernels_(kernels),
       offsets_(offsets),
       heads_(heads),
@@ -25,7 +28,7 @@ ImportanceSums::ImportanceSums(const CpuKernels& kernels, const Offsets& offsets
       first_weights_(heads * offsets.total() * 4) {
   int64_t floats = 0;
   for (int64_t b = 0; b < offsets.samples; ++b) {
-    blocks_.emplace_back(kernels, offsets.length(b), offsets.length(b), kLeastBlocks);
+    blocks_.emplace_back(layout, offsets.length(b), offsets.length(b), kLeastBlocks);
     partial_start_.push_back(floats);
     floats += chunk_count(b) * partial_stride(offsets.length(b));
   }
@@ -54,6 +57,17 @@ int64_t ImportanceSums::most_rows(const std::vector<int64_t>& samples) const {
   int64_t most = 0;
   for (const int64_t b : samples) most = std::max(most, blocks_[b].rows);
   return most;
+}
+
+void ImportanceSums::spread_nan(const Tensor& lse, int64_t b, int64_t first, int64_t rows, float* sums) const {
+  const int64_t length = offsets_.length(b);
+  for (int64_t head = 0; head < heads_; ++head) {
+    const float* const of_head = lse.const_data_ptr<float>() + head * total_rows_ + offsets_.start(b) + first;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!std::isnan(of_head[r])) continue;
+      std::fill_n(first + r == 0 ? first_weights(b, head) : sums, length, of_head[r]);
+    }
+  }
 }
 
 std::tuple<Tensor, Tensor> ImportanceSums::finish(const HeadRows& out) const {

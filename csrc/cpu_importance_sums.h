@@ -18,8 +18,9 @@ class ImportanceSums {
     float* sums;                         // [length of the sample]
   };
 
-  // `total_rows`: rows of the buffer, C.
-  ImportanceSums(const CpuKernels& kernels, const Offsets& offsets, int64_t heads, int64_t total_rows);
+  // `layout`: of the factors that attention multiplies. `total_rows`: rows of the buffer, C.
+  ImportanceSums(const CpuKernels& kernels, const Layout& layout, const Offsets& offsets, int64_t heads,
+                 int64_t total_rows);
 
   std::vector<Chunk> chunks(const std::vector<int64_t>& samples) const;
   const Blocks& blocks(int64_t b) const { return blocks_[b]; }
@@ -30,6 +31,10 @@ class ImportanceSums {
   float* first_weights(int64_t b, int64_t head) const {
     return first_weights_.at<float>((head * offsets_.total() + offsets_.start(b)) * 4);
   }
+
+  // As in the reference, a query whose log-sum-exp is NaN gives NaN to all keys: to those, too, that causal attention hides from
+  // it. `lse` is [heads, C]; the queries are those of a block, `sums` are its chunk's.
+  void spread_nan(const Tensor& lse, int64_t b, int64_t first, int64_t rows, float* sums) const;
 
   // received [C] and cls [C]; `out` holds the attention output.
   std::tuple<Tensor, Tensor> finish(const HeadRows& out) const;

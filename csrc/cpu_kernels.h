@@ -6,6 +6,7 @@
 // keeps an arbitrary one.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace madtp::cpu {
@@ -24,25 +25,46 @@ struct RowsToLoad {
   int64_t depth;
 };
 
-// Left operand: `rows` rows (rounded up to tile_rows in memory) of `stride` elements.
+// Left operand: `rows` rows (whole layout.rows in memory) of `stride` elements.
 struct LeftRows {
   const void* data;
   int64_t stride;
   int64_t rows;
 };
 
-// Softmax of a block of logits, row by row.
-struct SoftmaxBlock {
-  float* logits;        // [rows, stride]; columns beyond `columns`, up to whole vectors, are -inf; becomes -inf where unseen
-  int64_t stride;
-  int64_t rows;
-  int64_t columns;
-  int64_t visible;       // row r sees the first visible + r columns
-  void* weights;         // [rows, stride] of the factor type: exp(s - max), zero where unseen
-  float* inverse_sum;    // [rows] 1 / sum of the weights, 0 for a row that sees nothing
-  float* lse;            // [rows] natural log-sum-exp
-  float* best;           // [rows, stride] running maximum over heads of s - lse, or null
-  float* first_weights;  // [columns] probabilities of row 0, which then stays out of `best`; null: no such row
+// How the products of a factor want their operands padded (with zeros): to multiples of these.
+struct Layout {
+  int64_t rows;        // of left operands
+  int64_t columns;     // of packed right operands
+  int64_t depth;       // of both
+  int64_t block_rows;  // not padding: at most so many queries in a block of attention
+};
+
+// A block of one sample's queries, head after head.
+struct AttentionBlock {
+  RowsToLoad queries;   // of the first head
+  int64_t head_bytes;   // between the heads of a query
+  int64_t heads;
+  const void* keys;     // packed, of the first head
+  int64_t keys_bytes;   // between heads
+  const void* values;
+  int64_t values_bytes;
+  const float* bias;    // [length], padded to whole vectors
+  bool biased;          // else the bias is zero
+  int64_t length;       // keys of the sample
+  int64_t columns;      // the first keys, whole panels or all: later ones are not looked at
+  int64_t visible;      // row r sees the first visible + r keys
+  float scale;
+  void* out;            // [rows, heads, head_dim] of the queries' type
+  int64_t out_stride;   // elements between rows
+  float* lse;           // [heads, lse_stride]: the natural log-sum-exp
+  int64_t lse_stride;
+  // Where importance is wanted, else null: the maximum over heads of s - lse, in a layout that best_column_sums knows, and the
+  // probabilities of the first row, [heads, first_stride].
+  float* best;
+  float* first_weights;
+  int64_t first_stride;
+  std::byte* scratch;
 };
 
 struct ScoreBlock {
@@ -60,11 +82,11 @@ struct ScoreBlock {
 struct CpuKernels {
   const char* name;
   int64_t lanes;      // floats in a vector
-  int64_t panel;      // columns in a packed panel (the last panel may be narrower: whole vectors only)
-  int64_t tile_rows;  // rows that a product computes together; left operands are padded to a multiple
+  int64_t panel;  // columns in a packed panel (the last panel may be narrower: whole vectors only)
   bool bf16_products;
+  Layout layouts[2];  // by factor
 
-  // Copies rows into a left operand, converted and zero padded to tile_rows rows and `stride` columns.
+  // Copies rows into a left operand, converted and zero padded to whole layout.rows and to `stride` columns.
   void (*load_rows)(Factor, const RowsToLoad&, void* to, int64_t stride);
   // Packs part of a right operand R[depth, columns] of packed_size(columns, depth) elements: the columns from first_column on,
   // a multiple of the lanes, each a source row (K, a dictionary); or the depths from first_depth on, even, each a source
@@ -72,19 +94,22 @@ struct CpuKernels {
   void (*pack_transposed)(Factor, const RowsToLoad&, int64_t first_column, int64_t columns, void* to);
   void (*pack)(Factor, const RowsToLoad&, int64_t first_depth, int64_t depth, void* to);
 
-  // c = scale * left right + bias (a vector per column, whole vectors). c has tile_rows-padded rows.
-  void (*product)(Factor, const LeftRows&, const void* right, int64_t columns, int64_t depth, float scale,
-                  const float* bias, float* c, int64_t c_stride);
-  // out = row_scale * left right, stored as `type` (rows exactly). Of the packed depth only the first `depth` count.
-  void (*scaled_product)(Factor, const LeftRows&, const void* right, int64_t columns, int64_t depth, int64_t packed_depth,
-                         const float* row_scale, Type type, void* out, int64_t out_stride);
+  // c = left right + bias (a vector per column, whole vectors). c has rows up to whole layout.rows.
+  void (*product)(Factor, const LeftRows&, const void* right, int64_t columns, int64_t depth, const float* bias, float* c,
+                  int64_t c_stride);
   // best = max(best, scale * left right + bias - row_offset) for the columns of one panel.
   void (*product_maximum)(Factor, const LeftRows&, const void* panel, int64_t columns, int64_t depth, float scale,
                           const float* bias, const float* row_offset, float* best, int64_t best_stride);
-
-  void (*softmax)(Factor, const SoftmaxBlock&);
   // sums[c] += sum_r e^x[r, c], where row r counts the first visible + r columns only.
   void (*exp_column_sums)(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t visible, float* sums);
+
+  void (*attend)(Factor, const AttentionBlock&);
+  // Working memory of such a block, and of its `best`, in bytes.
+  int64_t (*scratch_bytes)(Factor, int64_t rows, int64_t length, int64_t head_dim);
+  int64_t (*best_bytes)(Factor, int64_t rows, int64_t length);
+  // sums[c] += sum_r e^best[r, c] over the rows [first_row, rows) of a block's `best`.
+  void (*best_column_sums)(Factor, const float* best, int64_t first_row, int64_t rows, int64_t length, float* sums);
+
   // cls = sum_h p[h] |out_h| / (sum_h |out_h| + 1e-8) of one token; p is strided by p_stride.
   float (*norm_weighted_mean)(Type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
                               const float* p, int64_t p_stride);
@@ -105,9 +130,13 @@ const CpuKernels& cpu_kernels();
 
 static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Elements of a packed right operand. The depth is even, because bfloat16 products take two at a time.
-static inline int64_t packed_size(const CpuKernels& kernels, int64_t columns, int64_t depth) {
-  return round_up(columns, kernels.lanes) * round_up(depth, 2);
+static inline const Layout& layout_of(const CpuKernels& kernels, Factor factor) {
+  return kernels.layouts[static_cast<int>(factor)];
+}
+
+// Elements of a packed right operand.
+static inline int64_t packed_size(const Layout& layout, int64_t columns, int64_t depth) {
+  return round_up(columns, layout.columns) * round_up(depth, layout.depth);
 }
 
 }  // namespace madtp::cpu

@@ -1,7 +1,5 @@
 #include "cpu_operands.h"
 
-#include <cmath>
-#include <limits>
 #include <numeric>
 
 namespace madtp::cpu {
@@ -12,7 +10,31 @@ constexpr int64_t kTokensTogether = 16;  // a multiple of every instruction set'
 constexpr int64_t kTokensPerItem = 64;
 constexpr int64_t kGroupBytes = int64_t{32} << 20;  // of packed keys and values
 
+// Whether no float of this type has all bits of the exponent set.
+template <class Bits>
+bool all_finite(const Bits* values, int64_t count, Bits exponent) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) finite &= (values[i] & exponent) != exponent;
+  return finite;
+}
+
 }  // namespace
+
+bool HeadRows::finite(int64_t first, int64_t count) const {
+  bool finite = true;
+  for (int64_t row = first; row < first + count; ++row) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const void* const values = at(row, head);
+      if (type == Type::f32) {
+        finite &= all_finite<uint32_t>(static_cast<const uint32_t*>(values), head_dim, 0x7f800000u);
+      } else {
+        const uint16_t exponent = type == Type::bf16 ? 0x7f80 : 0x7c00;
+        finite &= all_finite<uint16_t>(static_cast<const uint16_t*>(values), head_dim, exponent);
+      }
+    }
+  }
+  return finite;
+}
 
 std::vector<int64_t> Offsets::longest_first() const {
   std::vector<int64_t> order(samples);
@@ -23,10 +45,11 @@ std::vector<int64_t> Offsets::longest_first() const {
 
 std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const HeadRows& k, const Offsets& offsets) {
   std::vector<std::vector<int64_t>> groups;
+  const Factor factor = factor_of(kernels, k.type);
   int64_t bytes = 0;
   for (const int64_t b : offsets.longest_first()) {
     const int64_t size =
-        2 * k.heads * packed_size(kernels, offsets.length(b), k.head_dim) * factor_bytes(factor_of(kernels, k.type));
+        2 * k.heads * packed_size(layout_of(kernels, factor), offsets.length(b), k.head_dim) * factor_bytes(factor);
     if (groups.empty() || bytes + size > kGroupBytes) {
       groups.emplace_back();
       bytes = 0;
@@ -38,11 +61,13 @@ std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const
 }
 
 PackedKeys::PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadRows* v, const Offsets& offsets,
-                       const c10::optional<Tensor>& key_bias, const std::vector<int64_t>& samples)
+                       const c10::optional<Tensor>& key_bias, const std::vector<int64_t>& samples, bool causal)
     : kernels_(kernels), place_(offsets.samples) {
   const Factor factor = factor_of(kernels, k.type);
+  const Layout& layout = layout_of(kernels, factor);
   bytes_ = factor_bytes(factor);
-  depth_ = factor == Factor::bf16 ? round_up(k.head_dim, 2) : k.head_dim;
+  depth_ = round_up(k.head_dim, layout.depth);
+  biased_ = key_bias.has_value();
   int64_t total = 0;
   const auto reserve = [&total](int64_t bytes) {
     total += round_up(bytes, 64);
@@ -51,31 +76,34 @@ PackedKeys::PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadR
   for (const int64_t b : samples) {
     const int64_t length = offsets.length(b);
     Place& place = place_[b];
-    place.keys_stride = round_up(packed_size(kernels, length, k.head_dim) * bytes_, 64);
+    place.keys_stride = round_up(packed_size(layout, length, k.head_dim) * bytes_, 64);
     place.keys = reserve(place.keys_stride * k.heads);
-    place.values_stride = v == nullptr ? 0 : round_up(packed_size(kernels, v->head_dim, length) * bytes_, 64);
+    place.values_stride = v == nullptr ? 0 : round_up(packed_size(layout, v->head_dim, length) * bytes_, 64);
     place.values = reserve(place.values_stride * k.heads);
     place.bias = reserve(round_up(length, kernels.lanes) * 4);
   }
   memory_ = Buffer(total);
 
-  const Tensor bias = key_bias.has_value() ? key_bias->to(at::kFloat).contiguous() : Tensor();
-  const float* given_bias = key_bias.has_value() ? bias.const_data_ptr<float>() : nullptr;
+  const Tensor bias = biased_ ? key_bias->to(at::kFloat).contiguous() : Tensor();
+  const float* given_bias = biased_ ? bias.const_data_ptr<float>() : nullptr;
   for (const int64_t b : samples) {
     float* padded = memory_.at<float>(place_[b].bias);
     const int64_t start = offsets.start(b), length = offsets.length(b);
     for (int64_t j = 0; j < length; ++j) padded[j] = given_bias == nullptr ? 0.0f : given_bias[start + j];
-    std::fill(padded + length, padded + round_up(length, kernels.lanes), -std::numeric_limits<float>::infinity());
+    std::fill(padded + length, padded + round_up(length, kernels.lanes), 0.0f);
   }
 
   std::vector<std::pair<int64_t, int64_t>> items;  // sample, first token
   for (const int64_t b : samples) {
     for (int64_t j = 0; j < offsets.length(b); j += kTokensPerItem) items.emplace_back(b, j);
   }
+  const bool watched = causal && v != nullptr;
+  std::vector<uint8_t> finite(items.size(), 1);
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t item) {
     const auto [b, first] = items[item];
     const int64_t start = offsets.start(b), length = offsets.length(b);
     const int64_t last = std::min(first + kTokensPerItem, length);
+    if (watched) finite[item] = v->finite(start + first, last - first);
     // Few tokens at a time, all heads of them: the memory is read in order.
     for (int64_t j = first; j < last; j += kTokensTogether) {
       const int64_t count = std::min(kTokensTogether, last - j);
@@ -91,6 +119,8 @@ PackedKeys::PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadR
       }
     }
   });
+  for (const int64_t b : samples) place_[b].finite = true;
+  for (size_t item = 0; item < items.size(); ++item) place_[items[item].first].finite &= finite[item] != 0;
 }
 
 }  // namespace madtp::cpu

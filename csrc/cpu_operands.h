@@ -70,6 +70,9 @@ struct HeadRows {
     }
   }
 
+  // Whether no element of rows [first, first + count) is NaN or infinite.
+  bool finite(int64_t first, int64_t count) const;
+
   const std::byte* data;
   Type type;
   int64_t bytes, row_stride, head_stride, heads, head_dim;
@@ -79,19 +82,25 @@ struct HeadRows {
 // each group's are still in the cache when they are used. From the longest sample to the shortest.
 std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const HeadRows& k, const Offsets& offsets);
 
-// The keys of a group of samples, all heads, transposed and packed; the values, packed; and the bias of every key,
-// padded to whole vectors with -inf, so that padding keys get no weight.
+// The keys of a group of samples, all heads, transposed and packed; the values, packed; and the bias of every key, padded to
+// whole vectors.
 class PackedKeys {
  public:
   // `v` may be null: importance needs keys only.
   PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadRows* v, const Offsets& offsets,
-             const c10::optional<Tensor>& key_bias, const std::vector<int64_t>& samples);
+             const c10::optional<Tensor>& key_bias, const std::vector<int64_t>& samples, bool causal);
 
   const void* keys(int64_t b, int64_t head) const { return memory_.at(place_[b].keys + head * place_[b].keys_stride); }
   const void* values(int64_t b, int64_t head) const {
     return memory_.at(place_[b].values + head * place_[b].values_stride);
   }
+  int64_t keys_bytes(int64_t b) const { return place_[b].keys_stride; }  // between heads
+  int64_t values_bytes(int64_t b) const { return place_[b].values_stride; }
   const float* bias(int64_t b) const { return memory_.at<float>(place_[b].bias); }
+  bool biased() const { return biased_; }
+  // Whether keys that a query may not see can be left out. Their weight is 0, but 0 times NaN or infinity is NaN: a value that
+  // is not finite reaches all queries, as in the reference.
+  bool may_skip_unseen(int64_t b) const { return place_[b].finite; }
 
   // Bytes between the panels of a sample's packed keys.
   int64_t panel_bytes() const { return kernels_.panel * depth_ * bytes_; }
@@ -99,10 +108,12 @@ class PackedKeys {
  private:
   struct Place {  // in bytes; of the samples of this group
     int64_t keys, keys_stride, values, values_stride, bias;
+    bool finite;  // no value is NaN or infinite; looked at for causal attention only
   };
 
   const CpuKernels& kernels_;
   int64_t depth_, bytes_;
+  bool biased_;
   std::vector<Place> place_;
   Buffer memory_{0};
 };

@@ -29,11 +29,21 @@ MADTP_INLINE void load_row(const bf16* from, int64_t size, bf16* to, int64_t col
 }
 #endif
 
-template <class Source, class Element>
-void load_rows(const RowsToLoad& rows, Element* to, int64_t stride) {
+template <class Source, class Product>
+void load_rows(const RowsToLoad& rows, typename Product::element* to, int64_t stride) {
   const auto* from = static_cast<const Source*>(rows.source);
   for (int64_t r = 0; r < rows.rows; ++r) load_row(from + r * rows.stride, rows.depth, to + r * stride, stride);
-  for (int64_t r = rows.rows; r % kTileRows != 0; ++r) load_row(from, 0, to + r * stride, stride);
+  for (int64_t r = rows.rows; r % Product::kRows != 0; ++r) load_row(from, 0, to + r * stride, stride);
+}
+
+// Asks for the same rows `bytes` further on: the next head's lie too far apart for the processor to foresee them.
+template <class Source>
+MADTP_INLINE void prefetch_rows(const RowsToLoad& rows, int64_t bytes) {
+  const auto* from = static_cast<const char*>(rows.source) + bytes;
+  const int64_t row_bytes = rows.depth * static_cast<int64_t>(sizeof(Source));
+  for (int64_t r = 0; r < rows.rows; ++r, from += rows.stride * static_cast<int64_t>(sizeof(Source))) {
+    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
 }
 
 // Where column 0 of a vector starts in the packed operand, and the distance between steps of the depth.
@@ -41,11 +51,18 @@ struct PackedVector {
   int64_t start, step;
 };
 
-MADTP_INLINE PackedVector packed_vector(int64_t vector, int64_t vectors, int64_t steps, int64_t depth_per_step) {
-  const int64_t panel = vector / kPanelVectors * kPanelVectors;
-  const int64_t width = smaller(kPanelVectors, vectors - panel) * kLanes * depth_per_step;
-  const int64_t before = panel * kLanes * steps * depth_per_step;
-  return {before + (vector - panel) * kLanes * depth_per_step, width};
+template <class Product>
+MADTP_INLINE PackedVector packed_vector(int64_t vector, int64_t vectors, int64_t steps) {
+  constexpr int64_t kVector = kLanes * Product::kDepth;
+  const int64_t panel = vector / Product::kPanelVectors * Product::kPanelVectors;
+  const int64_t width = smaller(Product::kPanelVectors, vectors - panel) * kVector;
+  return {panel * kVector * steps + (vector - panel) * kVector, width};
+}
+
+// Steps of a packed depth, padding included.
+template <class Product>
+MADTP_INLINE int64_t packed_steps(int64_t depth) {
+  return round_up(depth, Product::kDepthUnit) / Product::kDepth;
 }
 
 // to[s * step + c] = step s of row c, for kLanes rows and steps; a step is 32 bits, one float or a pair of bfloat16.
@@ -96,11 +113,11 @@ void pack_transposed(const RowsToLoad& rows, int64_t first_column, int64_t colum
   constexpr int64_t kSquare = kLanes * Product::kDepth;  // depths of a square of steps
   const auto* from = static_cast<const Source*>(rows.source);
   const int64_t vectors = (columns + kLanes - 1) / kLanes;
-  const int64_t steps = (rows.depth + Product::kDepth - 1) / Product::kDepth;
+  const int64_t steps = packed_steps<Product>(rows.depth);
   alignas(64) Element chunk[kLanes * kSquare];
   alignas(64) uint32_t turned[kLanes * kLanes];
   for (int64_t column = 0; column < rows.rows; column += kLanes) {
-    const PackedVector at = packed_vector((first_column + column) / kLanes, vectors, steps, Product::kDepth);
+    const PackedVector at = packed_vector<Product>((first_column + column) / kLanes, vectors, steps);
     auto* target = reinterpret_cast<uint32_t*>(to + at.start);
     const int64_t step = at.step / Product::kDepth;
     for (int64_t s = 0; s < steps; s += kLanes, target += kLanes * step) {
@@ -133,7 +150,7 @@ void pack_f32(const RowsToLoad& rows, int64_t first_depth, int64_t depth, float*
   const int64_t columns = rows.depth, vectors = (columns + kLanes - 1) / kLanes;
   for (int64_t r = 0; r < rows.rows; ++r) {
     for (int64_t v = 0; v < vectors; ++v) {
-      const PackedVector at = packed_vector(v, vectors, depth, 1);
+      const PackedVector at = packed_vector<ProductF32>(v, vectors, depth);
       const Source* p = from + r * rows.stride + v * kLanes;
       const int64_t given = smaller(kLanes, columns - v * kLanes);
       store(to + at.start + (first_depth + r) * at.step, given == kLanes ? load(p) : load_n(p, given));
@@ -144,14 +161,16 @@ void pack_f32(const RowsToLoad& rows, int64_t first_depth, int64_t depth, float*
 #if defined(__AVX512BF16__)
 MADTP_INLINE void pack_bf16(const RowsToLoad& rows, int64_t first_depth, int64_t depth, bf16* to) {
   const auto* from = static_cast<const bf16*>(rows.source);
-  const int64_t columns = rows.depth, vectors = (columns + kLanes - 1) / kLanes, steps = (depth + 1) / 2;
-  for (int64_t r = 0; r < rows.rows; r += 2) {
+  const int64_t columns = rows.depth, vectors = (columns + kLanes - 1) / kLanes, steps = packed_steps<ProductBF16>(depth);
+  // The last rows bring the padding with them.
+  const int64_t padded = first_depth + rows.rows == depth ? 2 * steps - first_depth : rows.rows;
+  for (int64_t r = 0; r < padded; r += 2) {
     for (int64_t v = 0; v < vectors; ++v) {
-      const PackedVector at = packed_vector(v, vectors, steps, 2);
+      const PackedVector at = packed_vector<ProductBF16>(v, vectors, steps);
       const __mmask16 given = first_lanes(smaller(kLanes, columns - v * kLanes));
+      const __mmask16 has_even = r < rows.rows ? given : 0, has_odd = r + 1 < rows.rows ? given : 0;
       const bf16* even = from + r * rows.stride + v * kLanes;
-      const __mmask16 has_odd = r + 1 < rows.rows ? given : 0;
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(given, even));
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(has_even, even));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(has_odd, even + rows.stride));
       _mm512_storeu_si512(to + at.start + (first_depth + r) / 2 * at.step, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }

@@ -7,17 +7,17 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-// Best alignment of each token, and one step of the online softmax over tokens of every dictionary entry.
+// Best alignment of each token, and one step of the online softmax over tokens of every dictionary entry. A NaN passes into
+// `best`; in the maximum of an entry it may be dropped, since it stays in the sums.
 MADTP_INLINE void score(const ScoreBlock& block) {
   const int64_t stride = block.stride, full = block.columns / kLanes * kLanes;
   const vf lowest = broadcast(-__builtin_inff());
   for (int64_t r = 0; r < block.rows; ++r) {
     const float* row = block.alignment + r * stride;
     vf best = lowest;
-    for (int64_t m = 0; m < full; m += kLanes) best = maximum(best, load(row + m));
-    float top = max_lanes(best);
-    for (int64_t m = full; m < block.columns; ++m) top = top > row[m] ? top : row[m];
-    block.best[r] = top;
+    for (int64_t m = 0; m < full; m += kLanes) best = maximum_or_nan(load(row + m), best);
+    if (full < block.columns) best = maximum_or_nan(hide_from(load(row + full), block.columns - full), best);
+    block.best[r] = max_lanes_or_nan(best);
   }
 
   const vf factor = broadcast(block.factor);
@@ -26,11 +26,13 @@ MADTP_INLINE void score(const ScoreBlock& block) {
     const vf old_top = load(state);
     vf top = old_top;
     for (int64_t r = 0; r < block.rows; ++r) top = maximum(top, load(block.alignment + r * stride + m));
-    const vf rescale = exp2((old_top - top) * factor);  // 0 in the first block, where old_top is -inf
+    // An entry that has met nothing but -inf has sums of 0 and no maximum to subtract.
+    const vf base = zero_if_lowest(top);
+    const vf rescale = exp2((old_top - base) * factor);  // 0 in the first block, where old_top is -inf
     vf sums[4];
     for (int k = 0; k < 4; ++k) sums[k] = load(state + (k + 1) * stride) * rescale;
     for (int64_t r = 0; r < block.rows; ++r) {
-      const vf w = exp2((load(block.alignment + r * stride + m) - top) * factor);
+      const vf w = exp2((load(block.alignment + r * stride + m) - base) * factor);
       sums[0] = sums[0] + w;
       sums[1] = fma(w, broadcast(block.received[r]), sums[1]);
       sums[2] = fma(w, broadcast(block.best[r]), sums[2]);

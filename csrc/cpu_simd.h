@@ -54,10 +54,20 @@ MADTP_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1
 
 MADTP_INLINE vf broadcast(float x) { return _mm512_set1_ps(x); }
 MADTP_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-MADTP_INLINE vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
+MADTP_INLINE vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where one is NaN
 MADTP_INLINE float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 MADTP_INLINE float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
 MADTP_INLINE vf square_root(vf a) { return _mm512_sqrt_ps(a); }
+// 0 for lanes of -inf.
+MADTP_INLINE vf zero_if_lowest(vf a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, broadcast(-__builtin_inff()), _CMP_NEQ_UQ), a);
+}
+// a where it is NaN, else b.
+MADTP_INLINE vf where_nan(vf a, vf b) { return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
+// The first n lanes, -inf in the others.
+MADTP_INLINE vf hide_from(vf a, int64_t n) {
+  return n >= kLanes ? a : _mm512_mask_mov_ps(broadcast(-__builtin_inff()), first_lanes(n), a);
+}
 
 MADTP_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 MADTP_INLINE vf widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
@@ -121,8 +131,7 @@ MADTP_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// As maxps: b where one is NaN.
-MADTP_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+MADTP_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }  // b where one is NaN
 
 MADTP_INLINE float sum_lanes(vf a) {
   float total = 0;
@@ -136,6 +145,18 @@ MADTP_INLINE float max_lanes(vf a) {
 }
 MADTP_INLINE vf square_root(vf a) {
   for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+
+// 0 for lanes of -inf.
+MADTP_INLINE vf zero_if_lowest(vf a) { return a == broadcast(-__builtin_inff()) ? vf{} : a; }
+
+// a where it is NaN, else b.
+MADTP_INLINE vf where_nan(vf a, vf b) { return a == a ? b : a; }
+
+// The first n lanes, -inf in the others.
+MADTP_INLINE vf hide_from(vf a, int64_t n) {
+  for (int64_t i = n; i < kLanes; ++i) a[i] = -__builtin_inff();
   return a;
 }
 
@@ -211,6 +232,14 @@ MADTP_INLINE vf exp2_polynomial(vf x, const float (&terms)[kTerms]) {
 }
 
 #endif
+
+// NaN where one is NaN.
+MADTP_INLINE vf maximum_or_nan(vf a, vf b) { return where_nan(a, maximum(a, b)); }
+
+MADTP_INLINE float max_lanes_or_nan(vf a) {
+  const float sum = sum_lanes(where_nan(a, vf{}));
+  return sum == sum ? max_lanes(a) : sum;
+}
 
 MADTP_INLINE vf exp2(vf x) { return exp2_polynomial(x, kExp2); }
 MADTP_INLINE vf exp2_short(vf x) { return exp2_polynomial(x, kExp2Short); }

@@ -1,5 +1,5 @@
 // Softmax of blocks of logits, and the column sums of probabilities. A block's rows are complete, so the softmax needs no
-// rescaling.
+// rescaling. NaN and infinite logits give what the reference gives; vectors that can meet them drop no NaN.
 #pragma once
 
 #include "cpu_simd.h"
@@ -8,13 +8,19 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-// Lanes of a row's last vector that a mask hides: kept where lane < n.
-MADTP_INLINE vf hide_from(vf x, int64_t n) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  for (int64_t i = n; i < kLanes; ++i) lanes[i] = -__builtin_inff();
-  return load(lanes);
-}
+// Softmax of a block of logits, row by row.
+struct SoftmaxBlock {
+  float* logits;  // [rows, stride]; becomes -inf where unseen
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+  int64_t visible;       // row r sees the first visible + r columns
+  void* weights;         // [rows, stride] of the factor type: exp(s - max), zero where unseen
+  float* inverse_sum;    // [rows] 1 / sum of the weights, 0 for a row that sees nothing
+  float* lse;            // [rows] natural log-sum-exp
+  float* best;           // [rows, stride] running maximum over heads of s - lse, or null
+  float* first_weights;  // [columns] probabilities of row 0, or null
+};
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLog2ERest = static_cast<float>(1.4426950408889634 - static_cast<double>(kLog2E));
@@ -38,9 +44,17 @@ struct Pending {
 
   MADTP_INLINE void update(const Pending& pending, int64_t j) {
     const vf value = load(pending.row + j) - broadcast(pending.lse);
-    store(pending.best + j, maximum(load(pending.best + j), value));
+    store(pending.best + j, maximum(value, load(pending.best + j)));
   }
 };
+
+// The same at once, for a row whose log-sum-exp is no number or infinite: s - lse can be NaN, which `maximum` would drop (one
+// that stands in `best` stays there).
+MADTP_INLINE void update_with_nan(const float* row, float* best, float lse, int64_t size) {
+  for (int64_t j = 0; j < size; j += kLanes) {
+    store(best + j, maximum_or_nan(load(row + j) - broadcast(lse), load(best + j)));
+  }
+}
 
 template <class Element>
 MADTP_INLINE vf weight_exp2(vf x) {
@@ -95,38 +109,49 @@ MADTP_INLINE double log2_of(float x) {
   return exponent + 2.8853900817779268 * t * series;  // 2 / ln 2
 }
 
+// The log-sum-exp of a row whose weights add up to NaN: infinite if a logit is and none is NaN.
+MADTP_INLINE float infinite_or_nan(const float* row, int64_t columns) {
+  float top = -__builtin_inff();
+  for (int64_t j = 0; j < columns; ++j) {
+    if (row[j] != row[j]) return row[j];
+    top = row[j] > top ? row[j] : top;
+  }
+  return top == __builtin_inff() ? top : __builtin_nanf("");
+}
+
 template <class Element>
 void softmax(const SoftmaxBlock& block) {
   const int64_t size = (block.columns + kLanes - 1) / kLanes * kLanes;
   Pending pending{nullptr, nullptr, 0.0f};
   for (int64_t r = 0; r < block.rows; ++r) {
     float* row = block.logits + r * block.stride;
+    float* best = block.best == nullptr ? nullptr : block.best + r * block.stride;
     Element* weights = static_cast<Element*>(block.weights) + r * block.stride;
-    for (int64_t j = larger(0, block.visible + r); j < block.columns; ++j) row[j] = -__builtin_inff();
+    const int64_t seen = larger(0, smaller(block.visible + r, block.columns));
+    for (int64_t j = seen / kLanes * kLanes; j < size; j += kLanes) store(row + j, hide_from(load(row + j), larger(0, seen - j)));
 
     vf top = broadcast(-__builtin_inff());
     for (int64_t j = 0; j < size; j += kLanes) top = maximum(top, load(row + j));
+    // Rounding the shift is harmless: the log-sum-exp takes the rounded one back. A row that sees nothing has no maximum to
+    // subtract.
     const float row_top = max_lanes(top);
-    const bool is_first = r == 0 && block.first_weights != nullptr;
-    if (row_top == -__builtin_inff()) {
-      std::memset(weights, 0, static_cast<size_t>(size) * sizeof(Element));
-      if (is_first) std::memset(block.first_weights, 0, static_cast<size_t>(block.columns) * sizeof(float));
-      block.inverse_sum[r] = 0.0f;
-      block.lse[r] = -__builtin_inff();
-      continue;
-    }
-
-    // Rounding the shift is harmless: the log-sum-exp takes the rounded one back.
-    const float shift = -row_top * kLog2E;
+    const float shift = row_top == -__builtin_inff() ? 0.0f : -row_top * kLog2E;
     const float sum = pending.best == nullptr ? exponentials<false>(row, size, shift, weights, pending)
                                               : exponentials<true>(row, size, shift, weights, pending);
-    const float lse = static_cast<float>((log2_of(sum) - shift) * kLn2);
-    block.inverse_sum[r] = 1.0f / sum;
+    const bool is_number = sum == sum;
+    const float lse = sum == 0.0f ? -__builtin_inff()
+                      : is_number ? static_cast<float>((log2_of(sum) - shift) * kLn2)
+                                  : infinite_or_nan(row, seen);
+    block.inverse_sum[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     block.lse[r] = lse;
-    pending = {row, is_first || block.best == nullptr ? nullptr : block.best + r * block.stride, lse};
-    if (is_first) {
+    const bool sees_nothing = lse == -__builtin_inff();
+    pending = {row, is_number && !sees_nothing ? best : nullptr, lse};
+    if (best != nullptr && !is_number) update_with_nan(row, best, lse, size);
+    if (r == 0 && block.first_weights != nullptr) {
+      const float offset = sees_nothing ? 0.0f : lse;
       for (int64_t j = 0; j < block.columns; j += kLanes) {
-        store_n(block.first_weights + j, exponential(load(row + j) - broadcast(lse)), smaller(kLanes, block.columns - j));
+        const vf weight = exponential(load(row + j) - broadcast(offset));
+        store_n(block.first_weights + j, weight, smaller(kLanes, block.columns - j));
       }
     }
   }

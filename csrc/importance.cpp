@@ -28,10 +28,13 @@ struct ImportanceCall {
   float scale;
   bool causal;
 
+  Factor factor() const { return factor_of(kernels, q.type); }
+  const Layout& layout() const { return layout_of(kernels, factor()); }
+
   // A thread's memory for blocks of up to `rows` queries: all heads' queries and their log-sum-exp, and one tile.
   struct Scratch {
     Scratch(const ImportanceCall& call, int64_t rows)
-        : queries_stride(rows * round_up(call.q.head_dim, 2) * 4),
+        : queries_stride(rows * round_up(call.q.head_dim, call.layout().depth) * 4),
           lse_stride(rows * 4),
           queries(call.q.heads * queries_stride),
           lse(call.q.heads * lse_stride),
@@ -56,13 +59,13 @@ void ImportanceCall::load(const Scratch& scratch, const Block& block) const {
   const int64_t row = offsets.start(block.b) + block.first;
   for (int64_t head = 0; head < q.heads; ++head) {
     if (head + 1 < q.heads) q.prefetch(row, block.rows, head + 1);
-    kernels.load_rows(factor_of(kernels, q.type), q.rows(row, block.rows, head),
-                      scratch.queries.at(head * scratch.queries_stride), round_up(q.head_dim, 2));
+    kernels.load_rows(factor(), q.rows(row, block.rows, head), scratch.queries.at(head * scratch.queries_stride),
+                      round_up(q.head_dim, layout().depth));
     const float* const from = lse.const_data_ptr<float>() + head * lse.size(1) + row;
     float* const to = scratch.lse.at<float>(head * scratch.lse_stride);
     // A query that sees nothing gives nothing: s - inf.
     for (int64_t r = 0; r < block.rows; ++r) to[r] = from[r] == -kInfinity ? kInfinity : from[r];
-    std::fill(to + block.rows, to + round_up(block.rows, kernels.tile_rows), 0.0f);
+    std::fill(to + block.rows, to + round_up(block.rows, layout().rows), 0.0f);
   }
 }
 
@@ -71,9 +74,9 @@ void ImportanceCall::maximum(const Scratch& scratch, const Block& block, int64_t
   const int64_t columns = std::min(kernels.panel, offsets.length(block.b) - column);
   const auto* const panel = static_cast<const std::byte*>(packed.keys(block.b, head)) +
                             column / kernels.panel * packed.panel_bytes();
-  kernels.product_maximum(factor_of(kernels, q.type),
-                          {scratch.queries.at(head * scratch.queries_stride), round_up(q.head_dim, 2), rows}, panel,
-                          columns, q.head_dim, scale, packed.bias(block.b) + column,
+  kernels.product_maximum(factor(),
+                          {scratch.queries.at(head * scratch.queries_stride), round_up(q.head_dim, layout().depth), rows},
+                          panel, columns, q.head_dim, scale, packed.bias(block.b) + column,
                           scratch.lse.at<float>(head * scratch.lse_stride), scratch.tile, kernels.panel);
 }
 
@@ -90,13 +93,13 @@ void ImportanceCall::run(const Scratch& scratch, const Block& block, float* rece
         float* const weights = sums.first_weights(b, head) + column;
         std::fill_n(weights, columns, 0.0f);
         if (column >= visible) continue;
-        std::fill_n(scratch.tile, kernels.tile_rows * panel, -kInfinity);
+        std::fill_n(scratch.tile, layout().rows * panel, -kInfinity);
         maximum(scratch, block, 1, column, head);
         kernels.exp_column_sums(scratch.tile, panel, 1, columns, visible - column, weights);
       }
     }
     if (column >= visible_to_last) continue;
-    std::fill_n(scratch.tile, round_up(rows, kernels.tile_rows) * panel, -kInfinity);
+    std::fill_n(scratch.tile, round_up(rows, layout().rows) * panel, -kInfinity);
     for (int64_t head = 0; head < q.heads; ++head) maximum(scratch, block, rows, column, head);
     if (first == 0) std::fill_n(scratch.tile, panel, -kInfinity);
     kernels.exp_column_sums(scratch.tile, panel, rows, columns, visible - column, received + column);
@@ -112,10 +115,11 @@ std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k
   const HeadRows queries("q", q), keys("k", k), outputs("out", out);
   const Offsets offsets(cu_seqlens);
   const Tensor lse_dense = lse.contiguous();
-  const ImportanceSums sums(kernels, offsets, queries.heads, q.size(0));
+  const Layout& layout = layout_of(kernels, factor_of(kernels, queries.type));
+  const ImportanceSums sums(kernels, layout, offsets, queries.heads, q.size(0));
 
   for (const auto& samples : sample_groups(kernels, keys, offsets)) {
-    const PackedKeys packed(kernels, keys, nullptr, offsets, key_bias, samples);
+    const PackedKeys packed(kernels, keys, nullptr, offsets, key_bias, samples, causal);
     const ImportanceCall call{kernels, queries, offsets, packed, sums, lse_dense,
                               static_cast<float>(scale), causal};
     const auto chunks = sums.chunks(samples);
@@ -127,6 +131,7 @@ std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k
         std::fill_n(received, offsets.length(b), 0.0f);
         for (int64_t block = first_block; block < last_block; ++block) {
           call.run(scratch, {b, blocks.first(block), blocks.size(block)}, received);
+          if (causal) sums.spread_nan(lse_dense, b, blocks.first(block), blocks.size(block), received);
         }
       }
     });

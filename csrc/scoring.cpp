@@ -45,6 +45,7 @@ float threshold_of(const float* states, int64_t chunks, int64_t entries, int64_t
     }
     const double value =
         (sums[kReceived] / (received_sum + kEps) + sums[kBest] / (best_sum + kEps) + sums[kCls]) / sums[kWeight] / 3;
+    if (std::isnan(value)) return static_cast<float>(value);
     least = std::min(least, value);
   }
   return static_cast<float>(least);
@@ -58,15 +59,16 @@ std::tuple<Tensor, Tensor> score_tokens(const Tensor& x, const Tensor& dictionar
   const CpuKernels& kernels = cpu_kernels();
   const Type type = type_of("x", x);
   const Factor factor = factor_of(kernels, type);
+  const Layout& layout = layout_of(kernels, factor);
   const Offsets offsets(cu_seqlens);
-  const int64_t entries = dictionary.size(0), size = x.size(1), depth = round_up(size, 2);
+  const int64_t entries = dictionary.size(0), size = x.size(1), depth = round_up(size, layout.depth);
   const int64_t stride = round_up(entries, kernels.lanes);
   const double log2_factor = 1.4426950408889634 / temperature;
   const Tensor received_dense = received.contiguous(), cls_dense = cls.contiguous();
   const float* const received_data = received_dense.const_data_ptr<float>();
   const float* const cls_data = cls_dense.const_data_ptr<float>();
 
-  const Buffer packed(packed_size(kernels, entries, size) * factor_bytes(factor));
+  const Buffer packed(packed_size(layout, entries, size) * factor_bytes(factor));
   kernels.pack_transposed(
       factor, {dictionary.const_data_ptr(), type_of("dictionary", dictionary), dictionary.stride(0), entries, size}, 0,
       entries, packed.at());
@@ -105,7 +107,7 @@ std::tuple<Tensor, Tensor> score_tokens(const Tensor& x, const Tensor& dictionar
         const int64_t token = offsets.start(b) + j, rows = std::min(kBlockTokens, last - j);
         const auto* source = static_cast<const std::byte*>(x.const_data_ptr()) + token * x.stride(0) * x.element_size();
         kernels.load_rows(factor, {source, type, x.stride(0), rows, size}, left.at(), depth);
-        kernels.product(factor, {left.at(), depth, rows}, packed.at(), entries, size, 1.0f, padded_bias.at<float>(),
+        kernels.product(factor, {left.at(), depth, rows}, packed.at(), entries, size, padded_bias.at<float>(),
                         alignment.at<float>(), stride);
         kernels.score({alignment.at<float>(), stride, rows, entries, static_cast<float>(log2_factor),
                        received_data + token, cls_data + token, importance_data + token, state});

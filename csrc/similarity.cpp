@@ -42,7 +42,7 @@ class Alike {
         type_(type_of("keys", keys)),
         factor_(factor_of(kernels_, type_)),
         width_(keys.size(1)),
-        depth_(round_up(keys.size(1), 2)),
+        depth_(round_up(keys.size(1), layout_of(kernels_, factor_).depth)),
         row_bytes_(keys.size(1) * keys.element_size()),
         row_stride_(keys.stride(0) * keys.element_size()),
         scale_(offsets.total()) {
@@ -81,7 +81,7 @@ class Alike {
     explicit Scratch(const Alike& of)
         : rows(std::max(kQueries, kCandidates) * of.row_bytes_),
           left(kQueries * of.depth_ * factor_bytes(of.factor_)),
-          packed(packed_size(of.kernels_, kCandidates, of.width_) * factor_bytes(of.factor_)),
+          packed(packed_size(layout_of(of.kernels_, of.factor_), kCandidates, of.width_) * factor_bytes(of.factor_)),
           products(kBlock * kCandidates * 4),
           zeros(kCandidates * 4),
           scale(kCandidates * 4) {
@@ -122,8 +122,8 @@ class Alike {
         const int64_t rows = std::min(kBlock, last - q);
         const auto* const left = scratch.left.at<std::byte>((q - first) * depth_ * factor_bytes(factor_));
         float* const products = scratch.products.at<float>();
-        kernels_.product(factor_, {left, depth_, rows}, scratch.packed.at(), columns, width_, 1.0f, scratch.zeros.at<float>(),
-                         products, kCandidates);
+        kernels_.product(factor_, {left, depth_, rows}, scratch.packed.at(), columns, width_, scratch.zeros.at<float>(), products,
+                         kCandidates);
         for (int64_t r = 0; r < rows; ++r) {
           float* const top = best + q - first + r;
           int64_t* const at = place + q - first + r;

@@ -65,14 +65,14 @@ def instruction_set(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_lesser_instruction_sets(name):
     """All properties hold with the kernels of older processors too; the best set is tested by default."""
     if instruction_set(name) is None:
         pytest.skip(f"this processor does not have {name}")
     assert instruction_set(name) == name
-    files = ["test_properties.py", "test_batch_invariance.py"]
-    in_fresh_process(["-m", "pytest", "-q", "-x", "-k", "cpu and not nlvr", *files], MADTP_KERNELS_CPU=name)
+    files = ["test_properties.py", "test_batch_invariance.py", "test_not_finite.py"]
+    in_fresh_process(["-m", "pytest", "-q", "-x", "-k", "(cpu or finite) and not nlvr", *files], MADTP_KERNELS_CPU=name)
 
 
 def test_unknown_instruction_set_is_refused_by_name():
@@ -82,6 +82,23 @@ def test_unknown_instruction_set_is_refused_by_name():
         [sys.executable, "-c", program], env=os.environ | {"MADTP_KERNELS_CPU": "avx1024"}, capture_output=True, text=True
     )
     assert "avx1024" in done.stderr and "portable" in done.stderr
+
+
+def test_tiles_leave_those_of_pytorch_alone(generator):
+    """AMX tiles are configured per thread: PyTorch's products give the same bits before, between and after ours."""
+    if instruction_set("amx") is None:
+        pytest.skip("this processor does not have amx")
+    weight, x = (normal(generator, 96, 96, dtype=torch.bfloat16) for _ in range(2))
+    case = both_case(generator, [40], 2, 64, torch.bfloat16)
+    heads = case["q"].transpose(0, 1)[None]
+
+    def theirs():
+        return torch.nn.functional.linear(x, weight), torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+    want_theirs, want_ours = theirs(), run("attention_with_importance", case, "cpu")
+    for _ in range(3):
+        assert same_bits(run("attention_with_importance", case, "cpu"), want_ours)
+        assert same_bits(theirs(), want_theirs)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------

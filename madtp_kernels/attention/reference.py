@@ -45,7 +45,9 @@ def attention(
         q_b, k_b, v_b = (t.to(dtype) for t in (q[q0 + blind : q1], k[k0:k1], v[k0:k1]))
         s = logits(q_b, k_b, scale, causal, None if key_bias is None else key_bias[k0:k1].to(dtype))
         lse = s.logsumexp(-1) if k1 > k0 else s.new_zeros(s.shape[:2])  # [H, Lq - blind]
-        out = torch.einsum("hij,jhd->ihd", (s - lse[..., None]).exp(), v_b)
+        # A query whose keys all stand at -inf sees none of them.
+        p = torch.where(lse[..., None] == float("-inf"), 0.0, (s - lse[..., None]).exp())
+        out = torch.einsum("hij,jhd->ihd", p, v_b)
         outs.append(torch.cat([out.new_zeros(blind, *out.shape[1:]), out]).to(q.dtype))
         lses.append(torch.cat([lse.new_full((blind, lse.shape[0]), float("-inf")), lse.mT]))
     empty = torch.empty(0, q.shape[1], dtype=dtype, device=q.device)

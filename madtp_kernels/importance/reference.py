@@ -34,7 +34,8 @@ def attention_importance(
             continue
         q_b, k_b, out_b = (t[start:stop].to(dtype) for t in (q, k, out))
         s = logits(q_b, k_b, scale, causal, None if key_bias is None else key_bias[start:stop].to(dtype))
-        p = (s - lse[:, start:stop, None]).exp()[:, :, 1:]  # [H, L, N]
+        lse_b = lse[:, start:stop, None]
+        p = torch.where(lse_b == float("-inf"), 0.0, (s - lse_b).exp())[:, :, 1:]  # [H, L, N]
         norm = out_b[1:].norm(dim=-1).mT  # [H, N]
         share = norm / (norm.sum(0) + EPS)
         first = q.new_zeros(1, dtype=dtype)
