@@ -2,9 +2,10 @@
 # Builds, measures and tests on a machine with one GPU and no network, what is worth most first.
 #
 #   benchmarks/gpu_check.sh first           build operations model gpu-tests same-sample counters: about 4 minutes
-#   benchmarks/gpu_check.sh second          memcheck racecheck conformance operation-tests model-tests: about 4 minutes
+#   benchmarks/gpu_check.sh second          build tune operations model same-sample gpu-tests memcheck racecheck conformance
+#   benchmarks/gpu_check.sh tests           operation-tests model-tests: about 2 minutes
 #   benchmarks/gpu_check.sh benchmarks      the whole of benchmarks/, for report.py: some minutes
-#   benchmarks/gpu_check.sh model counters  the stages that are named; without names all three groups
+#   benchmarks/gpu_check.sh model counters  the stages that are named; without names everything
 #   benchmarks/gpu_check.sh --dry-run ...   tiny sizes on whatever device there is, to see that everything runs
 #
 # OUT    folder that receives the log, the figures (one line of JSON each, written as soon as it is known), the records
@@ -19,7 +20,8 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 FIRST="build operations model gpu-tests same-sample counters"
-SECOND="memcheck racecheck conformance operation-tests model-tests"
+SECOND="build tune operations model same-sample gpu-tests memcheck racecheck conformance"
+TESTS="operation-tests model-tests"
 BENCHMARKS="bench-operations bench-blocks bench-model bench-captions"
 dry="" stages=""
 for word in "$@"; do
@@ -28,16 +30,17 @@ for word in "$@"; do
         --dry-run) dry=--dry-run ;;
         first) stages="$stages $FIRST" ;;
         second) stages="$stages $SECOND" ;;
+        tests) stages="$stages $TESTS" ;;
         benchmarks) stages="$stages $BENCHMARKS" ;;
         *)
-            case " $FIRST $SECOND $BENCHMARKS " in
+            case " $FIRST $SECOND $TESTS $BENCHMARKS " in
                 *" $word "*) stages="$stages $word" ;;
                 *) echo "$0: no stage $word; see --help" >&2 && exit 2 ;;
             esac
             ;;
     esac
 done
-[ -n "$stages" ] || stages="$FIRST $SECOND $BENCHMARKS"
+[ -n "$stages" ] || stages="$FIRST tune memcheck racecheck conformance $TESTS $BENCHMARKS"
 
 if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
     export CUDA_HOME=/usr/local/cuda
@@ -96,6 +99,13 @@ stage() {
     case "$name" in *tests | *check | conformance) ;; *) rm -f "$output" ;; esac
 }
 
+# The tiles that prove the fastest serve the stages after this one, and stay in the source for whoever commits them.
+tune() {
+    stage tune 60 "$no_gpu" python3 benchmarks/tune.py --out "$figures" --write
+    cp madtp_kernels/linear/tiles.py "$out/tiles.py"
+    stage tune-float32 20 "$no_gpu" python3 benchmarks/tune.py --out "$figures" --dtype float32
+}
+
 measure() { stage "$1" "$2" "$no_device" python3 benchmarks/gpu_figures.py "$1" --out "$figures" $dry; }
 
 parallel=""
@@ -133,6 +143,7 @@ counters() {
 for chosen in $stages; do
     case "$chosen" in
         build) measure build 130 ;;
+        tune) tune ;;
         operations) measure operations 70 ;;
         model) measure model 70 ;;
         gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;

@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from madtp_kernels import backends, layer_norm
 
 import inputs
 import measure
@@ -49,6 +50,7 @@ PAIRS = (64, 32, 1)
 # Of the official GFLOPs of the random real-size model: what `nlvr.temperature_for` finds.
 TEMPERATURES = {"dense": 0.0, "pruned 50%": 5.5, "pruned 80%": 16.3}
 SECONDS = 0.25  # for the rounds of one figure
+TUNERS = 7  # processes that compile the tiles of `tune.py`
 
 
 class Log:
@@ -183,21 +185,24 @@ def device_state() -> dict:
 
 
 def build(log: Log) -> None:
-    """The extension in one process, the rehearsals of the stages in twelve others; a line when each is done."""
+    """The extension in one process, the rehearsals of the stages in fifteen others; a line when each is done."""
     extension = (
         "import torch\nfrom madtp_kernels import native\ninfo = dict(native.load().build_info())\nprint(info)\n"
         "assert info['cuda'] or not torch.cuda.is_available(), 'the extension was built without CUDA'"
     )
     commands = {"extension": ([sys.executable, "-c", extension], {"MADTP_KERNELS_BUILD": "1"})}
+    setting = {"MADTP_KERNELS_BUILD": "0", "OMP_NUM_THREADS": "2"}
+    for part in range(TUNERS if ON_GPU and not DRY else 0):
+        share = ["--rehearsal", "--part", f"{part}/{TUNERS}"]
+        commands[f"tune {part}"] = ([sys.executable, str(HERE.parent / "tune.py"), *share], setting)
     for part in REHEARSALS:
-        setting = {"MADTP_KERNELS_BUILD": "0", "OMP_NUM_THREADS": "2"}
         commands[part] = ([sys.executable, str(HERE), part, "--rehearsal"], setting)
 
     def run(name: str) -> bool:
         command, setting = commands[name]
         start = time.perf_counter()
         done = subprocess.run(
-            [*command, *(["--dry-run"] if DRY and name != "extension" else [])],
+            [*command, *(["--dry-run"] if DRY and name in PARTS else [])],
             env=os.environ | setting, capture_output=True, text=True,
         )  # fmt: skip
         seconds = round(time.perf_counter() - start, 1)
@@ -208,7 +213,7 @@ def build(log: Log) -> None:
     if ON_GPU:
         with log.guarding("device before"):
             log.write("device before", **device_state())
-    with concurrent.futures.ThreadPoolExecutor(1 + 12 if not DRY else 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(16 if not DRY else 1) as pool:
         done = dict(zip(commands, pool.map(run, commands), strict=True))
     if not done["extension"]:
         raise SystemExit(1)
@@ -284,6 +289,18 @@ def scored(log: Log) -> None:
         log.time("alignment product", lambda: F.linear(data.entering, data.dictionary))
 
 
+def normalised(log: Log) -> None:
+    """LayerNorm of the rows in use, and of all."""
+    norm = torch.nn.LayerNorm(inputs.WIDTH).to(measure.DEVICE, torch.bfloat16)
+    x = inputs.tokens(inputs.lengths_of(BATCH), inputs.WIDTH, dtype=torch.bfloat16, seed=13)
+    for share in (1.0, 0.5, 0.2):
+        used = round(len(x) * share)
+        cu_seqlens = torch.tensor([0, used], dtype=torch.int32, device=measure.DEVICE)
+        log.time("LayerNorm", lambda cu=cu_seqlens: layer_norm(x, norm.weight, norm.bias, cu), share=share)
+        if not log.rehearsal:
+            log.time("F.layer_norm over the tokens", lambda n=used: norm(x[:n]), share=share)
+
+
 def multiplied(log: Log, first: bool) -> None:
     layer = "768->3072 + GELU" if first else "3072->768 + residual"
     for share in (0.5,) if log.rehearsal else (1.0, 0.5, 0.2):
@@ -331,6 +348,11 @@ def forwards(log: Log, count: int) -> None:
             if not log.rehearsal:
                 facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), guided=temperature > 0)
         log.time(name, call, **facts)
+        if ON_GPU and not log.rehearsal and hasattr(net, "capture"):
+            with log.guarding(f"{name}, model.capture", **facts):
+                forward = net.capture(pairs.pixels, pairs.input_ids, temperature=temperature)
+                replay = functools.partial(forward, pairs.pixels, pairs.input_ids)
+                log.time(f"{name}, model.capture", replay, graph=False, **facts)
     if not log.rehearsal:
         log.time("dense, plain PyTorch", lambda: nlvr.plain_answer("bfloat16", pairs), pairs=count)
 
@@ -483,6 +505,8 @@ def small(log: Log) -> None:
             case = helpers.with_spare_rows(case, 5)
             exact = helpers.run(op, case, "reference")
             for backend in kernels:
+                if backend == "cuda" and op in backends._WITHOUT_CUDA:
+                    continue
                 facts = {"dtype": str(dtype), "backend": backend}
                 with log.guarding(op, **facts):
                     pairs = zip(helpers.run(op, case, backend), exact, strict=True)
@@ -491,13 +515,17 @@ def small(log: Log) -> None:
         with log.guarding("linear", dtype=str(dtype)):
             if not ON_GPU:
                 continue
+            from madtp_kernels.linear import tiles
             from madtp_kernels.linear import triton as implementation
 
             cu = torch.tensor([0, 212], dtype=torch.int32, device=measure.DEVICE)
-            for width, columns in ((128, 300), (100, 33), (7, 33)):
+            for width, columns in ((128, 304), (128, 300), (100, 33), (7, 33)):
                 x, weight = (inputs.tokens([n], width, dtype=dtype, seed=n) for n in (230, columns))
                 residual = inputs.tokens([230], columns, dtype=dtype, seed=1)
-                for tile in implementation._tiles(x, weight):
+                tried = implementation._tiles(x, weight)
+                if tried is tiles.COPY_ENGINE:
+                    tried += tiles.CANDIDATES
+                for tile in tried:
                     ours = implementation._multiply(tile, x, weight, None, cu, "gelu", residual)[:212]
                     exact = F.gelu(x[:212].double() @ weight.double().mT) + residual[:212].double()
                     facts = {"dtype": str(dtype), "tile": [*tile], "width": width, "columns": columns}
@@ -512,6 +540,7 @@ PARTS: dict[str, Callable[[Log], None]] = {
     "ceilings": ceilings,
     "attention": attended,
     "scoring": scored,
+    "layer-norm": normalised,
     "linear-gelu": functools.partial(multiplied, first=True),
     "linear-residual": functools.partial(multiplied, first=False),
     "cuda-backend": cuda_backend,
@@ -525,14 +554,14 @@ PARTS: dict[str, Callable[[Log], None]] = {
     "small": small,
 }
 STAGES = {
-    "operations": ["ceilings", "attention", "scoring", "linear-gelu", "linear-residual", "cuda-backend"],
+    "operations": ["ceilings", "attention", "scoring", "layer-norm", "linear-gelu", "linear-residual", "cuda-backend"],
     "model": [f"nlvr-{count}" for count in PAIRS] + ["kernels", "block", "agreement"],
     "same-sample": ["same-bfloat16", "same-float32"],
 }
 # Parts that compile something of their own, the longest first.
 REHEARSALS = [
     "linear-gelu", "same-float32", *(f"nlvr-{count}" for count in PAIRS), "linear-residual", "attention", "scoring", "block",
-    "agreement", "same-bfloat16", "small",
+    "agreement", "same-bfloat16", "small", "layer-norm",
 ]  # fmt: skip
 
 
