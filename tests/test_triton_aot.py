@@ -4,7 +4,8 @@ The operations are called as usual on CPU tensors of real size, with a stand-in 
 with launches replaced by compilation: what is compiled is what a GPU would get, specialisations included. Registers, stack
 (which is where spilled registers go) and shared memory are read from the machine code.
 
-    python tests/test_triton_aot.py 90      prints the table for one target
+    python tests/test_triton_aot.py 90          prints the table for one target
+    python tests/test_triton_aot.py variants    what batches of 1 to 64 compile, without compiling it
 """
 
 import collections
@@ -175,6 +176,54 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         yield label
 
 
+def variants():
+    """For each launch of an inference in batches of 1 to 64: kernel, the constants and options that it is compiled for, and
+    what Triton specialises on in its run-time arguments. Nothing is compiled.
+    """
+    from madtp_kernels.attention import triton as attention
+    from madtp_kernels.compaction import triton as compaction
+    from madtp_kernels.importance import triton as importance
+    from madtp_kernels.linear import triton as linear
+    from madtp_kernels.normalization import triton as normalization
+    from madtp_kernels.scoring import triton as scoring
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    seen = set()
+
+    def note(self, *args, grid, warmup, **options):
+        binder = self.device_caches[0][-1]
+        _, specialization, chosen = binder(*args, debug=False, **options)
+        constants = [value for kind, value in specialization if kind == "constexpr"]
+        found = [(kind, value) for kind, value in specialization if kind != "constexpr"]
+        seen.add((self.__name__, str((constants, sorted(chosen.items()), [kind for kind, _ in found])), str(found)))
+
+    driver.set_active(Target(90))
+    JITFunction.run = note
+    linear._copy_engine, linear._architecture = (lambda device: True), (lambda device: 9)
+    for module in (importance, linear, scoring, normalization):
+        module.multiprocessors = lambda tensor: 132
+    for batch in (1, 2, 3, 5, 8, 15, 16, 17, 32, 48, 63, 64):
+        for dtype, length in [(torch.bfloat16, 577), (torch.float32, 577), (torch.bfloat16, 23)]:
+            tokens = batch * length
+            cu, group = torch.empty(batch + 1, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+            x, hidden = torch.empty(tokens, 768, dtype=dtype), torch.empty(tokens, 3072, dtype=dtype)
+            weight, dictionary = torch.empty(3072, 768, dtype=dtype), torch.empty(100, 768, dtype=dtype)
+            per_token, threshold = torch.empty(tokens), torch.empty(batch)
+            q, k, v = torch.empty(tokens, 3, 12, 64, dtype=dtype).unbind(1)
+            attention.attention(q, k, v, cu, cu, length, length, 0.125, False, None)
+            out, lse = torch.empty(tokens, 12, 64, dtype=dtype), torch.empty(12, tokens)
+            importance.attention_importance(q, k, out, lse, cu, length, 0.125, False, None)
+            scoring.score_tokens(x, dictionary, per_token, per_token, cu, length, 1.0, None)
+            rest = (per_token.int(), None, -1, x[0], x[0], 1e-6, False)
+            for groups in (None, group):
+                compaction.compact(x, per_token, threshold, None, cu, length, None, groups, None, *rest)
+            normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
+            linear.linear(x, weight, hidden[0], cu, "gelu", None)
+            linear.linear(hidden, weight.view(768, 3072), x[0], cu, "", x)
+    return sorted(seen)
+
+
 def report(capability):
     """Resources of every kernel for one target."""
     shapes = [(dtype, {}) for dtype in DTYPES]
@@ -224,6 +273,20 @@ def reports():
         assert worker.returncode == 0, f"compiling for sm_{target} failed:\n{errors[-4000:]}"
         rows[target] = json.loads(output)
     return rows
+
+
+def test_no_kernel_is_compiled_again_for_another_batch_size():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, __file__, "variants"]
+    found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert {name for name, *_ in found} >= {"_score_kernel", "_compact_kernel", "_linear_kernel", "_importance_kernel"}
+    by_constants = collections.defaultdict(set)
+    for name, constants, specialised in found:
+        by_constants[name, constants].add(specialised)
+    twice = {key: values for key, values in by_constants.items() if len(values) > 1}
+    assert not twice, "\n".join(f"{key}: {value}" for key, values in twice.items() for value in sorted(values))
 
 
 def kernels_in_the_source():
@@ -287,5 +350,8 @@ def test_rows_move_in_accesses_of_16_bytes(reports, target):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "variants":
+        print(json.dumps(variants()))
+        sys.exit()
     result = report(int(sys.argv[1]))
     print(json.dumps(result) if "--json" in sys.argv else "\n".join(map(describe, result)))
