@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -327,7 +328,9 @@ def test_padding_of_outputs(make, generator):
     torch.testing.assert_close(model(pixels, ids).logits, logits)
     flipped = model.text_decoder(ids, encoder_hidden_states=padded.flip(0), encoder_attention_mask=mask.flip(0)).logits
     torch.testing.assert_close(flipped.flip(0), logits, **SAME)
-    assert (model.text_decoder(ids, encoder_hidden_states=padded.flip(0)).logits.flip(0) - logits).abs().max() > 1e-3
+    for mask_of_all in (None, torch.ones_like(mask)):
+        with pytest.raises(ValueError, match="encoder_hidden_states: rows of zeros may be the padding of a patched tower"):
+            model.text_decoder(ids, encoder_hidden_states=padded.flip(0), encoder_attention_mask=mask_of_all)
     with pytest.raises(ValueError, match="expected what a patched tower returned"):
         attention_mask(padded.flip(0))
 
@@ -379,26 +382,40 @@ def test_target_gflops(task, make, generator):
         assert patch.gflops == pytest.approx(sum(costs) / len(costs))
 
 
-def test_a_target_between_dense_and_the_weakest_pruning(make, generator, caplog):
-    model, inputs = make("caption"), {"pixel_values": pictures(generator, 3)}
-    with caplog.at_level(logging.WARNING, logger="madtp"):
-        patch = madtp.apply_patch(model, keep_ratio=0.96, samples=inputs, dictionary=dictionary_of("caption", generator))
-    assert patch.temperature == 0.0 and len(patch.steps) > 2
-    assert patch.steps[-1].temperature < 1e-3 and patch.steps[-1].keep_ratio < 0.92
-    assert "keep_ratio: 1 is the closest to 0.96 that the samples allow" in caplog.text
-
-
-def test_targets_that_dense_meets_or_nothing_does(make, generator):
+def test_targets_out_of_reach(make, generator):
+    """Found within 2 %, or refused with what can be reached."""
     model = make("caption")
     inputs = {"pixel_values": pictures(generator, 3)}
-    patch = madtp.apply_patch(model, keep_ratio=1.0, samples=inputs)
+    options = {"samples": inputs, "dictionary": dictionary_of("caption", generator)}
+    patch = madtp.apply_patch(model, keep_ratio=1.0, **options)
     assert patch.temperature == 0.0 and len(patch.steps) == 1
     madtp.remove_patch(model)
-    dense = results("caption", model, sample_inputs("caption", generator)[1])
-    for target in ({"keep_ratio": 0.01}, {"target_gflops": 1e-6}):
-        with pytest.raises(ValueError, match=f"{next(iter(target))}: .* is out of reach, .* is the least"):
-            madtp.apply_patch(model, samples=inputs, **target)
-        assert not hasattr(model, "_madtp") and dense
+    for target in ({"keep_ratio": 0.96}, {"keep_ratio": 0.01}, {"target_gflops": 1e-6}):
+        name, value = next(iter(target.items()))
+        with pytest.raises(ValueError, match=f"^{name}: {value:.4g} is out of reach on these samples, which allow ") as error:
+            madtp.apply_patch(model, **target, **options)
+        assert not hasattr(model, "_madtp")
+        least, most, *closest = map(float, re.findall(r" (\d[\d.e-]*)", str(error.value).partition("which")[2].replace(";", "")))
+        assert least < most and len(closest) == (2 if value == 0.96 else 1)
+        assert not any(abs(found / value - 1) < 0.02 for found in closest)
+        if name == "keep_ratio":  # what is said to be possible is
+            patch = madtp.apply_patch(model, keep_ratio=closest[0], **options)
+            assert abs(patch.keep_ratio / closest[0] - 1) < 0.02
+            madtp.remove_patch(model)
+
+
+def test_tokens_much_alike(make, generator):
+    """Untrained weights, as somebody has who tries it: many tokens go at once. The share is met all the same, or it is an error."""
+    model = CLASSES["caption"](blip_config()).eval().to(DEVICE)  # N(0, 0.02), as transformers begins
+    inputs = {"pixel_values": pictures(generator, 2)}
+    for share in (0.3, 0.5, 0.7, 0.95):
+        try:
+            patch = madtp.apply_patch(model, keep_ratio=share, samples=inputs)
+        except ValueError as error:
+            assert "is out of reach on these samples" in str(error)
+        else:
+            assert abs(patch.keep_ratio / share - 1) < 0.02
+            madtp.remove_patch(model)
 
 
 def test_keep_ratio_needs_no_texts(make, generator):
@@ -443,9 +460,9 @@ def test_no_weights_are_copied(task, make):
     madtp.apply_patch(model, temperature=0)
     theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for link in model._madtp.links:
-        assert link.holds()
         assert link.module._parameters[link.name].untyped_storage().data_ptr() in theirs
     sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert len(sizes) == len(list(model.parameters())), "each keeps its memory for itself"
     assert sum(sizes.values()) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -593,7 +610,7 @@ def test_models_that_cannot_be_patched(make):
         madtp.apply_patch(CLASSES["caption"](blip_config()), temperature=0)
     adapted = make("vqa")
     adapted.text_encoder.encoder.layer[1].attention.self.key = torch.nn.Sequential(torch.nn.Linear(96, 96))
-    with pytest.raises(ValueError, match="text_encoder.encoder.layer.1.attention.self.key.weight is no plain"):
+    with pytest.raises(ValueError, match="text_encoder.encoder.layer.1.attention.self.key is a Sequential, expected a Linear"):
         madtp.apply_patch(adapted, temperature=0)
 
 

@@ -8,32 +8,43 @@
     madtp.remove_patch(model)
 
 The towers of the model (vision transformer, text encoder, text decoder) get another `forward`; the rest of the model, its
-`generate`, its configuration and its weights stay transformers'. Outputs keep their types:
+`generate`, its configuration and its weights stay transformers'. What holds then:
 
+* Outputs have transformers' types. At temperature 0 tokens have the values that transformers computes, with the exceptions below.
 * What a tower returns as `last_hidden_state` (or the model as `image_embeds`) is padded as usual: the tokens of a sample stand
-  at the beginning, in their order, and zeros follow. :func:`attention_mask` tells which are tokens. Given to another tower of
-  the model, such a tensor is recognised, and its padding is never attended to; a tensor computed from it (a selection, a
-  repetition) is not, and needs the mask, as `encoder_attention_mask`.
-* At temperature 0 tokens have the values that transformers computes. There is one difference: its `BlipForQuestionAnswering`
-  lets the decoder look at padded question tokens, so that an answer depends on the longest question of the batch. Here it does
-  not: answers are those that transformers gives to one question at a time.
-* Attention matrices and hidden states of the layers are not returned.
+  at the beginning, in their order, and zeros follow (also where transformers computes something for padding).
+  :func:`attention_mask` tells which are tokens. Given to another tower of the model, edited in place or not, such a tensor is
+  recognised, and its padding is never attended to; a tensor computed from it (a selection, a repetition) is not, and needs the
+  mask, as `encoder_attention_mask`: without it, rows of zeros are refused where they may be padding.
+* Masks say which tokens there are: anything but 0 marks one, as in transformers. `encoder_attention_mask` counts, too; the BLIP
+  of transformers (5.17 to 5.24) takes it and does not pass it on to its cross-attention.
+* transformers' `BlipForQuestionAnswering` lets the decoder look at padded question tokens, so that an answer depends on the
+  longest question of the batch. Here it does not: answers are those that transformers gives to one question at a time.
+* Attention matrices and hidden states of the layers are not kept: asking for them is an error. A decoder returns a cache where
+  one was given (a `DynamicCache`) or `use_cache=True` asks for it.
+* The weights stay where they are and are read at each call: whatever is done to them, in place or by new parameters, counts.
+* The modules inside a tower are not called. What only a call would notice is refused, by apply_patch or by the next call: hooks,
+  replaced, wrapped, compiled or parametrized modules (adapters, quantization), changed sizes, layers in training mode. Hooks on
+  the towers themselves fire; hooks for all modules (`torch.nn.modules.module.register_module_forward_hook`) see our layers.
 
-A patched model is for inference: it computes no gradients, without dropout.
+A patched model is for inference: it computes no gradients, without dropout. It can be copied, pickled and saved as any other.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
@@ -43,16 +54,17 @@ from transformers import (
     EncoderDecoderCache,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils.generic import can_return_tuple
 
-from madtp_kernels import RaggedBatch, backends
+from madtp_kernels import RaggedBatch, backends, checks
+from madtp_kernels.segments import sample_of
 
 from . import flops, graphs, layouts
 from .checkpoints import initial_weight, read_file
 from .config import check_temperature
 from .generation import CACHE
 from .layers import Keys, Runs
+from .linear import Linear
 from .models import MODELS, Model
 from .models.base import first_rows
 from .models.clip import rows_of
@@ -66,10 +78,11 @@ _log = logging.getLogger("madtp")
 # of one word.
 _CAPTION_TOKENS, _ANSWER_TOKENS = 15, 2
 
-# The search for a temperature: where it begins, how far it goes, and when it is content: with a value this close to the target,
-# or with temperatures so close to each other that the next step would change no more than one token.
-_FIRST, _FACTOR, _LOWEST, _HIGHEST = 1.0, 4.0, 1e-3, 1e3
-_CLOSE_ENOUGH, _NEIGHBOURS, _WORTH_A_WARNING = 0.002, 1.001, 0.02
+# The search for a temperature: where it begins, how it goes on (up or down by this factor, so often at most), and when it is
+# content: with a value this close to the target, or with temperatures so close to each other that the next step would change no
+# more than one token. What it finds is within the tolerance, relative to the target.
+_FIRST, _FACTOR, _STEPS = 1.0, 4.0, 5
+_CLOSE_ENOUGH, _NEIGHBOURS, _TOLERANCE = 0.002, 1.001, 0.02
 
 
 class Step(NamedTuple):
@@ -108,21 +121,22 @@ def apply_patch(
 ) -> Patch:
     """Make a model of transformers run ragged, with pruning. Exactly one of the first three arguments says how much is pruned.
 
-    No weights are copied, but for the CPU's packed layout. Projections of the same input that transformers keeps apart (query,
-    key, value) move next to each other in memory; they stay parameters of their own.
+    No weights are copied or moved.
 
     Args:
         model: `BlipForConditionalGeneration`, `BlipForQuestionAnswering`, `BlipForImageTextRetrieval` or `CLIPModel`, with plain
             floating-point weights on one device. CLIP's text is pruned in the mode "clean" (:mod:`madtp.models.clip`).
         temperature: pruning temperature; 0 runs dense, which is already faster than transformers' attention without fusion.
-        keep_ratio: find the temperature at which this share of the image tokens is kept (mean over layers, 0 to 1). Even the
-            lowest temperature above 0 prunes something; between that and dense the closer one is taken, with a warning.
-        target_gflops: find the temperature at which an instance costs this much, counted as the official code does: a
+        keep_ratio: find the temperature at which this share of the image tokens is kept (mean over layers, 0 to 1), within 2 % of
+            it. Shares that the samples do not allow are an error that names those that they do: even the lowest temperature above
+            0 prunes something, and where tokens are much alike (random weights, an untrained dictionary) many go at once.
+        target_gflops: find the temperature at which an instance costs this much, within 2 %, counted as the official code does: a
             caption (of 15 tokens), a question about an image with its answer (of one word), or an image and a text (retrieval:
             with their features and their match).
         dictionary: MADTP's cross-modal dictionary: a tensor ``[M, width]``, or a file that holds one as ``space_dict``, such as a
             MADTP checkpoint or the weights of a saved model, from which maps to the dictionary are taken too. Without one it
-            is drawn from N(0, 1) with a fixed seed, as MADTP begins; that prunes by an alignment which nobody has trained.
+            is drawn from N(0, 1) with a fixed seed, as MADTP begins; that prunes by an alignment which nobody has trained. So are
+            CLIP's maps where a tensor or a file holds none; both with a warning.
         samples: a few inputs of the model, as its processor returns them (``pixel_values``, and for other models than
             captioning ``input_ids`` and ``attention_mask``, one text for each image). Needed for a target; with a temperature
             they are measured.
@@ -134,8 +148,9 @@ def apply_patch(
 
     Raises:
         TypeError: a model of another class.
-        ValueError: a model that is patched already, or has something that our layers do not have; not exactly one of the three
-            settings; a target without samples or out of reach; a dictionary of another shape.
+        ValueError: a model that is patched already, or has something that our layers do not have (hooks, adapters, quantized
+            weights, other sizes than its configuration says); not exactly one of the three settings; a target without samples or
+            out of reach; a dictionary of another width than the model's tokens, without a map to it.
     """
     task = next((task for kind, task in _TASKS.items() if isinstance(model, kind)), None)
     if task is None:
@@ -156,29 +171,24 @@ def apply_patch(
         raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if samples is None and temperature is None:
         raise ValueError(f"samples: {given[0]} is sought on a few inputs of the model, got none")
-    methods = [(model.get_submodule(tower), name, method) for tower, name, method in _METHODS[task]]
-    for (tower, _, _), (module, name, _) in zip(_METHODS[task], methods, strict=True):
-        if name in vars(module):
-            place = f"{tower or type(model).__name__}.{name}"
-            raise ValueError(f"model: {place} is replaced already, by a hook of accelerate or another patch")
+    methods = [_Method(model.get_submodule(place), task, number) for number, (place, _, _) in enumerate(_METHODS[task])]
+    for method in methods:
+        if method.name in vars(method.module):
+            raise ValueError(f"model: {method.place} is replaced already, by a hook of accelerate or another patch")
 
-    engine = _Engine(model, task, dictionary, backend, warn=temperature != 0)
-    try:
-        steps = []
-        if temperature is None:
-            found = _search(engine, samples, given[0], settings[given[0]], steps)
-        elif samples is None:
-            found = Step(float(temperature), None, None)
-        else:
-            found = engine.measure(samples, float(temperature))
-    except BaseException:
-        engine.release()
-        raise
+    engine = _Engine(model, task, methods, dictionary, backend, warn=temperature != 0)
+    steps: list[Step] = []
+    if temperature is None:
+        found = _search(engine, samples, given[0], settings[given[0]], steps)
+    elif samples is None:
+        found = Step(float(temperature), None, None)
+    else:
+        found = engine.measure(samples, float(temperature))
     engine.model.temperature = found.temperature
-    for module in {model, *(module for module, _, _ in methods)}:
+    for module in {model, *(method.module for method in methods)}:
         module._madtp = engine
-    for module, name, method in methods:
-        setattr(module, name, types.MethodType(method, module))
+    for method in methods:
+        setattr(method.module, method.name, method)
     return Patch(task, found.temperature, found.keep_ratio, found.gflops, tuple(steps))
 
 
@@ -186,19 +196,20 @@ def remove_patch(model: nn.Module) -> None:
     """Undo :func:`apply_patch`: the model is again what transformers made it, with the same parameters.
 
     Raises:
-        ValueError: a model that is not patched.
+        ValueError: a model that is not patched, or a method that another library has wrapped since: its wrapper has to go first.
     """
     if not hasattr(model, "_madtp"):
         raise ValueError(f"model: expected one that apply_patch has patched, got {type(model).__name__}")
-    engine = model._madtp
-    modules = {model}
-    for tower, name, _ in _METHODS[engine.task]:
-        module = model.get_submodule(tower)
-        delattr(module, name)
-        modules.add(module)
-    for module in modules:
+    methods = model._madtp.methods
+    for method in methods:
+        if vars(method.module).get(method.name) is not method:
+            raise ValueError(
+                f"model: {method.place} was replaced after apply_patch, by a hook of accelerate or another patch; remove that first"
+            )
+    for method in methods:
+        delattr(method.module, method.name)
+    for module in {model, *(method.module for method in methods)}:
         del module._madtp
-    engine.release()
 
 
 def attention_mask(hidden_states: Tensor) -> Tensor:
@@ -207,102 +218,225 @@ def attention_mask(hidden_states: Tensor) -> Tensor:
     Raises:
         ValueError: a tensor that is not just what a patched tower returned.
     """
-    stream = getattr(hidden_states, "_madtp_stream", None)
-    if stream is None:
+    ids = _streams.get(hidden_states)
+    if ids is None:
         raise ValueError("hidden_states: expected what a patched tower returned, itself and not computed from it")
     position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    return (position < stream.tokens.lengths[:, None]).long()
+    return (position < ids.lengths[:, None]).long()
 
 
 # ---- our model on their weights -----------------------------------------------------------------------------------
 
 
 class _Link(NamedTuple):
-    """A parameter of ours that shares the memory of one of theirs, or of several that lie next to each other in it."""
+    """A parameter of ours that is a view of one of theirs."""
 
     module: nn.Module
     name: str
-    sources: list[tuple[nn.Module, str]]
+    owner: nn.Module
+    key: str
+    place: str
+    """Theirs, as it is called in the whole model."""
     shape: torch.Size
 
-    def theirs(self) -> list[Tensor]:
-        return [module._parameters[name] for module, name in self.sources]
+    def follow(self) -> Tensor:
+        """See the weight that theirs is now: it may have been moved, converted, or given anew."""
+        theirs, own = self.owner._parameters.get(self.key), self.module._parameters.get(self.name)
+        if type(theirs) not in (nn.Parameter, Tensor) or not theirs.is_floating_point():
+            raise ValueError(f"model: {self.place} is no plain floating-point weight; merge adapters, and leave it unquantised")
+        if (
+            own is None
+            or (own.data_ptr(), own.dtype, own.device) != (theirs.data_ptr(), theirs.dtype, theirs.device)
+            or own.stride() != theirs.stride() and own.dim() == theirs.dim()
+        ):
+            weight = theirs.detach()
+            if weight.numel() != self.shape.numel() or weight.shape != self.shape and not weight.is_contiguous():
+                raise ValueError(f"model: {self.place} is {list(weight.shape)}, where {list(self.shape)} is expected")
+            own = nn.Parameter(weight if weight.shape == self.shape else weight.view(self.shape), requires_grad=False)
+            self.module._parameters[self.name] = own
+        return own
 
-    def holds(self) -> bool:
-        """Whether the memory is still shared: a model that is moved, converted or given new weights has other memory."""
-        own = self.module._parameters[self.name]
-        address = own.data_ptr()
-        for tensor in self.theirs():
-            if (tensor.data_ptr(), tensor.dtype, tensor.device) != (address, own.dtype, own.device):
-                return False
-            address += tensor.numel() * tensor.element_size()
-        return True
 
-    def make(self) -> None:
-        tensors = [tensor.detach() for tensor in self.theirs()]
-        shared = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        if len(tensors) > 1:
-            parts = shared.split([len(tensor) for tensor in tensors])
-            for tensor, part in zip(self.theirs(), parts, strict=True):
-                tensor.data = part
-        self.module._parameters[self.name] = nn.Parameter(shared.view(self.shape), requires_grad=False)
+class _Side(nn.Module):
+    """Linear layers side by side in place of one: transformers keeps query, key and value apart."""
 
-    def release(self) -> None:
-        """Give theirs memory of their own again."""
-        if len(self.sources) > 1:
-            for tensor in self.theirs():
-                tensor.data = tensor.detach().clone()
+    def __init__(self, whole: Linear, parts: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Linear(whole.in_features, whole.out_features // parts, whole.bias is not None) for _ in range(parts)
+        )
+
+    def forward(self, x: Tensor, *, tokens: RaggedBatch | None = None) -> Tensor:
+        """``x [C, in]`` to ``[C, out]``, as :class:`madtp.linear.Linear`."""
+        return torch.cat([layer(x, tokens=tokens) for layer in self.layers], -1)
+
+
+class _Seen(NamedTuple):
+    """A tower or a module inside it as apply_patch saw it. What is inside is not called any more, and has to stay what it was."""
+
+    place: str
+    module: nn.Module
+    is_tower: bool
+    kind: type
+    forward: Callable
+    children: list[tuple[str, nn.Module]]
+    parameters: list[tuple[str, bool]]
+    """Names, and whether there is one."""
+    sizes: dict[str, Any]
+    """Numbers and words among its attributes: the epsilon of a LayerNorm, the scale of an attention."""
+
+    @classmethod
+    def of(cls, place: str, module: nn.Module, is_tower: bool) -> _Seen:
+        kind = type(module)
+        parameters = [(name, value is not None) for name, value in module._parameters.items()]
+        return cls(place, module, is_tower, kind, kind.forward, list(module._modules.items()), parameters, _sizes(module))
+
+    def change(self) -> str | None:
+        """What transformers' own tower would notice and the patched one does not; None if there is nothing."""
+        module, facts = self.module, self.module.__dict__
+        if list(module._modules.items()) != self.children:
+            return "holds other modules"
+        if [(name, value is not None) for name, value in module._parameters.items()] != self.parameters:
+            return "holds other parameters"
+        if self.is_tower:
+            return None
+        if type(module) is not self.kind:
+            return f"has become a {type(module).__name__}"
+        if "forward" in facts or self.kind.forward is not self.forward:
+            return "has another forward"
+        if module._compiled_call_impl is not None:
+            return "is compiled"
+        hooks = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks) or not all(map(_is_recorder, module._forward_hooks.values())):
+            return "has hooks"
+        return next((f"has another {name}" for name, value in self.sizes.items() if facts.get(name) != value), None)
+
+
+def _is_recorder(hook: Callable) -> bool:
+    """Whether transformers has put a hook there to record outputs, which does nothing where none are asked for."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def _sizes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str)) and not name.startswith("_") and name not in ("training", "gradient_checkpointing")
+    }
+
+
+def _check_kinds(tower: nn.Module, expected: nn.Module, place: str) -> None:
+    """Refuse a tower that is not what transformers makes of its configuration (``expected``)."""
+    found, wanted = (dict(t.named_modules(prefix=place, remove_duplicate=False)) for t in (tower, expected))
+    for name in [*wanted, *(found.keys() - wanted.keys())]:
+        module, other = found.get(name), wanted.get(name)
+        if type(module) is not type(other):
+            have, want = ("no module" if m is None else f"a {type(m).__name__}" for m in (module, other))
+            raise ValueError(f"model: {name} is {have}, expected {want}; merge adapters, and leave it unquantised")
+        if not type(module).forward.__module__.startswith(("torch.", "transformers.")):
+            raise ValueError(f"model: {name} has the forward of another library, {type(module).forward.__module__}")
+        sizes = {} if module is tower else _sizes(other)
+        for size, value in sizes.items():
+            if getattr(module, size, None) != value:
+                raise ValueError(f"model: {name}.{size} is {getattr(module, size, None)}, but its configuration makes it {value}")
 
 
 class _Engine:
     """Our model for a model of transformers: the same memory, and a dictionary in addition."""
 
     def __init__(
-        self, theirs: nn.Module, task: str, dictionary: Tensor | str | os.PathLike | None, backend: str | None, warn: bool
+        self,
+        theirs: nn.Module,
+        task: str,
+        methods: list[_Method],
+        dictionary: Tensor | str | os.PathLike | None,
+        backend: str | None,
+        warn: bool,
     ) -> None:
-        self.task = task
+        self.task, self.methods = task, methods
         layout = layouts.HUGGING_FACE[theirs.config.model_type]
         guidance = _guidance(dictionary, task)
         config = layout.config_of(theirs.config.to_dict(), guidance, task)
         with torch.device("meta"):
             self.model: Model = MODELS[task](config, backend=backend).eval()
-        self.links, own = [], []
-        for key, parameter in self.model.named_parameters():
-            names = layout.parts_of(key)
-            if names:
-                sources = [_slot(theirs, name) for name in names]
-                self.links.append(_Link(*_slot(self.model, key), sources, parameter.shape))
+            expected = next(kind for kind, name in _TASKS.items() if name == task)(copy.deepcopy(theirs.config))
+        self.towers = {place: theirs.get_submodule(place) for place in _TOWERS[task]}
+        for place, tower in self.towers.items():
+            _check_kinds(tower, expected.get_submodule(place), place)
+        self.seen = {
+            place: [_Seen.of(name, module, module is tower) for name, module in tower.named_modules(prefix=place)]
+            for place, tower in self.towers.items()
+        }
+        wanted = [(key, parameter.shape, layout.parts_of(key)) for key, parameter in self.model.named_parameters()]
+        for lead, places in {key.rpartition(".")[0]: places for key, _, places in wanted if len(places) > 1}.items():
+            parent, _, child = lead.rpartition(".")
+            with torch.device("meta"):
+                side = _Side(self.model.get_submodule(lead), len(places))
+            setattr(self.model.get_submodule(parent), child, side)
+        self.links, self.own = [], []
+        for key, shape, places in wanted:
+            lead, _, name = key.rpartition(".")
+            module = self.model.get_submodule(lead)
+            if not places:
+                self.own.append((module, name, key, shape))
+            elif len(places) == 1:
+                self.links.append(_Link(module, name, *_slot(theirs, places[0]), places[0], shape))
             else:
-                own.append((key, parameter.shape))
-        kinds = {(str(tensor.device), tensor.dtype) for link in self.links for tensor in link.theirs()}
-        if len(kinds) > 1 or "meta" in dict(kinds):
-            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
-            raise ValueError(f"model: expected all weights in one dtype and on one device, found {found}")
-        self.own = [_slot(self.model, key) for key, _ in own]
-        made_up = _fill(self.own, own, guidance)
+                shape = torch.Size([shape[0] // len(places), *shape[1:]])
+                self.links += [
+                    _Link(layer, name, *_slot(theirs, place), place, shape)
+                    for layer, place in zip(module.layers, places, strict=True)
+                ]
+        for link in self.links:
+            link.module._parameters[link.name] = None
+        made_up = _fill(self.own, guidance)
+        if made_up and dictionary is not None and task != "clip":
+            raise ValueError(
+                f"dictionary: its entries are {config.vision.sd_dim} wide, the model's tokens are not, and it holds no {made_up[0]}"
+            )
         if made_up and warn:
             _log.warning(
                 "drawn at random with a fixed seed, as MADTP does before training: %s. What is pruned depends on attention, and "
                 "on an alignment that is not trained.",
                 made_up[0] + (f" and {len(made_up) - 1} maps" if len(made_up) > 1 else ""),
             )
-        self.sync()
+        for place in self.towers:
+            self.sync(place)
 
-    def sync(self) -> None:
-        """Share memory with their model again where it has been moved, converted, or given new weights."""
+    def sync(self, place: str) -> None:
+        """For a call of a tower: see the weights of now.
+
+        Raises:
+            ValueError: something inside the tower that only a call of its modules would notice, or weights that are not plain,
+                of different dtypes, or on different devices.
+        """
+        for seen in self.seen[place]:
+            reason = seen.change()
+            if reason is not None:
+                raise ValueError(
+                    f"model: {seen.place} {reason}, but a patched tower does not call the modules inside it; merge the change "
+                    "into the weights, or call remove_patch first"
+                )
         with torch.inference_mode(False), torch.no_grad():
+            first = None
             for link in self.links:
-                if not link.holds():
-                    link.make()
-            like = self.links[0].theirs()[0]
-            for module, name in self.own:
+                weight = link.follow()
+                kind = (weight.dtype, weight.device)
+                first = first or (kind, link.place)
+                if kind != first[0] or weight.is_meta:
+                    raise ValueError(
+                        f"model: expected all weights in one dtype and on one device, found {first[0][0]} on {first[0][1]} "
+                        f"({first[1]}), {kind[0]} on {kind[1]} ({link.place})"
+                    )
+            for module, name, _, _ in self.own:
                 parameter = module._parameters[name]
-                if (parameter.device, parameter.dtype) != (like.device, like.dtype):
-                    module._parameters[name] = nn.Parameter(parameter.to(like), requires_grad=False)
+                if (parameter.dtype, parameter.device) != first[0]:
+                    module._parameters[name] = nn.Parameter(parameter.to(weight), requires_grad=False)
 
-    def release(self) -> None:
-        for link in self.links:
-            link.release()
+    @property
+    def pads(self) -> bool:
+        """Whether its towers return tensors with padding."""
+        return self.task == "vqa" or self.model.temperature > 0
 
     def images(self, pixel_values: Tensor) -> tuple[Stream, list[LayerTrace]]:
         """Final tokens and what every layer did, of ``[B, 3, S, S]``."""
@@ -329,7 +463,7 @@ class _Engine:
         """What the decoder is to look at."""
         if hidden_states is None:
             raise ValueError("encoder_hidden_states: expected what the decoder is to look at, got None")
-        stream = _stream(hidden_states, mask)
+        stream = _stream(hidden_states, mask, padding=self.pads)
         return _Memory(self.model.text_decoder.keys(stream), stream.tokens.batch_size)
 
     def measure(self, samples: Mapping[str, Tensor], temperature: float) -> Step:
@@ -425,10 +559,10 @@ def _guidance(dictionary: Tensor | str | os.PathLike | None, task: str) -> dict[
     return state
 
 
-def _fill(slots: list[tuple[nn.Module, str]], wanted: list[tuple[str, torch.Size]], state: Mapping[str, Tensor]) -> list[str]:
+def _fill(own: Sequence[tuple[nn.Module, str, str, torch.Size]], state: Mapping[str, Tensor]) -> list[str]:
     """Give values to the parameters that transformers does not have; returns those that no file knew."""
     made_up = []
-    for (module, name), (key, shape) in zip(slots, wanted, strict=True):
+    for module, name, key, shape in own:
         value = state.get(key)
         if value is None:
             value = initial_weight(key, shape)
@@ -440,7 +574,11 @@ def _fill(slots: list[tuple[nn.Module, str]], wanted: list[tuple[str, torch.Size
 
 
 def _search(engine: _Engine, samples: Mapping[str, Tensor], name: str, target: float, steps: list[Step]) -> Step:
-    """The temperature whose effect comes closest to a target, by bisection; fills ``steps``."""
+    """The temperature that meets a target, by bisection; fills ``steps``.
+
+    Mostly a higher temperature keeps less, but not always: a layer in which no token would survive is left alone. So all
+    intervals between the temperatures that were tried first may hold the target.
+    """
     what = "keep_ratio" if name == "keep_ratio" else "gflops"
 
     def value(temperature: float) -> float:
@@ -450,24 +588,39 @@ def _search(engine: _Engine, samples: Mapping[str, Tensor], name: str, target: f
             raise ValueError(f"samples: {name} needs 'input_ids' too for a model for task {engine.task!r}")
         return found
 
-    if value(0.0) > target:
-        here, factor = _FIRST, _FACTOR if value(_FIRST) > target else 1 / _FACTOR
-        while _LOWEST < here < _HIGHEST:  # until the target lies between two neighbours
-            here *= factor
-            if (value(here) > target) == (factor < 1):
-                low, high = sorted((here, here / factor))
-                break
-        else:
-            if factor > 1:
-                raise ValueError(f"{name}: {target} is out of reach, {getattr(steps[-1], what):.4g} is the least")
-            low = high = here  # it lies between dense and the weakest pruning
-        while high > low * _NEIGHBOURS and abs(getattr(steps[-1], what) / target - 1) > _CLOSE_ENOUGH:
+    def close(found: float, within: float) -> bool:
+        return abs(found / target - 1) <= within
+
+    dense = value(0.0)
+    if dense <= target or close(dense, _CLOSE_ENOUGH):
+        if not close(dense, _TOLERANCE):
+            _log.warning("%s: %.4g is more than the model costs without pruning, %.4g", name, target, dense)
+        return steps[0]
+    known = {_FIRST: value(_FIRST)}
+    up, down = ([_FIRST * _FACTOR ** (sign * n) for n in range(1, _STEPS + 1)] for sign in (1, -1))
+    for temperature in up + down if known[_FIRST] > target else down + up:
+        if close(getattr(steps[-1], what), _CLOSE_ENOUGH):
+            return steps[-1]
+        known[temperature] = value(temperature)
+        neighbour = temperature / _FACTOR if temperature > _FIRST else temperature * _FACTOR
+        low, high = sorted((temperature, neighbour))
+        falls = known[low] > target
+        if falls == (known[high] > target):
+            continue
+        while high > low * _NEIGHBOURS and not close(getattr(steps[-1], what), _CLOSE_ENOUGH):
             middle = (low * high) ** 0.5
-            low, high = (middle, high) if value(middle) > target else (low, middle)
+            low, high = (middle, high) if (value(middle) > target) == falls else (low, middle)
+        if close(getattr(steps[-1], what), _TOLERANCE):
+            return steps[-1]
     best = min(steps, key=lambda step: abs(getattr(step, what) - target))
-    if abs(getattr(best, what) / target - 1) > _WORTH_A_WARNING:
-        _log.warning("%s: %.4g is the closest to %.4g that the samples allow", name, getattr(best, what), target)
-    return best
+    if close(getattr(best, what), _TOLERANCE):
+        return best
+    reached = sorted({getattr(step, what) for step in steps})
+    nearest = [*[found for found in reached if found < target][-1:], *[found for found in reached if found > target][:1]]
+    raise ValueError(
+        f"{name}: {target:.4g} is out of reach on these samples, which allow {reached[0]:.4g} to {reached[-1]:.4g}; the closest "
+        f"{'are' if len(nearest) > 1 else 'is'} {' and '.join(f'{found:.4g}' for found in nearest)}"
+    )
 
 
 # ---- what takes the place of their methods ------------------------------------------------------------------------
@@ -480,40 +633,103 @@ class _Memory(NamedTuple):
     samples: int
 
 
+class _Method:
+    """What stands in the place of a method of a module. Unlike a bound function it can be pickled and copied with the model."""
+
+    def __init__(self, module: nn.Module, task: str, number: int) -> None:
+        self.module, self.task, self.number = module, task, number
+
+    @property
+    def name(self) -> str:
+        return _METHODS[self.task][self.number][1]
+
+    @property
+    def place(self) -> str:
+        return f"{_METHODS[self.task][self.number][0] or type(self.module).__name__}.{self.name}"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method itself: transformers and others look at it to learn which arguments there are."""
+        return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
+
+    def __call__(self, *args, **kwargs):
+        return _METHODS[self.task][self.number][2](self.module, *args, **kwargs)
+
+
+# Padded tensors that towers returned -> ids of their tokens, as a ragged batch. Attributes of the tensors would be saved with them.
+_streams = WeakTensorKeyDictionary()
+
+# Arguments that transformers passes through all of a model and that change nothing in a tower.
+_HARMLESS = ("num_items_in_batch", "return_dict")
+
+
 def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, **unsupported) -> _Engine:
     """The engine of a patched tower, for a call that it can serve, with the weights of now."""
-    if module.training:
+    engine = getattr(module, "_madtp", None)
+    if engine is None:
+        raise ValueError("model: a tower was replaced after apply_patch; call remove_patch first")
+    place = next(place for place, tower in engine.towers.items() if tower is module)
+    if any(seen.module.training for seen in engine.seen[place]):
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(name) or getattr(module.config, name, False):
-            raise ValueError(f"{name}: a patched model keeps neither attention matrices nor the states of its layers")
-    for name, value in unsupported.items():
+    outputs = {name: kwargs.get(name, getattr(module.config, name, None)) for name in ("output_attentions", "output_hidden_states")}
+    for name, value in (outputs | {name: value for name, value in kwargs.items() if name.startswith("output_")}).items():
         if value is not None and value is not False:
+            raise ValueError(f"{name}: a patched model keeps neither attention matrices nor the states of its layers")
+    for name, value in (unsupported | dict(kwargs)).items():
+        if value is not None and value is not False and name not in _HARMLESS:
             raise ValueError(f"{name}: a patched model does not take it here")
-    engine = module._madtp
     if sync:
-        engine.sync()
+        engine.sync(place)
     return engine
 
 
 def _padded(stream: Stream) -> Tensor:
-    """Tokens as ``[B, L, D]`` with zeros behind them; the tensor remembers what it was made of."""
+    """Tokens as ``[B, L, D]`` with zeros behind them, which are recognised."""
     padded, _ = stream.tokens.to_padded()
-    padded._madtp_stream = stream
+    _streams[padded] = stream.tokens.with_values(stream.ids)
     return padded
 
 
-def _stream(hidden_states: Tensor, mask: Tensor | None) -> Stream:
-    """Tokens of a padded tensor: those that it was made of, or those that the mask ``[B, L]`` marks."""
-    stream = getattr(hidden_states, "_madtp_stream", None)
-    if stream is not None:
-        return stream
+def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Stream:
+    """Tokens of ``encoder_hidden_states [B, L, D]``, as they are now: those that a tower returned, of these those that the mask
+    ``[B, L]`` marks. ``padding``: whether rows of zeros may be padding.
+    """
+    if hidden_states.dim() != 3 or mask is not None and mask.shape != hidden_states.shape[:2]:
+        what = "encoder_hidden_states [B, L, D]" if mask is None else f"encoder_attention_mask {list(hidden_states.shape[:2])}"
+        raise ValueError(f"{what}: got {list((hidden_states if mask is None else mask).shape)}")
+    mask = None if mask is None or mask.all() else mask.bool()
+    ids = _streams.get(hidden_states)
+    if ids is not None and hidden_states.shape[:2] == (ids.batch_size, ids.max_seqlen):
+        if mask is None:
+            row = torch.arange(ids.values.shape[0], device=hidden_states.device)
+            sample = sample_of(ids.cu_seqlens, len(row))
+            place = sample * ids.max_seqlen + row - ids.cu_seqlens[sample]
+            values = hidden_states.flatten(0, 1)[place.clamp(0, max(hidden_states.shape[:2].numel() - 1, 0))]
+            return Stream(ids.with_values(values), ids.values)
+        mask = mask & attention_mask(hidden_states).bool()
     mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask
+    if ids is None and padding and (mask & (hidden_states == 0).all(-1)).any():
+        raise ValueError(
+            "encoder_hidden_states: rows of zeros may be the padding of a patched tower; give what the tower returned itself, or an "
+            "encoder_attention_mask (madtp.patch.attention_mask makes one) that hides them"
+        )
+    if not mask.any(1).all():
+        raise ValueError("encoder_attention_mask: expected at least one token of each sample")
     return Stream.start(RaggedBatch.from_padded(hidden_states, mask), use_sizes=False)
+
+
+def _integers(input_ids: Tensor | None) -> Tensor:
+    """Ids ``[B, L]`` of any integer type, as int64."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected integers [B, L], got {checks.describe(input_ids)}")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: expected integers, got {input_ids.dtype}")
+    return input_ids.long()
 
 
 def _ragged(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[RaggedBatch, Tensor]:
     """Texts ``[B, L]`` without their padding, and the positions of their tokens: those given, or the columns."""
+    input_ids = _integers(input_ids)
     mask = torch.ones_like(input_ids) if mask is None else mask
     if positions is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -543,7 +759,9 @@ def _vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
 
 def _clip_texts(model: Model, input_ids: Tensor, mask: Tensor | None = None) -> tuple[RaggedBatch, Tensor]:
     """Texts ``[B, L]`` up to their end-of-text tokens, and the positions ``[B]`` of those. What follows changes nothing."""
-    end = model.config.text.eos_token_id
+    end, input_ids = model.config.text.eos_token_id, _integers(input_ids)
+    if mask is not None and mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask: expected {list(input_ids.shape)} as input_ids, got {list(mask.shape)}")
     eot = (input_ids if end is None else (input_ids == end).int()).argmax(-1)
     real = torch.arange(input_ids.shape[1], device=input_ids.device) <= eot[:, None]
     if mask is not None and (real & ~mask.bool()).any():
@@ -575,7 +793,7 @@ def _blip_encoder(
         is_decoder=is_decoder,
     )  # fmt: skip
     texts, positions = _ragged(input_ids, attention_mask, position_ids)
-    images = None if encoder_hidden_states is None else _stream(encoder_hidden_states, encoder_attention_mask)
+    images = None if encoder_hidden_states is None else _stream(encoder_hidden_states, encoder_attention_mask, padding=engine.pads)
     stream, _ = engine.texts(texts, images, positions)
     return BaseModelOutputWithPoolingAndCrossAttentions(_padded(stream))
 
@@ -592,6 +810,7 @@ def _blip_decoder(
     engine = _ready(self, kwargs, sync=not generating, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds)
     if not is_decoder:
         raise ValueError("is_decoder: the decoder of a patched model is always causal, got False")
+    input_ids = _integers(input_ids)
     model, (texts, new) = engine.model, input_ids.shape
     memory = encoder_hidden_states if generating else engine.memory(encoder_hidden_states, encoder_attention_mask)
     repeat = max(1, texts // memory.samples) if generating else 1  # beams, or sequences of one sample
@@ -606,6 +825,8 @@ def _blip_decoder(
         hidden[torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()] = states
     else:
         earlier = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if not isinstance(earlier, DynamicCache):
+            raise ValueError(f"cache: a patched decoder takes a DynamicCache, got {type(earlier).__name__} (cache_implementation)")
         seen = earlier.get_seq_length()
         if attention_mask is not None and attention_mask.shape != (texts, seen + new):
             expected = [texts, seen + new]
@@ -621,38 +842,59 @@ def _blip_decoder(
 
 def _generate(self, *args, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
     """`BlipTextLMHeadModel.generate`: keys and values of what the decoder looks at are computed once, before the first word."""
-    engine = _ready(self, kwargs)
+    engine = _ready(self.bert, {})
     with torch.no_grad():
         memory = engine.memory(encoder_hidden_states, encoder_attention_mask)
     return type(self).generate(self, *args, encoder_hidden_states=memory, **kwargs)
 
 
-# Heads outside the towers would still compute gradients, of themselves alone.
-_DECODER = (
-    ("text_decoder.bert", "forward", _blip_decoder),
-    ("text_decoder", "forward", torch.no_grad()(BlipTextLMHeadModel.forward)),
-    ("text_decoder", "generate", _generate),
-)
-# Class -> task; task -> towers, and what replaces which of their methods.
+def _forward(self, *args, **kwargs):
+    """A model's own forward, around patched towers: its heads would still compute gradients, of themselves alone."""
+    with torch.no_grad():
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _image_features(self, *args, **kwargs):
+    with torch.no_grad():
+        return type(self).get_image_features(self, *args, **kwargs)
+
+
+def _text_features(self, *args, **kwargs):
+    with torch.no_grad():
+        return type(self).get_text_features(self, *args, **kwargs)
+
+
+# Class -> task; task -> towers; task -> what replaces which methods.
 _TASKS = {
     BlipForConditionalGeneration: "caption",
     BlipForQuestionAnswering: "vqa",
     BlipForImageTextRetrieval: "retrieval",
     CLIPModel: "clip",
 }
+_TOWERS = {
+    "caption": ("vision_model", "text_decoder.bert"),
+    "vqa": ("vision_model", "text_encoder", "text_decoder.bert"),
+    "retrieval": ("vision_model", "text_encoder"),
+    "clip": ("vision_model", "text_model"),
+}
+_DECODER = (
+    ("text_decoder.bert", "forward", _blip_decoder),
+    ("text_decoder", "forward", _forward),
+    ("text_decoder", "generate", _generate),
+)
 _METHODS: dict[str, tuple[tuple[str, str, Callable], ...]] = {
     "caption": (("vision_model", "forward", _vision), *_DECODER),
     "vqa": (("vision_model", "forward", _vision), ("text_encoder", "forward", _blip_encoder), *_DECODER),
     "retrieval": (
         ("vision_model", "forward", _vision),
         ("text_encoder", "forward", _blip_encoder),
-        ("", "forward", torch.no_grad()(BlipForImageTextRetrieval.forward)),
+        ("", "forward", _forward),
     ),
     "clip": (
         ("vision_model", "forward", _vision),
         ("text_model", "forward", _clip_text),
-        ("", "forward", torch.no_grad()(CLIPModel.forward)),
-        ("", "get_image_features", torch.no_grad()(CLIPModel.get_image_features)),
-        ("", "get_text_features", torch.no_grad()(CLIPModel.get_text_features)),
+        ("", "forward", _forward),
+        ("", "get_image_features", _image_features),
+        ("", "get_text_features", _text_features),
     ),
 }
