@@ -3,8 +3,8 @@
 pip builds in an isolated environment without torch, but the extension has to fit the torch that will run it.
 So it is compiled by a child process of the same interpreter that does not inherit the isolation. Best effort:
 without torch or a compiler the wheel is pure Python, and the extension is compiled at first use.
-MADTP_KERNELS_BUILD=0 skips it, MADTP_KERNELS_BUILD=1 makes a failure an error. CUDA kernels, which take minutes, are compiled
-where there is a GPU, or with MADTP_KERNELS_CUDA=1. `pip install -v` shows the progress.
+MADTP_KERNELS_BUILD=0 skips it, MADTP_KERNELS_BUILD=1 makes a failure an error. CUDA kernels, which take minutes, are
+compiled where there is a GPU, or with MADTP_KERNELS_CUDA=1. `pip install -v` shows the progress.
 """
 
 import json
@@ -55,7 +55,7 @@ def run_outside_isolation(code, *arguments):
     folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
     command = [sys.executable, "-c", code, *map(str, arguments), *folders]
-    done = subprocess.run(command, env=environment, cwd=os.sep, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
+    done = subprocess.run(command, env=environment, cwd=os.sep, stdout=subprocess.PIPE)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

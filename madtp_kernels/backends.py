@@ -85,7 +85,8 @@ def availability(name: str, device_type: str) -> str | None:
     except native.Unavailable as error:
         return str(error)
     if name == "cuda" and not extension.build_info()["cuda"]:
-        return "the extension was built without CUDA (no GPU, no nvcc or no CUDA build of torch then; MADTP_KERNELS_CUDA=1 tries again)"
+        missing = "no GPU, no nvcc or no CUDA build of torch"
+        return f"the extension was built without CUDA ({missing} then; MADTP_KERNELS_CUDA=1 tries again)"
     return None
 
 

@@ -377,7 +377,7 @@ def read_record(path: Path) -> dict:
 
 
 def fits(folder: Path) -> bool:
-    """Whether the library in a folder was compiled here from these sources, and is whole: half of one would kill Python."""
+    """Whether a folder's library is of this environment and these sources, and whole: half of one would kill Python."""
     record, library = read_record(folder / "_C.json"), folder / LIBRARY_NAME
     if record.get("environment") != environment_tag() or record.get("sources") != source_hash():
         return False

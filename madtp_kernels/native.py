@@ -95,7 +95,8 @@ def _compile(folder: Path) -> Path:
             if error.passing:
                 raise
             folder.mkdir(parents=True, exist_ok=True)
-            record = {"compiler": command, "reason": str(error), "output": error.output.splitlines(), "time": time.time()}
+            record = {"compiler": command, "reason": str(error), "time": time.time()}
+            record["output"] = error.output.splitlines()
             failure.write_text(json.dumps(record, indent=2), encoding="utf-8")
             raise build.BuildError(f"{error} (details in {failure})") from error
         failure.unlink(missing_ok=True)

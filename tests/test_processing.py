@@ -384,8 +384,13 @@ def test_nlvr_text_is_cut_to_40_words_and_otherwise_not_truncated(vocabulary):
 
 
 def test_text_longer_than_the_model_takes(vocabulary):
-    with pytest.raises(TextError, match="12 tokens.*at most 11"):
-        NLVRProcessor(tokenizer=vocabulary, max_tokens=11).text("dog " * 10)
+    """The end is left out, and one can ask whether it was."""
+    processor = NLVRProcessor(tokenizer=vocabulary, max_tokens=11)
+    ids = processor.text("dog " * 10)
+    assert len(ids) == 11 and torch.equal(ids, processor.text("dog " * 9))
+    assert processor.cuts("dog " * 10) and not processor.cuts("dog " * 9)
+    processor = NLVRProcessor(tokenizer=vocabulary)
+    assert processor.cuts("dog " * 41) and not processor.cuts("dog " * 40) and not processor.cuts("dog " * 40 + "...")
 
 
 @pytest.mark.parametrize("text, reason", [("", "empty"), (" !! ", "empty"), (None, "string"), (3, "string")])

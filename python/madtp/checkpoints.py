@@ -410,10 +410,14 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.dev
         _log.info("%s has no temp: set to 0.07, where BLIP's training begins; nothing but training uses it", origin)
         invented.remove("temp")
     if invented:
-        _log.warning(
-            "%s has no %s: initialised at random, always alike, as MADTP does before training. Pruning needs a trained dictionary.",
+        named = ", ".join(invented[:3]) + (f" and {len(invented) - 3} weights more" if len(invented) > 3 else "")
+        # A model that runs without pruning does not use them.
+        _log.log(
+            logging.WARNING if model.temperature > 0 else logging.INFO,
+            "%s has no %s: initialised at random, always alike, as MADTP does before training. Pruning needs a trained "
+            "dictionary.",
             origin,
-            ", ".join(invented),
+            named,
         )
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -434,6 +435,13 @@ class Processor:
         ids[0] = tokenizer.convert_tokens_to_ids(first)
         return ids
 
+    _clean = staticmethod(clean_sentence)
+
+    def cuts(self, text: str) -> bool:
+        """Whether `text` leaves out the end of a text, because the model reads no more words, or tokens."""
+        whole = self.tokenizer(self._clean(text, sys.maxsize), verbose=False)["input_ids"]
+        return len(whole) > len(self.text(text))
+
     def decode(self, ids: torch.Tensor) -> str:
         """The words of token ids [L], special tokens left out, without the spaces that word pieces bring about."""
         return _joined(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
@@ -448,11 +456,10 @@ class NLVRProcessor(Processor):
         return torch.stack([self.image(source) for source in (left, right)])
 
     def text(self, sentence: str) -> torch.Tensor:
-        """Token ids int64 [L] of a sentence: [ENC], word pieces, [SEP]. Nothing is truncated beyond the 40
-        words that BLIP's cleaning keeps. Raises TextError if the sentence is not a string, is empty or does
-        not fit the model.
+        """Token ids int64 [L] of a sentence: [ENC], word pieces, [SEP]; of the 40 words that BLIP's cleaning keeps,
+        as many as the model has positions for. Raises TextError if the sentence is not a string or is empty.
         """
-        return self._ids(sentence, clean_sentence, "[ENC]")
+        return self._ids(sentence, clean_sentence, "[ENC]", truncate=self.max_tokens)
 
     def __call__(self, left, right, sentence: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixels [2, 3, S, S] float32, ids [L] int64) of one instance. Raises ImageError, TextError."""
@@ -468,6 +475,8 @@ class NLVRProcessor(Processor):
 
 class VQAProcessor(Processor):
     """(image, question) for BLIP-VQA."""
+
+    _clean = staticmethod(clean_question)
 
     def text(self, question: str) -> torch.Tensor:
         """Token ids int64 [L] of a question: [ENC], word pieces, [SEP]; at most 35, as in BLIP. Raises TextError
@@ -550,15 +559,19 @@ class CLIPProcessor(Processor):
             )
         return _settled(tokenizer)
 
+    @staticmethod
+    def _clean(text: str, max_words: int) -> str:
+        return text
+
     def text(self, text: str) -> torch.Tensor:
-        """Token ids int64 [L] of a text: start, word pieces, end. Nothing is truncated. Raises TextError if the
-        text is not a string, does not fit the model, or spells out a start or end token."""
+        """Token ids int64 [L] of a text: start, as many word pieces as the model has positions for, end. Raises
+        TextError if the text is not a string or spells out a start or end token."""
         if not isinstance(text, str):
             raise TextError(f"text must be a string, got {type(text).__name__}")
         tokenizer = self.tokenizer
         ids = tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self.max_tokens:
-            raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
+            ids = [*ids[: self.max_tokens - 1], ids[-1]]
         if {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1]):
             raise TextError(f"text contains {tokenizer.bos_token} or {tokenizer.eos_token}, or a piece not in the vocabulary")
         return torch.tensor(ids, dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 from .options import positive
 
+_log = logging.getLogger("madtp")
+
 UNFINISHED = """\
 Records are collected in OUTPUT.partial until all are there. After an interruption, the same command goes on
 where it stopped. An image that cannot be used does not stop the run: its record has "error" instead of a
@@ -19,7 +22,7 @@ result, and the exit code is 1.
 """
 
 
-COMMON = ("gflops", "gflops_full", "overlay")
+COMMON = ("gflops", "gflops_full", "overlay", "truncated")
 """Fields that records of several commands have."""
 
 
@@ -30,6 +33,8 @@ class Item(NamedTuple):
     image: Path
     inputs: object
     """What the model's processor made of it."""
+    added: dict = {}
+    """What else its record says."""
 
 
 def add_images(parser: argparse.ArgumentParser, row: str) -> None:
@@ -64,7 +69,7 @@ def add_batch(parser: argparse.ArgumentParser, unit: str) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help=f"{unit} per batch (default: 8)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew although there is an output, or an overlay")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
 
 
 def add_overlay(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +112,11 @@ def image_of(row: dict, folder: Path) -> Path:
     return folder / image
 
 
+def truncation(model, text: str) -> dict:
+    """What a record says of a text that the model does not read to its end."""
+    return {"truncated": True} if model.processor.cuts(text) else {}
+
+
 def check_output(args: argparse.Namespace, source: str | Sequence = ()) -> None:
     """Find out before the model is loaded what would keep records from being written."""
     from .. import files
@@ -143,8 +153,8 @@ def _refuse_inputs(args: argparse.Namespace, path: str | os.PathLike, source: st
 class Overlays:
     """Draws what `--save-overlay` asks for, if anything.
 
-    Raises, before anything is computed, ValueError or OSError for a path that cannot be written, exists already, or holds
-    the pictures themselves.
+    Raises, before anything is computed, ValueError or OSError for a path that cannot be written, exists already, or
+    holds the pictures themselves.
     """
 
     def __init__(self, args: argparse.Namespace, source: str | Sequence) -> None:
@@ -261,8 +271,13 @@ def run_rows(
     if args.quiet:
         options["progress"] = False
 
+    truncated = 0
+
     def noted(instances: list) -> list[dict]:
-        return kept.seen(answer(instances))
+        nonlocal truncated
+        records = kept.seen(answer(instances))
+        truncated += sum("truncated" in record for record in records)
+        return records
 
     if args.output is None or _is_stream(args.output):
         summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
@@ -294,6 +309,8 @@ def run_rows(
         resumed = f" ({summary.resumed} of them from an earlier run)" if summary.resumed else ""
         if not args.quiet:
             print(f"{summary.rows} rows{resumed} in {args.output}")
+    if truncated:
+        _log.warning('%d texts were not read to their end, since the model reads no more ("truncated": true)', truncated)
     return report(summary.failed, summary.rows)
 
 

@@ -19,6 +19,7 @@ from .batch import (
     image_rows,
     run_rows,
     settings_of,
+    truncation,
 )
 from .options import add_model, add_model_options, load_model
 
@@ -48,7 +49,11 @@ def add_parser(commands) -> None:
     )
     add_model(parser)
     add_images(parser, '{"image": "a.jpg"}')
-    parser.add_argument("--texts", metavar="FILE", help="instead of images: texts, one per line or a JSON list (-: from standard input)")
+    parser.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="instead of images: texts, one per line or a JSON list (-: from standard input)",
+    )
     parser.add_argument("--output", metavar="FILE", required=True, help="a .npy or .safetensors file")
     add_batch(parser, "images or texts")
     add_overlay(parser)
@@ -81,13 +86,13 @@ def run(args: argparse.Namespace) -> int:
 
     def prepare(row: int, fields: dict):
         if args.texts:
-            return model.processor.text(fields["text"])
+            return Item(row, Path(), model.processor.text(fields["text"]), truncation(model, fields["text"]))
         image = image_of(fields, folder)
         return Item(row, image, model.processor.image(image))
 
     def answer(items: list) -> list[dict]:
         if args.texts:
-            embeddings, _ = embed_texts(model, items)
+            embeddings, _ = embed_texts(model, [item.inputs for item in items])
             pictures = [{}] * len(items)
         else:
             embeddings, output = embed_images(model, [item.inputs for item in items])
@@ -97,9 +102,10 @@ def run(args: argparse.Namespace) -> int:
                 f"{kind}_tokens": embedding.tokens,
                 **cost_of(embedding.flops),
                 **picture,
+                **item.added,
                 "features": to_text(embedding.features),
             }
-            for embedding, picture in zip(embeddings, pictures, strict=True)
+            for item, embedding, picture in zip(items, embeddings, pictures, strict=True)
         ]
 
     return run_rows(

@@ -18,6 +18,7 @@ from .batch import (
     input_rows,
     run_rows,
     settings_of,
+    truncation,
 )
 from .options import add_model, add_model_options, load_model
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if not isinstance(text, str):
             raise ValueError(f"'text' must be a string, got {json.dumps(text)}")
         left, right = (folder / image for image in images)
-        return _Pair(row, left, right, text, model.processor(left, right, text))
+        return _Pair(row, left, right, text, model.processor(left, right, text), truncation(model, text))
 
     def answer(pairs: list[_Pair]) -> list[dict]:
         answers, output = nlvr_batch(model, [pair.inputs for pair in pairs])
@@ -98,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
                 "text_tokens": answer.text_tokens,
                 **cost_of(answer.flops),
                 **drawn,
+                **pair.added,
             }
-            for answer, drawn in zip(answers, overlays.draw(pairs, picture), strict=True)
+            for pair, answer, drawn in zip(pairs, answers, overlays.draw(pairs, picture), strict=True)
         ]
 
     return run_rows(
@@ -123,3 +125,4 @@ class _Pair(NamedTuple):
     right: Path
     text: str
     inputs: tuple
+    added: dict

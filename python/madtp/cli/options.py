@@ -141,7 +141,7 @@ def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = 
     model = madtp.load(
         args.model,
         task=task,
-        temperature=temperature,
+        temperature=None if None in asked else max(asked),
         text_mode=getattr(args, "text_mode", None),
         device=args.device,
         dtype=getattr(torch, args.dtype),

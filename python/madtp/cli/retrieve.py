@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,9 +24,12 @@ from .batch import (
     report,
     run_rows,
     settings_of,
+    truncation,
 )
 from .embed import TASKS
 from .options import add_model, add_model_options, load_model, positive
+
+_log = logging.getLogger("madtp")
 
 _EXAMPLES = f"""\
 examples:
@@ -182,10 +186,11 @@ def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
 
     collection = torch.from_numpy(features)
 
-    def prepare(_: int, row: dict):
-        return model.processor.text(row["text"])
+    def prepare(number: int, row: dict) -> Item:
+        return Item(number, Path(), model.processor.text(row["text"]), truncation(model, row["text"]))
 
-    def answer(ids: list) -> list[dict]:
+    def answer(items: list[Item]) -> list[dict]:
+        ids = [item.inputs for item in items]
         embeddings, _ = embed_texts(model, ids)
         similarity = torch.stack([embedding.features for embedding in embeddings]) @ collection.mT
         found = _best(similarity, max(args.top, rerank))
@@ -199,6 +204,7 @@ def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
                     args.top,
                 ),
                 "text_tokens": embeddings[text].tokens,
+                **items[text].added,
             }
             for text, row in enumerate(found)
         ]
@@ -221,6 +227,8 @@ def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> i
     from ..predict import embed_images, embed_texts, match
 
     ids, embeddings = [model.processor.text(text) for text in texts], []
+    if truncated := sum(map(model.processor.cuts, texts)):
+        _log.warning("%d texts are not read to their end, since the model reads no more", truncated)
     for start in range(0, len(ids), args.batch_size):
         embeddings += embed_texts(model, ids[start : start + args.batch_size])[0]
     collection = torch.stack([embedding.features for embedding in embeddings])

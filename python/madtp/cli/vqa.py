@@ -19,6 +19,7 @@ from .batch import (
     image_rows,
     run_rows,
     settings_of,
+    truncation,
 )
 from .options import add_model, add_model_options, load_model, only_with, positive
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("'question' is missing, and there is no --question")
         if not isinstance(fields["question"], str):
             raise ValueError(f"'question' must be a string, got {json.dumps(fields['question'])}")
-        return Item(row, image, model.processor(image, fields["question"]))
+        return Item(row, image, model.processor(image, fields["question"]), truncation(model, fields["question"]))
 
     def answer(items: list[Item]) -> list[dict]:
         answers, output = vqa_batch(model, [item.inputs for item in items], **options)
@@ -117,8 +118,9 @@ def run(args: argparse.Namespace) -> int:
                 "question_tokens": answer.question_tokens,
                 **cost_of(answer.flops),
                 **picture,
+                **item.added,
             }
-            for answer, picture in zip(answers, pictures, strict=True)
+            for item, answer, picture in zip(items, answers, pictures, strict=True)
         ]
 
     return run_rows(
