@@ -79,7 +79,7 @@ def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float =
     def shape(key: str, dims: int) -> torch.Size:
         if key not in state:
             raise CheckpointError(f"not a BLIP-{task.upper()} checkpoint: {key} is missing")
-        if state[key].dim() != dims:
+        if state[key].dim() != dims or not state[key].numel():
             raise CheckpointError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
         return state[key].shape
 

@@ -57,7 +57,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
             return _counted(state, path), None
         if kind == "archive":
             _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:  # given the path, torch would go by the name
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -99,15 +100,15 @@ def _kind(path: Path) -> str:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if not head:
         raise CheckpointError(f"{path}: an empty file")
-    if head.startswith(b"PK\x03\x04"):
-        return "archive"
-    if head.startswith(b"\x80"):
-        return "pickle"
-    header = int.from_bytes(head[:8], "little")
+    header = int.from_bytes(head[:8], "little")  # first of all: the length of a header may look like another format's sign
     if head[8:9] == b"{" and header < 100_000_000:  # the format's own limit
         if 8 + header > size:
             raise CheckpointError(f"{path}: damaged or cut off: its header alone should have {header} of {size} bytes")
         return "safetensors"
+    if head.startswith(b"PK\x03\x04"):
+        return "archive"
+    if head.startswith(b"\x80"):
+        return "pickle"
     raise CheckpointError(f"{path}: not a checkpoint, but {_described(head)}")
 
 

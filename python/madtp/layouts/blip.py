@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .stacking import stacked
+
 __all__ = ["IGNORED", "TASKS", "from_ours", "parts_of", "task_of", "to_ours"]
 
 _log = logging.getLogger("madtp")
@@ -95,7 +97,9 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
             lead, kind = key.removesuffix(f".{parts[0]}.{key.rpartition('.')[2]}"), key.rpartition(".")[2]
             sources = [f"{lead}.{part}.{kind}" for part in parts]
             if all(source in ours for source in sources):
-                ours[f"{lead}.{fused}.{kind}"] = torch.cat([ours.pop(source) for source in sources])
+                ours[f"{lead}.{fused}.{kind}"] = stacked(ours, sources)
+                for source in sources:
+                    del ours[source]
     for key in [key for key in ours if key.startswith("text_decoder.")]:
         prefix, name = key.split(".", 1)
         other = f"{prefix}.{TIED[name]}" if name in TIED else None

@@ -105,8 +105,8 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
     ours = {}
     for key, value in state.items():
         name = renamed(key, NAMES)
-        value = value.half().float() if ROUNDED.search(key) else value
-        value = value.mT if name in _TRANSPOSED else value
+        value = value.half().float() if ROUNDED.search(key) and value.is_floating_point() else value
+        value = value.mT if name in _TRANSPOSED and value.dim() == 2 else value
         ours[name] = value[(None,) * _EXPANDED.get(name, 0)]
     return ours
 
@@ -131,7 +131,7 @@ def infer_config(state: Mapping[str, Tensor]) -> CLIPConfig:
     def shape(key: str, dims: int) -> torch.Size:
         if key not in state:
             raise ValueError(f"not a CLIP: {key} is missing")
-        if state[key].dim() != dims:
+        if state[key].dim() != dims or not state[key].numel():
             raise ValueError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
         return state[key].shape
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from ..config import CLIPConfig, CLIPTextConfig, VisionConfig
 from .clip import renamed
+from .stacking import stacked
 
 __all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
 
@@ -55,7 +55,9 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
         lead, found, kind = key.rpartition(f".{PARTS[0]}.")
         sources = [f"{lead}.{part}.{kind}" for part in PARTS]
         if found and all(source in state for source in sources):
-            state[f"{lead}.qkv.{kind}"] = torch.cat([state.pop(source) for source in sources])
+            state[f"{lead}.qkv.{kind}"] = stacked(state, sources)
+            for source in sources:
+                del state[source]
     ours = {renamed(key, NAMES): value for key, value in state.items()}
     return {key: value[(None,) * _EXPANDED.get(key, 0)] for key, value in ours.items()}
 
