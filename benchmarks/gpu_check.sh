@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu_check.sh first           build operations model gpu-tests same-sample counters: about 4 minutes
 #   benchmarks/gpu_check.sh second          build tune operations model same-sample gpu-tests memcheck racecheck conformance
+#                                           counters: about 5 minutes
 #   benchmarks/gpu_check.sh tests           operation-tests model-tests: about 2 minutes
 #   benchmarks/gpu_check.sh benchmarks      the whole of benchmarks/, for report.py: some minutes
 #   benchmarks/gpu_check.sh model counters  the stages that are named; without names everything
@@ -20,7 +21,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 FIRST="build operations model gpu-tests same-sample counters"
-SECOND="build tune operations model same-sample gpu-tests memcheck racecheck conformance"
+SECOND="build tune operations model same-sample gpu-tests memcheck racecheck conformance counters"
 TESTS="operation-tests model-tests"
 BENCHMARKS="bench-operations bench-blocks bench-model bench-captions"
 dry="" stages=""

@@ -279,6 +279,14 @@ def scored(log: Log) -> None:
                 log.time(name, data.score)
         finally:
             scoring._one_launch = chosen
+    from madtp_kernels.compaction import triton as compaction
+
+    chosen = compaction._blocks
+    for rows, run in ((4, 8), (4, 16), (4, 32), (8, 8), (8, 16), (8, 32), (16, 16)) if ON_GPU else ():
+        compaction._blocks = lambda *sizes, form=(rows, run, 4): form
+        for norm in (False, True):
+            log.time("compact, forms", lambda norm=norm: data.compacted(norm=norm), rows=rows, run=run, norm=norm)
+    compaction._blocks = chosen
     log.check("score against the reference", data.check_score)
     log.check("compact against the reference", data.check_compaction)
     if not log.rehearsal:

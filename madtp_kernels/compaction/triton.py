@@ -21,7 +21,6 @@ from ..triton_utils import EPS, block, cdiv, on_device_of_first
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
 SAMPLES = 512  # samples whose rows are added up at once
-RUN = 2  # steps of rows that a program moves
 
 
 @triton.jit
@@ -298,13 +297,14 @@ def _selected(
     return places, dropped, rows_out
 
 
-def _blocks(block_d: int) -> tuple[int, int]:
-    """Rows moved at once and rows merged at once.
+def _blocks(block_d: int, normed: bool) -> tuple[int, int, int]:
+    """Rows moved in a step, rows that a program moves, rows merged in a step.
 
-    8192 numbers over 4 warps are 8 or 16 loads of 16 bytes a thread, in few enough registers, LayerNorm's float32 included,
-    for four programs on a multiprocessor. The merge keeps four steps in flight beside its float32 sums.
+    8192 numbers over 4 warps are 8 or 16 loads of 16 bytes a thread. LayerNorm holds its rows in float32, so that half of them
+    leave registers for as many programs on a multiprocessor. The merge keeps four steps in flight beside its float32 sums.
     """
-    return max(1, min(64, 8192 // block_d)), max(1, min(64, 4096 // block_d))
+    moved = max(1, min(64, (4096 if normed else 8192) // block_d))
+    return moved, max(moved, min(64, 16384 // block_d)), max(1, min(64, 4096 // block_d))
 
 
 @on_device_of_first
@@ -344,8 +344,7 @@ def compact(
         importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep
     )
     block_d = block(width)
-    copy_rows, merge_rows = _blocks(block_d)
-    chunk = RUN * copy_rows
+    copy_rows, chunk, merge_rows = _blocks(block_d, norm_weight is not None)
     slots = cdiv(max_seqlen, chunk)
     _compact_kernel[(batch + batch * slots,)](
         x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
