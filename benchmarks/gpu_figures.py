@@ -356,11 +356,17 @@ def forwards(log: Log, count: int) -> None:
             if not log.rehearsal:
                 facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), guided=temperature > 0)
         log.time(name, call, **facts)
-        if ON_GPU and not log.rehearsal and hasattr(net, "capture"):
+        if ON_GPU and not log.rehearsal:
             with log.guarding(f"{name}, model.capture", **facts):
                 forward = net.capture(pairs.pixels, pairs.input_ids, temperature=temperature)
                 replay = functools.partial(forward, pairs.pixels, pairs.input_ids)
                 log.time(f"{name}, model.capture", replay, graph=False, **facts)
+            # Copies of inputs and results, and a look at every weight, included: what `madtp.predict` waits for.
+            with log.guarding(f"{name}, madtp.graphs", **facts):
+                product = functools.partial(nlvr.answer_by_graph, "bfloat16", pairs, temperature)
+                for _ in range(3):  # runs, records, replays
+                    product()
+                log.time(f"{name}, madtp.graphs", product, graph=False, **facts, recordings=len(net.graphs))
     if not log.rehearsal:
         log.time("dense, plain PyTorch", lambda: nlvr.plain_answer("bfloat16", pairs), pairs=count)
 
