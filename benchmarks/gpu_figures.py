@@ -537,8 +537,8 @@ def small(log: Log) -> None:
                 x, weight = (inputs.tokens([n], width, dtype=dtype, seed=n) for n in (230, columns))
                 residual = inputs.tokens([230], columns, dtype=dtype, seed=1)
                 tried = implementation._tiles(x, weight)
-                if tried is tiles.COPY_ENGINE:
-                    tried += tiles.CANDIDATES
+                if columns % 8 == 0:  # also stored by the copy engine
+                    tried = [tile for tile in tiles.CANDIDATES if tile.stored][:1] if tried is tiles.COPY_ENGINE else ()
                 for tile in tried:
                     ours = implementation._multiply(tile, x, weight, None, cu, "gelu", residual)[:212]
                     exact = F.gelu(x[:212].double() @ weight.double().mT) + residual[:212].double()

@@ -95,9 +95,10 @@ def candidates(dtype: torch.dtype) -> tuple[Tile, ...]:
 
 def rehearse(part: int, parts: int) -> None:
     """Compile every tile with every ending."""
-    for width, columns, activation, residual in PRODUCTS:
-        product = Product(256, width, columns, activation, residual, torch.bfloat16)
-        for tile in candidates(torch.bfloat16)[part::parts]:
+    kinds = (torch.bfloat16, torch.float32)
+    for dtype, tile in [(dtype, tile) for dtype in kinds for tile in candidates(dtype)][part::parts]:
+        for width, columns, activation, residual in PRODUCTS:
+            product = Product(256, width, columns, activation, residual, dtype)
             try:
                 product.by(tile, offsets(256))
             except Exception as error:
