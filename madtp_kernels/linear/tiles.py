@@ -40,9 +40,11 @@ COPY_ENGINE = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64
 # What `benchmarks/tune.py` tries besides, where the copy engine serves.
 CANDIDATES = (
     Tile(128, 256, 64, 8, 4, 1),
+    Tile(128, 256, 128, 8, 2, 1),
     Tile(128, 256, 64, 8, 3, 1, True),
     Tile(256, 128, 64, 8, 3, 1),
     Tile(256, 128, 64, 8, 4, 1),
+    Tile(128, 128, 128, 8, 3, 1),
     Tile(128, 128, 64, 8, 3, 2),
     Tile(128, 128, 64, 4, 3, 2, True),
     Tile(64, 256, 64, 4, 2, 2),
