@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("novelty", &madtp::cpu::novelty, release());
   m.def("match_tokens", &madtp::cpu::match_tokens, release());
   m.def("layer_norm", &madtp::cpu::layer_norm, release());
+  m.def("linear", &madtp::cpu::linear, release());
   m.def("build_info", &build_info);
 }
 

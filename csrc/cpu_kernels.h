@@ -37,7 +37,7 @@ struct Layout {
   int64_t rows;        // of left operands
   int64_t columns;     // of packed right operands
   int64_t depth;       // of both
-  int64_t block_rows;  // not padding: at most so many queries in a block of attention
+  int64_t block_rows;  // not padding: at most so many queries in a block of attention, features in one of a linear layer
 };
 
 // A block of one sample's queries, head after head.
@@ -79,6 +79,26 @@ struct ScoreBlock {
   float* state;           // [5, stride] running: column maximum m; sums of w, w received, w best, w cls; w = e^((G - m)/t)
 };
 
+enum class Activation : int { none, gelu, gelu_tanh, quick_gelu, silu };
+
+// activation(weight x tokens + bias) + residual for some output features and any number of tokens.
+struct LinearBlock {
+  const void* weight;  // [features, weight_stride] of the factor type, a left operand
+  int64_t weight_stride;
+  int64_t features;   // at most layout.block_rows
+  const void* packed;  // the tokens, packed panel by panel as the columns of a right operand
+  int64_t tokens;
+  int64_t depth;
+  const float* bias;  // [features] up to whole vectors, or null
+  Activation activation;
+  Type type;             // of residual and out
+  const void* residual;  // [tokens, residual_stride] or null
+  int64_t residual_stride;
+  void* out;  // [tokens, out_stride]
+  int64_t out_stride;
+  const void* next_weight;  // as many rows as a whole block that will be needed soon, or null
+};
+
 struct CpuKernels {
   const char* name;
   int64_t lanes;      // floats in a vector
@@ -113,6 +133,8 @@ struct CpuKernels {
   // cls = sum_h p[h] |out_h| / (sum_h |out_h| + 1e-8) of one token; p is strided by p_stride.
   float (*norm_weighted_mean)(Type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
                               const float* p, int64_t p_stride);
+
+  void (*linear)(Factor, const LinearBlock&);
 
   void (*score)(const ScoreBlock&);
 

@@ -68,6 +68,9 @@ MADTP_INLINE vf where_nan(vf a, vf b) { return _mm512_mask_mov_ps(b, _mm512_cmp_
 MADTP_INLINE vf hide_from(vf a, int64_t n) {
   return n >= kLanes ? a : _mm512_mask_mov_ps(broadcast(-__builtin_inff()), first_lanes(n), a);
 }
+MADTP_INLINE vf magnitude(vf a) { return _mm512_abs_ps(a); }
+// b where a < 0 (and where its sign is set), else c.
+MADTP_INLINE vf where_negative(vf a, vf b, vf c) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(a)), c, b); }
 
 MADTP_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 MADTP_INLINE vf widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
@@ -158,6 +161,13 @@ MADTP_INLINE vf where_nan(vf a, vf b) { return a == a ? b : a; }
 MADTP_INLINE vf hide_from(vf a, int64_t n) {
   for (int64_t i = n; i < kLanes; ++i) a[i] = -__builtin_inff();
   return a;
+}
+
+MADTP_INLINE vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
+// b where a < 0 (and where its sign is set), else c.
+MADTP_INLINE vf where_negative(vf a, vf b, vf c) {
+  const vi negative = (vi)a < 0;
+  return (vf)(((vi)b & negative) | ((vi)c & ~negative));
 }
 
 MADTP_INLINE float to_float(float x) { return x; }

@@ -6,6 +6,7 @@
 #include "cpu_attend.h"
 #include "cpu_gemm.h"
 #include "cpu_kernels.h"
+#include "cpu_linear.h"
 #include "cpu_pack.h"
 #include "cpu_score.h"
 #include "cpu_softmax.h"
@@ -142,6 +143,16 @@ CpuKernels make_table() {
     return with_type(type, [&]<class T>(T*) {
       return norm_weighted_mean(static_cast<const T*>(out), head_stride, heads, head_dim, p, p_stride);
     });
+  };
+
+  table.linear = [](Factor factor, const LinearBlock& block) {
+#if defined(__AMX_BF16__)
+    if (factor == Factor::bf16) return linear_by_tiles(block);
+#elif defined(__AVX512BF16__)
+    if (factor == Factor::bf16) return linear<ProductBF16, bf16>(block);
+#endif
+    (void)factor;
+    with_type(block.type, [&]<class T>(T*) { linear<ProductF32, T>(block); });
   };
 
   table.score = [](const ScoreBlock& block) { score(block); };

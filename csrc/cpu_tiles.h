@@ -47,9 +47,15 @@ struct SumTiles {
   int64_t row_tile, column_tile, row_bytes;
 };
 
-// sums = left right for kRows x kColumns tiles (1 or 2) over `steps` tiles of depth.
-template <int kRows, int kColumns>
-MADTP_INLINE void tile_product(const LeftTiles& left, const RightTiles& right, int64_t steps, const SumTiles& sums) {
+// What is done beside a product: nothing.
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
+// sums = left right for kRows x kColumns tiles (1 or 2) over `steps` tiles of depth; `beside(step)` is done along with each.
+template <int kRows, int kColumns, class Beside = Nothing>
+MADTP_INLINE void tile_product(const LeftTiles& left, const RightTiles& right, int64_t steps, const SumTiles& sums,
+                               const Beside& beside = {}) {
   // The intrinsics for loading do not tell the compiler that they read memory.
   __asm__ volatile("" ::: "memory");
   _tile_zero(0);
@@ -71,6 +77,7 @@ MADTP_INLINE void tile_product(const LeftTiles& left, const RightTiles& right, i
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+    beside(step);
   }
   _tile_stored(0, sums.data, sums.row_bytes);
   if constexpr (kColumns > 1) _tile_stored(1, sums.data + sums.column_tile, sums.row_bytes);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 namespace madtp::cpu {
@@ -53,5 +54,10 @@ std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seq
 
 // x [C, D], weight and bias [D] -> [C, D].
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& cu_seqlens, double eps);
+
+// x [C, K], weight [N, K], bias [N], cu_seqlens [B+1] (none: all rows), "" or an activation's name, residual [C, N]
+// -> out [C, N].
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cu_seqlens,
+              std::string_view activation, const OptionalTensor& residual);
 
 }  // namespace madtp::cpu

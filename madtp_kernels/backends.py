@@ -91,7 +91,10 @@ def availability(name: str, device_type: str) -> str | None:
 
 
 # What the extension has no code for: on its backends PyTorch's own kernels do it, called by the reference.
-_LEFT_TO_PYTORCH = ("linear", "attention_backward", "unmerge")
+_LEFT_TO_PYTORCH = {
+    "cpu": ("attention_backward", "unmerge"),
+    "cuda": ("attention_backward", "unmerge", "linear"),
+}
 # What it has for the CPU only.
 _WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm", "attention_received")
 _NO_SOURCE = "there is no CUDA source for it: the triton backend serves GPUs"
@@ -99,7 +102,7 @@ _NO_SOURCE = "there is no CUDA source for it: the triton backend serves GPUs"
 
 @functools.cache
 def _implementation(op: str, package: str, name: str) -> Callable:
-    if name != "triton" and op in _LEFT_TO_PYTORCH:
+    if op in _LEFT_TO_PYTORCH.get(name, ()):
         name = "reference"
     if name in ("reference", "triton"):
         return getattr(importlib.import_module(f"madtp_kernels.{package}.{name}"), op)

@@ -1,5 +1,8 @@
 """The linear layer of capacity buffers: accuracy, undefined rows, operator contracts, gradients, bad input, choice of tiles."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,7 +88,8 @@ def test_far_from_zero_an_activation_is_nothing_or_all(backend, activation, gene
     case["x"] = torch.tensor([[1e4], [100.0], [-100.0], [-1e4]], device=DEVICE)
     case["weight"] = torch.ones(2, 1, device=DEVICE)
     expected = torch.tensor([[1e4], [100.0], [0.0], [0.0]], device=DEVICE).expand(4, 2)
-    assert torch.equal(linear(**case, backend=backend).abs(), expected)
+    got = linear(**case, backend=backend).abs()
+    torch.testing.assert_close(got, expected, atol=1e-40, rtol=0)  # -100 e^-100 is no zero to who computes it
 
 
 @every_backend
@@ -263,13 +267,79 @@ def test_offsets_that_describe_no_batch(bounds, generator):
         madtp_kernels.set_debug(previous)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_backends_without_a_kernel_of_their_own_take_pytorchs_product(name, generator):
-    if name != DEVICE or missing(name):
-        pytest.skip(f"no {name} backend here")
+@pytest.mark.skipif(missing("cuda") is not None, reason=str(missing("cuda")))
+def test_cuda_takes_pytorchs_product(generator):
     case = case_of(generator, activation="gelu")
-    assert backends.resolve("linear", "linear", name, case["x"])[1] is reference.linear
-    assert torch.equal(linear(**case, backend=name), F.gelu(F.linear(case["x"], case["weight"], case["bias"])) + case["residual"])
+    assert backends.resolve("linear", "linear", "cuda", case["x"])[1] is reference.linear
+    assert torch.equal(linear(**case, backend="cuda"), F.gelu(F.linear(case["x"], case["weight"], case["bias"])) + case["residual"])
+
+
+# ---- the CPU kernel
+
+on_cpu = pytest.mark.skipif(DEVICE != "cpu" or missing("cpu") is not None, reason=f"on {DEVICE}: {missing('cpu')}")
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@on_cpu
+@every_dtype
+@pytest.mark.parametrize("width, columns", [(1, 1), (16, 33), (31, 48), (100, 50), (768, 97)], ids=str)
+def test_any_width(width, columns, dtype, generator):
+    """Tiles and vectors that are full, and ones that are not."""
+    for rows in (1, 15, 16, 17, 33, 130):
+        case = case_of(generator, [rows], width, columns, dtype, activation="gelu")
+        assert_accurate(linear(**case, backend="cpu"), case)
+
+
+@on_cpu
+@every_dtype
+def test_a_row_has_the_same_bits_in_any_number_of_rows_and_threads(dtype, generator):
+    case = case_of(generator, [1500], 200, 130, dtype, activation="gelu")
+    expected = linear(**case, backend="cpu")
+    threads = torch.get_num_threads()
+    try:
+        for rows in (1, 2, 16, 17, 31, 64, 65, 577, 1024):
+            torch.set_num_threads(1 + rows % 3)
+            part = case | {name: case[name][-rows:] for name in ("x", "residual")} | {"cu_seqlens": offsets([rows])}
+            assert torch.equal(linear(**part, backend="cpu"), expected[-rows:]), rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+@on_cpu
+def test_rows_beyond_the_last_token_take_no_time_and_no_harm(generator):
+    case = case_of(generator, activation="gelu")
+    expected = linear(**case, backend="cpu")
+    whole = {name: case[name] for name in ("x", "weight", "bias", "activation", "residual")}
+    assert torch.equal(linear(**whole, cu_seqlens=None, backend="cpu"), expected)
+
+
+@on_cpu
+@every_dtype
+def test_not_a_number_stays_one(dtype, generator):
+    for name in ("x", "weight", "bias", "residual"):
+        case = case_of(generator, dtype=dtype, activation="gelu")
+        case[name].view(-1)[0] = torch.nan
+        exact = formula(**case)
+        assert torch.equal(linear(**case, backend="cpu").isnan(), exact.isnan()), name
+        assert exact.isnan().any()
+
+
+@on_cpu
+def test_many_numbers_of_rows_leave_no_memory_behind(generator):
+    """A library that compiles a product for each number of rows keeps megabytes for each."""
+    case = case_of(generator, [2000], 96, 96, torch.bfloat16, residual=False)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    def use(rows):
+        linear(case["x"][:rows], case["weight"], case["bias"], None, activation="gelu", backend="cpu")
+
+    use(2000)
+    before = resident()
+    for rows in range(1, 1500, 3):
+        use(rows)
+    assert resident() - before < 20e6
 
 
 @pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))

@@ -1,8 +1,8 @@
 """A linear layer over the tokens of a capacity buffer: public function, checks, dispatch, registration, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`. The backends "cpu" and "cuda" are the reference: PyTorch's own
-product over all rows of the buffer. On a CPU buffers are exact, so that no row is wasted; the libraries that PyTorch calls on
-a GPU take the number of rows from the host, which does not know it.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/linear.cpp`. The backend "cuda" is the
+reference: PyTorch's own product over all rows of the buffer, because the libraries that PyTorch calls on a GPU take the number of
+rows from the host, which does not know it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
@@ -33,12 +33,16 @@ def linear(
     """``activation(x weight^T + bias) + residual`` for the first ``T = cu_seqlens[B]`` rows of x.
 
     After a layer has pruned, T is known to the device only. The Triton kernel reads it there, so that its time follows the
-    tokens, not the buffer; elsewhere all C rows are multiplied.
+    tokens, not the buffer; so does the CPU kernel. The reference and "cuda" multiply all C rows.
+
+    The CPU kernel reads the weight where it lies and keeps nothing of it. A row's result has the same bits whatever the number of
+    rows and threads, and memory does not grow with the different numbers of rows, as it does in libraries that compile a
+    product for each.
 
     Args:
         x: ``[C, in]`` float32, bfloat16 or float16 (float64 on the reference); rows beyond T are undefined.
         weight: ``[out, in]`` and bias ``[out]`` as in :func:`torch.nn.functional.linear`, in the dtype of x.
-        cu_seqlens: ``[B+1]`` int32 offsets; only the last one matters.
+        cu_seqlens: ``[B+1]`` int32 offsets, of which only the last one matters; None: all rows of x count.
         activation: None, "gelu" (exact, by erf), "gelu_tanh" (its approximation by tanh, SigLIP's), "quick_gelu"
             (``z sigmoid(1.702 z)``, CLIP's) or "silu" (``z sigmoid(z)``).
         residual: ``[C, out]`` in the dtype of x, added last.
@@ -57,7 +61,10 @@ def linear(
     checks.tensor("weight", weight, (None, x.shape[1]), "[out, in]", x.dtype, x.device)
     if bias is not None:
         checks.tensor("bias", bias, (weight.shape[0],), "[out]", x.dtype, x.device)
-    checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+    else:
+        checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
     if activation is not None and activation not in ACTIVATIONS:
         names = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation: expected None or one of {names}, got {checks.describe(activation)}")

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from .linear import derived
-
 
 class QueryModel(nn.Module):
     """Maps tokens to the width of the dictionary where the two differ; without a map it holds no parameters.
@@ -28,24 +26,18 @@ class QueryModel(nn.Module):
     def fold(self, dictionary: Tensor) -> tuple[Tensor, Tensor | None]:
         """The dictionary ``[M, sd_dim]`` seen from the tokens: ``([M, width], bias [M] or None)``.
 
-        <x W^T + b, s> = <x, s W> + <s, b>: comparing with ``s W`` spares the map of every token.
+        <x W^T + b, s> = <x, s W> + <s, b>: comparing with ``s W`` spares the map of every token. For a short text it costs as
+        much as a block, so blocks that share a map should share the result.
         """
         if self.q_map is None:
             return dictionary, None
         weight, bias = self.q_map[0].weight, self.q_map[0].bias
-        if dictionary.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _fold(dictionary, weight, bias)
-        # For a short text this costs as much as a whole block.
-        return derived(self, (dictionary, weight, bias), lambda: _fold(dictionary, weight, bias))
+        wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
+        return (wide @ weight.to(wide.dtype)).to(dictionary.dtype), wide @ bias.to(wide.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[T, width]`` in the dictionary's space ``[T, sd_dim]``."""
         return x if self.q_map is None else self.q_map(x)
-
-
-def _fold(dictionary: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
-    return (wide @ weight.to(wide.dtype)).to(dictionary.dtype), wide @ bias.to(wide.dtype)
 
 
 def alignment_summary(tokens: RaggedBatch, dictionary: Tensor, query_model: QueryModel) -> Tensor:

@@ -92,12 +92,13 @@ def run_blocks(
     """
     if dictionary is None and (pruning.active or summaries):
         raise ValueError("dictionary: pruning needs one, got None")
-    trace, summary = [], None
+    trace, summary, guide, folded_by = [], None, None, None
     for layer, (block, query_model) in enumerate(zip(blocks, query_models, strict=True)):
         if summaries:
             seen = alignment_summary(stream.tokens, dictionary, query_model)
             summary = seen if summary is None else summary + seen
-        guide = query_model.fold(dictionary) if pruning.active else None
+        if pruning.active and query_model is not folded_by:
+            guide, folded_by = query_model.fold(dictionary), query_model
         stream, record = block(stream, guide, pruning, layer)
         trace.append(record)
     return stream, trace, summary

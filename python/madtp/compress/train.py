@@ -31,7 +31,6 @@ from madtp_kernels import RaggedBatch
 from ..checkpoints import save_pretrained
 from ..files import locked, replacing
 from ..guidance import alignment_loss
-from ..linear import reproducible
 from ..models import Model
 from .controller import TemperatureController, find_temperature
 from .dictionary import dictionary_from_examples
@@ -296,7 +295,6 @@ def _alone(function: Callable) -> Callable:
 
 
 @_alone
-@reproducible()
 def train(
     model: Model,
     task: Task,
