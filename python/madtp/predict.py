@@ -64,9 +64,7 @@ def nlvr_batch(model, instances: Sequence[tuple]):
         output = graphs.run(model, pixels, ids)
         probabilities = output.logits.float().softmax(-1)[:, 1].tolist()
     if not all(0 <= probability <= 1 for probability in probabilities):
-        raise FloatingPointError(
-            f"logits are not finite in {model.dtype}; float32 or bfloat16 have the range"
-        )
+        raise not_finite("logits", model)
     vision, text = flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
     costs = flops.from_output(model.config, output, guided=model.temperature > 0)
     left, right = vision[: len(instances)], vision[len(instances) :]
@@ -221,8 +219,14 @@ def match(model, images: Stream, ids: Sequence[torch.Tensor], pairs: Sequence[tu
     with torch.inference_mode():
         scores = model.match(images, ids, pairs).logits[:, 1].float()
     if not scores.isfinite().all():
-        raise FloatingPointError(f"logits are not finite in {model.dtype}; float32 or bfloat16 have the range")
+        raise not_finite("logits", model)
     return scores.tolist()
+
+
+def not_finite(what: str, model) -> FloatingPointError:
+    """The error of a model whose results are no numbers, with what helps."""
+    why = "float32 or bfloat16 have the range" if model.dtype == torch.float16 else "its weights are damaged, or have diverged"
+    return FloatingPointError(f"{what} are not finite in {model.dtype}; {why}")
 
 
 def _in_batches(model, inputs: Sequence[tuple], batch_size: int, answer, options: dict) -> list:
@@ -236,7 +240,7 @@ def _in_batches(model, inputs: Sequence[tuple], batch_size: int, answer, options
 def _embeddings(model, output, kind: str) -> list[Embedding]:
     features = F.normalize(output.features.float(), dim=-1).cpu()
     if not features.isfinite().all():
-        raise FloatingPointError(f"features are not finite in {model.dtype}; float32 or bfloat16 have the range")
+        raise not_finite("features", model)
     count = getattr(flops, model.config.task)
     return [
         Embedding(feature, lengths, count(model.config, **{kind: lengths}, guided=model.temperature > 0))
@@ -246,4 +250,4 @@ def _embeddings(model, output, kind: str) -> list[Embedding]:
 
 def _check_finite(model, states: Stream) -> None:
     if not states.tokens.exact().values.isfinite().all():
-        raise FloatingPointError(f"states are not finite in {model.dtype}; float32 or bfloat16 have the range")
+        raise not_finite("states", model)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluate.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
+from ..files import open_regular
 from ..models import Model
 
 ALIGNED = ("nlvr", "vqa", "retrieval", "clip")
@@ -38,12 +39,14 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     examples = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AnnotationError(path, number, f"not JSON: {error}") from error
         if not isinstance(row, dict):
             raise AnnotationError(path, number, "expected an object")

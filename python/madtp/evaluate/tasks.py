@@ -277,8 +277,7 @@ def _match(model, instances: list[tuple]) -> list[dict]:
                 for n, (image, _) in enumerate(part)
             ]
     if not all(torch.tensor(logits).isfinite()):
-        reason = f"logits are not finite in {model.dtype}; float32 or bfloat16 have the range"
-        raise FloatingPointError(reason)
+        raise predict.not_finite("logits", model)
     records, start = [], 0
     for texts in numbers:
         own = slice(start, start + len(texts))

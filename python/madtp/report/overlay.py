@@ -39,19 +39,22 @@ def overlay(
     layers: Sequence[int] | None = None,
     height: int = 224,
 ) -> Image.Image:
-    """A picture with one column per layer, pruned patches darkened, with counts.
+    """A picture with one column per layer (a panorama's layers are one below the other), pruned patches darkened, with
+    counts.
 
     Args:
         image: as loaded, of any size; it keeps its aspect ratio here.
         traces: of the vision layers, for a batch of which `sample` is the one to draw.
         config: the model's; image and patch size are used.
         layers: numbers of the layers to show, from 1; by default up to six, spread evenly from first to last.
-        height: in pixels; less where the picture would get more than twice as wide.
+        height: in pixels; less where the picture would get more than twice as wide, or a panorama four times.
 
     Raises:
         ValueError: a layer that the model has not.
     """
-    return _sheet([_row(image, traces, sample, config, layers, height)])
+    panorama = image.width > 2 * image.height
+    row = _row(image, traces, sample, config, layers, height, widest=4 if panorama else 2)
+    return _sheet([[tile] for tile in row] if panorama else [row])
 
 
 def nlvr_overlay(
@@ -82,14 +85,14 @@ def nlvr_overlay(
     return _sheet(rows, title)
 
 
-def _row(image: Image.Image, traces, sample: int, config, layers, height: int) -> list[Image.Image]:
+def _row(image: Image.Image, traces, sample: int, config, layers, height: int, widest: int = 2) -> list[Image.Image]:
     depth, grid = len(traces), config.vision.image_size // config.vision.patch_size
     if layers is None:
         columns = min(depth, _MOST_COLUMNS)
         layers = sorted({round(layer) for layer in np.linspace(1, depth, columns)})
     if not all(1 <= layer <= depth for layer in layers):
         raise ValueError(f"layers: expected numbers from 1 to {depth}, got {list(layers)}")
-    scale = min(height / image.height, 2 * height / image.width)  # a panorama gets lower, not wider
+    scale = min(height / image.height, widest * height / image.width)  # a panorama gets lower, not wider
     size = [max(1, round(side * scale)) for side in image.size]
     tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     row = [_captioned(tile, f"{grid * grid} patches")]

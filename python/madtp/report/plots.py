@@ -43,17 +43,29 @@ def quality_plot(results: Sequence[dict], metric: str, unit: str):
     quality = [result["quality"][metric] for result in results]
     for key, style, label in (("gflops", "o-", "official count"), ("gflops_full", "s--", "full count")):
         axes.plot([result[key] for result in results], quality, style, label=label)
-    for result in results:
-        place = (result["gflops"], result["quality"][metric])
-        shift = {"xytext": (-6, 6), "textcoords": "offset points"}
-        axes.annotate(_name(result), place, **shift, ha="right", fontsize=8)
-    axes.margins(y=0.15)
+    axes.margins(x=0.08, y=0.25)
     axes.set_xlim(left=0)
+    _label(axes, [(_name(result), result["gflops"], result["quality"][metric]) for result in results])
     axes.set_xlabel(f"GFLOPs per {unit}")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _label(axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points, each at the first place around its point where no other name is."""
+    taken: list[tuple[float, float, float]] = []
+    scale = 72 / axes.figure.dpi
+    for name, *place in points:
+        x, y = (scale * pixels for pixels in axes.transData.transform(place))
+        width = 5 * len(name)
+        for right, up in ((-6, 6), (6 + width, -12), (-6, -12), (6 + width, 6), (-6, 18), (6 + width, -24), (-6, 30)):
+            end, base = x + right, y + up
+            if all(abs(base - b) > 10 or end - width > e or e - w > end for e, b, w in taken):
+                break
+        taken.append((end, base, width))
+        axes.annotate(name, place, xytext=(right, up), textcoords="offset points", ha="right", fontsize=8)
 
 
 def tokens_plot(results: Sequence[dict]):
