@@ -1,21 +1,29 @@
 """What becomes of picture files and sentences before a model sees them."""
 
 import io
+import os
 import struct
+import threading
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from madtp import processing
+from madtp.evaluate.metrics import vqa_score
 from madtp.processing import (
+    PROCESSORS,
     ImageError,
     NLVRProcessor,
     TextError,
     clean_question,
     clean_sentence,
+    load_clip_tokenizer,
     load_image,
     load_tokenizer,
     to_pixels,
@@ -444,3 +452,167 @@ def test_collate_puts_left_images_first(rng):
         assert torch.equal(pixels[b], to_pixels(left, 16))
         assert torch.equal(pixels[3 + b], to_pixels(right, 16))
     assert [i.tolist() for i in ids] == [processor.text(text).tolist() for text in texts]
+
+
+# ---- words
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    entries = "[PAD] [UNK] [CLS] [SEP] [MASK] ' - . , ? ! don t know it s o clock 5 yes i m they re ve we isn can not do no".split()
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "vocab.txt").write_text("\n".join(entries) + "\n")
+    return PROCESSORS["vqa"](32, len(entries) + 2, 40, folder)
+
+
+@pytest.mark.parametrize(
+    "text, written",
+    [
+        ("don't know", "don't know"),
+        ("it's", "it's"),
+        ("5 o'clock", "5 o'clock"),
+        ("i'm", "i'm"),
+        ("they're", "they're"),
+        ("we've", "we've"),
+        ("isn't it?", "isn't it?"),
+        ("yes, they know.", "yes, they know."),
+        ("no! not 5 . . .", "no! not 5..."),
+        ("o - clock", "o - clock"),  # hyphens stay apart, as in transformers 4.15
+        ("'yes'", "' yes '"),  # and so does what no rule of theirs covers
+        ("can not", "can not"),
+    ],
+)
+def test_written_words_are_joined_as_bert_of_transformers_4_15_joins_them(text, written, words):
+    assert words.decode(words.answer(text)[1:-1]) == written
+
+
+def test_joined_words_score_as_in_the_official_evaluation(words):
+    for answer in ("don't know", "it's", "5 o'clock"):
+        assert vqa_score(words.decode(words.answer(answer)[1:-1]), [answer] * 8 + ["yes"] * 2) == 1
+
+
+def test_truncation_is_the_tokenizers(vocabulary):
+    processor = PROCESSORS["vqa"](tokenizer=vocabulary)
+    for count in (1, 32, 33, 34, 35, 50):
+        ids = processor.text("dog " * count)
+        theirs = processor.tokenizer("dog " * count, truncation=True, max_length=35)["input_ids"]
+        assert ids[1:].tolist() == theirs[1:] and len(ids) == min(count + 2, 35)
+
+
+# ---- where tokenizers come from
+
+
+def test_tokenizers_that_cannot_be_had_are_refused_at_once(monkeypatch, tmp_path):
+    """Without a network, or with a typing error; transformers would try for minutes."""
+    import huggingface_hub
+
+    tries = []
+
+    def snapshot_download(name, **_):
+        tries.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for load, name in ((load_tokenizer, "bert-base-uncased"), (load_clip_tokenizer, "openai/clip-vit-large-patch14")):
+        with pytest.raises(ValueError, match=f"tokenizer '{name}' cannot be loaded.*not known; give a directory"):
+            load(name)
+    assert tries == ["bert-base-uncased", "openai/clip-vit-large-patch14"]  # once each
+    for missing in (tmp_path / "vocab.txt", "models/blip/tokeniser/", "./vocab.txt", "a/b/c"):
+        for load in (load_tokenizer, load_clip_tokenizer):
+            with pytest.raises(ValueError, match="cannot be loaded: no such file or directory"):
+                load(missing)
+    assert len(tries) == 2
+
+
+def test_tokenizers_of_the_hub_are_read_from_what_was_downloaded(monkeypatch, vocabulary):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(vocabulary))
+    assert len(load_tokenizer("bert-base-uncased")) == 30524
+
+
+def test_the_tokenizer_beside_a_weights_file(tmp_path):
+    from test_checkpoints import SIZES
+
+    import madtp
+
+    model = madtp.load("random:base", config=SIZES)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assert madtp.load(tmp_path / "weights.pth").processor._source == "bert-base-uncased"
+    tokenizer = load_tokenizer("demo")
+    tokenizer.save_pretrained(tmp_path)
+    statement = "two dogs"
+    expected = model.processor.text(statement)
+    assert torch.equal(madtp.load(tmp_path / "weights.pth").processor.text(statement), expected)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer.json").unlink()
+    assert torch.equal(madtp.load(tmp_path / "weights.pth").processor.text(statement), expected)
+
+
+def test_the_first_texts_may_come_from_several_threads(monkeypatch):
+    loaded, load = [], processing.load_tokenizer
+    monkeypatch.setattr(processing, "load_tokenizer", lambda source: (time.sleep(0.1), loaded.append(source), load(source))[-1])
+    processor = PROCESSORS["vqa"](32, 200, 40, "demo")
+    texts = [f"what is {number}?" * (number % 9 + 1) for number in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        questions, answers = list(pool.map(processor.text, texts)), list(pool.map(processor.answer, ["yes", "no"] * 32))
+    assert loaded == ["demo"]
+    assert all(torch.equal(ids, processor.text(text)) for ids, text in zip(questions, texts))
+    assert all(torch.equal(ids, answers[number % 2]) for number, ids in enumerate(answers))
+
+
+# ---- memory
+
+
+def test_pictures_in_flight_are_bounded_in_pixels(monkeypatch):
+    """However many threads prepare them: two of 60 pixels do not fit into 100, and one of 1000 goes alone."""
+    monkeypatch.setattr(processing, "_in_flight", processing._InFlight(100))
+    now, most, lock, seen = [0], [0], threading.Lock(), []
+
+    def transform(image):
+        with lock:
+            now[0] += image.width * image.height
+            most[0] = max(most[0], now[0])
+            seen.append((image.size, now[0]))
+        time.sleep(0.01)
+        with lock:
+            now[0] -= image.width * image.height
+        return torch.zeros(3, 32, 32)
+
+    processor = PROCESSORS["caption"](32, 200, 40, "demo")
+    processor.transform = transform
+    sizes = [(6, 10), (5, 5), (5, 5), (25, 40), (6, 10), (5, 5), (3, 3)] * 4
+    pictures = [encoded(Image.new("RGB", size), "PNG") for size in sizes]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(processor.image, pictures))
+    assert len(seen) == len(sizes) and all(held == 1000 for size, held in seen if size == (25, 40))
+    assert max(held for size, held in seen if size != (25, 40)) <= 100
+    with pytest.raises(ImageError):
+        processor.image(b"no picture")
+    assert processing._in_flight._now == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_large_pictures_are_worked_on_in_strips(mode, rng, monkeypatch):
+    """What needs several copies of a picture needs them of a strip at a time; nothing shows."""
+    values = rng.integers(0, 256, (37, 29, 4), dtype=np.uint8)
+    image = Image.fromarray(values, "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype(np.uint16) * 256 + values[..., 1])
+    elif mode == "P":
+        image = image.quantize(200)
+    else:
+        image = image.convert(mode)
+    data = encoded(image, "PNG")
+    whole = load_image(data)
+    monkeypatch.setattr(processing, "_STRIP", 64)
+    assert np.array_equal(np.asarray(load_image(data)), np.asarray(whole))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_regular_file_is_an_error_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png"):
+        load_image(tmp_path / "pipe.png")
+    with pytest.raises(ImageError):
+        load_image("/dev/zero")

@@ -423,15 +423,13 @@ class Processor:
         """
         if not isinstance(text, str):
             raise TextError(f"text must be a string, got {type(text).__name__}")
-        tokenizer, cleaned = self.tokenizer, clean(text)
-        ids = torch.tensor(tokenizer(cleaned, verbose=False)["input_ids"], dtype=torch.int64)
+        tokenizer = self.tokenizer
+        ids = torch.tensor(tokenizer(clean(text), verbose=False)["input_ids"], dtype=torch.int64)
         if truncate is not None and len(ids) > truncate:
             # Not by the tokenizer: threads that ask it for different lengths disturb each other.
             ids = torch.cat([ids[: truncate - 1], ids[-1:]])
         if len(ids) > self.max_tokens:
-            given, used = len(text.split()), len(cleaned.split())
-            cut = f" (its first {used} of {given} words, which is where BLIP cuts)" if used < given else ""
-            raise TextError(f"text has {len(ids)} tokens{cut}, the model takes at most {self.max_tokens}")
+            raise TextError(f"text has {len(ids)} tokens, the model takes at most {self.max_tokens}")
         ids[0] = tokenizer.convert_tokens_to_ids(first)
         return ids
 
