@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch
+from madtp_kernels import RaggedBatch, linear
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_summary
@@ -120,13 +120,19 @@ def embed_patches(
         raise ValueError(f"pixels: expected [B, 3, {image_size}, {image_size}], got {list(images.shape)}")
     # A convolution whose stride is its kernel is a linear layer on patches.
     patches = F.pixel_unshuffle(images, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
-    x = F.linear(patches, proj.weight.flatten(1), proj.bias)
+    weight, number = proj.weight.flatten(1), patches.shape[1]
+    if isinstance(pixels, RaggedBatch):
+        starts, bound = pixels.cu_seqlens, True
+    else:
+        starts, bound = torch.arange(len(patches) + 1, dtype=torch.int32, device=patches.device), False
+    if patches.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
+        # As in madtp.linear: a row's bits do not depend on the number of rows.
+        x = linear(patches.flatten(0, 1), weight, proj.bias, starts * number).unflatten(0, (len(patches), number))
+    else:
+        x = F.linear(patches, weight, proj.bias)
     x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
     length = x.shape[1]
-    if isinstance(pixels, RaggedBatch):
-        return RaggedBatch(x.flatten(0, 1), pixels.cu_seqlens * length, length, bound=True)
-    cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * length
-    return RaggedBatch(x.flatten(0, 1), cu_seqlens, length)
+    return RaggedBatch(x.flatten(0, 1), starts * length, length, bound)
 
 
 class VisionTransformer(nn.Module):
