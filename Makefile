@@ -1,5 +1,7 @@
 # make demo        a virtual environment with the project in it, then: madtp demo
 # make test        the same with the test tools, then all tests, against the installed package
+# make test-transformers   after make test: the tests that touch transformers, with other releases of it (RELEASES); they stay
+#                  in the environment until the next make test
 # make bench       the benchmarks (pytest benchmarks/ --benchmark-only)
 # make reproduce   the experiments of docs/results.md, from nothing; hours, goes on where it stopped
 # make clean       removes the environment and what builds left
@@ -13,6 +15,10 @@ TORCH = torch==2.13.0
 CPU_WHEELS = https://download.pytorch.org/whl/cpu
 ARGS =
 JOBS = 2
+# The newest transformers, without constraints.txt, as `pip install .` finds it; and the oldest that pyproject.toml allows.
+OLDEST := $(shell sed -n 's/^ *"transformers>=\(.*\)",$$/\1/p' pyproject.toml)
+RELEASES = transformers transformers==$(OLDEST).*
+TRANSFORMERS_TESTS = $(addprefix tests/test_,clip.py huggingface.py patch.py patch_others.py processing.py sampling.py tasks.py)
 
 PIP = "$(VENV)/bin/python" -m pip --disable-pip-version-check
 
@@ -37,7 +43,7 @@ INSTALL = \
 		mv "$$stamp.started" "$$stamp"; \
 	fi
 
-.PHONY: demo test bench reproduce clean
+.PHONY: demo test test-transformers bench reproduce clean
 
 # PYTHONPATH and the checkout stay out of the way: it is the installed package that runs.
 demo:
@@ -49,6 +55,13 @@ test:
 	@unset PYTHONPATH; $(ENVIRONMENT)
 	@unset PYTHONPATH; what='.[test]' stamp="$(VENV)/.installed-test"; $(INSTALL)
 	@unset PYTHONPATH; "$(VENV)/bin/pytest" $(ARGS)
+
+test-transformers:
+	@unset PYTHONPATH; rm -f "$(VENV)/.installed-test"; for release in $(RELEASES); do \
+		echo "== $$release" && \
+		$(PIP) install --quiet --upgrade "$$release" && \
+		"$(VENV)/bin/pytest" -k "not triton" $(TRANSFORMERS_TESTS) $(ARGS) || exit; \
+	done
 
 bench:
 	@unset PYTHONPATH; $(ENVIRONMENT)
