@@ -13,17 +13,19 @@ import pickle
 
 import pytest
 import test_clip
+import test_patch
 import test_tasks
 import torch
-from madtp import graphs
-from madtp.checkpoints import randomize
-from madtp.graphs import Graphs, batch_bucket, text_bucket
-from madtp.models import MODELS
-from madtp.pruning import LayerTrace, Stream
 from test_waits import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import madtp
+from madtp import graphs, predict
+from madtp.checkpoints import randomize
+from madtp.graphs import Graphs, batch_bucket, text_bucket
+from madtp.models import MODELS
+from madtp.pruning import LayerTrace, Stream
 from madtp_kernels import RaggedBatch
 
 SIZE = 64  # of the pictures
@@ -270,6 +272,48 @@ def test_neither_loading_nor_running_waits_or_touches_the_host(name, method, tem
         with NoHostMemory():
             graphs.run(bound(model, method), *taken)
     assert len(model.graphs) == 1 + (method != "encode_text")
+
+
+@torch.inference_mode()
+def test_predict_answers_from_recordings(monkeypatch):
+    """Every function of `madtp.predict`, three times, with graphs and without."""
+    model = make("retrieval")
+    model.processor = None
+    generator = torch.Generator().manual_seed(3)
+    pixels, ids, _ = draw(generator)
+    images, texts = list(pixels[:3, 0]), ids[:5]
+    answers = {}
+    for limit in (0, 16):
+        model.graphs.limit = limit
+        for _ in range(3):
+            seen, output = predict.embed_images(model, images)
+            read, _ = predict.embed_texts(model, texts)
+            scores = predict.match(model, output.stream, texts, [(0, 1), (2, 4), (2, 0)])
+        answers[limit] = seen, read, scores
+    assert len(model.graphs) == 2
+    for ours, theirs in zip(answers[16][0] + answers[16][1], answers[0][0] + answers[0][1], strict=True):
+        assert (ours.tokens, ours.flops) == (theirs.tokens, theirs.flops)
+        torch.testing.assert_close(ours.features, theirs.features, atol=1e-5, rtol=1e-5)
+    assert answers[16][2] == pytest.approx(answers[0][2], abs=1e-5)
+
+
+@pytest.mark.parametrize("task", test_patch.TASKS)
+def test_patched_models_return_the_same_from_recordings(task, generator):
+    model = test_patch.clip(generator) if task == "clip" else test_patch.hugging_face(task, generator)
+    madtp.apply_patch(model, temperature=8.0, dictionary=test_patch.dictionary_of(task, generator))
+    ours = model._madtp.model
+    ours.graphs = Graphs(Rerun)
+    _, inputs = test_patch.sample_inputs(task, generator)
+    for count in (3, 4):
+        some = {name: tensor[:count] for name, tensor in inputs.items()}
+        ours.graphs.limit = 0
+        theirs = test_patch.results(task, model, some)
+        ours.graphs.limit = 16
+        for _ in range(3):
+            for mine, yours in zip(test_patch.results(task, model, some), theirs, strict=True):
+                assert mine.shape == yours.shape
+                torch.testing.assert_close(mine, yours, atol=1e-5, rtol=1e-5)
+    assert len(ours.graphs) >= (1 if task == "caption" else 2)
 
 
 # ---- nothing stale --------------------------------------------------------------------------------------------------

@@ -220,21 +220,36 @@ class _Recording:
                     rows = min(len(value.values), samples * value.max_seqlen)
                     buffer.values[:rows].copy_(value.values[:rows])
 
-    def __call__(self, inputs: Sequence[Tensor | RaggedBatch], *, copy: bool) -> Any:
-        """Results for a batch that fits. Without ``copy`` they are valid until the next replay."""
+    def launch(self, inputs: Sequence[Tensor | RaggedBatch]) -> Any:
+        """Start a replay for a batch that fits. What it returns is for :meth:`results`."""
         samples, _ = _sizes(inputs)
         with torch.inference_mode(False), torch.no_grad():
             self._load(inputs, samples)
-            results = self.replay()
-        return _Results(samples, self.batch, copy).of(results)
+            return samples, self.replay()
+
+    def results(self, launched: Any, *, copy: bool) -> Any:
+        """Results of a replay. Without ``copy`` they are valid until the next one."""
+        samples, raw = launched
+        results = _Results(samples, self.batch)
+        found = results.of(raw)
+        return results.copied().of(raw) if copy else found
 
 
 class _Results:
     """Takes the filling out of what a graph computed."""
 
-    def __init__(self, samples: int, batch: int, copy: bool) -> None:
-        self.samples, self.batch, self.copy = samples, batch, copy
+    def __init__(self, samples: int, batch: int) -> None:
+        self.samples, self.batch = samples, batch
         self.seen: dict[tuple, Tensor] = {}
+
+    def copied(self) -> _Results:
+        """Copy everything that was seen, all tensors of a dtype in one launch."""
+        fresh = {key: torch.empty_like(tensor) for key, tensor in self.seen.items()}
+        for dtype in {tensor.dtype for tensor in self.seen.values()}:
+            keys = [key for key, tensor in self.seen.items() if tensor.dtype == dtype]
+            torch._foreach_copy_([fresh[key] for key in keys], [self.seen[key] for key in keys])
+        self.seen = fresh
+        return self
 
     def of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -266,8 +281,7 @@ class _Results:
             return None
         key = (id(value), part)
         if key not in self.seen:
-            found = value if part is None or self.samples == self.batch else part(value)
-            self.seen[key] = found.clone() if self.copy else found
+            self.seen[key] = value if part is None or self.samples == self.batch else part(value)
         return self.seen[key]
 
     def _per_sample(self, value: Tensor) -> Tensor:
@@ -318,33 +332,45 @@ def _settings(model) -> tuple:
     )  # fmt: skip
 
 
-def _weights(model: nn.Module) -> tuple[list, str | None]:
-    """Addresses and versions of all weights, and why a replay would differ from running the modules (None if not)."""
-    tensors, reason, modules = [], None, [model]
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        reason = "there are hooks on all modules"
-    while modules:  # hundreds of modules at each call: `Module.modules()` takes several times as long
-        module = modules.pop()
-        if module is None:
-            continue
-        own = module.__dict__
-        if own["training"]:
-            reason = "the model is in training mode"
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            reason = f"{type(module).__name__} has hooks"
-        if "forward" in own:
-            reason = f"{type(module).__name__} has another forward"
-        if own["_parameters"]:
-            tensors += own["_parameters"].values()
-        if own["_buffers"]:
-            tensors += own["_buffers"].values()
-        modules += own["_modules"].values()
-    tensors = [tensor for tensor in tensors if tensor is not None]
-    try:
-        versions = [tensor._version for tensor in tensors]
-    except RuntimeError:  # tensors made in inference mode count no writes
-        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-    return [*map(Tensor.data_ptr, tensors), *versions], reason
+class _Weights:
+    """A look at all modules of a model.
+
+    Attributes:
+        state: addresses and versions of the weights.
+        reason: why a replay would differ from running the modules; None if it would not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors, reason, modules = [], None, [model]
+        if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+            reason = "there are hooks on all modules"
+        while modules:  # hundreds of modules at each call: `Module.modules()` takes several times as long
+            module = modules.pop()
+            if module is None:
+                continue
+            own = module.__dict__
+            if own["training"]:
+                reason = "the model is in training mode"
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                reason = f"{type(module).__name__} has hooks"
+            if "forward" in own:
+                reason = f"{type(module).__name__} has another forward"
+            if own["_parameters"]:
+                tensors += own["_parameters"].values()
+            if own["_buffers"]:
+                tensors += own["_buffers"].values()
+            modules += own["_modules"].values()
+        self._tensors = [tensor for tensor in tensors if tensor is not None]
+        try:
+            versions = [tensor._version for tensor in self._tensors]
+        except RuntimeError:  # tensors made in inference mode count no writes
+            versions = [None if tensor.is_inference() else tensor._version for tensor in self._tensors]
+        self.state, self.reason = [*map(Tensor.data_ptr, self._tensors), *versions], reason
+
+    def held(self) -> _Weights:
+        """Keep the memory of the weights, which recordings read, also when a parameter gets other memory."""
+        self._tensors = [tensor.detach() for tensor in self._tensors]
+        return self
 
 
 @functools.cache
@@ -371,7 +397,7 @@ class Graphs:
         self._recordings: OrderedDict[tuple, _Recording] = OrderedDict()
         self._seen: set[tuple] = set()
         self._refused: set[tuple] = set()
-        self._weights: list = []
+        self._weights: _Weights | None = None
         self._lock = threading.RLock()
 
     def __reduce__(self):
@@ -387,23 +413,27 @@ class Graphs:
         return 0 if self._recorder is None else self._recorder.bytes
 
     def clear(self) -> None:
-        """Drop all recordings but those that :meth:`capture` returned."""
+        """Drop all recordings but those that :meth:`capture` returned, and all that is known about sizes."""
         with self._lock:
-            if self._recorder is not None:
-                self._recorder.settle()
-            self._recordings.clear()
+            self._clear_recordings()
             self._seen.clear()
             self._refused.clear()
-            self._recorder = None
+            self._weights = None
+
+    def _clear_recordings(self) -> None:
+        if self._recorder is not None:
+            self._recorder.settle()
+        self._recordings.clear()
+        self._recorder = None
 
     def run(self, call: Callable, *inputs) -> Any:
         """See :func:`run`."""
         model, function = _parts(call)
         if not self.limit or model.device.type != self._make_recorder.device_type:
+            if self._recordings:
+                self.clear()
             return call(*inputs)
-        weights, reason = _weights(model)
-        reason = reason or _reason(model, function)
-        inputs = _prepared(model, inputs)
+        reason, inputs = _reason(model, function), _prepared(model, inputs)
         sizes = _sizes(inputs)
         if reason is None and sizes is not None:
             samples, length = sizes
@@ -420,21 +450,35 @@ class Graphs:
         full = samples == batch or not any(isinstance(value, Tensor) for value in inputs)
         key = (function, batch, full, length, _shapes(inputs, samples), _settings(model))
         with self._lock:
-            if weights != self._weights:
-                self.clear()
-                self._weights = weights
-            if key not in self._recordings:
-                if key not in self._seen or key in self._refused:
-                    result = call(*inputs)
-                    if len(self._seen) >= 64 * MOST_GRAPHS:
-                        self._seen.clear()
-                    self._seen.add(key)
-                    return result
-                if not self._record(key, model, function, inputs, batch, length):
-                    return call(*inputs)
-            self._recordings.move_to_end(key)
-            with self._recorder.turn():
-                return self._recordings[key](inputs, copy=True)
+            recording = self._recordings.get(key)
+            if recording is not None:
+                with self._recorder.turn():
+                    launched = recording.launch(inputs)
+                    # Hundreds of weights are looked at while the device is busy. If they have changed nobody sees the
+                    # results, and the memory that was read is still there.
+                    weights = _Weights(model)
+                    if weights.reason is None and weights.state == self._weights.state:
+                        self._recordings.move_to_end(key)
+                        return recording.results(launched, copy=True)
+            else:
+                weights = _Weights(model)
+            if weights.reason is None:
+                if self._weights is None or weights.state != self._weights.state:
+                    self.clear()
+                    self._weights = weights.held()
+                again = key in self._seen and key not in self._refused
+                if again and self._record(key, model, function, inputs, batch, length):
+                    recording = self._recordings[key]
+                    with self._recorder.turn():
+                        return recording.results(recording.launch(inputs), copy=True)
+                if len(self._seen) >= 64 * MOST_GRAPHS:
+                    self._seen.clear()
+        if weights.reason is not None:
+            _log_once(f"CUDA graphs are not used: {weights.reason}")
+            return call(*inputs)
+        result = call(*inputs)
+        self._seen.add(key)  # only now: a call that raises is not worth a recording
+        return result
 
     def _record(self, key: tuple, model, function: Callable, inputs: Sequence, batch: int, length: int) -> bool:
         """Add a recording. Returns False if that is not possible."""
@@ -444,19 +488,17 @@ class Graphs:
                 self._recordings.popitem(last=False)
             recording = _Recording(self._shared(model), model, function, inputs, batch, length)
         except Exception as error:  # whatever it is, the eager forward does not need it
-            self.clear()  # the pool of a failed recording cannot be used again
+            self._clear_recordings()  # the pool of a failed recording cannot be used again
             self._refused.add(key)
             _log_once(f"CUDA graphs are not used for {batch} samples: {type(error).__name__}: {error}")
             return False
         if self._recorder.bytes > self._recorder.limit:
             alone, gigabytes = not self._recordings, self._recorder.bytes / 1e9
             del recording
-            self.clear()
+            self._clear_recordings()
             if alone:
                 self._refused.add(key)
                 _log_once(f"CUDA graphs are not used for {batch} samples: one takes {gigabytes:.1f} GB")
-            else:
-                self._seen.add(key)
             return False
         self._recordings[key] = recording
         return True
@@ -473,7 +515,7 @@ class Graphs:
         model, function = _parts(call)
         if model.device.type != self._make_recorder.device_type:
             raise ValueError(f"model: CUDA graphs need a model on a CUDA device, got one on {model.device}")
-        reason = _weights(model)[1] or _reason(model, function)
+        reason = _Weights(model).reason or _reason(model, function)
         if reason is not None:
             raise ValueError(f"model: it cannot be captured, because {reason}")
         inputs = _prepared(model, inputs)
@@ -494,7 +536,7 @@ class Graphs:
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.clear()  # the pool of a failed recording cannot be used again
+                self._clear_recordings()  # the pool of a failed recording cannot be used again
                 raise RuntimeError(f"model: the call cannot be recorded: {error}") from error
         return Captured(model, recorder, self._lock, recording, _shapes(inputs, samples), temperature)
 
@@ -508,7 +550,7 @@ class Captured:
     def __init__(self, model, recorder, lock, recording: _Recording, shapes: tuple, temperature: float | None) -> None:
         self._model, self._recorder, self._lock, self._recording = model, recorder, lock, recording
         self._shapes, self._temperature = shapes, temperature
-        self._weights, self._settings = _weights(model)[0], self._now()
+        self._weights, self._settings = _Weights(model).held(), self._now()
 
     def _now(self) -> tuple:
         temperature, *others = _settings(self._model)
@@ -522,14 +564,6 @@ class Captured:
                 hooks, training mode) and has to be captured again.
         """
         model, recording = self._model, self._recording
-        weights, reason = _weights(model)
-        reason = reason or _reason(model, None)
-        if weights != self._weights:
-            reason = "its weights have changed"
-        if self._now() != self._settings:
-            reason = f"its settings have changed: {self._settings} were captured, they are {self._now()}"
-        if reason is not None:
-            raise ValueError(f"model: it has to be captured again, because {reason}")
         inputs = _prepared(model, inputs)
         samples, length = _sizes(inputs) or (0, 0)
         if samples != recording.batch or length > recording.text_length or _shapes(inputs, samples) != self._shapes:
@@ -539,7 +573,16 @@ class Captured:
                 f"samples, texts of up to {length} tokens, shapes {_shapes(inputs, samples or 1)}"
             )
         with self._lock, self._recorder.turn():
-            return recording(inputs, copy=False)
+            launched = recording.launch(inputs)
+            weights, now = _Weights(model), self._now()  # while the device is busy
+            reason = weights.reason or _reason(model, None)
+            if weights.state != self._weights.state:
+                reason = "its weights have changed"
+            if now != self._settings:
+                reason = f"its settings have changed: {self._settings} were captured, they are {now}"
+            if reason is not None:
+                raise ValueError(f"model: it has to be captured again, because {reason}")
+            return recording.results(launched, copy=False)
 
 
 def _parts(call: Callable) -> tuple[Any, Callable]:

@@ -372,7 +372,7 @@ class _Engine:
             parent, _, child = lead.rpartition(".")
             with torch.device("meta"):
                 side = _Side(self.model.get_submodule(lead), len(places))
-            setattr(self.model.get_submodule(parent), child, side)
+            setattr(self.model.get_submodule(parent), child, side.eval())
         self.links, self.own = [], []
         for key, shape, places in wanted:
             lead, _, name = key.rpartition(".")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import flops, predict
+from .. import flops, graphs, predict
 from ..index import from_text, to_text
 from ..processing import clean_sentence
 from .annotations import (
@@ -263,7 +263,7 @@ def _match(model, instances: list[tuple]) -> list[dict]:
     guided = model.temperature > 0
     logits, costs = [], []
     with torch.inference_mode():
-        encoded = model.encode_image(torch.stack(pixels))
+        encoded = graphs.run(model.encode_image, torch.stack(pixels))
         image_tokens = encoded.stream.tokens.lengths.tolist()
         pairs = [(image, text) for image, texts in enumerate(ids) for text in texts]
         for start in range(0, len(pairs), _PAIRS):
