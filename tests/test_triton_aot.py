@@ -137,8 +137,10 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     x, weight = torch.zeros(tokens, width, dtype=dtype), torch.zeros(4 * width, width, dtype=dtype)
     hidden = torch.zeros(tokens, 4 * width, dtype=dtype)
     tiles = linear._tiles(x, weight)
-    for tile in tiles[-1:] if dtype == torch.float16 else tiles:  # bfloat16 stands for both
-        activation = "gelu" if tile is tiles[0] else ""  # the one that needs most registers, and seconds to compile
+    stored = tuple(tile for tile in linear_tiles.CANDIDATES if tile.stored) if tiles is linear_tiles.COPY_ENGINE else ()
+    for tile in tiles[-1:] if dtype == torch.float16 else tiles + stored:  # bfloat16 stands for both
+        # Gelu needs most registers, and seconds to compile; with the residual it needs most shared memory where stored.
+        activation = "gelu" if tile is tiles[0] or tile.stored else ""
         linear._multiply(tile, x, weight, hidden[0], cu, activation, hidden)
         yield COPY_ENGINE if tiles is linear_tiles.COPY_ENGINE else f"{tile.rows} x {tile.columns}"
 
