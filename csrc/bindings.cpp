@@ -54,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("match_tokens", &madtp::cpu::match_tokens, release());
   m.def("layer_norm", &madtp::cpu::layer_norm, release());
   m.def("linear", &madtp::cpu::linear, release());
+  m.def("attention_received", &madtp::cpu::attention_received, release());
+  m.def("merge_tokens", &madtp::cpu::merge_tokens, release());
   m.def("build_info", &build_info);
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -51,6 +52,17 @@ std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& ran
 // keys [C, D], count [B] -> into [C]: rows, similarity [C]. The first `first_free` tokens of a sample are left alone.
 std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen,
                                         const OptionalTensor& count, std::optional<double> threshold, int64_t first_free);
+
+// q [C, H, d], k [C, Hk, d], lse [H, C] -> received [sets, C]; heads: "mean" or "max".
+Tensor attention_received(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& cu_seqlens, int64_t max_seqlen,
+                          double scale, bool causal, const OptionalTensor& key_bias, const std::string& heads, int64_t sets,
+                          int64_t first, int64_t last, const OptionalTensor& queries);
+
+// x [C, D], into [C]: rows, weights and sizes [C]; append: "", "sum" or "mean" -> values, cu_out [B+1], sizes_out, rows [C],
+// source.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& into, const Tensor& weights,
+                                                                const Tensor& sizes, const Tensor& cu_seqlens,
+                                                                int64_t max_seqlen, const std::string& append, bool exact);
 
 // x [C, D], weight and bias [D] -> [C, D].
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& cu_seqlens, double eps);

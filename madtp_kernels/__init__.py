@@ -1,7 +1,7 @@
 """Kernels that score the tokens of a vision-language transformer and run it on the ones that matter.
 
-Four operations on ragged batches, each with a plain PyTorch reference, a C++ CPU kernel, a Triton kernel and a CUDA kernel,
-and the linear layers between them, which take time for the tokens that are there only.
+Operations on ragged batches, each with a plain PyTorch reference, a C++ CPU kernel and a Triton kernel (the four of MADTP with
+a CUDA kernel too), and the linear layers between them, which take time for the tokens that are there only.
 Needs torch only; ``python -m madtp_kernels.info`` shows what is available here.
 """
 
@@ -12,9 +12,11 @@ from .checks import set_debug
 from .compaction import Compacted, compact
 from .importance import attention_importance
 from .linear import linear
+from .merging import Merged, merge_tokens, top_tokens
 from .normalization import layer_norm
 from .prune import Pruned, prune
 from .ragged import RaggedBatch
+from .received import attention_received
 from .scoring import score_tokens
 from .similarity import match_tokens, nearest_kept, novelty
 from .unmerging import unmerge
@@ -24,19 +26,23 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Compacted",
+    "Merged",
     "Pruned",
     "RaggedBatch",
     "attention",
     "attention_importance",
+    "attention_received",
     "attention_with_importance",
     "compact",
     "layer_norm",
     "linear",
     "match_tokens",
+    "merge_tokens",
     "nearest_kept",
     "novelty",
     "prune",
     "score_tokens",
     "set_debug",
+    "top_tokens",
     "unmerge",
 ]

@@ -96,7 +96,7 @@ _LEFT_TO_PYTORCH = {
     "cuda": ("attention_backward", "unmerge", "linear"),
 }
 # What it has for the CPU only.
-_WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm", "attention_received")
+_WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm", "attention_received", "merge_tokens")
 _NO_SOURCE = "there is no CUDA source for it: the triton backend serves GPUs"
 
 

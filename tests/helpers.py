@@ -21,6 +21,7 @@ OPERATIONS = {
     "attention_with_importance": madtp_kernels.attention_with_importance,
     "score_tokens": madtp_kernels.score_tokens,
     "compact": madtp_kernels.compact,
+    "attention_received": madtp_kernels.attention_received,
     "nearest_kept": madtp_kernels.nearest_kept,
     "novelty": madtp_kernels.novelty,
     "match_tokens": madtp_kernels.match_tokens,
@@ -28,7 +29,7 @@ OPERATIONS = {
 SIMILARITY = ("nearest_kept", "novelty", "match_tokens")
 
 # Which axis of an argument counts tokens, by the offsets that describe it. `x` is a tensor or a RaggedBatch.
-_QUERY_TOKENS = dict.fromkeys("q out x received cls importance protected ids sizes keys kept rank".split(), 0) | {"lse": 1}
+_QUERY_TOKENS = dict.fromkeys("q out x received cls importance protected ids sizes keys kept rank queries".split(), 0) | {"lse": 1}
 _KEY_TOKENS = dict.fromkeys("k v key_bias".split(), 0)
 _SAMPLES = ("threshold", "keep_count", "min_keep", "count")
 
@@ -190,6 +191,29 @@ def compaction_case(
     }
 
 
+def received_case(
+    generator, lengths, heads=2, head_dim=8, dtype=torch.float32, *, key_heads=None, causal=False, bias=False,
+    reduction="mean", queries=None, per_key_head=False,
+):  # fmt: skip
+    """Queries and keys with the log-sum-exp of the reference; ``queries="mask"`` draws a mask."""
+    attended = attention_case(generator, lengths, heads, head_dim, dtype, key_heads=key_heads, causal=causal, bias=bias)
+    _, lse = madtp_kernels.attention(**attended, backend="reference")
+    if queries == "mask":
+        queries = (torch.rand(sum(lengths), generator=generator) < 0.5).to(DEVICE)
+    return {
+        "q": attended["q"],
+        "k": attended["k"],
+        "lse": lse,
+        "cu_seqlens": attended["cu_seqlens_q"],
+        "max_seqlen": attended["max_seqlen_q"],
+        "causal": causal,
+        "key_bias": attended["key_bias"],
+        "heads": reduction,
+        "queries": queries,
+        "per_key_head": per_key_head,
+    }
+
+
 def keys_case(generator, lengths, width=8, dtype=torch.float32):
     """Keys of two heads, every fourth one much like an earlier one."""
     tokens = sum(lengths)
@@ -222,6 +246,7 @@ CASES = {
     "attention_with_importance": both_case,
     "score_tokens": scoring_case,
     "compact": compaction_case,
+    "attention_received": received_case,
     "nearest_kept": nearest_case,
     "novelty": novelty_case,
     "match_tokens": matching_case,
@@ -253,8 +278,10 @@ def run(op, case, backend=None):
         rows = int(results[1][-1])
         return (results[0][:rows], results[1], *(t[:rows] for t in results[2:]))
     rows = total(case)
-    if op.startswith("attention") and op != "attention_importance":
+    if op in ("attention", "attention_with_importance"):
         return results[0][:rows], results[1][:, :rows], *(r[:rows] for r in results[2:])
+    if op == "attention_received":
+        return (results[0][..., :rows],)
     per_token = op == "attention_importance" or op in SIMILARITY
     return (results[0][:rows], *(t[:rows] if per_token else t for t in results[1:]))
 

@@ -31,6 +31,9 @@ def pieces(op, case, backend):
             whole = (r[start:stop] for r in results)
             samples.append([r.where(r < 0, r - start) if r.dtype == torch.int32 else r for r in whole])
             continue
+        if op == "attention_received":
+            samples.append([results[0][..., start:stop]])
+            continue
         first, second, *rest = results
         if op in ("attention", "attention_with_importance"):
             second = second[:, start:stop]

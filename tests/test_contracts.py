@@ -52,6 +52,7 @@ TENSORS = {
     "attention_with_importance": "q k v cu_seqlens key_bias",
     "score_tokens": "x dictionary received cls cu_seqlens bias",
     "compact": "x importance threshold keep_count protected groups min_keep ids sizes",
+    "attention_received": "q k lse cu_seqlens key_bias",
     "nearest_kept": "keys kept cu_seqlens",
     "novelty": "keys rank cu_seqlens",
     "match_tokens": "keys count cu_seqlens",
@@ -69,6 +70,7 @@ SIZED = [
     ("score_tokens", "dictionary", 1),
     *[("score_tokens", name, 0) for name in ("received", "cls", "bias")],
     *[("compact", name, 0) for name in TENSORS["compact"].split()[1:]],
+    *[("attention_received", name, axis) for name, axis in (("k", 0), ("k", 2), ("lse", 0), ("lse", 1), ("key_bias", 0))],
     ("nearest_kept", "kept", 0), ("novelty", "rank", 0), ("match_tokens", "count", 0),
 ]  # fmt: skip
 
@@ -273,6 +275,8 @@ def test_batches_with_nothing_to_do(op, lengths, backend, generator):
     elif op == "compact":
         assert torch.equal(results[0], case["x"].values)
         assert torch.equal(results[1], case["x"].cu_seqlens)
+    elif op == "attention_received":  # each of one-token samples sees itself only
+        torch.testing.assert_close(results[0], torch.ones(tokens, device=DEVICE))
     elif op == "novelty":
         assert (results[0] == 2).all() and results[0].shape == (tokens,)
     elif op == "nearest_kept":

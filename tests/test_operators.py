@@ -32,6 +32,11 @@ OPTIONS = {
     "attention_importance": [{}, {"causal": True, "bias": True}],
     "attention_with_importance": [{}, {"causal": True, "bias": True}],
     "score_tokens": [{}, {"bias": True, "temperature": 0.3}],
+    "attention_received": [
+        {},
+        {"causal": True, "bias": True, "reduction": "max", "queries": slice(-4, None)},
+        {"key_heads": 1, "queries": "mask", "per_key_head": True},
+    ],
     "nearest_kept": [{}],
     "novelty": [{}, {"rank": True}],
     "match_tokens": [{}, {"count": False, "threshold": 0.3, "protected": 0}],
@@ -78,6 +83,14 @@ def schema_arguments(op, case, backend):
         return (x.values, *selection, x.cu_seqlens, x.max_seqlen, *options, -1, *norm, exact, backend)
     if op == "score_tokens":
         return (*case.values(), backend)
+    if op == "attention_received":
+        queries, first, last = case["queries"], 0, 2**31 - 1
+        if isinstance(queries, slice):
+            queries, first = None, queries.start
+        sets = case["k"].shape[1] if case["per_key_head"] else 1
+        names = ("q", "k", "lse", "cu_seqlens", "max_seqlen")
+        options = (0.5, case["causal"], case["key_bias"], case["heads"], sets, first, last, queries)
+        return (*(case[n] for n in names), *options, backend)
     if op in SIMILARITY:
         before = {"nearest_kept": ["kept"], "novelty": ["rank"], "match_tokens": []}[op]
         after = ["count", "threshold", "protected"] if op == "match_tokens" else []
@@ -169,7 +182,9 @@ def floats_with_gradient(op, case, backend):
 def test_gradcheck(op, options, generator):
     size = {"heads": 2, "head_dim": 3} if op.startswith("attention") else {"width": 5}
     options = {**options, "ties": False} if "ties" in options else options  # a small change decides a tie: a jump
-    case = differentiable(in_double(CASES[op](generator, [5, 0, 1, 6], **size, **options)))
+    # Where a query sees one key, all heads have the maximum, and a small change decides which.
+    lengths = [5, 0, 6] if op == "attention_received" else [5, 0, 1, 6]
+    case = differentiable(in_double(CASES[op](generator, lengths, **size, **options)))
     leaves = list(leaves_of(case).values())
 
     def function(*tensors):

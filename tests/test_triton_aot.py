@@ -29,7 +29,7 @@ SHARED_MEMORY = 99 * 1024
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MATRIX_KERNELS = {
     "_attention_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_importance_kernel", "_linear_kernel",
-    "_score_kernel", "_nearest_kernel",
+    "_score_kernel", "_nearest_kernel", "_received_kernel",
 }  # fmt: skip
 COPY_INSTRUCTION = "cp.async.bulk.tensor"
 # Tiles that the copy engine fetches: on sm_90 and sm_100, where a block may take 227 KiB.
@@ -115,7 +115,9 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     from madtp_kernels.importance import triton as importance
     from madtp_kernels.linear import tiles as linear_tiles
     from madtp_kernels.linear import triton as linear
+    from madtp_kernels.merging import triton as merging
     from madtp_kernels.normalization import triton as normalization
+    from madtp_kernels.received import triton as received
     from madtp_kernels.scoring import triton as scoring
     from madtp_kernels.similarity import triton as similarity
     from madtp_kernels.unmerging import triton as unmerging
@@ -150,13 +152,19 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         yield label
 
     x, flags = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, dtype=torch.bool)
+    for label, *choice in [("mean", "mean", 1, 0, 2**31 - 1, None), ("maximum, all options", "max", heads, -1, 5, flags)]:
+        bias = per_token if choice[-1] is not None else None
+        received.attention_received(q, k, lse, cu, tokens, 0.125, bias is not None, bias, *choice)
+        yield label
     for label, rank in [("against all", None), ("against higher", per_token)]:
         similarity.nearest_kept(x, flags, cu, tokens)
         similarity.novelty(x, rank, cu, tokens)
         similarity.match_tokens(x, cu, tokens, None if rank is None else cu[:1], 0.5, 1)
         yield label
     normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
-    unmerging.unmerge(x, cu[:1].expand(tokens).contiguous(), cu)
+    rows = cu[:1].expand(tokens).contiguous()
+    merging.merge_tokens(x, rows, per_token, per_token, cu, tokens, "sum", False)
+    unmerging.unmerge(x, rows, cu)
     yield "rows"
 
     dictionary = torch.zeros(entries, width, dtype=dtype)

@@ -21,7 +21,7 @@ BLOCK = 1024  # tokens per step where only scores are read
 KEPT, OTHERS, HIGHER, ODD = (tl.constexpr(mode) for mode in range(4))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _scale_kernel(keys, scale, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """1 / |k| of ROWS keys; 0 for one without a direction."""
     tokens = tl.load(cu_seqlens + batch)
@@ -40,7 +40,7 @@ def _scale_kernel(keys, scale, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.const
     tl.store(scale + rows, tl.where(directed, inverse, 0.0), mask=rows < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_blocks", "first_free"])
 def _nearest_kernel(
     keys, scale, kept, rank, nearest, cosine, cu_seqlens, key_row, query_blocks, first_free, WIDTH,
     SEEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,7 +129,7 @@ def _rank(similarity, bos, o_j, mask, length):
     return tl.where(mask, (ordered << POSITION_BITS) + (length - 1 - o_j), -1)
 
 
-@triton.jit(do_not_specialize=["position_bits"])
+@triton.jit(do_not_specialize=["threshold", "first_free", "position_bits"])
 def _match_kernel(
     nearest, similarity, count, into, cu_seqlens, threshold, first_free, position_bits,
     HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
@@ -166,8 +166,12 @@ def _match_kernel(
 
 
 def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Queries and candidates of a tile, features of a step, warps, stages. Bits of a result depend on them: never on the batch."""
-    return (64, 64, 32, 8, 2) if dtype == torch.float32 else (128, 64, 64, 8, 3)
+    """Queries and candidates of a tile, features of a step, warps, stages. Bits of a result depend on them: never on the batch.
+
+    float32 tiles have 32 rows: from 64 on, Triton 3.7 gives some of these products to sm_100's matrix units, as tf32, though
+    they are asked for exactly.
+    """
+    return (32, 64, 32, 4, 2) if dtype == torch.float32 else (128, 64, 64, 8, 3)
 
 
 def _search(

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..triton_utils import block, on_device_of_first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _unmerge_kernel(x, rows, out, cu_seqlens, batch, x_row, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: ROWS tokens."""
     tokens = tl.load(cu_seqlens + batch)

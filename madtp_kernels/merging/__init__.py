@@ -1,0 +1,233 @@
+"""Choosing tokens and merging them into others: public functions, checks, dispatch, registration, gradient.
+
+`compact` is MADTP's rule in one launch: one merged token per sample, its threshold, its exceptions. Here is what other pruners
+do: any choice of tokens, dropped, merged into one row each or into a row they name. The formula is in `reference.py`, the GPU
+kernel in `triton.py`, the CPU kernel in `csrc/merging.cpp`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, segments
+from ..ragged import RaggedBatch
+from ..registration import define, differentiate
+from . import reference
+
+__all__ = ["Merged", "merge_tokens", "top_tokens"]
+
+
+class Merged(NamedTuple):
+    """Result of :func:`merge_tokens`. All per-token tensors share the offsets of ``tokens``."""
+
+    tokens: RaggedBatch
+    """``[T', D]``: the kept tokens in their order, and the appended row of a sample last."""
+    sizes: Tensor
+    """``[T']`` float32: how many original tokens each row stands for."""
+    rows: Tensor
+    """``[T]`` int32: the row of the result that stands for each token, -1 for none; what :func:`~madtp_kernels.unmerge` takes."""
+    source: Tensor
+    """``[T']`` int32: the token that each row is made of first, -1 for an appended row."""
+    carried: tuple[Tensor, ...]
+    """The carried tensors ``[T', ...]``: each row's is that of its source, zero for an appended row."""
+
+
+def merge_tokens(
+    x: RaggedBatch,
+    into: Tensor,
+    *,
+    weights: Tensor | None = None,
+    sizes: Tensor | None = None,
+    append: str | None = None,
+    carry: tuple[Tensor, ...] = (),
+    exact: bool | None = None,
+    backend: str | None = None,
+) -> Merged:
+    """Drop tokens, or merge them into others of their sample.
+
+    ``into`` says where each token goes: its own row: it stays; another's: it is merged into that one; -1: it is dropped.
+    :func:`~madtp_kernels.nearest_kept` and :func:`~madtp_kernels.match_tokens` return such rows, and
+    ``torch.where(mask, torch.arange(T), -1).int()`` makes them of a mask. A kept token becomes the weighted mean
+    ``sum w x / sum w`` over itself and what is merged into it; alone, or without weight, it stays bit for bit.
+
+    Args:
+        x: tokens ``[T, D]``.
+        into: ``[T]`` int32 rows of the batch; a token that something is merged into has to stay.
+        weights: ``[T]`` float32 ``w``; by default the sizes. They need not be positive.
+        sizes: ``[T]`` float32: originals that each token stands for, 1 by default; they add up.
+        append: one more row, last, for the dropped tokens of each sample that has any: "sum", the weighted sum as it is
+            (EViT), or "mean", divided by the sum of the weights + 1e-8 (MADTP). None: they are gone.
+        carry: tensors ``[T, ...]`` of any dtype that follow the kept tokens: position ids, rotary tables.
+        exact: result buffers without spare rows. This reads the new size on the host, hence the default: True on the CPU,
+            False on a device and under torch.compile.
+        backend: force an implementation.
+
+    Returns:
+        :class:`Merged`. Gradients flow into x, weights and the carried tensors. A sample may lose all its tokens.
+
+    Raises:
+        ValueError: an argument does not fit, or (CPU, or debug mode) ``into`` names a row of another sample or one that does not
+            stay. BackendError: a backend asked for by name cannot run.
+    """
+    if not isinstance(x, RaggedBatch):
+        raise ValueError(f"x: expected a RaggedBatch of tokens [T, D], got {checks.describe(x)}")
+    values, cu_seqlens, device = x.values, x.cu_seqlens, x.device
+    checks.floats("x.values", values, 2, "[T, D]")
+    tokens = values.shape[0]
+    checks.tensor("into", into, (tokens,), "[T]", torch.int32, device)
+    if append not in (None, "sum", "mean"):
+        raise ValueError(f"append: expected None, 'sum' or 'mean', got {checks.describe(append)}")
+    score_dtype = torch.promote_types(values.dtype, torch.float32)
+    if weights is not None:
+        checks.tensor("weights", weights, (tokens,), "[T]", score_dtype, device)
+    if sizes is not None:
+        checks.tensor("sizes", sizes, (tokens,), "[T]", torch.float32, device)
+    for i, carried in enumerate(carry):
+        if not isinstance(carried, Tensor) or carried.dim() < 1 or carried.shape[0] != tokens or carried.device != device:
+            raise ValueError(f"carry[{i}]: expected [T, ...] = [{tokens}, ...] on {device}, got {checks.describe(carried)}")
+    if checks.may_read(into):
+        _check_into(into, cu_seqlens)
+    if exact is None:
+        exact = device.type == "cpu" and not torch.compiler.is_compiling()
+    sizes = values.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
+    weights = sizes.to(score_dtype) if weights is None else weights
+    merged, cu_out, sizes_out, rows, source = torch.ops.madtp_kernels.merge_tokens(
+        checks.unit_stride(values), *map(checks.unit_stride, (into, weights, sizes, cu_seqlens)), x.max_seqlen, append or "",
+        exact, backend or "",
+    )  # fmt: skip
+    longest = x.max_seqlen
+    if exact and not torch.compiler.is_compiling() and device.type == "cpu":
+        longest = max(cu_out.diff().tolist(), default=0)
+    batch = RaggedBatch(merged, cu_out, longest, bound=not exact)
+    return Merged(batch, sizes_out, rows, source, tuple(_follow(c, source) for c in carry))
+
+
+def _check_into(into: Tensor, cu_seqlens: Tensor) -> None:
+    defined = into[: int(cu_seqlens[-1])].long()
+    row = torch.arange(len(defined), device=into.device)
+    sample = segments.sample_of(cu_seqlens, len(defined))
+    inside = (defined >= -1) & (defined < len(defined))
+    target = defined.where(inside & (defined >= 0), row)
+    bad = ~inside | (defined >= 0) & ((sample[target] != sample) | (defined[target] != target))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"into: expected -1 or a row of the same sample that stays, got {int(into[first])} for token {first}")
+
+
+def _follow(carried: Tensor, source: Tensor) -> Tensor:
+    if carried.shape[0] == 0:
+        return carried[: source.shape[0]]
+    present = (source >= 0).reshape(-1, *[1] * (carried.dim() - 1))
+    return carried[source.clamp(min=0).long()].masked_fill(~present, 0)
+
+
+def top_tokens(
+    scores: Tensor,
+    count: int | Tensor,
+    cu_seqlens: Tensor,
+    *,
+    protected: Tensor | None = None,
+    unit: int = 1,
+) -> Tensor:
+    """The tokens of highest score of every sample, as a mask; ties: the earlier token.
+
+    In PyTorch's own operators on every device (two stable sorts); nothing waits for it.
+
+    Args:
+        scores: ``[T]`` floating point.
+        count: how many tokens (of units: how many units) to keep in each sample: one number, or ``[B]`` int32. 0 is legal; more
+            than there are keeps all.
+        cu_seqlens: ``[B+1]`` int32 offsets.
+        protected: ``[T]`` bool: tokens that are kept besides, and do not count. Of units: a unit with such a token.
+        unit: runs of so many rows stay or go together, by their mean score (the 2 x 2 patches that Qwen-VL merges): every
+            length is a multiple of it.
+
+    Returns:
+        ``[T]`` bool; False in rows beyond the last sample.
+
+    Raises:
+        ValueError: an argument does not fit, or (CPU, or debug mode) a negative count, scores that are not finite, or a length
+            that is no multiple of the unit.
+    """
+    if not isinstance(scores, Tensor) or scores.dim() != 1 or not scores.is_floating_point():
+        raise ValueError(f"scores: expected floating-point [T], got {checks.describe(scores)}")
+    checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
+    checks.finite("scores", scores, cu_seqlens)
+    batch = cu_seqlens.shape[0] - 1
+    if isinstance(count, Tensor):
+        checks.tensor("count", count, (batch,), "[B]", torch.int32, scores.device)
+        if checks.may_read(count) and batch and count.min() < 0:
+            raise ValueError(f"count: expected >= 0, got {count.min()}")
+    elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
+    if protected is not None:
+        checks.tensor("protected", protected, (scores.shape[0],), "[T]", torch.bool, scores.device)
+    if isinstance(unit, bool) or not isinstance(unit, int) or unit < 1:
+        raise ValueError(f"unit: expected an int >= 1, got {checks.describe(unit)}")
+    if unit > 1:
+        if checks.may_read(cu_seqlens) and (cu_seqlens % unit).any():
+            raise ValueError(f"cu_seqlens: expected lengths that are multiples of the unit {unit}, got {cu_seqlens.tolist()}")
+        whole = scores.shape[0] // unit * unit
+        shared = None if protected is None else protected[:whole].unflatten(0, (-1, unit)).any(1)
+        chosen = top_tokens(scores[:whole].unflatten(0, (-1, unit)).mean(1), count, cu_seqlens // unit, protected=shared)
+        return torch.cat([chosen.repeat_interleave(unit), chosen.new_zeros(scores.shape[0] - whole)])
+    row = torch.arange(scores.shape[0], device=scores.device)
+    valid = row < cu_seqlens[-1]
+    if batch == 0:
+        return valid
+    ranked = valid if protected is None else valid & ~protected
+    # By score, then by sample; what is not ranked goes behind the others of its sample.
+    order = scores.where(ranked, float("-inf")).argsort(descending=True, stable=True)
+    order = order[(~ranked)[order].int().argsort(stable=True)]
+    sample = segments.sample_of(cu_seqlens, scores.shape[0])
+    order = order[sample.where(valid, batch)[order].argsort(stable=True)]
+    place = torch.empty_like(row).index_copy_(0, order, row) - cu_seqlens[sample]
+    limit = count[sample] if isinstance(count, Tensor) else count
+    chosen = ranked & (place < limit)
+    return chosen if protected is None else chosen | (valid & protected)
+
+
+def _run(*args):
+    *args, backend = args
+    return backends.resolve("merge_tokens", "merging", backend, args[0])[1](*args)
+
+
+def _fake(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, backend):
+    rows = torch.library.get_ctx().new_dynamic_size() if exact else x.shape[0]
+    return (
+        x.new_empty(rows, x.shape[1]),
+        torch.empty_like(cu_seqlens),
+        sizes.new_empty(rows),
+        into.new_empty(x.shape[0]),
+        into.new_empty(rows),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, weights, _, _, _, ctx.append, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weights, output[3], output[4])
+
+
+def _backward(ctx, d_values, *_):
+    x, weights, rows, source = ctx.saved_tensors
+    dx, d_weights = torch.ops.madtp_kernels.merge_tokens_backward(x, weights, rows, source, ctx.append, d_values)
+    return dx, None, d_weights, *[None] * 6
+
+
+define(
+    "merge_tokens(Tensor x, Tensor into, Tensor weights, Tensor sizes, Tensor cu_seqlens, SymInt max_seqlen, str append, "
+    "bool exact, str backend) -> (Tensor values, Tensor cu_seqlens_out, Tensor sizes_out, Tensor rows, Tensor source)",
+    _run,
+    _fake,
+)
+define(
+    "merge_tokens_backward(Tensor x, Tensor weights, Tensor rows, Tensor source, str append, Tensor d_values) "
+    "-> (Tensor dx, Tensor d_weights)",
+    reference.merge_tokens_backward,
+    lambda x, weights, *_: (x.new_empty(x.shape), weights.new_empty(weights.shape)),
+)
+differentiate("merge_tokens", _setup_context, _backward)

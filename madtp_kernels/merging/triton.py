@@ -1,0 +1,73 @@
+"""Merging tokens on the GPU: a handful of PyTorch's operators number the rows, one launch makes them.
+
+Tokens are sorted by the row they go to, so that a row's members lie side by side: its sum is made by one program, in the order
+of the tokens, and nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_utils import EPS, block, on_device_of_first
+from .reference import number_rows
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _merge_kernel(
+    x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, batch, x_row, WIDTH,
+    BLOCK_D: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """One program: one row of the result."""
+    row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < WIDTH
+    if row >= tl.load(cu_out + batch):
+        tl.store(source + row, -1)
+        return
+    begin = tl.load(first + row)
+    end = tl.load(first + row + 1)
+    total = 0.0
+    total_size = 0.0
+    own = tl.full((), -1, tl.int64)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(begin, end):
+        token = tl.load(order + i)
+        weight = tl.load(weights + token)
+        total += weight
+        total_size += tl.load(sizes + token)
+        if tl.load(into + token) == token:
+            own = token
+        acc += weight * tl.load(x + token * x_row + o_d, mask=m_d, other=0.0).to(tl.float32)
+    is_kept = own >= 0
+    stays = is_kept & ((end - begin == 1) | (total == 0.0))
+    divisor = tl.where(is_kept, total, 1.0 if SUM else total + EPS)
+    result = acc / tl.where(stays, 1.0, divisor)
+    result = result.to(values.dtype.element_ty)
+    copied = tl.load(x + own * x_row + o_d, mask=m_d & stays, other=0.0)
+    tl.store(values + row * WIDTH + o_d, tl.where(stays, copied, result), mask=m_d)
+    tl.store(sizes_out + row, total_size)
+    tl.store(source + row, own.to(tl.int32))
+
+
+@on_device_of_first
+def merge_tokens(
+    x: Tensor, into: Tensor, weights: Tensor, sizes: Tensor, cu_seqlens: Tensor, max_seqlen: int, append: str, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """values, cu_out, sizes_out, rows, source; see the public operation for the contract."""
+    capacity, width = x.shape
+    cu_out, rows, _ = number_rows(into, cu_seqlens, append != "")
+    target, order = rows.where(rows >= 0, capacity).sort(stable=True)
+    first = torch.searchsorted(target, torch.arange(capacity + 1, device=x.device))
+    values = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sizes_out = torch.empty(capacity, dtype=torch.float32, device=x.device)
+    source = torch.empty(capacity, dtype=torch.int32, device=x.device)
+    if capacity:
+        _merge_kernel[(capacity,)](
+            x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, cu_out.shape[0] - 1, x.stride(0), width,
+            BLOCK_D=block(width), SUM=append == "sum", num_warps=4,
+        )  # fmt: skip
+    defined = int(cu_out[-1]) if exact else capacity  # the one wait for the device, asked for by `exact`
+    return values[:defined], cu_out, sizes_out[:defined], rows.int(), source[:defined]

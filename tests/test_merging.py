@@ -1,0 +1,271 @@
+"""merge_tokens and top_tokens against formulas written out here in float64, row by row; and back again with unmerge."""
+
+import pytest
+import torch
+from helpers import DEVICE, backends_here, interpreted, normal, offsets, spare_rows
+
+from madtp_kernels import RaggedBatch, match_tokens, merge_tokens, nearest_kept, top_tokens, unmerge
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_backend = pytest.mark.parametrize("backend", backends_here())
+LENGTHS = [9, 0, 1, 4, 70, 3]
+
+
+def case_of(generator, backend="reference", lengths=None, dtype=torch.float32, width=16):
+    """Tokens that stay, are merged into others and are dropped; one sample loses all, one nothing."""
+    lengths = lengths or ([9, 0, 1, 4, 3] if interpreted(backend) else LENGTHS)
+    into, start = [], 0
+    for b, length in enumerate(lengths):
+        stays = [i for i in range(length) if torch.rand((), generator=generator) < 0.4]
+        stays = list(range(length)) if b == 3 else [] if b == len(lengths) - 1 else stays
+        for i in range(length):
+            other = torch.randint(-1, len(stays), (), generator=generator).item() if stays else -1
+            into.append(start + i if i in stays else start + stays[other] if other >= 0 else -1)
+        start += length
+    tokens = sum(lengths)
+    return {
+        "x": RaggedBatch(normal(generator, tokens, width, dtype=dtype), offsets(lengths), max(lengths)),
+        "into": torch.tensor(into, dtype=torch.int32, device=DEVICE),
+        "weights": torch.rand(tokens, generator=generator).to(DEVICE),
+        "sizes": torch.randint(1, 9, (tokens,), generator=generator).float().to(DEVICE),
+    }
+
+
+def formula(x, into, weights, sizes, append=None):
+    """Lists of (values, size, source, members) for every sample, in float64."""
+    samples, bounds = [], x.cu_seqlens.tolist()
+    target = into.tolist()
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        rows = [(i, [j for j in range(a, b) if target[j] == i]) for i in range(a, b) if target[i] == i]
+        dropped = [j for j in range(a, b) if target[j] < 0]
+        rows += [(-1, dropped)] if append and dropped else []
+        result = []
+        for source, members in rows:
+            w, values = weights[members].double(), x.values[members].double()
+            total = (w[:, None] * values).sum(0)
+            if source < 0:
+                merged = total if append == "sum" else total / (w.sum() + 1e-8)
+            else:
+                merged = values[0] if len(members) == 1 else total / w.sum()
+            result.append((merged, sizes[members].sum().item(), source, members))
+        samples.append(result)
+    return samples
+
+
+@pytest.mark.parametrize("append", [None, "sum", "mean"])
+@every_dtype
+@every_backend
+def test_formula(backend, dtype, append, generator):
+    case = case_of(generator, backend, dtype=dtype)
+    expected = [row for sample in formula(**case, append=append) for row in sample]
+    for exact in (True, False):
+        result = merge_tokens(**case, append=append, exact=exact, backend=backend)
+        count = int(result.tokens.cu_seqlens[-1])
+        assert count == len(expected) and result.tokens.values.shape[0] == (count if exact else len(case["into"]))
+        assert result.tokens.values.dtype == dtype and result.tokens.bound is not exact
+        assert result.tokens.lengths.tolist() == [len(s) for s in formula(**case, append=append)]
+        rows = [-1] * len(case["into"])
+        for r, (values, size, source, members) in enumerate(expected):
+            bound = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(result.tokens.values[r].double(), values, atol=bound * 4, rtol=bound)
+            assert result.sizes[r] == size and result.source[r] == source
+            if source >= 0 and len(members) == 1:
+                assert torch.equal(result.tokens.values[r], case["x"].values[source])
+            for j in members:
+                rows[j] = r
+        assert result.rows.tolist() == rows
+
+
+@every_backend
+def test_a_sample_has_the_same_bits_alone(backend, generator):
+    case = case_of(generator, backend, dtype=torch.bfloat16)
+    whole = merge_tokens(**case, append="sum", backend=backend)
+    bounds, out = case["x"].cu_seqlens.tolist(), whole.tokens.cu_seqlens.tolist()
+    for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        part = {name: case[name][start:stop] for name in ("into", "weights", "sizes")}
+        part["into"] = part["into"].where(part["into"] < 0, part["into"] - start)
+        x = RaggedBatch(case["x"].values[start:stop], offsets([stop - start]), stop - start)
+        alone = merge_tokens(x, **part, append="sum", backend=backend)
+        assert torch.equal(alone.tokens.values, whole.tokens.values[out[b] : out[b + 1]])
+        assert torch.equal(alone.sizes, whole.sizes[out[b] : out[b + 1]])
+
+
+@every_backend
+def test_rows_beyond_the_last_offset_and_views_do_not_matter(backend, generator):
+    case = case_of(generator, backend)
+    expected = merge_tokens(**case, append="mean", backend=backend)
+    wide = {name: spare_rows(case[name], 5) for name in ("into", "weights", "sizes")}
+    tall = RaggedBatch(spare_rows(case["x"].values, 5), case["x"].cu_seqlens, 1000)
+    columns = torch.stack([case["x"].values] * 2, 2)[..., 1]
+    for given in (wide | {"x": tall}, case | {"x": case["x"].with_values(columns)}):
+        got = merge_tokens(**given, append="mean", backend=backend)
+        assert torch.equal(got.tokens.values, expected.tokens.values) and torch.equal(got.sizes, expected.sizes)
+        assert torch.equal(got.tokens.cu_seqlens, expected.tokens.cu_seqlens)
+
+
+@every_backend
+def test_carried_tensors_follow_their_tokens(backend, generator):
+    """Position ids, a rotary table, flags: what belongs to a kept token, zero for an appended row."""
+    case = case_of(generator, backend)
+    tokens = len(case["into"])
+    carry = (torch.arange(tokens, device=DEVICE), normal(generator, tokens, 3, 2), torch.ones(tokens, dtype=torch.bool, device=DEVICE))
+    result = merge_tokens(**case, append="sum", carry=carry, backend=backend)
+    for r, source in enumerate(result.source.tolist()):
+        for before, after in zip(carry, result.carried, strict=True):
+            assert after.dtype == before.dtype
+            assert torch.equal(after[r], before[source] if source >= 0 else torch.zeros_like(before[0]))
+
+
+@every_backend
+def test_as_an_operator(backend, generator):
+    case = case_of(generator, backend, lengths=[4, 0, 1, 2, 5])
+    x = case["x"].values.requires_grad_()
+    rest = (case["weights"].requires_grad_(), case["sizes"], case["x"].cu_seqlens, 5)
+    torch.library.opcheck(torch.ops.madtp_kernels.merge_tokens.default, (x, case["into"], *rest, "mean", True, backend))
+    call = lambda x, into: merge_tokens(RaggedBatch(x, rest[2], 5), into, append="sum", exact=False, backend=backend)[1:4]  # noqa: E731
+    torch._dynamo.reset()
+    rows = int(merge_tokens(**case, append="sum").tokens.cu_seqlens[-1])
+    for ours, theirs in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(x, case["into"]), call(x, case["into"]), strict=True):
+        assert torch.equal(ours[:rows], theirs[:rows])
+
+
+@pytest.mark.parametrize("append", [None, "sum", "mean"])
+def test_gradcheck(append, generator):
+    case = case_of(generator, lengths=[5, 0, 1, 3, 6, 2], width=3)
+    x, weights = case["x"].values.double().requires_grad_(), case["weights"].double().requires_grad_()
+
+    def function(x, weights):
+        batch = RaggedBatch(x, case["x"].cu_seqlens, 6)
+        return merge_tokens(batch, case["into"], weights=weights, append=append).tokens.values
+
+    assert torch.autograd.gradcheck(function, (x, weights), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("append", [None, "sum", "mean"])
+@every_backend
+def test_gradients_see_tokens_only(backend, append, generator):
+    """Spare rows full of NaN, in the input and in the gradient of the result, reach no gradient, and have none."""
+    case = case_of(generator, backend)
+    grads = []
+    for spare in (0, 5):
+        values, weights = (spare_rows(t, spare).requires_grad_() for t in (case["x"].values, case["weights"]))
+        x = RaggedBatch(values, case["x"].cu_seqlens, case["x"].max_seqlen)
+        into, sizes = (spare_rows(case[name], spare) for name in ("into", "sizes"))
+        out = merge_tokens(x, into, weights=weights, sizes=sizes, append=append, exact=False, backend=backend).tokens
+        count = out.num_tokens
+        seed = torch.linspace(-1, 1, count * 16, device=DEVICE).reshape(count, 16)
+        seed = spare_rows(seed, out.values.shape[0] - count)
+        grads.append(torch.autograd.grad(out.values, (values, weights), seed))
+    for alone, buffered in zip(*grads, strict=True):
+        torch.testing.assert_close(buffered[: len(alone)], alone)
+        assert (buffered[len(alone) :] == 0).all()
+
+
+@every_backend
+def test_merging_into_the_nearest_survivor_and_back(backend, generator):
+    """Sizes add up, unmerge gives every token its group's row, and what was not merged is bit-equal."""
+    lengths = [9, 0, 1, 6] if interpreted(backend) else [40, 0, 1, 17]
+    x = RaggedBatch(normal(generator, sum(lengths), 16), offsets(lengths), max(lengths))
+    mask = torch.arange(sum(lengths), device=DEVICE) % 3 == 0
+    mask[x.cu_seqlens[:-1][x.lengths > 0].long()] = True
+    for into in (
+        nearest_kept(x.values, mask, x.cu_seqlens, x.max_seqlen, backend=backend),
+        match_tokens(x.values, x.cu_seqlens, x.max_seqlen, count=3, backend=backend)[0],
+    ):
+        merged = merge_tokens(x, into, backend=backend)
+        totals = merged.tokens.with_values(merged.sizes).to_list()
+        assert [int(t.sum()) for t in totals] == lengths and int(merged.sizes.max()) > 1
+        back = unmerge(merged.tokens.values, merged.rows, x.cu_seqlens, backend=backend)
+        for i, target in enumerate(into.tolist()):
+            members = (into == target).nonzero()[:, 0]
+            torch.testing.assert_close(back[i], x.values[members].mean(0))
+            assert len(members) > 1 or torch.equal(back[i], x.values[i])
+
+
+@every_backend
+def test_a_row_without_weight_stays(backend, generator):
+    x = RaggedBatch(normal(generator, 3, 4), offsets([3]), 3)
+    into = torch.tensor([1, 1, 1], dtype=torch.int32, device=DEVICE)
+    weights = torch.zeros(3, device=DEVICE)
+    merged = merge_tokens(x, into, weights=weights, backend=backend)
+    assert torch.equal(merged.tokens.values, x.values[1:2]) and merged.sizes.tolist() == [3]
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
+@every_backend
+def test_nothing_to_merge(backend, lengths, generator):
+    x = RaggedBatch(normal(generator, 0, 4), offsets(lengths), 0)
+    merged = merge_tokens(x, torch.zeros(0, dtype=torch.int32, device=DEVICE), append="sum", backend=backend)
+    assert merged.tokens.values.shape == (0, 4) and merged.tokens.cu_seqlens.tolist() == [0] * (len(lengths) + 1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of a device are read in debug mode only")
+@pytest.mark.parametrize("change, message", [
+    ({"x": torch.zeros(3, 4)}, "^x: expected a RaggedBatch"),
+    ({"into": torch.zeros(5)}, r"^into: expected \[T\] = int32\[5\]"),
+    ({"into": [0, 1, 2, 3, 5]}, "^into: expected -1 or a row of the same sample that stays, got 5 for token 4"),
+    ({"into": [0, 1, 2, 3, -2]}, "^into: expected -1 or a row .* got -2 for token 4"),
+    ({"into": [3, 1, 2, 3, 4]}, "^into: expected -1 or a row .* got 3 for token 0"),  # of another sample
+    ({"into": [1, 2, 2, 3, 4]}, "^into: expected -1 or a row .* got 1 for token 0"),  # which does not stay
+    ({"append": "max"}, "^append: expected None, 'sum' or 'mean', got str 'max'"),
+    ({"weights": torch.zeros(4)}, r"^weights: expected \[T\] = float32\[5\]"),
+    ({"sizes": torch.zeros(5, dtype=torch.float64)}, r"^sizes: expected \[T\] = float32\[5\]"),
+    ({"carry": (torch.zeros(4),)}, r"^carry\[0\]: expected \[T, ...\] = \[5, ...\] on cpu"),
+])  # fmt: skip
+def test_refuses(change, message, generator):
+    case = {"x": RaggedBatch(normal(generator, 5, 4), offsets([3, 2]), 3), "into": torch.arange(5, dtype=torch.int32)}
+    change = {n: torch.tensor(v, dtype=torch.int32) if isinstance(v, list) else v for n, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        merge_tokens(**case | change)
+
+
+# ---- top_tokens
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_best_tokens(ties, generator):
+    lengths = [9, 0, 1, 4, 70]
+    scores = normal(generator, sum(lengths))
+    scores = (scores * 2).round() if ties else scores
+    counts = torch.tensor([3, 2, 0, 9, 20], dtype=torch.int32, device=DEVICE)
+    protected = (torch.rand(sum(lengths), generator=generator) < 0.2).to(DEVICE)
+    for guard in (None, protected):
+        for count in (counts, 2, 0):
+            got = top_tokens(spare_rows(scores, 4), count, offsets(lengths), protected=None if guard is None else spare_rows(guard, 4))
+            assert not got[sum(lengths) :].any()
+            start = 0
+            for b, length in enumerate(lengths):
+                r = int(counts[b]) if torch.is_tensor(count) else count
+                own, free = scores[start : start + length].tolist(), range(length)
+                free = [i for i in free if guard is None or not guard[start + i]]
+                best = sorted(free, key=lambda i, own=own: (-own[i], i))[:r]
+                kept = got[start : start + length].nonzero()[:, 0].tolist()
+                assert kept == sorted(set(best) | set(range(length)) - set(free))
+                start += length
+
+
+def test_units_stay_together(generator):
+    """Groups of four rows by their mean: what a 2 x 2 merger behind the tower needs."""
+    lengths = [24, 0, 64, 4]
+    scores = normal(generator, sum(lengths))
+    scores[24 + 8 : 24 + 12] = 10.0
+    got = top_tokens(scores, 1, offsets(lengths), unit=4).unflatten(0, (-1, 4))
+    assert (got.all(1) == got.any(1)).all() and got.any(1).sum() == 3 and got[6 + 2].all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values of a device are read in debug mode only")
+@pytest.mark.parametrize("change, message", [
+    ({"scores": torch.zeros(3, 2)}, r"^scores: expected floating-point \[T\]"),
+    ({"scores": torch.tensor([1.0, float("nan"), 0, 0, 0, 0])}, "^scores: expected finite scores"),
+    ({"count": -1}, "^count: expected an int >= 0"),
+    ({"count": torch.tensor([-1, 0], dtype=torch.int32)}, "^count: expected >= 0, got -1"),
+    ({"count": 0.5}, "^count: expected an int >= 0"),
+    ({"protected": torch.zeros(5, dtype=torch.bool)}, r"^protected: expected \[T\] = bool\[6\]"),
+    ({"unit": 0}, "^unit: expected an int >= 1"),
+    ({"unit": 4}, "^cu_seqlens: expected lengths that are multiples of the unit 4"),
+])  # fmt: skip
+def test_top_tokens_refuses(change, message):
+    case = {"scores": torch.zeros(6), "count": 1, "cu_seqlens": offsets([4, 2])}
+    with pytest.raises(ValueError, match=message):
+        top_tokens(**case | change)
