@@ -17,7 +17,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const OptionalTensor& key_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const HeadRows queries("q", q), keys("k", k), values("v", v);
-  const Offsets offsets_q(cu_seqlens_q), offsets_k(cu_seqlens_k);
+  const Offsets offsets_q("cu_seqlens_q", cu_seqlens_q, q.size(0)), offsets_k("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  check_operand("k", k, {k.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  check_operand("v", v, k.sizes(), q.scalar_type());
+  check_operand("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.sizes(), at::kInt);
+  check_operand("key_bias", key_bias, {k.size(0)}, at::kFloat);
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   for (const auto& samples : sample_groups(kernels, keys, offsets_k)) {

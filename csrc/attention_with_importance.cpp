@@ -16,7 +16,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_importance(const Tenso
                                                                      bool causal, const OptionalTensor& key_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const HeadRows queries("q", q), keys("k", k), values("v", v);
-  const Offsets offsets(cu_seqlens);
+  const Offsets offsets("cu_seqlens", cu_seqlens, q.size(0));
+  check_operand("k", k, q.sizes(), q.scalar_type());
+  check_operand("v", v, q.sizes(), q.scalar_type());
+  check_operand("key_bias", key_bias, {q.size(0)}, at::kFloat);
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   const Factor factor = factor_of(kernels, queries.type);

@@ -9,6 +9,7 @@
 // normalised while in cache), and merge (the chunks of a sample are added in order).
 #include <ATen/ops/empty.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "cpu_operands.h"
@@ -48,8 +49,9 @@ int64_t own_count(const Scores& scores, int64_t b, int64_t start, int64_t length
   return count;
 }
 
-// An unsigned key that orders like the float, -0 as 0. NaN has a place too: bad scores must not break the sort.
+// An unsigned key that orders like the float, -0 as 0, and NaN above all, as PyTorch sorts.
 uint32_t ordered(float value) {
+  if (std::isnan(value)) return ~uint32_t{0};
   value += 0.0f;
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -94,7 +96,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
   TORCH_CHECK(threshold.has_value() != keep_count.has_value(), "exactly one of threshold and keep_count is needed");
   const CpuKernels& kernels = cpu_kernels();
   const Type type = type_of("x", x);
-  const Offsets offsets(cu_seqlens);
+  check_rows("x", x, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, x.size(0));
+  const int64_t tokens = x.size(0), samples = offsets.samples;
+  check_operand("importance", importance, {tokens}, at::kFloat);
+  check_operand("threshold", threshold, {samples}, at::kFloat);
+  check_operand("keep_count", keep_count, {samples}, at::kInt);
+  check_operand("protected", is_protected, {tokens}, at::kBool);
+  check_operand("groups", groups, {samples}, at::kInt);
+  check_operand("min_keep", min_keep, {samples}, at::kInt);
+  check_operand("ids", ids, {tokens}, at::kInt);
+  check_operand("sizes", sizes, {tokens}, at::kFloat);
+  if (norm_weight.has_value()) check_operand("norm weight", *norm_weight, {x.size(1)}, norm_weight->scalar_type());
+  if (norm_bias.has_value()) check_operand("norm bias", *norm_bias, {x.size(1)}, norm_bias->scalar_type());
+  TORCH_CHECK_VALUE(merged_id == static_cast<int32_t>(merged_id), "merged_id: expected an int32, got ", merged_id);
   Tensor holders[7];
   const Tensor importance_dense = importance.contiguous();
   const Scores scores{importance_dense.const_data_ptr<float>(), data_or_null<float>(threshold, holders[0]),
@@ -108,6 +123,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
   std::vector<int64_t> counts(offsets.samples);
   for_each_item(offsets.samples, [&](int64_t b) { counts[b] = own_count(scores, b, offsets.start(b), offsets.length(b)); });
   if (group_of != nullptr) {
+    for (int64_t b = 0; b < samples; ++b) {
+      TORCH_CHECK_VALUE(0 <= group_of[b] && group_of[b] < samples, "groups: expected 0..B-1 = 0..", samples - 1, ", got ",
+                        group_of[b], " of sample ", b);
+    }
     std::vector<int64_t> largest(offsets.samples, 0);
     for (int64_t b = 0; b < offsets.samples; ++b) largest[group_of[b]] = std::max(largest[group_of[b]], counts[b]);
     for (int64_t b = 0; b < offsets.samples; ++b) {

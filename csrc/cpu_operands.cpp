@@ -36,6 +36,37 @@ bool HeadRows::finite(int64_t first, int64_t count) const {
   return finite;
 }
 
+void check_operand(const char* name, const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == dtype && tensor.sizes() == sizes, name, ": expected ",
+                    dtype, sizes, " on cpu, got ", tensor.scalar_type(), tensor.sizes(), " on ", tensor.device());
+}
+
+void check_operand(const char* name, const c10::optional<Tensor>& tensor, at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (tensor.has_value()) check_operand(name, *tensor, sizes, dtype);
+}
+
+void check_rows(const char* name, const Tensor& tensor, int64_t dimensions) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.dim() == dimensions, name, ": expected ", dimensions,
+                    " dimensions on cpu, got ", tensor.sizes(), " on ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, name, ": expected adjacent elements in a row, got strides ",
+                    tensor.strides());
+}
+
+Offsets::Offsets(const char* name, const Tensor& cu_seqlens, int64_t rows) : data(nullptr), samples(0) {
+  TORCH_CHECK_VALUE(cu_seqlens.device().is_cpu() && cu_seqlens.scalar_type() == at::kInt && cu_seqlens.dim() == 1 &&
+                        cu_seqlens.numel() > 0,
+                    name, ": expected int32 offsets [B+1] on cpu, got ", cu_seqlens.scalar_type(), cu_seqlens.sizes(), " on ",
+                    cu_seqlens.device());
+  tensor = cu_seqlens.contiguous();
+  data = tensor.const_data_ptr<int32_t>();
+  samples = tensor.numel() - 1;
+  TORCH_CHECK_VALUE(data[0] == 0, name, ": expected offsets that start at 0, got ", data[0], " first");
+  for (int64_t b = 0; b < samples; ++b) {
+    TORCH_CHECK_VALUE(data[b] <= data[b + 1], name, ": offsets decrease from ", data[b], " to ", data[b + 1], " at sample ", b);
+  }
+  TORCH_CHECK_VALUE(total() <= rows, name, ": offsets end at ", total(), ", beyond the ", rows, " rows they describe");
+}
+
 std::vector<int64_t> Offsets::longest_first() const {
   std::vector<int64_t> order(samples);
   std::iota(order.begin(), order.end(), 0);

@@ -13,6 +13,14 @@ namespace madtp::cpu {
 
 using at::Tensor;
 
+// What the Python functions check is checked here again as far as memory depends on it: torch.ops, torch.compile and buffers that
+// were changed since come here without them. Errors are ValueErrors that name the argument.
+void check_operand(const char* name, const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType dtype);
+// The same for an argument that may be missing.
+void check_operand(const char* name, const c10::optional<Tensor>& tensor, at::IntArrayRef sizes, at::ScalarType dtype);
+// The leading operand: its number of dimensions, and rows of adjacent elements.
+void check_rows(const char* name, const Tensor& tensor, int64_t dimensions);
+
 inline Type type_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return Type::f32;
@@ -30,10 +38,9 @@ inline Factor factor_of(const CpuKernels& kernels, Type type) {
 
 inline int64_t factor_bytes(Factor factor) { return factor == Factor::bf16 ? 2 : 4; }
 
-// cu_seqlens on the host.
+// cu_seqlens on the host, checked against the number of rows that they describe.
 struct Offsets {
-  explicit Offsets(const Tensor& cu_seqlens)
-      : tensor(cu_seqlens.contiguous()), data(tensor.const_data_ptr<int32_t>()), samples(tensor.numel() - 1) {}
+  Offsets(const char* name, const Tensor& cu_seqlens, int64_t rows);
 
   int64_t start(int64_t b) const { return data[b]; }
   int64_t length(int64_t b) const { return data[b + 1] - data[b]; }
@@ -53,10 +60,14 @@ struct HeadRows {
       : data(static_cast<const std::byte*>(tensor.const_data_ptr())),
         type(type_of(name, tensor)),
         bytes(tensor.element_size()),
-        row_stride(tensor.stride(0)),
+        row_stride(checked(name, tensor).stride(0)),
         head_stride(tensor.stride(1)),
         heads(tensor.size(1)),
         head_dim(tensor.size(2)) {}
+  static const Tensor& checked(const char* name, const Tensor& tensor) {
+    check_rows(name, tensor, 3);
+    return tensor;
+  }
 
   const void* at(int64_t row, int64_t head) const { return data + (row * row_stride + head * head_stride) * bytes; }
   RowsToLoad rows(int64_t first, int64_t count, int64_t head) const {

@@ -113,7 +113,11 @@ std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k
                                                 const OptionalTensor& key_bias) {
   const CpuKernels& kernels = cpu_kernels();
   const HeadRows queries("q", q), keys("k", k), outputs("out", out);
-  const Offsets offsets(cu_seqlens);
+  const Offsets offsets("cu_seqlens", cu_seqlens, q.size(0));
+  check_operand("k", k, q.sizes(), q.scalar_type());
+  check_operand("out", out, q.sizes(), q.scalar_type());
+  check_operand("lse", lse, {q.size(1), q.size(0)}, at::kFloat);
+  check_operand("key_bias", key_bias, {q.size(0)}, at::kFloat);
   const Tensor lse_dense = lse.contiguous();
   const Layout& layout = layout_of(kernels, factor_of(kernels, queries.type));
   const ImportanceSums sums(kernels, layout, offsets, queries.heads, q.size(0));

@@ -15,7 +15,10 @@ constexpr int64_t kRows = 32;
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& cu_seqlens, double eps) {
   const CpuKernels& kernels = cpu_kernels();
   const Type type = type_of("x", x);
-  const int64_t tokens = Offsets(cu_seqlens).total(), width = x.size(1);
+  check_rows("x", x, 2);
+  const int64_t tokens = Offsets("cu_seqlens", cu_seqlens, x.size(0)).total(), width = x.size(1);
+  check_operand("weight", weight, {width}, weight.scalar_type());
+  if (bias.has_value()) check_operand("bias", *bias, {width}, bias->scalar_type());
   const Tensor scale = weight.to(at::kFloat).contiguous();
   const Tensor shift = bias.has_value() ? bias->to(at::kFloat).contiguous() : Tensor();
   const float* const scale_data = scale.const_data_ptr<float>();

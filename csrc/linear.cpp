@@ -42,10 +42,15 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const Factor factor = factor_of(kernels, type);
   const Layout& layout = layout_of(kernels, factor);
   const Activation kind = activation_of(activation);
+  TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2, "x, weight: expected two dimensions, got ", x.sizes(), ", ", weight.sizes());
   const int64_t depth = x.size(1), features = weight.size(0), element = x.element_size();
-  const int64_t rows = cu_seqlens.has_value() ? Offsets(*cu_seqlens).total() : x.size(0);
-  TORCH_CHECK_VALUE(0 <= rows && rows <= x.size(0), "cu_seqlens: offsets end at ", rows, ", beyond the ", x.size(0),
-                    " rows of x");
+  const int64_t rows = cu_seqlens.has_value() ? Offsets("cu_seqlens", *cu_seqlens, x.size(0)).total() : x.size(0);
+  check_rows("x", x, 2);
+  check_rows("weight", weight, 2);
+  check_operand("weight", weight, {features, depth}, x.scalar_type());
+  check_operand("bias", bias, {features}, x.scalar_type());
+  check_operand("residual", residual, {x.size(0), features}, x.scalar_type());
+  if (residual.has_value()) check_rows("residual", *residual, 2);
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
 

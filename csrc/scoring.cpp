@@ -60,7 +60,13 @@ std::tuple<Tensor, Tensor> score_tokens(const Tensor& x, const Tensor& dictionar
   const Type type = type_of("x", x);
   const Factor factor = factor_of(kernels, type);
   const Layout& layout = layout_of(kernels, factor);
-  const Offsets offsets(cu_seqlens);
+  check_rows("x", x, 2);
+  check_rows("dictionary", dictionary, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, x.size(0));
+  check_operand("dictionary", dictionary, {dictionary.size(0), x.size(1)}, x.scalar_type());
+  check_operand("received", received, {x.size(0)}, at::kFloat);
+  check_operand("cls", cls, {x.size(0)}, at::kFloat);
+  check_operand("bias", bias, {dictionary.size(0)}, at::kFloat);
   const int64_t entries = dictionary.size(0), size = x.size(1), depth = round_up(size, layout.depth);
   const int64_t stride = round_up(entries, kernels.lanes);
   const double log2_factor = 1.4426950408889634 / temperature;

@@ -160,7 +160,9 @@ class Alike {
 }  // namespace
 
 Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t) {
-  const Offsets offsets(cu_seqlens);
+  check_rows("keys", keys, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
+  check_operand("kept", kept, {keys.size(0)}, at::kBool);
   const Tensor kept_dense = kept.contiguous();
   const bool* const stays = kept_dense.const_data_ptr<bool>();
   Tensor into = at::empty({keys.size(0)}, cu_seqlens.options());
@@ -178,7 +180,9 @@ Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seq
 }
 
 std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& rank, const Tensor& cu_seqlens, int64_t) {
-  const Offsets offsets(cu_seqlens);
+  check_rows("keys", keys, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
+  check_operand("rank", rank, {keys.size(0)}, at::kFloat);
   const Tensor rank_dense = rank.has_value() ? rank->contiguous() : Tensor();
   const float* const ranks = rank.has_value() ? rank_dense.const_data_ptr<float>() : nullptr;
   Tensor result = at::empty({keys.size(0)}, keys.options().dtype(at::kFloat));
@@ -202,7 +206,10 @@ std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& ran
 
 std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t, const OptionalTensor& count,
                                         std::optional<double> threshold, int64_t first_free) {
-  const Offsets offsets(cu_seqlens);
+  check_rows("keys", keys, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
+  check_operand("count", count, {offsets.samples}, at::kInt);
+  TORCH_CHECK_VALUE(first_free >= 0, "first_free: expected a number >= 0, got ", first_free);
   const Tensor count_dense = count.has_value() ? count->contiguous() : Tensor();
   const int32_t* const counts = count.has_value() ? count_dense.const_data_ptr<int32_t>() : nullptr;
   Tensor into = at::empty({keys.size(0)}, cu_seqlens.options());

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backends, checks, native
 from .attention import attention, checked
 from .importance import attention_importance
-from .registration import define
+from .registration import call, define
 
 __all__ = ["attention_with_importance"]
 
@@ -46,8 +46,8 @@ def attention_with_importance(
     q, k, v, cu_seqlens, _, max_seqlen, _, scale, causal, key_bias = checked(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias
     )
-    return torch.ops.madtp_kernels.attention_with_importance(
-        q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias
+    return call(
+        "attention_with_importance", q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias
     )
 
 

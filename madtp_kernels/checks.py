@@ -47,13 +47,10 @@ def tensor(
 ) -> None:
     """Check one tensor argument; None in ``shape`` matches any size. ``meaning`` is e.g. ``"[T, D]"``."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    fits = (
-        isinstance(value, Tensor)
-        and value.dim() == len(shape)
-        and all(want is None or got == want for got, want in zip(value.shape, shape, strict=True))
-        and value.dtype in dtypes
-        and value.device == device
-    )
+    fits = isinstance(value, Tensor) and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
+    if fits and tuple(value.shape) != shape:
+        for got, want in zip(value.shape, shape, strict=True):
+            fits = fits and (want is None or got == want)
     if not fits:
         sizes = ", ".join("*" if size is None else str(size) for size in shape)
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -82,32 +79,61 @@ def offsets(
         raise ValueError(f"{max_name}: expected an int >= 0, got {max_seqlen}")
     if not may_read(cu_seqlens):
         return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"{name}: expected offsets that start at 0, got {bounds[0]} first")
-    for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if stop < start:
-            raise ValueError(f"{name}: offsets decrease from {start} to {stop} at sample {b}")
-        if stop - start > max_seqlen:
-            raise ValueError(f"{max_name}: {max_seqlen} is below the length {stop - start} of sample {b}")
-    if bounds[-1] > values.shape[0]:
-        raise ValueError(f"{name}: offsets end at {bounds[-1]}, beyond the {values.shape[0]} rows of {values_name}")
+    rows, longest = _known_offsets(name, cu_seqlens)
+    if longest > max_seqlen:
+        b = int((cu_seqlens.diff() > max_seqlen).nonzero()[0])
+        raise ValueError(f"{max_name}: {max_seqlen} is below the length {int(cu_seqlens.diff()[b])} of sample {b}")
+    if rows > values.shape[0]:
+        raise ValueError(f"{name}: offsets end at {rows}, beyond the {values.shape[0]} rows of {values_name}")
+
+
+def _known_offsets(name: str, cu_seqlens: Tensor) -> tuple[int, int]:
+    """Number of rows and length of the longest sample. Read once per tensor: the result is kept with it until it is written to
+    (of a tensor made under inference_mode writes are not counted; the kernels look again themselves)."""
+    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    known = getattr(cu_seqlens, "_madtp_known", None)
+    if known is None or known[0] != version:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0:
+            raise ValueError(f"{name}: expected offsets that start at 0, got {bounds[0]} first")
+        longest = 0
+        for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if stop < start:
+                raise ValueError(f"{name}: offsets decrease from {start} to {stop} at sample {b}")
+            longest = max(longest, stop - start)
+        known = cu_seqlens._madtp_known = (version, bounds[-1], longest)
+    return known[1:]
+
+
+def longest_sample(cu_seqlens: Tensor) -> int:
+    """Length of the longest sample, read on the host."""
+    return _known_offsets("cu_seqlens", cu_seqlens)[1]
 
 
 def finite(name: str, value: Tensor, cu_seqlens: Tensor | None = None) -> None:
     """Check that scores are finite; with ``cu_seqlens`` only the defined rows count."""
     if not may_read(value):
         return
-    rows = value if cu_seqlens is None else value[: int(cu_seqlens[-1])]
+    rows = value
+    if cu_seqlens is not None:
+        count = _known_offsets("cu_seqlens", cu_seqlens)[0]
+        rows = value if count == len(value) else value[:count]
+    if math.isfinite(rows.detach().sum(dtype=torch.float64)):  # NaN and infinity reach the sum; finite float32 cannot overflow it
+        return
     bad = (~torch.isfinite(rows)).sum().item()
     if bad:
         raise ValueError(f"{name}: expected finite scores, got {bad} NaN or infinite of {rows.numel()}")
 
 
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
 def positive(name: str, value: float) -> None:
-    """Check a host-side number that has to be finite and > 0."""
+    """Check a host-side number that has to be > 0 and, like its inverse, within the range of float32, in which kernels use it."""
     if not isinstance(value, (int, float)) or not 0 < value < math.inf:  # false for NaN too, and torch.compile can trace it
         raise ValueError(f"{name}: expected a finite number > 0, got {describe(value)}")
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(f"{name}: expected a number within the range of float32, {_LEAST} to {_MOST}, got {value!r}")
 
 
 def unit_stride(value: Tensor | None) -> Tensor | None:

@@ -43,6 +43,13 @@ class RaggedBatch:
             raise ValueError(f"values: expected a tensor [C, ...], got {checks.describe(self.values)}")
         checks.offsets("cu_seqlens", self.cu_seqlens, "max_seqlen", self.max_seqlen, self.values, "values")
 
+    @classmethod
+    def unchecked(cls, values: Tensor, cu_seqlens: Tensor, max_seqlen: int, bound: bool) -> RaggedBatch:
+        """A batch whose parts are known to fit, because an operation made them or another batch has the same offsets."""
+        batch = object.__new__(cls)
+        batch.__dict__.update(values=values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bound=bound)
+        return batch
+
     # ---- sizes ------------------------------------------------------------------------------------------------
 
     @property
@@ -72,7 +79,9 @@ class RaggedBatch:
 
     def with_values(self, values: Tensor) -> RaggedBatch:
         """The same samples with other per-token values ``[C, ...]`` (any trailing shape and dtype)."""
-        return RaggedBatch(values, self.cu_seqlens, self.max_seqlen, self.bound)
+        if values.shape[0] != self.values.shape[0]:
+            return RaggedBatch(values, self.cu_seqlens, self.max_seqlen, self.bound)
+        return RaggedBatch.unchecked(values, self.cu_seqlens, self.max_seqlen, self.bound)
 
     def to(self, *args, **kwargs) -> RaggedBatch:
         """As ``Tensor.to`` on the values; the offsets follow to the device and stay int32."""

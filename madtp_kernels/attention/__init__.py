@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 
 __all__ = ["attention"]
 
@@ -51,7 +51,7 @@ def attention(
         BackendError: a backend asked for by name cannot run.
     """
     arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, True)
-    return torch.ops.madtp_kernels.attention(*arguments, backend or "")
+    return call("attention", *arguments, backend or "")
 
 
 def checked(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..ragged import RaggedBatch
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["Compacted", "compact"]
@@ -111,19 +111,21 @@ def compact(
         if bias is not None:
             checks.tensor("norm bias", bias, (values.shape[1],), "[D]", checks.FLOATS, device)
         checks.positive("norm eps", eps)
+    if not isinstance(merged_id, int) or isinstance(merged_id, bool) or not -(2**31) <= merged_id < 2**31:
+        raise ValueError(f"merged_id: expected an int32, got {checks.describe(merged_id)}")
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
 
-    rows, cu_out, ids_out, sizes_out, normed = torch.ops.madtp_kernels.compact(
-        checks.unit_stride(values), *map(checks.unit_stride, (importance, threshold, keep_count, cu_seqlens)),
+    rows, cu_out, ids_out, sizes_out, normed = call(
+        "compact", checks.unit_stride(values), *map(checks.unit_stride, (importance, threshold, keep_count, cu_seqlens)),
         x.max_seqlen, *map(checks.unit_stride, (protected, groups, min_keep, ids, sizes)), merged_id,
         checks.unit_stride(weight), checks.unit_stride(bias), eps, exact, backend or "",
     )  # fmt: skip
     longest = x.max_seqlen
     if exact and not torch.compiler.is_compiling() and device.type == "cpu":
-        longest = max(cu_out.diff().tolist(), default=0)
+        longest = checks.longest_sample(cu_out)
     return Compacted(
-        RaggedBatch(rows, cu_out, longest, bound=not exact),
+        RaggedBatch.unchecked(rows, cu_out, longest, not exact),
         ids_out,
         None if sizes is None else sizes_out,
         None if weight is None else normed,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["attention_importance"]
@@ -58,8 +58,8 @@ def attention_importance(
         checks.tensor("key_bias", key_bias, (shape[0],), "[T]", score_dtype, q.device)
     scale = shape[2] ** -0.5 if scale is None else scale
     checks.positive("scale", scale)
-    return torch.ops.madtp_kernels.attention_importance(
-        checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
+    return call(
+        "attention_importance", checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
         checks.unit_stride(cu_seqlens), max_seqlen, float(scale), causal, checks.unit_stride(key_bias), backend or "",
     )  # fmt: skip
 

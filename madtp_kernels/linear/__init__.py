@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["linear"]
@@ -70,8 +70,8 @@ def linear(
         raise ValueError(f"activation: expected None or one of {names}, got {checks.describe(activation)}")
     if residual is not None:
         checks.tensor("residual", residual, (x.shape[0], weight.shape[0]), "[C, out]", x.dtype, x.device)
-    return torch.ops.madtp_kernels.linear(
-        checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
+    return call(
+        "linear", checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
         activation or "", checks.unit_stride(residual), backend or "",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["layer_norm"]
@@ -44,8 +44,8 @@ def layer_norm(
         checks.tensor("bias", bias, (x.shape[1],), "[D]", checks.FLOATS, x.device)
     checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
     checks.positive("eps", eps)
-    return torch.ops.madtp_kernels.layer_norm(
-        checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
+    return call(
+        "layer_norm", checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
         float(eps), backend or "",
     )  # fmt: skip
 

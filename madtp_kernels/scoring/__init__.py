@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["score_tokens"]
@@ -64,8 +64,8 @@ def score_tokens(
         checks.tensor("bias", bias, (dictionary.shape[0],), "[M]", score_dtype, x.device)
     checks.finite("received", received, cu_seqlens)
     checks.finite("cls", cls, cu_seqlens)
-    return torch.ops.madtp_kernels.score_tokens(
-        checks.unit_stride(x), checks.unit_stride(dictionary), checks.unit_stride(received), checks.unit_stride(cls),
+    return call(
+        "score_tokens", checks.unit_stride(x), checks.unit_stride(dictionary), checks.unit_stride(received), checks.unit_stride(cls),
         checks.unit_stride(cu_seqlens), max_seqlen, float(temperature), checks.unit_stride(bias), backend or "",
     )  # fmt: skip
 

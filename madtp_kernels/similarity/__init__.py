@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["match_tokens", "nearest_kept", "novelty"]
@@ -47,9 +47,9 @@ def nearest_kept(
     rows = _rows(keys)
     checks.tensor("kept", kept, (keys.shape[0],), "[T]", torch.bool, keys.device)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
-    return torch.ops.madtp_kernels.nearest_kept(
-        rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, backend or ""
-    )
+    return call(
+        "nearest_kept", rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, backend or "",
+    )  # fmt: skip
 
 
 def novelty(
@@ -76,9 +76,9 @@ def novelty(
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
     if rank is not None:
         checks.finite("rank", rank, cu_seqlens)
-    return torch.ops.madtp_kernels.novelty(
-        rows, checks.unit_stride(rank), checks.unit_stride(cu_seqlens), max_seqlen, backend or ""
-    )[0]
+    return call(
+        "novelty", rows, checks.unit_stride(rank), checks.unit_stride(cu_seqlens), max_seqlen, backend or "",
+    )  # fmt: skip[0]
 
 
 def match_tokens(
@@ -127,8 +127,8 @@ def match_tokens(
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
     if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
         raise ValueError(f"protected: expected an int >= 0, got {checks.describe(protected)}")
-    return torch.ops.madtp_kernels.match_tokens(
-        rows.detach(), checks.unit_stride(cu_seqlens), max_seqlen, checks.unit_stride(count),
+    return call(
+        "match_tokens", rows.detach(), checks.unit_stride(cu_seqlens), max_seqlen, checks.unit_stride(count),
         None if threshold is None else float(threshold), protected, backend or "",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["unmerge"]
@@ -40,9 +40,9 @@ def unmerge(x: Tensor, rows: Tensor, cu_seqlens: Tensor, *, backend: str | None 
         defined = rows[: int(cu_seqlens[-1])]
         if len(defined) and (defined.max() >= x.shape[0] or defined.min() < -1):
             raise ValueError(f"rows: expected -1..{x.shape[0] - 1}, got {defined.min()}..{defined.max()}")
-    return torch.ops.madtp_kernels.unmerge(
-        checks.unit_stride(x), checks.unit_stride(rows), checks.unit_stride(cu_seqlens), backend or ""
-    )
+    return call(
+        "unmerge", checks.unit_stride(x), checks.unit_stride(rows), checks.unit_stride(cu_seqlens), backend or "",
+    )  # fmt: skip
 
 
 def _run(*args):

@@ -14,12 +14,15 @@ depend on its neighbours. Where a gradient is needed, under autocast and torch.c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, backends, linear
 from madtp_kernels.linear.reference import activate
+from madtp_kernels.registration import plain
 
 # Rows of an MLP that are taken through both layers at a time on the CPU: the hidden activations (four times as wide) then
 # stay in the cache and in memory that the allocator reuses, instead of fresh pages for every call. 512 to 1024 measured best.
@@ -46,11 +49,11 @@ class Linear(nn.Linear):
         if x.is_cuda:
             differentiated = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
             ours = tokens is not None and (tokens.bound or not differentiated) and not torch.is_autocast_enabled("cuda")
-        else:
-            ours = _on_cpu(x, self.weight)
-        if ours:
-            cu_seqlens = tokens.cu_seqlens if tokens is not None and (tokens.bound or x.is_cuda) else None
-            return linear(x, self.weight, self.bias, cu_seqlens, activation=activation, residual=residual)
+            if ours:
+                return linear(x, self.weight, self.bias, tokens.cu_seqlens, activation=activation, residual=residual)
+        elif (product := _cpu_product(x, self.weight, residual)) is not None:
+            cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
+            return product(x, self.weight, self.bias, cu_seqlens, activation or "", residual)
         y = activate(F.linear(x, self.weight, self.bias), activation or "")
         return y if residual is None else y + residual
 
@@ -59,7 +62,7 @@ def mlp(
     x: Tensor, first: Linear, second: Linear, residual: Tensor, activation: str = "gelu", *, tokens: RaggedBatch
 ) -> Tensor:
     """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``."""
-    if x.shape[0] <= MLP_ROWS or not _on_cpu(x, first.weight):
+    if x.shape[0] <= MLP_ROWS or _cpu_product(x, first.weight, residual) is None:
         return second(first(x, activation=activation, tokens=tokens), residual=residual, tokens=tokens)
     out = torch.empty_like(residual)
     for rows in range(0, x.shape[0], MLP_ROWS):
@@ -68,13 +71,11 @@ def mlp(
     return out
 
 
-def _on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU kernel serves this call."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and backends.resolve("linear", "linear", "", x)[0] == "cpu"
-    )
+def _cpu_product(x: Tensor, weight: Tensor, residual: Tensor | None) -> Callable | None:
+    """The CPU kernel, which checks its operands itself, if it serves this call."""
+    if not (x.device.type == "cpu" and x.dtype == weight.dtype and x.dim() == 2 and x.stride(1) == 1):
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not plain((x, weight, residual)):
+        return None
+    name, product = backends.resolve("linear", "linear", "", x)
+    return product if name == "cpu" else None
