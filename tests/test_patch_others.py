@@ -238,6 +238,43 @@ def test_a_tower_that_is_wrapped_later(tower, make, generator):
 # ---- weights
 
 
+def rows_by_data(weight):
+    weight.data[7] = 0.3
+
+
+def rows_by_numpy(weight):
+    weight.detach().cpu().numpy()[7] = 0.3
+
+
+def rows_without_gradients(weight):
+    with torch.no_grad():
+        weight[7] = 0.3
+
+
+def other_memory(weight):
+    weight.data = torch.full_like(weight, 0.1).index_fill(0, torch.tensor(7, device=weight.device), 0.3)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference tensors"])
+@pytest.mark.parametrize("edit", [rows_by_data, rows_by_numpy, rows_without_gradients, other_memory])
+@pytest.mark.parametrize("name", ["encoder.layers.1.mlp.fc1", "encoder.layers.1.self_attn.qkv", "post_layernorm",
+                                  "embeddings.patch_embedding"])  # fmt: skip
+def test_a_few_numbers_of_a_weight(name, edit, inference, make, generator):
+    if DEVICE != "cpu" and edit is rows_by_numpy:
+        pytest.skip("NumPy sees memory of the CPU")
+    with torch.inference_mode(inference):
+        model, (_, inputs) = make("caption"), sample_inputs("caption", generator)
+        if inference and (edit in (rows_by_data, other_memory)):
+            pytest.skip("such tensors are edited directly")
+        madtp.apply_patch(model, temperature=0)
+        before = model.vision_model(inputs["pixel_values"]).last_hidden_state
+        edit(model.vision_model.get_submodule(name).weight)
+        found = model.vision_model(inputs["pixel_values"]).last_hidden_state
+        madtp.remove_patch(model)
+        torch.testing.assert_close(found, model.vision_model(inputs["pixel_values"]).last_hidden_state, atol=1e-4, rtol=1e-4)
+        assert (found - before).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_projections_that_transformers_keeps_apart(task, make, generator):
     """Query, key and value, of self- and of cross-attention."""
@@ -453,6 +490,41 @@ def test_signatures_stay(task, make):
 
 
 # ---- precision
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("task", TASKS)
+def test_autocast(task, temperature, make, generator):
+    """Results are those of the dtype within its precision, and calls outside are what they were."""
+    model, (_, inputs) = make(task), sample_inputs(task, generator)
+    madtp.apply_patch(model, temperature=temperature)  # an untrained dictionary: CLIP has maps to it
+    fresh = copy.deepcopy(model)
+
+    def states(net):
+        return net.vision_model(inputs["pixel_values"]).last_hidden_state
+
+    with torch.autocast(DEVICE, torch.bfloat16):
+        half, words = states(model), results(task, model, inputs)
+    assert all(tensor.isfinite().all() for tensor in words if tensor.is_floating_point())
+    exact = states(fresh)
+    if temperature == 0:
+        assert (half.float() - exact).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert torch.equal(states(model), exact)
+    assert equal(results(task, model, inputs), results(task, fresh, inputs))
+
+
+def test_a_patched_tower_that_is_compiled(make, generator):
+    """It notices the same things, at each call."""
+    model, (_, inputs) = make("caption"), sample_inputs("caption", generator)
+    madtp.apply_patch(model, temperature=0)
+    tower, pixels = model.vision_model, inputs["pixel_values"]
+    compiled = torch.compile(tower, backend="eager")
+    torch.testing.assert_close(compiled(pixels).last_hidden_state, tower(pixels).last_hidden_state, **SAME)
+    tower.get_submodule("encoder.layers.0.mlp.fc1").weight.data[3] = 2
+    torch.testing.assert_close(compiled(pixels).last_hidden_state, tower(pixels).last_hidden_state, **SAME)
+    tower.encoder.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="encoder.layers.0 has hooks"):
+        compiled(pixels)
 
 
 @pytest.mark.parametrize("widths", [(96, None), (64, "img_query_model"), (128, "img_query_model")])

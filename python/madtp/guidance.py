@@ -33,7 +33,8 @@ class QueryModel(nn.Module):
             return dictionary, None
         weight, bias = self.q_map[0].weight, self.q_map[0].bias
         wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
-        return (wide @ weight.to(wide.dtype)).to(dictionary.dtype), wide @ bias.to(wide.dtype)
+        with torch.autocast(dictionary.device.type, enabled=False):  # scores are compared in float32 at least
+            return (wide @ weight.to(wide.dtype)).to(dictionary.dtype), wide @ bias.to(wide.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[T, width]`` in the dictionary's space ``[T, sd_dim]``."""

@@ -403,6 +403,7 @@ class _Engine:
         for place in self.towers:
             self.sync(place)
 
+    @torch.compiler.disable  # a compiled model has to look again at each call
     def sync(self, place: str) -> None:
         """For a call of a tower: see the weights of now.
 

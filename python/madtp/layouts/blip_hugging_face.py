@@ -5,7 +5,7 @@ Their text encoders and decoders are named as in the original code, the vision t
 * LayerNorms of the vision transformer have the epsilon that the config says, by default 1e-5; the original has 1e-6.
 * Texts that look at images begin with [ENC] in the original code and here; transformers' processor leaves [CLS] there.
 * The decoder of `BlipForQuestionAnswering` looks at padded question tokens, so that an answer depends on the longest question
-  of its batch (`generate` masks nothing, and cross-attention ignores the mask that `forward` passes, in releases 5.17 to 5.23).
+  of its batch (`generate` masks nothing, and cross-attention ignores the mask that `forward` passes, in releases 5.17 to 5.24).
   Here nothing is padded: answers are those that it gives to one question at a time.
 """
 
