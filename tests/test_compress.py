@@ -391,7 +391,10 @@ def test_a_target_that_cannot_be_reached_leaves_a_model_all_the_same(data, tmp_p
 
 @pytest.mark.parametrize(
     "gflops, reduction, met",
-    [(50, 0.5, True), (52, 0.5, True), (53, 0.5, False), (46, 0.5, True), (44, 0.5, False), (3, 0.999, False), (214, 0.3, False)],
+    [
+        (50, 0.5, True), (52, 0.5, True), (53, 0.5, False), (46, 0.5, True), (44, 0.5, False), (3, 0.999, False),
+        (214, 0.3, False),
+    ],  # fmt: skip
 )
 def test_a_target_is_met_within_five_percent_of_it(gflops, reduction, met):
     miss = training.missed({"gflops": gflops, "dense_gflops": 100}, reduction)
@@ -420,6 +423,12 @@ def test_options_that_say_nothing_are_refused(data, tmp_path, capsys):
 def test_contrast_needs_two_samples(data, tmp_path, capsys):
     assert cli.main(compress(data, "clip", tmp_path / "out", "--batch-size", "1")) == 2
     assert "batch_size: this task's loss compares instances" in capsys.readouterr().err
+
+
+def test_training_that_has_diverged_says_so(data, tmp_path, capsys):
+    assert cli.main(compress(data, "nlvr", tmp_path / "out", "--lr", "1e30")) == 2
+    err = capsys.readouterr().err
+    assert "learning rate" in err and err.count("\n") == 1 and "madtp: error: " in err
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path, capsys):

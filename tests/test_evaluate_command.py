@@ -31,6 +31,7 @@ from madtp.evaluate.metrics import vqa_score
 from madtp.evaluate.run import _Gate
 from madtp.index import from_text
 from madtp.processing import clean_sentence
+from madtp.report.plots import quality_plot
 
 SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
@@ -576,6 +577,19 @@ def test_pairs_of_the_demo_can_be_evaluated(command, data, tmp_path):
     for name, annotations in (("a", None), ("b", tmp_path / "pairs.jsonl")):
         assert command("nlvr", "--output", tmp_path / name, annotations=annotations)[0] == 0
     assert without_times(results(tmp_path / "a")) == without_times(results(tmp_path / "b"))
+
+
+def test_names_in_the_plot_of_quality_keep_clear_of_each_other():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    points = [(0, 10, 0.8), (1, 6, 0.795), (2, 5.7, 0.794), (3, 5.5, 0.793), (4, 5.4, 0.7925), (8, 2, 0.7)]
+    results = [{"temperature": t, "gflops": g, "gflops_full": g, "quality": {"a": q}} for t, g, q in points]
+    figure = quality_plot(results, "a", "pair")
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 6
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 def test_help_has_examples(capsys):

@@ -116,7 +116,8 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
     if isinstance(function, ast.Attribute) and getattr(function.value, "id", None) in ("os", "Image"):
         return False
     modes = [word.value for word in call.keywords if word.arg == "mode"] + call.args[1:2]
-    return not (modes and "b" in ast.literal_eval(modes[0]))
+    named = [part.value for mode in modes for part in ast.walk(mode) if isinstance(part, ast.Constant)]
+    return not named or not all("b" in mode for mode in named if isinstance(mode, str))
 
 
 @pytest.mark.parametrize("package", [madtp, madtp_kernels], ids=lambda package: package.__name__)

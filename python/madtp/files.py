@@ -1,5 +1,5 @@
-"""Files read and written whole: what is no regular file is recognised, texts do not depend on the locale, outputs appear
-complete or not at all, and a lock keeps two runs apart."""
+"""Files read and written whole: what is no regular file is recognised, texts do not depend on the locale, outputs
+appear complete or not at all, and a lock keeps two runs apart."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_regular(path: str | os.PathLike) -> bool:
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """A file to read. Raises OSError, at once, for a folder, a pipe, a socket or a device: reading those may never end."""
+    """A file to read. Raises OSError, at once, for a folder, a pipe, a socket or a device: they may never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe nobody writes to would block here
     try:
         _require(path, os.fstat(descriptor).st_mode, stat.S_ISREG)
@@ -102,8 +102,8 @@ def check_output(path: str | os.PathLike, *, option: str = "output") -> None:
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file to write. ``path`` is replaced by it when the ``with`` block ends well, and else stays what it was.
 
-    Its content and its new name are on the disk before anything that follows. What a symbolic link points to is replaced,
-    not the link. Raises OSError if ``path`` is there and no regular file.
+    Its content and its new name are on the disk before anything that follows. What a symbolic link points to is
+    replaced, not the link. Raises OSError if ``path`` is there and no regular file.
     """
     path = Path(os.path.realpath(path))
     if path.exists():

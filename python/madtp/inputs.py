@@ -64,7 +64,7 @@ def _files(source: str) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """What `glob` finds, sorted, but in time where links lead back: it would follow those forty times, in all combinations."""
+    """What `glob` finds, sorted. It would follow links that lead back forty times over, in all combinations."""
     before, deep, after = f"/{pattern}/".partition("/**/")
     if not deep:
         return sorted(glob.glob(pattern))
@@ -72,7 +72,8 @@ def _matching(pattern: str) -> list[str]:
     for folder in glob.glob(os.path.join(before[1:], "") or ("/" if pattern.startswith("/") else "./")):
         shown = folder if before else ""
         for parts, names, _ in _walk(folder):
-            found += [os.path.join(shown, *path) for path in (parts, *((*parts, name) for name in names)) if _fits(path, after)]
+            paths = [parts, *((*parts, name) for name in names)]
+            found += [os.path.join(shown, *path) for path in paths if _fits(path, after)]
     return sorted(found)
 
 

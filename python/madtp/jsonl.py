@@ -34,8 +34,8 @@ _READERS = 8  # threads that prepare rows; image decoding releases the interpret
 _DEEPEST = 100  # levels of a row's lists and objects; Python's reader and writer give up at different depths
 
 Rows = str | os.PathLike | Sequence[dict | bytes]
-"""A JSON Lines file, a pipe or "-" for standard input, each line an object, blank lines passed over; or the objects, or the
-lines, themselves."""
+"""A JSON Lines file, a pipe or "-" for standard input, each line an object, blank lines passed over; or the objects, or
+the lines, themselves."""
 
 
 class ResumeError(ValueError):
@@ -281,7 +281,8 @@ class Log:
     def _begin(self) -> None:
         self._file.seek(0)
         first, header = self._file.readline(), to_line(self.header)
-        if self._writes and not first.endswith(b"\n") and header.startswith(first):  # new, or stopped within its first line
+        # New, or stopped within its first line.
+        if self._writes and not first.endswith(b"\n") and header.startswith(first):
             self._file.truncate(0)
             self.append([self.header])
             first = header
@@ -381,7 +382,7 @@ def _kept(keep: Sequence[str], answers: Sequence[str] | None, row: dict) -> dict
 
 
 def row_of(line: bytes) -> dict:
-    """The object in a line of JSON Lines. Raises ValueError for anything else, and for what could not be written again."""
+    """The object in a line. Raises ValueError for anything else, and for what could not be written again."""
     try:
         row = json.loads(line)
         _check(row, _DEEPEST)

@@ -310,7 +310,8 @@ def run_rows(
         if not args.quiet:
             print(f"{summary.rows} rows{resumed} in {args.output}")
     if truncated:
-        _log.warning('%d texts were not read to their end, since the model reads no more ("truncated": true)', truncated)
+        marked = "since the model reads no more (\"truncated\": true)"
+        _log.warning("%d texts were not read to their end, %s", truncated, marked)
     return report(summary.failed, summary.rows)
 
 

@@ -19,7 +19,8 @@ a row of pairs.jsonl (paths are relative to the file; "sentence", "question", "c
 Only the dictionary learns, by the alignment of pictures with texts; the model's own weights stay, so that no labels
 are needed, and little time. The temperature is then set so that the target is met on up to 256 of the pairs. It costs
 more accuracy than `madtp compress`. More learning is not better: entries that grow alike see the same few tokens, which
-puts low reductions out of reach; where the target was missed, the exit code is 1. Captioning has no text to align. The same command goes on after an interruption.
+puts low reductions out of reach; where the target was missed, the exit code is 1. Captioning has no text to align. The
+same command goes on after an interruption.
 
 A model that was never pruned begins with a dictionary of its own tokens, drawn from up to 64 pairs: with random
 entries even the lowest temperature drops about half of the tokens.

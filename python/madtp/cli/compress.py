@@ -126,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
         )
         settings = Settings(
             reduction=args.reduction, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-            accumulate=args.accumulate, alignment=0.1 if args.alignment is None else args.alignment, distill=args.distill,
-            dictionary=args.dictionary, controller=args.controller, temperature=args.temperature,
+            accumulate=args.accumulate, alignment=0.1 if args.alignment is None else args.alignment,
+            distill=args.distill, dictionary=args.dictionary, controller=args.controller, temperature=args.temperature,
             ramp=0.4 if args.ramp is None else args.ramp,
             schedule=args.schedule, precision=args.precision, augment=args.augment, seed=args.seed,
         )  # fmt: skip

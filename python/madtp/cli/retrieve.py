@@ -78,8 +78,8 @@ def add_parser(commands) -> None:
         "--rerank",
         type=int,
         metavar="K",
-        help="score the best K again with BLIP's classifier, which reads the pictures (default: 16; 0 for CLIP, which has "
-        "none, and where only an index is given)",
+        help="score the best K again with BLIP's classifier, which reads the pictures (default: 16; 0 for CLIP, which "
+        "has none, and where only an index is given)",
     )
     add_output(parser, "images or texts")
     add_model_options(parser, text_modes=True)

@@ -405,7 +405,7 @@ def train(
         steps=range(run.step, total), views=settings.augment, workers=workers,
     )  # fmt: skip
     saved = time.monotonic()
-    with tqdm(total=total, initial=run.step, unit=" steps", desc="training", disable=quiet if rank() == 0 else True) as bar:
+    with tqdm(total=total, initial=run.step, unit=" steps", desc="training", disable=quiet if rank() == 0 else True) as bar, _divergence(run):
         while run.step < total:
             means = _step(objective, teacher, optimizer, batches, controller.temperature, settings, run.step, device)
             used, epoch_ends = controller.temperature, (run.step + 1) % per_epoch == 0
@@ -435,9 +435,10 @@ def train(
     _wait()  # for the best weights to be there
 
     best.restore(model)
-    model.temperature = _temperature_for(model, task, dev[:MEASURED], goal, controller.temperature, size)
+    with _divergence(run):
+        model.temperature = _temperature_for(model, task, dev[:MEASURED], goal, controller.temperature, size)
+        evaluation = evaluate(model, task, dev, model.temperature, score=settings.labels, **size)
     result = {"temperature": model.temperature, "step": best.step if best.step is not None else total}
-    evaluation = evaluate(model, task, dev, model.temperature, score=settings.labels, **size)
     result |= evaluation.to_dict() | {"dense_gflops": round(evaluation.dense, 6)}
     if settings.labels:
         result |= {"score_name": task.score_name, "dense_score": logged("dense")["score"]}
@@ -449,6 +450,17 @@ def train(
     board.close()
     _wait()
     return result
+
+
+@contextlib.contextmanager
+def _divergence(run: Run) -> Iterator[None]:
+    """Say of a model that was trained until it computes no numbers any more what has happened to it."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        if run.step == 0 or "finite" not in str(error):
+            raise
+        raise FloatingPointError(f"training has diverged by step {run.step}; try a lower learning rate ({error})") from error
 
 
 def _take_tokens(model: Model, task: Task, examples: Sequence, seed: int) -> None:
@@ -505,8 +517,7 @@ def missed(result: dict, reduction: float) -> str | None:
     cost, goal = result["gflops"] / result["dense_gflops"], 1 - reduction
     if cost <= TOLERATED * goal and cost >= goal + 1 - TOLERATED:
         return None
-    less = "no temperature prunes less" if cost < goal else "no temperature prunes enough"
-    return f"{1 - cost:.1%} fewer GFLOPs instead of {reduction:.1%} ({less})"
+    return f"{1 - cost:.1%} fewer GFLOPs instead of {reduction:.1%}; no temperature was found that comes closer"
 
 
 class _Board:
