@@ -427,3 +427,16 @@ def assert_no_worse_than_torch(ours, eager, exact, magnitude, what):
     floor = 4 * torch.finfo(torch.float32).eps * magnitude + torch.finfo(ours.dtype).eps * largest
     bound = 2 * error(eager) + floor
     assert error(ours) <= bound, f"{what}: error {error(ours):.3g}, PyTorch's {error(eager):.3g}, floor {floor:.3g}"
+
+
+def clearance(trace, row):
+    """How far the scores of one sample stay from its thresholds in all layers, relative to their mean: where that is little,
+    rounding decides which tokens are kept, and two ways to compute the same may differ."""
+    least = float("inf")
+    for record in trace:
+        if record.importance is None:
+            continue
+        scores = record.importance[record.cu_seqlens_in[row] : record.cu_seqlens_in[row + 1]][1:]
+        if len(scores) > 2:  # fewer tokens are never pruned, whatever they score
+            least = min(least, ((scores - record.threshold[row]).abs() / scores.abs().mean()).min().item())
+    return least

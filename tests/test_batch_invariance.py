@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, DEVICE, OPERATIONS, SIMILARITY, backends_here, interpreted, normal, run, take_samples
+from helpers import CASES, DEVICE, OPERATIONS, SIMILARITY, backends_here, clearance, interpreted, normal, run, take_samples
 
 from madtp.checkpoints import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
@@ -129,18 +129,12 @@ def forward(model, pixels, texts, samples, temperature, backend):
 def sample_of(out, position, count):
     """What is compared: every layer's surviving ids of the three streams, and the outputs of one sample."""
     streams = [(out.vision, position), (out.vision, position + count), (out.text, position)]
-    ids, margins = [], []
-    for trace, row in streams:
-        for record in trace:
-            ids.append(record.ids[record.cu_seqlens[row] : record.cu_seqlens[row + 1]].tolist())
-            if record.importance is not None:
-                scores = record.importance[record.cu_seqlens_in[row] : record.cu_seqlens_in[row + 1]][1:]
-                distance = (scores - record.threshold[row]).abs() / scores.abs().mean()
-                if len(scores) > 2:  # fewer tokens are never pruned, whatever they score
-                    margins.append(distance.min().item())
+    ids = [
+        record.ids[record.cu_seqlens[row] : record.cu_seqlens[row + 1]].tolist() for trace, row in streams for record in trace
+    ]
     outputs = [out.logits[position], out.last_hidden_state[position]]
     outputs += [out.image_embeds[position], out.image_embeds[position + count]]
-    return ids, min(margins, default=float("inf")), outputs
+    return ids, min(clearance(trace, row) for trace, row in streams), outputs
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

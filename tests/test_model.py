@@ -4,7 +4,7 @@ import resource
 
 import pytest
 import torch
-from helpers import DEVICE, backends_here, interpreted, normal
+from helpers import DEVICE, backends_here, clearance, interpreted, normal
 from PIL import Image
 
 import madtp
@@ -226,7 +226,13 @@ def test_sizes_in_double_precision(batch):
     model, images = make(use_sizes=True, backend="reference"), batch[0]
     single = answer(model, batch)
     double = answer(model.double(), (images.double(), batch[1]))
-    torch.testing.assert_close(double.logits.float(), single.logits, atol=1e-3, rtol=1e-3)
+    clear = [
+        pair
+        for pair in range(PAIRS)
+        if min(clearance(double.vision, pair), clearance(double.vision, pair + PAIRS), clearance(double.text, pair)) > 1e-4
+    ]
+    assert clear, "all pairs are on a knife edge"
+    torch.testing.assert_close(double.logits.float()[clear], single.logits[clear], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("use_sizes", [False, True])
