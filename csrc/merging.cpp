@@ -27,7 +27,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x,
                                                                 const std::string& append, bool exact) {
   const CpuKernels& kernels = cpu_kernels();
   const Type type = type_of("x", x);
-  const Offsets offsets(cu_seqlens);
+  check_rows("x", x, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, x.size(0));
+  check_operand("into", into, {x.size(0)}, at::kInt);
+  check_operand("weights", weights, {x.size(0)}, at::kFloat);
+  check_operand("sizes", sizes, {x.size(0)}, at::kFloat);
   const Tensor into_dense = into.contiguous(), weights_dense = weights.contiguous(), sizes_dense = sizes.contiguous();
   const int32_t* const to = into_dense.const_data_ptr<int32_t>();
   const float* const weight = weights_dense.const_data_ptr<float>();
@@ -42,6 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x,
   for (int64_t b = 0; b < offsets.samples; ++b) {
     int32_t kept = 0;
     for (int64_t i = offsets.start(b); i < offsets.start(b) + offsets.length(b); ++i) {
+      TORCH_CHECK_VALUE(to[i] < 0 || (offsets.start(b) <= to[i] && to[i] < offsets.start(b) + offsets.length(b) && to[to[i]] == to[i]),
+                        "into: expected a kept row of the same sample or -1, got ", to[i], " for row ", i);
       kept += to[i] == i;
       if (to[i] < 0 && !append.empty()) appends[b] = 1;
     }

@@ -137,7 +137,13 @@ Tensor attention_received(const Tensor& q, const Tensor& k, const Tensor& lse, c
                           int64_t last, const OptionalTensor& queries) {
   const CpuKernels& kernels = cpu_kernels();
   const HeadRows query_rows("q", q), key_rows("k", k);
-  const Offsets offsets(cu_seqlens);
+  const Offsets offsets("cu_seqlens", cu_seqlens, q.size(0));
+  check_operand("k", k, {q.size(0), k.size(1), q.size(2)}, q.scalar_type());
+  check_operand("lse", lse, {q.size(1), q.size(0)}, at::kFloat);
+  check_operand("key_bias", key_bias, {q.size(0)}, at::kFloat);
+  check_operand("queries", queries, {q.size(0)}, at::kBool);
+  TORCH_CHECK_VALUE(k.size(1) > 0 && q.size(1) % k.size(1) == 0 && sets > 0 && q.size(1) % sets == 0,
+                    "k, sets: expected divisors of the ", q.size(1), " query heads, got ", k.size(1), ", ", sets);
   const Tensor lse_dense = lse.contiguous(), mask = queries.has_value() ? queries->contiguous() : Tensor();
   const Tensor bias = key_bias.has_value() ? key_bias->contiguous() : Tensor();
   const bool* const counts = queries.has_value() ? mask.const_data_ptr<bool>() : nullptr;

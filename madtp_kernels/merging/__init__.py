@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends, checks, segments
 from ..ragged import RaggedBatch
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["Merged", "merge_tokens", "top_tokens"]
@@ -94,7 +94,8 @@ def merge_tokens(
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
     sizes = values.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
     weights = sizes.to(score_dtype) if weights is None else weights
-    merged, cu_out, sizes_out, rows, source = torch.ops.madtp_kernels.merge_tokens(
+    merged, cu_out, sizes_out, rows, source = call(
+        "merge_tokens",
         checks.unit_stride(values), *map(checks.unit_stride, (into, weights, sizes, cu_seqlens)), x.max_seqlen, append or "",
         exact, backend or "",
     )  # fmt: skip

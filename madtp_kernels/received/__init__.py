@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..attention import key_head_count
-from ..registration import define, differentiate
+from ..registration import call, define, differentiate
 from . import reference
 
 __all__ = ["attention_received"]
@@ -82,7 +82,8 @@ def attention_received(
     elif queries is not None:
         checks.tensor("queries", queries, (tokens,), "[T]", torch.bool, q.device)
         mask = checks.unit_stride(queries)
-    received = torch.ops.madtp_kernels.attention_received(
+    received = call(
+        "attention_received",
         checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(lse), checks.unit_stride(cu_seqlens), max_seqlen,
         float(scale), causal, checks.unit_stride(key_bias), heads, key_heads if per_key_head else 1, first, last, mask,
         backend or "",
