@@ -506,17 +506,22 @@ def test_graphs_share_memory_and_give_it_back(generator, as_in_use):
     model.graphs.limit = 3
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    before, held = torch.cuda.memory_reserved(), []
-    for count in (64, 64, 48, 48, 32, 32, 24, 24, 16, 16, 64, 64):
-        graphs.run(model, *pairs_of(generator, torch.bfloat16, lengths_of(generator, count)))
-        held.append(model.graphs.bytes)
-    assert len(model.graphs) == 3
-    assert held[1] > 0
-    assert held[-1] <= 4 * held[1], "smaller batches, and the same one again, find most of their memory in the pool"
-    model.graphs.clear()
-    torch.cuda.empty_cache()
-    assert model.graphs.bytes == 0
-    assert torch.cuda.memory_reserved() <= before + (32 << 20)
+    reserved = []
+    for _ in range(3):
+        held = []
+        for count in (64, 64, 48, 48, 32, 32, 24, 24, 16, 16, 64, 64):
+            graphs.run(model, *pairs_of(generator, torch.bfloat16, lengths_of(generator, count)))
+            held.append(model.graphs.bytes)
+        assert len(model.graphs) == 3
+        assert held[1] > 0
+        assert held[-1] <= 4 * held[1], "smaller batches, and the same one again, find most of their memory in the pool"
+        model.graphs.clear()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        assert model.graphs.bytes == 0
+        reserved.append(torch.cuda.memory_reserved())
+    # The first round leaves workspaces of cuBLAS behind, one for each stream that was ever used.
+    assert reserved[1:] == reserved[:1] * 2
 
 
 @torch.inference_mode()
@@ -544,8 +549,9 @@ def test_a_forward_that_waits_is_not_recorded_and_harms_nothing(generator, as_in
 
 @each_dtype
 @torch.inference_mode()
-def test_capture_by_hand_follows_new_pairs_and_refuses_new_weights(dtype, generator, as_in_use):
+def test_capture_by_hand_follows_new_pairs_and_written_weights(dtype, generator, as_in_use):
     model = small_model(dtype, None)
+    torch.cuda.synchronize()
     captured = model.capture(*pairs_of(generator, dtype, [9, 20, 14]), temperature=16.0)
     for _ in range(3):
         inputs = pairs_of(generator, dtype, lengths_of(generator, 3))
@@ -553,6 +559,17 @@ def test_capture_by_hand_follows_new_pairs_and_refuses_new_weights(dtype, genera
         with no_synchronisation():
             output = captured(*inputs)
         assert torch.equal(output.logits, expected.logits)
-    model.cls_head[0].weight.mul_(2)
-    with pytest.raises(ValueError, match="its weights have changed"):
+    for weights in (model.cls_head[0].weight, model.visual_encoder.blocks[0].attn.qkv.weight, model.space_dict):
+        weights.mul_(0.9)
+        assert torch.equal(captured(*inputs).logits, model(*inputs, temperature=16.0).logits)
+    model.cls_head[0].weight = torch.nn.Parameter(model.cls_head[0].weight.clone())
+    with pytest.raises(ValueError, match="weights have been replaced"):
         captured(*inputs)
+
+
+@torch.inference_mode()
+def test_a_pool_outlives_its_graphs(generator, as_in_use):
+    model = small_model(torch.float32, None)
+    for count in (2, 3, 2):
+        inputs = pairs_of(generator, torch.float32, lengths_of(generator, count))
+        assert torch.equal(model.capture(*inputs)(*inputs).logits, model(*inputs).logits)

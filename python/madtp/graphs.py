@@ -20,11 +20,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import operator
 import os
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,6 +77,12 @@ def text_bucket(length: int, most: int) -> int:
 # ---- one recording --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """Makes graphs that share one memory pool on one device.
 
@@ -85,9 +93,9 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.memory = torch.cuda.MemPool()  # lives on when all of its graphs are gone, unlike a `graph_pool_handle`
         # A pool reuses memory only within a stream, so all recordings are made on this one.
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _recording_stream(device)
         self.done = torch.cuda.Event()
         self.limit = int(torch.cuda.get_device_properties(device).total_memory * MEMORY_SHARE)
         self.bytes = 0
@@ -109,7 +117,7 @@ class CudaRecorder:
             # using the device, to load images for example.
             with (
                 torch.cuda.stream(current),
-                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self.memory.id, stream=self.stream, capture_error_mode="thread_local"),
             ):
                 results = function()
         except BaseException:
@@ -126,10 +134,10 @@ class CudaRecorder:
     def _abandon(self) -> None:
         """End allocation from the pool, which torch leaves open when CUDA refuses to end a recording."""
         try:
-            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_endAllocateToPool(self.device.index, self.memory.id)
         except RuntimeError:
             return  # the recording was ended in order
-        torch._C._cuda_releasePool(self.device.index, self.pool)
+        torch._C._cuda_releasePool(self.device.index, self.memory.id)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -162,7 +170,7 @@ def _run_without_waiting(function: Callable[[], Any]) -> None:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for warning in caught:
-        if "synchronizing" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):  # not the one that says that the mode is a prototype
             raise RuntimeError(f"it waits for the device at {warning.filename}:{warning.lineno}")
 
 
@@ -172,20 +180,22 @@ class _Recording:
     def __init__(
         self, recorder, model, function: Callable, inputs: Sequence[Tensor | RaggedBatch], batch: int, text_length: int
     ) -> None:
-        self.batch, self.text_length = batch, text_length
+        self.batch, self.text_length, self.device = batch, text_length, model.device
+        self.loaded = 0  # samples of the last batch
+        self.raw = self.found = None  # what the last replay returned, and its tensors if no filling was taken out
         samples, _ = _sizes(inputs)
         # Ordinary tensors can be overwritten inside and outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            self.buffers = [self._buffer(model, value, samples) for value in inputs]
+            self.buffers = [self._buffer(value, samples, model.dtype) for value in inputs]
             with recorder.turn():
                 self._load(inputs, samples)
                 self.replay = recorder.record(lambda: function(model, *self.buffers))
 
-    def _buffer(self, model, value: Tensor | RaggedBatch, samples: int) -> Tensor | RaggedBatch:
-        device = model.device
+    def _buffer(self, value: Tensor | RaggedBatch, samples: int, dtype: torch.dtype) -> Tensor | RaggedBatch:
+        device = self.device
         if isinstance(value, Tensor):
             images = len(value) // samples * self.batch
-            pixels = torch.zeros(images, *value.shape[1:], dtype=model.dtype, device=device)
+            pixels = torch.zeros(images, *value.shape[1:], dtype=dtype, device=device)
             if samples == self.batch:
                 return pixels
             return RaggedBatch(pixels, torch.zeros(images + 1, dtype=torch.int32, device=device), 1, bound=True)
@@ -195,7 +205,7 @@ class _Recording:
 
     def _load(self, inputs: Sequence[Tensor | RaggedBatch], samples: int) -> None:
         """Copy a batch into the buffers and fill it up. Does not wait for the device."""
-        filling = self.batch - samples
+        filling, device = self.batch - samples, self.device
         for buffer, value in zip(self.buffers, inputs, strict=True):
             if isinstance(buffer, Tensor):
                 buffer.copy_(value, non_blocking=True)
@@ -203,22 +213,25 @@ class _Recording:
                 # All images lie at the front, and each sample owns one but for the filling, which owns none. With
                 # several images per sample (NLVR) come all first ones, their filling, then all second ones.
                 buffer.values[: len(value)].copy_(value, non_blocking=True)
-                row = torch.arange(len(buffer) + 1, dtype=torch.int32, device=buffer.device)
-                first = row // self.batch * samples
-                buffer.cu_seqlens.copy_(first + (row % self.batch).clamp(max=samples))
+                if samples != self.loaded:  # else the offsets are there
+                    row = torch.arange(len(buffer) + 1, dtype=torch.int32, device=device)
+                    first = row // self.batch * samples
+                    buffer.cu_seqlens.copy_(first + (row % self.batch).clamp(max=samples))
             else:
                 buffer.cu_seqlens[: samples + 1].copy_(value.cu_seqlens)
                 end = value.cu_seqlens[-1:]
-                steps = torch.arange(1, filling + 1, dtype=torch.int32, device=buffer.device) if _is_text(value) else 0
-                buffer.cu_seqlens[samples + 1 :].copy_(end + steps)
+                if filling:
+                    steps = torch.arange(1, filling + 1, dtype=torch.int32, device=device) if _is_text(value) else 0
+                    buffer.cu_seqlens[samples + 1 :].copy_(end + steps)
                 if _is_text(value):
                     # Every row is looked up in the embedding: the filling and the rows beyond it repeat the last token.
-                    rows = torch.arange(len(buffer.values), device=buffer.device)
-                    buffer.values.copy_(value.values[torch.minimum(rows, end - 1)])
+                    rows = torch.arange(len(buffer.values), dtype=torch.int32, device=device)
+                    torch.index_select(value.values, 0, torch.minimum(rows, end - 1), out=buffer.values)
                 else:
                     # Tokens fill at most these rows; a bound buffer may have more.
                     rows = min(len(value.values), samples * value.max_seqlen)
                     buffer.values[:rows].copy_(value.values[:rows])
+        self.loaded = samples
 
     def launch(self, inputs: Sequence[Tensor | RaggedBatch]) -> Any:
         """Start a replay for a batch that fits. What it returns is for :meth:`results`."""
@@ -230,9 +243,17 @@ class _Recording:
     def results(self, launched: Any, *, copy: bool) -> Any:
         """Results of a replay. Without ``copy`` they are valid until the next one."""
         samples, raw = launched
-        results = _Results(samples, self.batch)
-        found = results.of(raw)
-        return results.copied().of(raw) if copy else found
+        full = samples == self.batch
+        if full and not copy:
+            return raw
+        if raw is not self.raw:  # a graph writes the same tensors again and again
+            self.raw, self.found = raw, None
+        found = self.found
+        if found is None:
+            found = _Results(samples, self.batch)
+            found.of(raw)
+            self.found = found if full else None
+        return (found.copied() if copy else found).of(raw)
 
 
 class _Results:
@@ -243,13 +264,13 @@ class _Results:
         self.seen: dict[tuple, Tensor] = {}
 
     def copied(self) -> _Results:
-        """Copy everything that was seen, all tensors of a dtype in one launch."""
-        fresh = {key: torch.empty_like(tensor) for key, tensor in self.seen.items()}
+        """The same with copies of all tensors that were seen, made by one launch per dtype."""
+        copies = _Results(self.samples, self.batch)
+        fresh = copies.seen = {key: torch.empty_like(tensor) for key, tensor in self.seen.items()}
         for dtype in {tensor.dtype for tensor in self.seen.values()}:
             keys = [key for key, tensor in self.seen.items() if tensor.dtype == dtype]
             torch._foreach_copy_([fresh[key] for key in keys], [self.seen[key] for key in keys])
-        self.seen = fresh
-        return self
+        return copies
 
     def of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -279,7 +300,7 @@ class _Results:
         """A tensor or a part of it. A tensor that occurs several times in the results does so again."""
         if value is None:
             return None
-        key = (id(value), part)
+        key = (id(value), part and part.__name__)
         if key not in self.seen:
             self.seen[key] = value if part is None or self.samples == self.batch else part(value)
         return self.seen[key]
@@ -332,45 +353,46 @@ def _settings(model) -> tuple:
     )  # fmt: skip
 
 
-class _Weights:
-    """A look at all modules of a model.
+class _Modules:
+    """The modules and weights of a model when it was recorded.
 
-    Attributes:
-        state: addresses and versions of the weights.
-        reason: why a replay would differ from running the modules; None if it would not.
+    What weights hold does not matter: a replay reads them where they lie, as an eager forward does.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        tensors, reason, modules = [], None, [model]
-        if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-            reason = "there are hooks on all modules"
-        while modules:  # hundreds of modules at each call: `Module.modules()` takes several times as long
-            module = modules.pop()
-            if module is None:
-                continue
-            own = module.__dict__
-            if own["training"]:
-                reason = "the model is in training mode"
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                reason = f"{type(module).__name__} has hooks"
-            if "forward" in own:
-                reason = f"{type(module).__name__} has another forward"
-            if own["_parameters"]:
-                tensors += own["_parameters"].values()
-            if own["_buffers"]:
-                tensors += own["_buffers"].values()
-            modules += own["_modules"].values()
-        self._tensors = [tensor for tensor in tensors if tensor is not None]
-        try:
-            versions = [tensor._version for tensor in self._tensors]
-        except RuntimeError:  # tensors made in inference mode count no writes
-            versions = [None if tensor.is_inference() else tensor._version for tensor in self._tensors]
-        self.state, self.reason = [*map(Tensor.data_ptr, self._tensors), *versions], reason
+        modules = list(model.modules())
+        self._model, self._own = model, [module.__dict__ for module in modules]
+        self._hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+        self._hooks += [hooks for own in self._own for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"])]
+        parts = (own[name] for own in self._own for name in ("_modules", "_parameters", "_buffers"))
+        self._parts = [part for part in parts if part]
+        self._held = self._now()
+        self._tensors = [value for value in self._held if isinstance(value, Tensor)]
+        self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        # A replay begins before anybody looks. It must find memory also if a parameter lies elsewhere by now.
+        self._memory = [tensor.detach() for tensor in self._tensors]
 
-    def held(self) -> _Weights:
-        """Keep the memory of the weights, which recordings read, also when a parameter gets other memory."""
-        self._tensors = [tensor.detach() for tensor in self._tensors]
-        return self
+    def _now(self) -> list:
+        return [*chain.from_iterable(map(dict.values, self._parts))]
+
+    def same(self) -> bool:
+        """Whether the modules are the same, and the weights where they were. Called often: its loops run in C."""
+        now = self._now()
+        return (
+            len(now) == len(self._held)
+            and all(map(operator.is_, now, self._held))
+            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+        )
+
+    def reason(self) -> str | None:
+        """Why a replay would differ from running the modules; None if it would not."""
+        if self._model.training:
+            return "the model is in training mode"
+        if any(self._hooks):
+            return "there are hooks on its modules"
+        if any("forward" in own for own in self._own):
+            return "a module has another forward"
+        return None
 
 
 @functools.cache
@@ -385,7 +407,7 @@ class Graphs:
     """The recordings of one model, which :func:`run` makes as needed. The least recently used ones are dropped.
 
     All of them share memory that is released only as a whole. So all are dropped when they exceed their share of the
-    device's memory, and when weights change.
+    device's memory, and when modules or weights are replaced. Replaced weights keep their memory until the next call.
 
     Attributes:
         limit: how many are kept; 0 turns graphs off. Set by the environment variable `MADTP_GRAPHS`.
@@ -397,7 +419,7 @@ class Graphs:
         self._recordings: OrderedDict[tuple, _Recording] = OrderedDict()
         self._seen: set[tuple] = set()
         self._refused: set[tuple] = set()
-        self._weights: _Weights | None = None
+        self._modules: _Modules | None = None
         self._lock = threading.RLock()
 
     def __reduce__(self):
@@ -418,7 +440,7 @@ class Graphs:
             self._clear_recordings()
             self._seen.clear()
             self._refused.clear()
-            self._weights = None
+            self._modules = None
 
     def _clear_recordings(self) -> None:
         if self._recorder is not None:
@@ -430,7 +452,7 @@ class Graphs:
         """See :func:`run`."""
         model, function = _parts(call)
         if not self.limit or model.device.type != self._make_recorder.device_type:
-            if self._recordings:
+            if self._modules is not None:
                 self.clear()
             return call(*inputs)
         reason, inputs = _reason(model, function), _prepared(model, inputs)
@@ -454,18 +476,16 @@ class Graphs:
             if recording is not None:
                 with self._recorder.turn():
                     launched = recording.launch(inputs)
-                    # Hundreds of weights are looked at while the device is busy. If they have changed nobody sees the
-                    # results, and the memory that was read is still there.
-                    weights = _Weights(model)
-                    if weights.reason is None and weights.state == self._weights.state:
+                    # Hundreds of modules are looked at while the device is busy. If they have changed nobody sees the
+                    # results.
+                    if self._modules.same() and self._modules.reason() is None:
                         self._recordings.move_to_end(key)
                         return recording.results(launched, copy=True)
-            else:
-                weights = _Weights(model)
-            if weights.reason is None:
-                if self._weights is None or weights.state != self._weights.state:
-                    self.clear()
-                    self._weights = weights.held()
+            if self._modules is None or not self._modules.same():
+                self.clear()
+                self._modules = _Modules(model)
+            reason = self._modules.reason()
+            if reason is None:
                 again = key in self._seen and key not in self._refused
                 if again and self._record(key, model, function, inputs, batch, length):
                     recording = self._recordings[key]
@@ -473,8 +493,8 @@ class Graphs:
                         return recording.results(recording.launch(inputs), copy=True)
                 if len(self._seen) >= 64 * MOST_GRAPHS:
                     self._seen.clear()
-        if weights.reason is not None:
-            _log_once(f"CUDA graphs are not used: {weights.reason}")
+        if reason is not None:
+            _log_once(f"CUDA graphs are not used: {reason}")
             return call(*inputs)
         result = call(*inputs)
         self._seen.add(key)  # only now: a call that raises is not worth a recording
@@ -515,7 +535,7 @@ class Graphs:
         model, function = _parts(call)
         if model.device.type != self._make_recorder.device_type:
             raise ValueError(f"model: CUDA graphs need a model on a CUDA device, got one on {model.device}")
-        reason = _Weights(model).reason or _reason(model, function)
+        reason = _Modules(model).reason() or _reason(model, function)
         if reason is not None:
             raise ValueError(f"model: it cannot be captured, because {reason}")
         inputs = _prepared(model, inputs)
@@ -550,7 +570,7 @@ class Captured:
     def __init__(self, model, recorder, lock, recording: _Recording, shapes: tuple, temperature: float | None) -> None:
         self._model, self._recorder, self._lock, self._recording = model, recorder, lock, recording
         self._shapes, self._temperature = shapes, temperature
-        self._weights, self._settings = _Weights(model).held(), self._now()
+        self._modules, self._settings = _Modules(model), self._now()
 
     def _now(self) -> tuple:
         temperature, *others = _settings(self._model)
@@ -560,8 +580,8 @@ class Captured:
         """Replay with inputs of the captured sizes; texts may be shorter.
 
         Raises:
-            ValueError: inputs of other sizes, or a model that has changed since (weights, temperature, other settings,
-                hooks, training mode) and has to be captured again.
+            ValueError: inputs of other sizes, or a model that has changed since (replaced weights, temperature, other
+                settings, hooks, training mode) and has to be captured again. Weights may be written in place.
         """
         model, recording = self._model, self._recording
         inputs = _prepared(model, inputs)
@@ -574,10 +594,9 @@ class Captured:
             )
         with self._lock, self._recorder.turn():
             launched = recording.launch(inputs)
-            weights, now = _Weights(model), self._now()  # while the device is busy
-            reason = weights.reason or _reason(model, None)
-            if weights.state != self._weights.state:
-                reason = "its weights have changed"
+            now, reason = self._now(), self._modules.reason() or _reason(model, None)  # while the device is busy
+            if not self._modules.same():
+                reason = "its modules or weights have been replaced"
             if now != self._settings:
                 reason = f"its settings have changed: {self._settings} were captured, they are {now}"
             if reason is not None:

@@ -76,8 +76,8 @@ class Model(nn.Module):
             forward = model.capture(pixels, input_ids)
             logits = forward(other_pixels, other_ids).logits
 
-        Kernels are compiled and tuned beforehand. A graph follows new pixels, words and token counts, but not new weights
-        or settings: calling it after a change is an error.
+        Kernels are compiled and tuned beforehand. A graph follows new pixels, words, token counts, and weights that are
+        written in place, but no other weights or settings: calling it after such a change is an error.
 
         Args:
             inputs: inputs of the method, with the batch size to capture.
