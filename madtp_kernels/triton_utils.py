@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,6 +43,81 @@ def _multiprocessors(device: torch.device) -> int:
 def multiprocessors(tensor: Tensor) -> int:
     """Number of multiprocessors of the device of a tensor; 1 for the interpreter, which runs programs one by one."""
     return _multiprocessors(tensor.device) if tensor.is_cuda else 1
+
+
+# How a compiled kernel is run has no public interface; these are the versions for which `launch` was checked.
+_KNOWN_TRITON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"]) and torch.version.hip is None
+_RUN = JITFunction.run
+_compiled: dict[tuple, tuple[object, tuple]] = {}
+
+
+def _watched(kernel: JITFunction) -> bool:
+    """Whether somebody wants to see the launches of a kernel (profilers, tests), or to have it compiled in a way of his own."""
+    runtime = triton.knobs.runtime
+    return bool(
+        JITFunction.run is not _RUN
+        or kernel.pre_run_hooks
+        or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or runtime.debug
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or triton.knobs.compilation.instrumentation_mode
+    )
+
+
+@functools.cache
+def _specialised(kernel: JITFunction) -> tuple[bool, ...]:
+    """For each parameter, whether a number passed there decides what is compiled."""
+    return tuple(not parameter.do_not_specialize for parameter in kernel.params)
+
+
+def specialisation(kernel: JITFunction, args: tuple, constants: dict) -> tuple | None:
+    """All that decides which variant of a kernel Triton compiles for run-time arguments and constants; None if unknown.
+
+    Of tensors the dtype and whether the address is a multiple of 16 bytes; of integers whether they are 1 or multiples of 16,
+    where the kernel does not ask to leave that out; of descriptors dtype and shape of a block.
+    """
+    key: list = [kernel.fn, driver.active.get_current_device()]
+    for arg, specialised in zip(args, _specialised(kernel), strict=False):
+        kind = type(arg)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            key.append(arg.dtype)
+            key.append(not arg.data_ptr() & 15)
+        elif arg is None or kind is float:
+            key.append(kind)
+        elif kind is int and -(2**31) <= arg < 2**31:
+            key.append(specialised and (2 if arg == 1 else not arg & 15))
+        elif kind is TensorDescriptor:
+            key.append(arg.base.dtype)
+            key.append(tuple(arg.block_shape))
+        else:
+            return None
+    key.extend(constants.items())
+    return tuple(key)
+
+
+def launch(kernel: JITFunction, programs: int, *args, **constants) -> None:
+    """``kernel[(programs,)](*args, **constants)`` with constants last: in a fraction of the time from the second launch on.
+
+    Triton binds, describes and looks up the arguments at every launch, which takes longer than many of these kernels. Here the
+    compiled kernel is found by :func:`specialisation` and run. Where anything is unknown or watched, Triton launches.
+    """
+    if not _KNOWN_TRITON or type(kernel) is not JITFunction or _watched(kernel):
+        kernel[(programs,)](*args, **constants)
+        return
+    key = specialisation(kernel, args, constants)
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*args, **constants)
+        if key is not None and compiled is not None:
+            rest = kernel.arg_names[len(args) :]
+            _compiled[key] = compiled, tuple(constants[name] for name in rest)
+        return
+    compiled, rest = found
+    stream = driver.active.get_current_stream(key[1])
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
+    )  # fmt: skip
 
 
 def cdiv(size: int, unit: int) -> int:

@@ -6,6 +6,8 @@ with launches replaced by compilation: what is compiled is what a GPU would get,
 
     python tests/test_triton_aot.py 90          prints the table for one target
     python tests/test_triton_aot.py variants    what batches of 1 to 64 compile, without compiling it
+    python tests/test_triton_aot.py keys        how `launch` and Triton tell variants of a kernel apart
+    python tests/test_triton_aot.py launches    which launches go to Triton, and how often a compiled kernel is run directly
 """
 
 import collections
@@ -234,6 +236,82 @@ def variants():
     return sorted(seen)
 
 
+def keys():
+    """For arguments of all kinds: what `launch` and what Triton makes of them, as text."""
+    import triton
+    from madtp_kernels.linear.triton import _linear_kernel as kernel
+    from madtp_kernels.triton_utils import specialisation
+    from triton.runtime import driver
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    driver.set_active(Target(90))
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    names = kernel.arg_names[:12]
+    usual = dict(zip(names, [x, x, x[0], x, x, torch.zeros(9, dtype=torch.int32), 8, 64, 64, 64, 64, 64], strict=True))
+    tensors = [
+        None, x, torch.nn.Parameter(x), x[0, 1:], x[0, 8:], x.float(), x.half(), TensorDescriptor.from_tensor(x, [16, 32]),
+        TensorDescriptor.from_tensor(x, [32, 16]), TensorDescriptor.from_tensor(x[8:], [16, 32]),
+        TensorDescriptor.from_tensor(x.float(), [16, 32]),
+    ]  # fmt: skip
+    numbers = [-16, -1, 0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, True, 1.0]
+    constants = {name: 16 for name in kernel.arg_names[12:]} | {"num_warps": 4, "num_stages": 2}
+    cases = [(usual | {name: value}, constants) for name in names[:6] for value in tensors]
+    cases += [(usual | {name: value}, constants) for name in names[6:] for value in numbers]
+    cases += [(usual, constants | {name: 32}) for name in constants]
+    found = []
+    binder = kernel.device_caches[0][-1]
+    for arguments, fixed in cases:
+        _, theirs, options = binder(*arguments.values(), debug=False, **fixed)
+        found.append((str(specialisation(kernel, tuple(arguments.values()), fixed)), str((theirs, sorted(options.items())))))
+    assert triton.knobs.runtime.debug is False
+    return found
+
+
+def direct_launches():
+    """After each of some launches of a kernel: whether Triton launched it, and what was handed to a compiled kernel."""
+    import triton
+    from madtp_kernels import triton_utils
+    from madtp_kernels.compaction.triton import _count_kernel as kernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    by_triton, direct, launch = [], [], JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        by_triton.append(grid)
+        compiled = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled._run = lambda *passed: direct.append((id(compiled), passed))
+        return compiled
+
+    driver.set_active(Target(90))
+    JITFunction.run = triton_utils._RUN = run
+    scores, threshold, counts, cu = torch.zeros(12), torch.zeros(4), torch.zeros(4), torch.zeros(5, dtype=torch.int32)
+    history = []
+
+    def step(*args, programs=1, **constants):
+        by_triton.clear(), direct.clear()
+        triton_utils.launch(kernel, programs, *args, counts.int(), cu, **({"BLOCK": 64, "num_warps": 4} | constants))
+        number, passed = direct[0] if direct else (0, (None,))
+        history.append([len(by_triton), len(direct), passed[:3], passed[-1], number])
+
+    step(scores, threshold, None)
+    step(scores, threshold, None, programs=7)
+    step(scores[1:], threshold, None)
+    step(scores[1:], threshold, None)
+    step(scores[4:], threshold, None)
+    step(scores, threshold, None, BLOCK=128)
+    step(scores, threshold, None, BLOCK=128)
+    hook = lambda *_, **__: None  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    step(scores, threshold, None)
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    kernel.pre_run_hooks.append(hook)
+    step(scores, threshold, None)
+    kernel.pre_run_hooks.clear()
+    step(scores, threshold, None)
+    return history
+
+
 def report(capability):
     """Resources of every kernel for one target."""
     shapes = [(dtype, {}) for dtype in DTYPES]
@@ -299,6 +377,38 @@ def test_no_kernel_is_compiled_again_for_another_batch_size():
     assert not twice, "\n".join(f"{key}: {value}" for key, values in twice.items() for value in sorted(values))
 
 
+def answer_of(command):
+    """What this file prints when it is called with a command, in a process without Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, __file__, command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_launch_tells_variants_apart_as_triton_does():
+    ours, theirs = collections.defaultdict(set), collections.defaultdict(set)
+    for key, specialised in answer_of("keys"):
+        if key != "None":  # left to Triton
+            ours[key].add(specialised)
+            theirs[specialised].add(key)
+    assert len(ours) > 40
+    assert all(len(values) == 1 for values in ours.values()), ours  # else a kernel would be run with wrong assumptions
+    assert all(len(values) == 1 for values in theirs.values()), theirs
+
+
+def test_launch_runs_compiled_kernels_unless_somebody_watches():
+    steps = answer_of("launches")
+    assert [step[0] for step in steps] == [1, 0, 1, 0, 0, 1, 0, 1, 1, 0]
+    assert [step[1] for step in steps] == [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
+    aligned, unaligned, *rest = (step for step in steps if step[1])
+    assert aligned[2] == [7, 1, 1] and unaligned[2] == [1, 1, 1]
+    assert [step[3] for step in (aligned, unaligned, *rest)] == [64, 64, 64, 128, 64]
+    numbers = [step[4] for step in (aligned, unaligned, *rest)]
+    assert numbers[0] == numbers[2] == numbers[4] and len(set(numbers)) == 3
+
+
 def kernels_in_the_source():
     modules = Path(madtp_kernels.__file__).parent.glob("*/triton.py")
     return {name for module in modules for name in re.findall(r"^def (_\w+_kernel)\(", module.read_text(), re.MULTILINE)}
@@ -360,8 +470,9 @@ def test_rows_move_in_accesses_of_16_bytes(reports, target):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "variants":
-        print(json.dumps(variants()))
+    commands = {"variants": variants, "keys": keys, "launches": direct_launches}
+    if sys.argv[1] in commands:
+        print(json.dumps(commands[sys.argv[1]]()))
         sys.exit()
     result = report(int(sys.argv[1]))
     print(json.dumps(result) if "--json" in sys.argv else "\n".join(map(describe, result)))

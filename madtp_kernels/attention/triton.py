@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import unit_stride
-from ..triton_utils import LN2, LOG2E, block, cdiv, dot_precision, on_device_of_first, product
+from ..triton_utils import LN2, LOG2E, block, cdiv, dot_precision, launch, on_device_of_first, product
 
 
 @triton.jit
@@ -143,7 +143,8 @@ def _triton_attention(
     programs = (cu_seqlens_q.shape[0] - 1) * heads * query_blocks
     if programs == 0:
         return out, lse
-    _attention_kernel[(programs,)](
+    launch(
+        _attention_kernel, programs,
         q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), capacity, query_blocks,
         scale * LOG2E.value,
@@ -422,14 +423,16 @@ def attention_backward(
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if batch and query_blocks:
         block_m, block_n, warps, stages = for_queries
-        _query_gradient_kernel[(batch * heads * query_blocks,)](
+        launch(
+            _query_gradient_kernel, batch * heads * query_blocks,
             q, k, v, key_bias, out, lse, d_out, d_lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
             *strides, *out.stride()[:2], *d_out.stride()[:2], capacity_q, query_blocks, scale,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
     if batch and key_blocks:
         block_m, block_n, warps, stages = for_keys
-        _key_gradient_kernel[(batch * heads * key_blocks,)](
+        launch(
+            _key_gradient_kernel, batch * heads * key_blocks,
             q, k, v, key_bias, lse, d_out, delta, dk, dv, shares, cu_seqlens_q, cu_seqlens_k,
             *strides, *d_out.stride()[:2], capacity_q, capacity_k, key_blocks, scale,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **shared,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, block, cdiv, on_device_of_first
+from ..triton_utils import EPS, block, cdiv, launch, on_device_of_first
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
@@ -282,15 +282,17 @@ def _selected(
     dropped = torch.empty_like(places)
     rows_out = torch.empty(batch, dtype=torch.int32, device=importance.device)
     if groups is None and threshold is not None:
-        _select_kernel[(batch,)](
+        launch(
+            _select_kernel, batch,
             importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens, BLOCK=BLOCK, num_warps=4
         )
         return places, dropped, rows_out
     own_counts = keep_count
     if own_counts is None:
         own_counts = torch.empty_like(rows_out)
-        _count_kernel[(batch,)](importance, threshold, protected, own_counts, cu_seqlens, BLOCK=BLOCK, num_warps=4)
-    _rank_kernel[(batch,)](
+        launch(_count_kernel, batch, importance, threshold, protected, own_counts, cu_seqlens, BLOCK=BLOCK, num_warps=4)
+    launch(
+        _rank_kernel, batch,
         importance, protected, min_keep, own_counts, groups, places, dropped, rows_out, cu_seqlens, batch,
         max_seqlen.bit_length(), GROUP_BLOCK=256, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
@@ -346,7 +348,8 @@ def compact(
     block_d = block(width)
     copy_rows, chunk, merge_rows = _blocks(block_d, norm_weight is not None)
     slots = cdiv(max_seqlen, chunk)
-    _compact_kernel[(batch + batch * slots,)](
+    launch(
+        _compact_kernel, batch + batch * slots,
         x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
         norm_weight, norm_bias, cu_seqlens, x.stride(0), batch, slots, merged_id, norm_eps, width,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=merge_rows, BLOCK_D=block_d, SAMPLES=SAMPLES, num_warps=4,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, multiprocessors, on_device_of_first, product
+from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, launch, multiprocessors, on_device_of_first, product
 
 
 @triton.jit
@@ -204,7 +204,8 @@ def attention_importance(
     split = query_blocks > 1 and batch * key_blocks < 2 * multiprocessors(q)
     partial = torch.empty(query_blocks, capacity, dtype=torch.float32, device=q.device) if split else None
     slots = 1 + (query_blocks if split else 1)
-    _importance_kernel[(batch * key_blocks * slots,)](
+    launch(
+        _importance_kernel, batch * key_blocks * slots,
         q, k, out, lse, key_bias, received, cls, partial, cu_seqlens,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), out.stride(0), out.stride(1), lse.stride(0),
         key_blocks, slots, scale * LOG2E.value,
@@ -213,7 +214,8 @@ def attention_importance(
     )  # fmt: skip
     if partial is not None:
         token_blocks = cdiv(max_seqlen - 1, 128)
-        _add_blocks_kernel[(batch * token_blocks,)](
+        launch(
+            _add_blocks_kernel, batch * token_blocks,
             partial, received, cu_seqlens, capacity, token_blocks,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=128, CAUSAL=causal, num_warps=4,
         )  # fmt: skip

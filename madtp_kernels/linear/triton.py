@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_utils import LOG2E, dot_precision, multiprocessors, on_device_of_first, product
+from ..triton_utils import LOG2E, dot_precision, launch, multiprocessors, on_device_of_first, product
 from . import reference, tiles
 from .tiles import Tile
 
@@ -165,10 +165,10 @@ def _choose(x: Tensor, weight: Tensor) -> Tile:
     )  # fmt: skip
 
 
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, shape: tuple[int, int], rows: int, columns: int) -> TensorDescriptor:
     """Of blocks ``[rows, columns]`` of an aligned matrix. The constructor checks once more, for longer than a launch takes."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = tensor, [*tensor.shape], [*tensor.stride()]
+    descriptor.base, descriptor.shape, descriptor.strides = tensor, shape, (tensor.stride(0), 1)
     descriptor.block_shape = [rows, columns]
     return descriptor
 
@@ -182,7 +182,8 @@ def _multiply(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    (capacity, width), columns = x.shape, weight.shape[0]
+    capacity, width = x.shape
+    columns = weight.shape[0]
     out = torch.empty(capacity, columns, dtype=x.dtype, device=x.device)
     programs = min(tile.count(capacity, columns), multiprocessors(x) * tile.programs)
     if programs == 0:
@@ -192,11 +193,15 @@ def _multiply(
     residual_row = 0 if residual is None else residual.stride(0)
     x_tiles, weight_tiles, out_tiles, residual_tiles = x, weight, out, residual
     if descriptors:
-        x_tiles, weight_tiles = _descriptor(x, tile.rows, tile.depth), _descriptor(weight, tile.columns, tile.depth)
+        x_tiles = _descriptor(x, (capacity, width), tile.rows, tile.depth)
+        weight_tiles = _descriptor(weight, (columns, width), tile.columns, tile.depth)
     if stored:
-        out_tiles = _descriptor(out, tile.rows, tile.columns // 2)
-        residual_tiles = None if residual is None else _descriptor(residual, tile.rows, tile.columns // 2)
-    _linear_kernel[(programs,)](
+        result = (capacity, columns)
+        out_tiles = _descriptor(out, result, tile.rows, tile.columns // 2)
+        if residual is not None:
+            residual_tiles = _descriptor(residual, result, tile.rows, tile.columns // 2)
+    launch(
+        _linear_kernel, programs,
         x_tiles, weight_tiles, bias, residual_tiles, out_tiles, cu_seqlens, cu_seqlens.shape[0] - 1,
         x.stride(0), weight.stride(0), residual_row, columns, width,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP, ACTIVATION=activation,

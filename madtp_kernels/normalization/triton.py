@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import block, cdiv, multiprocessors, on_device_of_first
-
+from ..triton_utils import block, cdiv, launch, multiprocessors, on_device_of_first
 
 PROGRAMS = 6  # per multiprocessor, which has registers for as many
 
@@ -44,7 +43,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tenso
     programs = min(cdiv(capacity, rows), PROGRAMS * multiprocessors(x))
     if programs == 0:
         return out
-    _layer_norm_kernel[(programs,)](
+    launch(
+        _layer_norm_kernel, programs,
         x, weight, bias, out, cu_seqlens, cu_seqlens.shape[0] - 1, x.stride(0), eps, width,
         ROWS=rows, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, multiprocessors, on_device_of_first, product
+from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, launch, multiprocessors, on_device_of_first, product
 
 STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
 TOKEN_BLOCK = 1024  # tokens per step where only scores are read
@@ -263,7 +263,8 @@ def score_tokens(
     tiles = max(1, cdiv(max_seqlen - 1, block_j))
     one_launch = _one_launch(batch, tiles, multiprocessors(x))
     slots = 1 if one_launch else tiles
-    _score_kernel[(batch * slots,)](
+    launch(
+        _score_kernel, batch * slots,
         x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens,
         x.stride(0), dictionary.stride(0), slots, int(one_launch), width, entries, padded, LOG2E.value / temperature,
         BLOCK_J=block_j, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK=TOKEN_BLOCK,
@@ -271,7 +272,8 @@ def score_tokens(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if not one_launch:
-        _merge_kernel[(batch,)](
+        launch(
+            _merge_kernel, batch,
             received, cls, importance, threshold, left, cu_seqlens, entries, padded,
             BLOCK_J=block_j, BLOCK_M=block_m, BLOCK=TOKEN_BLOCK, num_warps=warps,
         )  # fmt: skip
