@@ -145,6 +145,24 @@ def test_nothing_is_drawn_over(command, photos, tmp_path):
     assert len(files(drawn)) == len(files(tmp_path / "drawn.d")) == 2
 
 
+def test_the_names_beside_features_are_not_overwritten_either(command, photos, tmp_path):
+    (tmp_path / "x.npy.jsonl").write_text("precious")
+    code, _, err = command("embed", "clip", photos, "--output", tmp_path / "x.npy")
+    assert code == 2 and "x.npy.jsonl exists already" in err
+    assert command("embed", "clip", photos, "--output", tmp_path / "x.npy", "--overwrite")[0] == 0
+
+
+def test_names_in_dev_are_not_files_in_dev(command, photos, tmp_path, monkeypatch):
+    """Standard input may be a file; its rows are not relative to /dev."""
+    monkeypatch.chdir(photos)
+    name = str(files(photos)[0].relative_to(photos))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": name}))
+    with open(tmp_path / "rows.jsonl") as rows, open(tmp_path / "out.jsonl", "w") as out:
+        place = f"/dev/fd/{rows.fileno()}", f"/dev/fd/{out.fileno()}"
+        assert command("caption", "caption", "--input", place[0], "--output", place[1], *SHORT)[:2] == (0, "")
+    assert records((tmp_path / "out.jsonl").read_text())[0]["image"] == name
+
+
 def test_an_output_is_never_an_input(command, photos, tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps({"image": str(files(photos)[0])}))

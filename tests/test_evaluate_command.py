@@ -566,6 +566,7 @@ def test_overwriting_leaves_a_run_alone_that_goes_on(command, tmp_path, processe
         ["--device", "cuda:99"],
         ["--temperature", "0", "-1"],
         ["--annotations", "/dev/null"],
+        ["--output", __file__, "--annotations", __file__, "--overwrite"],
     ],
 )
 def test_what_is_wrong_is_found_out_before_the_model_is_loaded(command, tmp_path, monkeypatch, options):

@@ -29,7 +29,9 @@ _KINDS = (
 
 
 def is_regular(path: str | os.PathLike) -> bool:
-    """Whether this is a file on a disk, or the name of one that is not there yet."""
+    """Whether this is a file on a disk under its own name, or the name of one that is not there yet."""
+    if os.path.abspath(path).startswith(("/dev/", "/proc/")):  # /dev/stdin may be a file, but it is not in /dev
+        return False
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:

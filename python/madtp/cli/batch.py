@@ -130,19 +130,22 @@ def check_output(args: argparse.Namespace, source: str | Sequence = ()) -> None:
         files.check_output(args.output, option="--output")
         if not args.overwrite and os.path.exists(args.output) and not os.path.exists(args.output + ".partial"):
             raise ValueError(f"{args.output} exists already; remove it, or give --overwrite")
-        _refuse_inputs(args, args.output, source)
+        refuse_inputs(args, args.output, source)
 
 
 def _is_stream(path: str) -> bool:
     """Whether records are written to it one after the other, and it is never replaced: a pipe or a device."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    from ..files import is_regular
+
+    return os.path.exists(path) and not is_regular(path) and not os.path.isdir(path)
 
 
-def _refuse_inputs(args: argparse.Namespace, path: str | os.PathLike, source: str | Sequence) -> None:
+def refuse_inputs(args: argparse.Namespace, path: str | os.PathLike, source: str | Sequence = ()) -> None:
     """Raise ValueError if a file that is to be written is one of those that are read."""
     if not os.path.exists(path):
         return
-    named = [getattr(args, name, None) for name in ("input", "texts", "answers", "model", "tokenizer")]
+    options = ("input", "texts", "answers", "annotations", "vqa_annotations", "model", "tokenizer")
+    named = [getattr(args, name, None) for name in options]
     rows = source if not isinstance(source, str) else ()
     images = [image for row in rows if isinstance(row, dict) for image in row.get("images", [row.get("image")])]
     for name in filter(None, [*named, *images]):
@@ -174,7 +177,7 @@ class Overlays:
                 raise ValueError(f"{named}: expected a folder, since there may be several images")
             check_file(self.path, option="--save-overlay")
             exists = self.path.exists()
-            _refuse_inputs(args, self.path, source)
+            refuse_inputs(args, self.path, source)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             check_file(self.path / "1.png", option="--save-overlay")
@@ -285,7 +288,7 @@ def run_rows(
         options = {"total": len(rows), "progress": False if sys.stdout and sys.stdout.isatty() else None, **options}
         with contextlib.ExitStack() as stack:
             # Bytes, so that what comes out does not depend on the locale.
-            out = sys.stdout.buffer if args.output is None else stack.enter_context(open(args.output, "wb"))
+            out = sys.stdout.buffer if args.output is None else stack.enter_context(open(args.output, "ab"))
             batches = jsonl.answered(rows, prepare, noted, args.batch_size, **options)
             for records in stack.enter_context(contextlib.closing(batches)):
                 out.write(b"".join(map(jsonl.to_line, records)))

@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.output, f"{args.output}.jsonl"):
         check_file(path, option="--output")
     check_output(args, source)
+    names = f"{args.output}.jsonl"
+    if Path(names).exists() and not args.overwrite and not Path(f"{args.output}.partial").exists():
+        raise ValueError(f"{names} exists already; remove it, or give --overwrite")
     overlays = Overlays(args, source)
     model = load_model(args, TASKS, words=bool(args.texts))
     kind = "text" if args.texts else "image"

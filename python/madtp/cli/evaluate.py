@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .batch import add_batch, settings_of
+from .batch import add_batch, refuse_inputs, settings_of
 from .options import add_model, add_model_options, load_model, positive
 
 TASKS = ("nlvr", "vqa", "caption", "retrieval", "clip")
@@ -180,6 +180,7 @@ def _begin(args: argparse.Namespace) -> Path | None:
         if path is None:
             continue
         check_output(path, option=f"--{name}")
+        refuse_inputs(args, path)
         if Path(path).exists() and not args.overwrite and not (parts and parts.exists()):
             raise ValueError(f"{path} exists already; remove it, or give --overwrite")
     if args.plots:
