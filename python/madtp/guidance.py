@@ -6,6 +6,8 @@ Two things are derived from the same comparison: the alignment that scores token
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,9 @@ class QueryModel(nn.Module):
             return dictionary, None
         weight, bias = self.q_map[0].weight, self.q_map[0].bias
         wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
-        with torch.autocast(dictionary.device.type, enabled=False):  # scores are compared in float32 at least
+        device = dictionary.device.type
+        plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with plain:  # scores are compared in float32 at least
             return (wide @ weight.to(wide.dtype)).to(dictionary.dtype), wide @ bias.to(wide.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
