@@ -2,8 +2,10 @@
 # Builds, measures and tests on a machine with one GPU and no network, what is worth most first.
 #
 #   benchmarks/gpu_check.sh first           build operations model gpu-tests same-sample counters: about 4 minutes
-#   benchmarks/gpu_check.sh second          build tune operations model same-sample gpu-tests memcheck racecheck conformance
+#   benchmarks/gpu_check.sh second          build-tiles tune operations model same-sample gpu-tests memcheck racecheck conformance
 #                                           counters: about 5 minutes
+#   benchmarks/gpu_check.sh last            build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck
+#                                           conformance: within LIMIT=285
 #   benchmarks/gpu_check.sh tests           operation-tests model-tests: about 2 minutes
 #   benchmarks/gpu_check.sh benchmarks      the whole of benchmarks/, for report.py: some minutes
 #   benchmarks/gpu_check.sh model counters  the stages that are named; without names everything
@@ -21,7 +23,8 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 FIRST="build operations model gpu-tests same-sample counters"
-SECOND="build tune operations model same-sample gpu-tests memcheck racecheck conformance counters"
+SECOND="build-tiles tune operations model same-sample gpu-tests memcheck racecheck conformance counters"
+LAST="build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck conformance"
 TESTS="operation-tests model-tests"
 BENCHMARKS="bench-operations bench-blocks bench-model bench-captions"
 dry="" stages=""
@@ -31,17 +34,18 @@ for word in "$@"; do
         --dry-run) dry=--dry-run ;;
         first) stages="$stages $FIRST" ;;
         second) stages="$stages $SECOND" ;;
+        last) stages="$stages $LAST" ;;
         tests) stages="$stages $TESTS" ;;
         benchmarks) stages="$stages $BENCHMARKS" ;;
         *)
-            case " $FIRST $SECOND $TESTS $BENCHMARKS " in
+            case " $FIRST $SECOND $LAST $TESTS $BENCHMARKS " in
                 *" $word "*) stages="$stages $word" ;;
                 *) echo "$0: no stage $word; see --help" >&2 && exit 2 ;;
             esac
             ;;
     esac
 done
-[ -n "$stages" ] || stages="$FIRST tune memcheck racecheck conformance $TESTS $BENCHMARKS"
+[ -n "$stages" ] || stages="${FIRST/build/build-tiles} tune memcheck racecheck conformance $TESTS $BENCHMARKS"
 
 if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
     export CUDA_HOME=/usr/local/cuda
@@ -143,14 +147,16 @@ counters() {
 
 for chosen in $stages; do
     case "$chosen" in
-        build) measure build 130 ;;
+        build | build-tiles) measure "$chosen" 130 ;;
+        build-short) measure build-short 80 ;;
         tune) tune ;;
         operations) measure operations 70 ;;
+        operations-short) measure operations-short 40 ;;
         model) measure model 70 ;;
         gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;
-        same-sample) measure same-sample 40 ;;
+        same-sample | same-bfloat16) measure "$chosen" 40 ;;
         counters) counters ;;
-        memcheck | racecheck) sanitize "$chosen" 70 ;;
+        memcheck | racecheck) sanitize "$chosen" 50 ;;
         conformance) run_tests conformance 60 tests/test_conformance.py ;;
         operation-tests)
             run_tests operation-tests 70 tests/test_{linear,operators,contracts,ragged,batch_invariance}.py

@@ -5,8 +5,9 @@
 `gpu_check.sh` runs it. A figure that fails becomes a line with the error, and the next one goes on; a run that is stopped
 keeps every line before. Stages:
 
-    build        compiles the C++ extension and, in processes beside it, the Triton kernels of the stages below
-    operations   ceilings and the operations of 64 x 577 tokens in bfloat16
+    build        compiles the C++ extension and, in processes beside it, the Triton kernels of the stages below; build-tiles
+                 those of tune.py, too; build-short only those that the short stages need
+    operations   ceilings and the operations of 64 x 577 tokens in bfloat16; operations-short fewer of them
     model        the real-size BLIP-NLVR: as a CUDA graph, eager, its kernels
     same-sample  how many tokens change when a sample has other neighbours
     launches     one launch of each kernel of interest, for a profiler that starts when it is told to
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -184,18 +185,21 @@ def device_state() -> dict:
 # ---- build ----------------------------------------------------------------------------------------------------------
 
 
-def build(log: Log) -> None:
-    """The extension in one process, the rehearsals of the stages in fifteen others; a line when each is done."""
+def build(log: Log, tiles: bool = False, parts: Sequence[str] | None = None) -> None:
+    """The extension in one process, the rehearsals of the stages in fifteen others; a line when each is done.
+
+    ``tiles``: those of `tune.py`, too. ``parts``: rehearse only these.
+    """
     extension = (
         "import torch\nfrom madtp_kernels import native\ninfo = dict(native.load().build_info())\nprint(info)\n"
         "assert info['cuda'] or not torch.cuda.is_available(), 'the extension was built without CUDA'"
     )
     commands = {"extension": ([sys.executable, "-c", extension], {"MADTP_KERNELS_BUILD": "1"})}
     setting = {"MADTP_KERNELS_BUILD": "0", "OMP_NUM_THREADS": "2"}
-    for part in range(TUNERS if ON_GPU and not DRY else 0):
+    for part in range(TUNERS if tiles and ON_GPU and not DRY else 0):
         share = ["--rehearsal", "--part", f"{part}/{TUNERS}"]
         commands[f"tune {part}"] = ([sys.executable, str(HERE.parent / "tune.py"), *share], setting)
-    for part in REHEARSALS:
+    for part in REHEARSALS if parts is None else parts:
         commands[part] = ([sys.executable, str(HERE), part, "--rehearsal"], setting)
 
     def run(name: str) -> bool:
@@ -283,7 +287,7 @@ def scored(log: Log) -> None:
 
     chosen = compaction._blocks
     for rows, run in ((4, 8), (4, 16), (4, 32), (8, 8), (8, 16), (8, 32), (16, 16)) if ON_GPU else ():
-        compaction._blocks = lambda *sizes, form=(rows, run, 4): form
+        compaction._blocks = lambda *sizes, form=(rows, run): form
         for norm in (False, True):
             log.time("compact, forms", lambda norm=norm: data.compacted(norm=norm), rows=rows, run=run, norm=norm)
     compaction._blocks = chosen
@@ -309,9 +313,9 @@ def normalised(log: Log) -> None:
             log.time("F.layer_norm over the tokens", lambda n=used: norm(x[:n]), share=share)
 
 
-def multiplied(log: Log, first: bool) -> None:
+def multiplied(log: Log, first: bool, shares: Sequence[float] = (1.0, 0.5, 0.2)) -> None:
     layer = "768->3072 + GELU" if first else "3072->768 + residual"
-    for share in (0.5,) if log.rehearsal else (1.0, 0.5, 0.2):
+    for share in (0.5,) if log.rehearsal else shares:
         data = test_operations.Multiplied("bfloat16", BATCH, share, first)
         facts = {"layer": layer, "share": share, "gflop": data.gflop}
         for name, call in data.candidates().items():
@@ -551,12 +555,16 @@ def small(log: Log) -> None:
 DRY = False
 PARTS: dict[str, Callable[[Log], None]] = {
     "build": build,
+    "build-tiles": functools.partial(build, tiles=True),
+    "build-short": lambda log: build(log, parts=[part for part in REHEARSALS if part not in ("same-float32", "layer-norm")]),
     "ceilings": ceilings,
     "attention": attended,
     "scoring": scored,
     "layer-norm": normalised,
     "linear-gelu": functools.partial(multiplied, first=True),
     "linear-residual": functools.partial(multiplied, first=False),
+    "linear-gelu-full": functools.partial(multiplied, first=True, shares=(1.0,)),
+    "linear-residual-full": functools.partial(multiplied, first=False, shares=(1.0,)),
     "cuda-backend": cuda_backend,
     **{f"nlvr-{count}": functools.partial(forwards, count=count) for count in PAIRS},
     "block": vision_block,
@@ -569,6 +577,7 @@ PARTS: dict[str, Callable[[Log], None]] = {
 }
 STAGES = {
     "operations": ["ceilings", "attention", "scoring", "layer-norm", "linear-gelu", "linear-residual", "cuda-backend"],
+    "operations-short": ["ceilings", "attention", "scoring", "linear-gelu-full", "linear-residual-full"],
     "model": [f"nlvr-{count}" for count in PAIRS] + ["kernels", "block", "agreement"],
     "same-sample": ["same-bfloat16", "same-float32"],
 }

@@ -1,7 +1,7 @@
 """Tables and plots from benchmark records.
 
-Reads the files that `pytest benchmarks/ --records FILE` writes and those of pytest-benchmark's `--benchmark-json`, prints
-markdown tables, and draws PNG plots where matplotlib is installed. Needs neither torch nor the packages that were measured.
+Reads the files that `pytest benchmarks/ --records FILE` writes, those of pytest-benchmark's `--benchmark-json` and the figures of
+`gpu_check.sh` (`*.jsonl`), prints markdown tables, and draws PNG plots where matplotlib is installed. Needs neither torch nor the packages that were measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   python benchmarks/report.py out/all.json                          tables only
   python benchmarks/report.py benchmarks/results/*/ --out docs/plots   every record in these folders, tables and plots
   python benchmarks/report.py out/*.json --only goals               one table
+  python benchmarks/report.py out/figures.jsonl                     a GPU's figures; of the same figure the last one counts
 """
 
 TABLES = ("goals", "model", "captions", "blocks", "operations")
@@ -217,6 +218,100 @@ def _conditions(environment: dict) -> str:
     )
 
 
+# ---- figures of a GPU ---------------------------------------------------------------------------------------------------
+
+# Operation, what it is held against, what of that the goal is: time at most (a share), or speed at least.
+GPU_OPERATIONS = (
+    ("attention", "sdpa, default", None),
+    ("importance", "attention", ("time", 0.6)),
+    ("score", None, None),
+    ("compact", "copy of compact's bytes", ("speed", 0.8)),
+    ("compact + LayerNorm", "copy of compact + LayerNorm's bytes", ("speed", 0.8)),
+    ("LayerNorm", "F.layer_norm over the tokens", None),
+    ("linear + GELU", "F.linear over the tokens", ("speed", 0.85)),
+    ("linear + residual", "F.linear over the tokens", ("speed", 0.85)),
+)
+
+
+def read_figures(paths: Iterable[Path]) -> list[dict]:
+    """The lines of files of figures.
+
+    Raises:
+        BadFile: unreadable, or a line that is no figure.
+    """
+    figures = []
+    for path in paths:
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise BadFile(f"{path}: {error}") from error
+        if not all(isinstance(line, dict) and "figure" in line for line in lines):
+            raise BadFile(f"{path}: a line without a figure")
+        figures += lines
+    return figures
+
+
+def gpu_operations_table(figures: list[dict]) -> str:
+    """Operations of 64 x 577 tokens in bfloat16, all rows of the buffer in use."""
+    times: dict[tuple[str, str], float] = {}
+    for line in figures:
+        if "us" in line and line.get("share", 1.0) == 1.0 and "backend" not in line and line.get("stage") != "tune":
+            stage = line["stage"].removesuffix("-full") if line["figure"].startswith("F.linear") else ""
+            times[line["figure"], stage] = line["us"]
+    rows = []
+    for name, against, goal in GPU_OPERATIONS:
+        stage = {"linear + GELU": "linear-gelu", "linear + residual": "linear-residual"}.get(name, "")
+        ours, theirs = times.get((name, "")), times.get((against, stage))
+        if ours is None:
+            continue
+        verdict = ""
+        if theirs is not None and goal is not None:
+            kind, bound = goal
+            share = ours / theirs if kind == "time" else theirs / ours
+            met = share <= bound if kind == "time" else share >= bound
+            verdict = f"{kind} {'at most' if kind == 'time' else 'at least'} {bound:.0%}: {share:.0%}, {'met' if met else '**missed**'}"
+        rows.append([name, f"{ours:.0f}", "" if theirs is None else f"{against}: {theirs:.0f}", verdict])
+    return markdown(["operation", "us", "against, us", "goal"], rows) if rows else ""
+
+
+def gpu_model_table(figures: list[dict]) -> str:
+    """BLIP-NLVR in bfloat16, replayed as a CUDA graph."""
+    known: dict[tuple[int, str], dict] = {}
+    for line in figures:
+        if line["stage"].startswith("nlvr-") and "us" in line:
+            known[line["pairs"], line["figure"]] = line
+    rows = []
+    for pairs, name in sorted(known, key=lambda key: -key[0]):
+        line, dense, plain = known[pairs, name], known.get((pairs, "dense")), known.get((pairs, "dense, plain PyTorch"))
+        ratio, faster = None, dense["us"] / line["us"] if dense else None
+        if dense and "gflops_per_pair" in line:
+            ratio = dense["gflops_per_pair"] / line["gflops_per_pair"]
+        verdict = ""
+        if name.startswith("pruned") and ratio and pairs >= 32:
+            verdict = f"at least {0.9 * ratio:.2f}x: {'met' if faster >= 0.9 * ratio else '**missed**'}"
+        rows.append(
+            [
+                str(pairs), name, f"{line['us'] / 1e3:.2f}", f"{line['gflops_per_pair']:.1f}" if ratio else "",
+                _times(ratio) if ratio else "", _times(faster) if faster else "",
+                _times(plain["us"] / line["us"]) if plain else "", verdict,
+            ]
+        )  # fmt: skip
+    header = ["pairs", "run", "ms", "GFLOPs per pair", "FLOPs ratio", "over our dense", "over plain PyTorch", "goal"]
+    return markdown(header, rows) if rows else ""
+
+
+def gpu_report(figures: list[dict]) -> str:
+    def last(figure: str, field: str, otherwise):
+        return next((line[field] for line in reversed(figures) if line["figure"] == figure and field in line), otherwise)
+
+    ceilings = f"Copy {last('copy', 'gbps', 0):.0f} GB/s, bfloat16 product {last('product 8192', 'tflops', 0):.0f} TFLOP/s."
+    parts = [f"## {last('device before', 'name', 'unknown device')}", ceilings]
+    for title, table in (("Model", gpu_model_table(figures)), ("Operations", gpu_operations_table(figures))):
+        if table:
+            parts += [f"### {title}", table]
+    return "\n\n".join(parts)
+
+
 # ---- plots --------------------------------------------------------------------------------------------------------
 
 
@@ -316,16 +411,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file, not to the terminal")
     parser.add_argument("--only", choices=TABLES, help="this table only")
     options = parser.parse_args(arguments)
+    lines = [path for path in options.results if path.suffix == ".jsonl"]
     try:
-        devices = read_all(options.results)
+        figures = read_figures(lines)
+        devices = read_all(path for path in options.results if path not in lines)
     except BadFile as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    if not any(records for _, records in devices.values()):
+    if not figures and not any(records for _, records in devices.values()):
         print("report: no records in " + ", ".join(map(str, options.results)), file=sys.stderr)
         return 1
 
-    text = "\n\n".join(tables(environment, records, options.only) for environment, records in devices.values())
+    reports = [tables(environment, records, options.only) for environment, records in devices.values()]
+    text = "\n\n".join(reports + ([gpu_report(figures)] if figures else []))
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")
     else:

@@ -197,23 +197,27 @@ def _merge_rows(
 ):  # fmt: skip
     """The weighted mean of the ``count`` rows of a sample that are listed in ``dropped``, stored in row ``target``."""
     o_d = tl.arange(0, BLOCK_D)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    o_r = tl.arange(0, ROWS)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
     weights = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    # Whole rounds of the unrolled loop: its loads then fly together, and no rest is left to a slow loop.
-    for start in tl.range(0, tl.cdiv(count, 4 * ROWS) * (4 * ROWS), ROWS, loop_unroll_factor=4):
-        o_r = start + tl.arange(0, ROWS)
-        m_r = o_r < count
-        rows = bos + tl.load(dropped + bos + o_r, mask=m_r, other=0)
+    # The numbers of a step's rows are fetched during the step before: one wait per step, and few steps, for one program has to
+    # read all rows while the others that move some each come and go.
+    number = tl.load(dropped + bos + o_r, mask=o_r < count, other=0)
+    for start in range(0, count, ROWS):
+        m_r = start + o_r < count
+        rows = bos + number
+        number = tl.load(dropped + bos + start + ROWS + o_r, mask=start + ROWS + o_r < count, other=0)
+        mask = m_r[:, None] & (o_d < WIDTH)[None, :]
+        tile = tl.load(x + rows[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
         weight = tl.load(importance + rows, mask=m_r, other=0.0)
         if sizes is not None:
             size = tl.load(sizes + rows, mask=m_r, other=0.0)
             weight *= size
             total += size
         weights += weight
-        mask = m_r[:, None] & (o_d < WIDTH)[None, :]
-        acc += weight[:, None] * tl.load(x + rows[:, None] * x_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    merged = (tl.sum(acc, 0) / (tl.sum(weights, 0) + EPS)).to(values.dtype.element_ty)
+        acc += tl.sum(weight[:, None] * tile.to(tl.float32), 0)
+    merged = (acc / (tl.sum(weights, 0) + EPS)).to(values.dtype.element_ty)
     tl.store(values + target * WIDTH + o_d, merged, mask=o_d < WIDTH)
     tl.store(ids_out + target, merged_id)
     if sizes is not None:
@@ -299,14 +303,19 @@ def _selected(
     return places, dropped, rows_out
 
 
-def _blocks(block_d: int, normed: bool) -> tuple[int, int, int]:
-    """Rows moved in a step, rows that a program moves, rows merged in a step.
+def _blocks(block_d: int, normed: bool) -> tuple[int, int]:
+    """Rows moved in a step, rows that a program moves.
 
     8192 numbers over 4 warps are 8 or 16 loads of 16 bytes a thread. LayerNorm holds its rows in float32, so that half of them
-    leave registers for as many programs on a multiprocessor. The merge keeps four steps in flight beside its float32 sums.
+    leave registers for as many programs on a multiprocessor.
     """
     moved = max(1, min(64, (4096 if normed else 8192) // block_d))
-    return moved, max(moved, min(64, 16384 // block_d)), max(1, min(64, 4096 // block_d))
+    return moved, max(moved, min(64, 16384 // block_d))
+
+
+def _merged_at_once(block_d: int, element_size: int) -> int:
+    """Rows merged in a step: 16 loads of 16 bytes a thread. The bits of a merged row depend on it: never on the batch."""
+    return max(1, min(64, 32768 // element_size // block_d))
 
 
 @on_device_of_first
@@ -346,13 +355,14 @@ def compact(
         importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep
     )
     block_d = block(width)
-    copy_rows, chunk, merge_rows = _blocks(block_d, norm_weight is not None)
+    copy_rows, chunk = _blocks(block_d, norm_weight is not None)
     slots = cdiv(max_seqlen, chunk)
     launch(
         _compact_kernel, batch + batch * slots,
         x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
         norm_weight, norm_bias, cu_seqlens, x.stride(0), batch, slots, merged_id, norm_eps, width,
-        CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=merge_rows, BLOCK_D=block_d, SAMPLES=SAMPLES, num_warps=4,
+        CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
+        SAMPLES=SAMPLES, num_warps=4,
     )  # fmt: skip
     if exact:
         rows = int(cu_out[-1])  # the one wait for the device, asked for by `exact`
