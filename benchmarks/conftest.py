@@ -58,6 +58,9 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter, config):
     records = config.stash[RECORDS]
     if records:
+        if not measure.ON_GPU:
+            terminalreporter.section("processor")
+            terminalreporter.write("\n".join(measure.processor_lines(Path(__file__).parent / "results")) + "\n")
         terminalreporter.section("median times")
         terminalreporter.write("\n".join(measure.time_lines(records)) + "\n")
         terminalreporter.section("goals")

@@ -9,17 +9,18 @@ that of all twelve (or four) divided by their number, the least of many rounds. 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from madtp.config import TextConfig, VisionConfig
 from madtp.pruning import Pruning
 from madtp.text import TextEncoder
 from madtp.vision import VisionTransformer
-from madtp_kernels import RaggedBatch, native
+from madtp_kernels import RaggedBatch
+
+import measure
 
 WIDTH, LAYERS, ROUNDS = 32, 12, 200
 
@@ -62,9 +63,7 @@ def main() -> None:
             start = time.perf_counter()
             call()
             least[name] = min(least[name], time.perf_counter() - start)
-    kernels = native.load().build_info()["cpu"]
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, kernels {kernels}, "
-          f"{options.threads} threads, {options.dtype}, torch {torch.__version__}")  # fmt: skip
+    print(measure.processor_lines(Path(__file__).parent / "results")[0], f"; {options.dtype}, torch {torch.__version__}", sep="")
     for name, seconds in least.items():
         print(f"{name:14s} {seconds / LAYERS * 1e6:6.0f} us per layer")
 

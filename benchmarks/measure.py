@@ -277,12 +277,56 @@ def require(ours: torch.Tensor, exact: torch.Tensor, at_most: float, what: str) 
 # ---- environment and files ----------------------------------------------------------------------------------------
 
 
-def _cpu_name() -> str:
+def _cpu_info() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _cpu_name() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+# What decides how fast products run: the flags of the kernel, and what they are called here.
+_FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "avx512_fp16": "AVX-512 FP16", "amx_bf16": "AMX BF16"}
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets of this processor that matter to matrix products."""
+    flags = _cpu_info().get("flags", "").split()
+    return [name for flag, name in _FEATURES.items() if flag in flags]
+
+
+def processor_lines(records: Path) -> list[str]:
+    """This processor, and which of the recorded devices it resembles: figures of another kind are not comparable.
+
+    Args:
+        records: the folder of results, one folder per device.
+    """
+    features, kernels = cpu_features(), environment_kernels()
+    lines = [f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads; "
+             f"{', '.join(features) or 'no vector extensions known here'}; kernels: {kernels}"]  # fmt: skip
+    for folder in sorted(path for path in records.iterdir() if path.is_dir()):
+        files = sorted(folder.glob("*.json"))
+        if not folder.name.startswith("cpu-") or not files:
+            continue
+        recorded = json.loads(files[-1].read_text(encoding="utf-8"))["environment"]
+        theirs = recorded.get("extension", {}).get("cpu")
+        same = recorded.get("cpu") == _cpu_name() and theirs == kernels
+        verdict = "this kind of processor" if same else "another processor: compare ratios at most, not times"
+        lines.append(f"{folder.name}: {recorded.get('cpu')}, kernels {theirs}: {verdict}")
+    return lines
+
+
+def environment_kernels() -> str:
+    """The instruction set that the CPU kernels of this process use, or why there are none."""
+    try:
+        return native.load().build_info()["cpu"]
+    except native.Unavailable as error:
+        return f"none ({error})"
 
 
 def _commit() -> str | None:
@@ -311,6 +355,7 @@ def environment(device_name: str | None = None) -> dict:
     return {
         "device": device_name,
         "cpu": _cpu_name(),
+        "cpu_features": cpu_features(),
         "threads": torch.get_num_threads(),
         "backend": served,
         "copy_gbps": copy_gbps(),

@@ -1,6 +1,8 @@
 """BLIP-NLVR as a model: precisions, grouping, sizes of merged tokens, records, training, wrong inputs, the real size."""
 
+import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,6 +350,25 @@ def test_inference_after_a_change_of_weights_uses_the_new_ones(batch):
         after = answer(model, batch).logits
         assert not torch.equal(after, before), change.__name__
         assert torch.equal(after, answer(fresh, batch).logits), change.__name__
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or not Path("/proc/self/statm").exists(), reason="resident memory of a process on Linux")
+def test_memory_does_not_grow_with_the_numbers_of_rows_that_pruning_makes():
+    """Libraries that compile a product for each number of rows keep it: megabytes for each layer of each pair."""
+    model = make().to(torch.bfloat16)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for pair in range(60):
+            if pair == 10:
+                before = resident()
+            pixels = torch.randn(2, 3, 64, 64, generator=generator).bfloat16()
+            ids = torch.randint(1, 200, (2 + pair % 20,), generator=generator)
+            model(pixels, [ids], temperature=0.1 * 1.1**pair)
+    assert resident() - before < 30e6
 
 
 # ---- wrong inputs

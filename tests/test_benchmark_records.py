@@ -1,0 +1,44 @@
+"""Benchmarks say on which processor they run, and when records are of another."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not installed")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield __import__("measure")
+    sys.modules.pop("measure", None)
+
+
+def test_a_run_on_another_processor_than_the_records_says_so(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_cpu_info", lambda: {"model name": "Some Xeon", "flags": "fpu avx2 avx512f amx_bf16"})
+    monkeypatch.setattr(measure, "environment_kernels", lambda: "amx")
+    for folder, cpu, kernels in (("cpu-intel", "Some Xeon", "amx"), ("cpu-amd", "AMD EPYC", "avx512bf16"), ("cpu-old", "Some Xeon", "avx2")):
+        (tmp_path / folder).mkdir()
+        content = {"environment": {"cpu": cpu, "extension": {"cpu": kernels}}, "records": []}
+        (tmp_path / folder / "2026-01-01.json").write_text(json.dumps(content))
+    (tmp_path / "nvidia").mkdir()
+    here, *recorded = measure.processor_lines(tmp_path)
+    assert here.startswith("Some Xeon, ") and "AVX2, AVX-512, AMX BF16; kernels: amx" in here
+    assert [(line.partition(":")[0], "another processor" in line) for line in recorded] == [
+        ("cpu-amd", True), ("cpu-intel", False), ("cpu-old", True),
+    ]  # fmt: skip
+
+
+def test_records_of_both_kinds_of_processor_are_tables_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    report = __import__("report")
+    for number, device in enumerate(("AMD EPYC (2 cores)", "Intel Xeon, AMX (2 cores)")):
+        record = {"name": "BLIP-NLVR", "dtype": "float32", "batch": "1 pairs", "milliseconds": {"dense": 1.0 + number}}
+        (tmp_path / f"{number}.json").write_text(json.dumps({"environment": {"device": device}, "records": [record]}))
+    devices = report.read_all([tmp_path])
+    assert [records[0]["milliseconds"]["dense"] for _, records in devices.values()] == [1.0, 2.0]
+    sys.modules.pop("report", None)
