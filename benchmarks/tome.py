@@ -15,15 +15,15 @@ import torch.nn.functional as F
 
 from madtp_kernels import RaggedBatch, attention, layer_norm, linear, match_tokens, merge_tokens
 
-WIDTH, HEADS, DEPTH = 768, 12, 12
+WIDTH, HEADS = 768, 12
 
 
-def make_weights(dtype):
+def make_weights(depth, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = {"qkv": (3 * WIDTH, WIDTH), "out": (WIDTH, WIDTH), "up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}
     norms = {"norm1": torch.ones(WIDTH), "norm2": torch.ones(WIDTH)}
     blocks = []
-    for _ in range(DEPTH):
+    for _ in range(depth):
         matrices = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
         blocks.append({name: value.to(dtype) for name, value in (matrices | norms).items()})
     return blocks
@@ -77,9 +77,9 @@ def ragged(x, blocks, merge):
     return x.values[x.cu_seqlens[:-1].long()]
 
 
-def flops(tokens, merge):
+def flops(depth, tokens, merge):
     total = 0
-    for _ in range(DEPTH):
+    for _ in range(depth):
         total += 2 * tokens * 4 * WIDTH**2 + 4 * tokens**2 * WIDTH
         tokens -= min(merge, (tokens - 1) // 2)
         total += 2 * tokens * 8 * WIDTH**2
@@ -90,12 +90,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=577)
+    parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--merge", type=int, default=24, help="tokens that each layer merges away")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    blocks = make_weights(dtype)
+    blocks = make_weights(options.depth, dtype)
     padded = torch.randn(options.batch, options.tokens, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     batch = RaggedBatch.from_list(list(padded))
     calls = {
@@ -117,7 +118,7 @@ def main():
                 start = time.perf_counter()
                 call()
                 times[name] = min(times[name], time.perf_counter() - start)
-    ratio = flops(options.tokens, 0) / flops(options.tokens, options.merge)
+    ratio = flops(options.depth, options.tokens, 0) / flops(options.depth, options.tokens, options.merge)
     record = vars(options) | {
         "threads": torch.get_num_threads(),
         "ms": {name: round(1000 * t, 1) for name, t in times.items()},

@@ -4,7 +4,16 @@ import pytest
 import torch
 from helpers import DEVICE, backends_here, interpreted, normal, offsets, spare_rows
 
-from madtp_kernels import RaggedBatch, match_tokens, merge_tokens, nearest_kept, top_tokens, unmerge
+from madtp_kernels import (
+    RaggedBatch,
+    attention,
+    attention_received,
+    match_tokens,
+    merge_tokens,
+    nearest_kept,
+    top_tokens,
+    unmerge,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -269,3 +278,26 @@ def test_top_tokens_refuses(change, message):
     case = {"scores": torch.zeros(6), "count": 1, "cu_seqlens": offsets([4, 2])}
     with pytest.raises(ValueError, match=message):
         top_tokens(**case | change)
+
+
+# ---- sizes count
+
+
+@pytest.mark.parametrize("backend", backends_here())
+def test_a_token_of_size_n_counts_as_n_copies(backend, generator):
+    """Proportional attention: the same output, and what the copies receive together is what the token receives."""
+    sizes = torch.tensor([1, 3, 2, 1], device=DEVICE)
+    q, k, v = normal(generator, 3, 4, 2, 8)
+    copies = [t.repeat_interleave(sizes, 0) for t in (q, k, v)]
+    one, many, bias = offsets([4]), offsets([7]), sizes.float().log()
+    options = {"queries": slice(0, 1), "backend": backend}
+    out, lse = attention(q, k, v, one, one, 4, 4, key_bias=bias, backend=backend)
+    expected, expected_lse = attention(*copies, many, many, 7, 7, backend=backend)
+    first = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+    torch.testing.assert_close(out, expected[first], atol=2e-6, rtol=2e-6)
+    received = attention_received(q, k, lse, one, 4, key_bias=bias, **options)
+    spread = attention_received(*copies[:2], expected_lse, many, 7, **options)
+    together = torch.stack([part.sum() for part in spread.split(sizes.tolist())])
+    torch.testing.assert_close(received, together, atol=2e-6, rtol=2e-6)
+    plain = attention(q, k, v, one, one, 4, 4, backend=backend)[0]
+    assert (plain - out).abs().max() > 1e-3  # sizes do change the result
