@@ -76,9 +76,7 @@ def novelty(
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
     if rank is not None:
         checks.finite("rank", rank, cu_seqlens)
-    return call(
-        "novelty", rows, checks.unit_stride(rank), checks.unit_stride(cu_seqlens), max_seqlen, backend or "",
-    )  # fmt: skip[0]
+    return call("novelty", rows, checks.unit_stride(rank), checks.unit_stride(cu_seqlens), max_seqlen, backend or "")[0]
 
 
 def match_tokens(
