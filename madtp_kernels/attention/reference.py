@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,9 @@ def logits(q: Tensor, k: Tensor, scale: float, causal: bool, key_bias: Tensor | 
 
     Causal attention is aligned at the end: query i sees keys j <= i + Lk - Lq.
     """
-    s = torch.einsum("ihd,jhd->hij", q, k) * scale
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        s = torch.einsum("ihd,jhd->hij", q, k) * scale  # in the dtype of the operands, which lse has
     if key_bias is not None:
         s = s + key_bias
     if causal:
