@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kTokensTogether = 16;  // a multiple of every instruction set's lanes
 constexpr int64_t kTokensPerItem = 64;
-constexpr int64_t kGroupBytes = int64_t{32} << 20;  // of packed keys and values
+constexpr int64_t kGroupBytes = int64_t{2} << 20;  // of packed keys and values, for each thread: what its cache keeps
 
 // Whether no float of this type has all bits of the exponent set.
 template <class Bits>
@@ -77,11 +77,12 @@ std::vector<int64_t> Offsets::longest_first() const {
 std::vector<std::vector<int64_t>> sample_groups(const CpuKernels& kernels, const HeadRows& k, const Offsets& offsets) {
   std::vector<std::vector<int64_t>> groups;
   const Factor factor = factor_of(kernels, k.type);
+  const int64_t most = kGroupBytes * at::get_num_threads();
   int64_t bytes = 0;
   for (const int64_t b : offsets.longest_first()) {
     const int64_t size =
         2 * k.heads * packed_size(layout_of(kernels, factor), offsets.length(b), k.head_dim) * factor_bytes(factor);
-    if (groups.empty() || bytes + size > kGroupBytes) {
+    if (groups.empty() || bytes + size > most) {
       groups.emplace_back();
       bytes = 0;
     }

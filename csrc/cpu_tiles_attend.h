@@ -318,14 +318,12 @@ class TileBlock {
       store(inverse_sum, strip_[slot][i].inverse_sum);
       const int64_t count = smaller(kTile, block_.queries.rows - i * kTile);
       for (int64_t r = 0; r < count; ++r, to += block_.out_stride, sums += sums_stride) {
-        for (int64_t j = 0; j < head_dim; j += kLanes) {
-          const vf value = load(sums + j) * broadcast(inverse_sum[r]);
-          if (j + kLanes <= head_dim) {
-            store(to + j, value);
-          } else {
-            store_n(to + j, value, head_dim - j);
-          }
+        const vf scale = broadcast(inverse_sum[r]);
+        int64_t j = 0;
+        for (; j + 2 * kLanes <= head_dim; j += 2 * kLanes) {
+          store_pair(to + j, load(sums + j) * scale, load(sums + j + kLanes) * scale);
         }
+        for (; j < head_dim; j += kLanes) store_n(to + j, load(sums + j) * scale, smaller(kLanes, head_dim - j));
       }
     }
   }
