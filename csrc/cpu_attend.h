@@ -59,9 +59,14 @@ void attend(const AttentionBlock& block) {
     if (head + 1 < block.heads) prefetch_rows<Source>(source, block.head_bytes);
 
     float* const first = block.first_weights == nullptr ? nullptr : block.first_weights + head * block.first_stride;
-    product<Product>({queries, depth, rows}, keys, block.columns, head_dim, block.scale, block.bias, logits, stride);
-    softmax<Element>({logits, stride, rows, block.columns, block.visible, weights, inverse_sums,
-                      block.lse + head * block.lse_stride, block.best, first});
+    // Without a bias the scale is left to the softmax.
+    if (block.biased) {
+      product<Product>({queries, depth, rows}, keys, block.columns, head_dim, block.scale, block.bias, logits, stride);
+    } else {
+      plain_product<Product>({queries, depth, rows}, keys, block.columns, head_dim, logits, stride);
+    }
+    softmax<Element>({logits, block.biased ? 1.0f : block.scale, stride, rows, block.columns, block.visible, weights,
+                      inverse_sums, block.lse + head * block.lse_stride, block.best, first});
     if (first != nullptr) store_unseen(block, head);
     // The product reads whole tiles of rows.
     const int64_t extra = round_up(rows, kTileRows) - rows;

@@ -123,6 +123,13 @@ MADTP_INLINE void block_product(const LeftRows& left, const void* right, int64_t
   }
 }
 
+// c = left right.
+template <class Product>
+void plain_product(const LeftRows& left, const void* right, int64_t columns, int64_t depth, float* c, int64_t c_stride) {
+  block_product<Product>(left, right, columns, depth, depth,
+                         [&](int64_t row, int64_t column, vf sum) { store(c + row * c_stride + column, sum); });
+}
+
 // c = scale * left right + bias.
 template <class Product>
 void product(const LeftRows& left, const void* right, int64_t columns, int64_t depth, float scale, const float* bias,

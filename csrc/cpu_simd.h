@@ -41,6 +41,8 @@ MADTP_INLINE uint32_t as_bits(float value) {
 // 2^f = p(f) for f in [0, 1): relative minimax polynomials, highest coefficient first.
 constexpr float kExp2[7] = {0.000215659718378447f, 0.0012482289457693696f, 0.009673775173723698f, 0.05548618361353874f,
                             0.24022908508777618f,  0.6931470632553101f,    1.0f};  // 6e-8 after rounding
+constexpr float kExp2Weights[6] = {0.0018775766948238015f, 0.00898933969438076f, 0.05582631751894951f,
+                                   0.24015361070632935f,   0.6931530833244324f,  0.9999999403953552f};  // 1.5e-7
 constexpr float kExp2Short[5] = {0.01353416033089161f, 0.05201147496700287f, 0.2414427548646927f, 0.6930038332939148f,
                                  1.0000026226043701f};  // 3e-6, for weights that are rounded to bfloat16
 
@@ -252,6 +254,7 @@ MADTP_INLINE float max_lanes_or_nan(vf a) {
 }
 
 MADTP_INLINE vf exp2(vf x) { return exp2_polynomial(x, kExp2); }
+MADTP_INLINE vf exp2_weights(vf x) { return exp2_polynomial(x, kExp2Weights); }
 MADTP_INLINE vf exp2_short(vf x) { return exp2_polynomial(x, kExp2Short); }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace {
 // Softmax of a block of logits, row by row.
 struct SoftmaxBlock {
   float* logits;  // [rows, stride]; becomes -inf where unseen
+  float unit;     // s = unit * logits
   int64_t stride;
   int64_t rows;
   int64_t columns;
@@ -40,25 +41,27 @@ MADTP_INLINE void store_pair(float* to, vf first, vf second) {
 struct Pending {
   const float* row;
   float* best;  // null: nothing to do
+  float unit;
   float lse;
 
   MADTP_INLINE void update(const Pending& pending, int64_t j) {
-    const vf value = load(pending.row + j) - broadcast(pending.lse);
+    const vf value = fma(load(pending.row + j), broadcast(pending.unit), broadcast(-pending.lse));
     store(pending.best + j, maximum(value, load(pending.best + j)));
   }
 };
 
 // The same at once, for a row whose log-sum-exp is no number or infinite: s - lse can be NaN, which `maximum` would drop (one
 // that stands in `best` stays there).
-MADTP_INLINE void update_with_nan(const float* row, float* best, float lse, int64_t size) {
+MADTP_INLINE void update_with_nan(const Pending& pending, int64_t size) {
   for (int64_t j = 0; j < size; j += kLanes) {
-    store(best + j, maximum_or_nan(load(row + j) - broadcast(lse), load(best + j)));
+    const vf value = load(pending.row + j) * broadcast(pending.unit) - broadcast(pending.lse);
+    store(pending.best + j, maximum_or_nan(value, load(pending.best + j)));
   }
 }
 
 template <class Element>
 MADTP_INLINE vf weight_exp2(vf x) {
-  return exp2(x);
+  return exp2_weights(x);
 }
 
 #if defined(__AVX512BF16__)
@@ -72,12 +75,12 @@ inline __attribute__((always_inline)) vf weight_exp2<bf16>(vf x) {
 }
 #endif
 
-// weights[0, size) = 2^(row log2(e) + shift); returns their sum before rounding. `size` is a multiple of kLanes.
+// weights[0, size) = 2^(factor row + shift); returns their sum before rounding. `size` is a multiple of kLanes.
 template <bool kUpdate, class Element>
-MADTP_INLINE float exponentials(const float* row, int64_t size, float shift_value, Element* weights,
+MADTP_INLINE float exponentials(const float* row, int64_t size, float factor_value, float shift_value, Element* weights,
                                 const Pending& pending) {
   vf sum[2] = {broadcast(0.0f), broadcast(0.0f)};
-  const vf factor = broadcast(kLog2E), shift = broadcast(shift_value);
+  const vf factor = broadcast(factor_value), shift = broadcast(shift_value);
   int64_t j = 0;
   for (; j + 2 * kLanes <= size; j += 2 * kLanes) {
     const vf first = weight_exp2<Element>(fma(load(row + j), factor, shift));
@@ -110,11 +113,12 @@ MADTP_INLINE double log2_of(float x) {
 }
 
 // The log-sum-exp of a row whose weights add up to NaN: infinite if a logit is and none is NaN.
-MADTP_INLINE float infinite_or_nan(const float* row, int64_t columns) {
+MADTP_INLINE float infinite_or_nan(const float* row, float unit, int64_t columns) {
   float top = -__builtin_inff();
   for (int64_t j = 0; j < columns; ++j) {
-    if (row[j] != row[j]) return row[j];
-    top = row[j] > top ? row[j] : top;
+    const float s = row[j] * unit;
+    if (s != s) return s;
+    top = s > top ? s : top;
   }
   return top == __builtin_inff() ? top : __builtin_nanf("");
 }
@@ -122,7 +126,8 @@ MADTP_INLINE float infinite_or_nan(const float* row, int64_t columns) {
 template <class Element>
 void softmax(const SoftmaxBlock& block) {
   const int64_t size = (block.columns + kLanes - 1) / kLanes * kLanes;
-  Pending pending{nullptr, nullptr, 0.0f};
+  const float factor = block.unit * kLog2E;
+  Pending pending{nullptr, nullptr, 0.0f, 0.0f};
   for (int64_t r = 0; r < block.rows; ++r) {
     float* row = block.logits + r * block.stride;
     float* best = block.best == nullptr ? nullptr : block.best + r * block.stride;
@@ -135,22 +140,22 @@ void softmax(const SoftmaxBlock& block) {
     // Rounding the shift is harmless: the log-sum-exp takes the rounded one back. A row that sees nothing has no maximum to
     // subtract.
     const float row_top = max_lanes(top);
-    const float shift = row_top == -__builtin_inff() ? 0.0f : -row_top * kLog2E;
-    const float sum = pending.best == nullptr ? exponentials<false>(row, size, shift, weights, pending)
-                                              : exponentials<true>(row, size, shift, weights, pending);
+    const float shift = row_top == -__builtin_inff() ? 0.0f : -row_top * factor;
+    const float sum = pending.best == nullptr ? exponentials<false>(row, size, factor, shift, weights, pending)
+                                              : exponentials<true>(row, size, factor, shift, weights, pending);
     const bool is_number = sum == sum;
     const float lse = sum == 0.0f ? -__builtin_inff()
                       : is_number ? static_cast<float>((log2_of(sum) - shift) * kLn2)
-                                  : infinite_or_nan(row, seen);
+                                  : infinite_or_nan(row, block.unit, seen);
     block.inverse_sum[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
     block.lse[r] = lse;
     const bool sees_nothing = lse == -__builtin_inff();
-    pending = {row, is_number && !sees_nothing ? best : nullptr, lse};
-    if (best != nullptr && !is_number) update_with_nan(row, best, lse, size);
+    pending = {row, is_number && !sees_nothing ? best : nullptr, block.unit, lse};
+    if (best != nullptr && !is_number) update_with_nan({row, best, block.unit, lse}, size);
     if (r == 0 && block.first_weights != nullptr) {
       const float offset = sees_nothing ? 0.0f : lse;
       for (int64_t j = 0; j < block.columns; j += kLanes) {
-        const vf weight = exponential(load(row + j) - broadcast(offset));
+        const vf weight = exponential(load(row + j) * broadcast(block.unit) - broadcast(offset));
         store_n(block.first_weights + j, weight, smaller(kLanes, block.columns - j));
       }
     }

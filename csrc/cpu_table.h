@@ -50,7 +50,7 @@ CpuKernels make_table() {
   table.name = MADTP_TEXT(MADTP_ISA);
   table.lanes = kLanes;
   table.panel = kPanelVectors * kLanes;
-  table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(48);
+  table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(36);
 #if defined(__AVX512BF16__)
   table.bf16_products = true;
   table.layouts[static_cast<int>(Factor::bf16)] = layout_for<ProductBF16>(ProductBF16::kRows == 16 ? 32 : 48);
