@@ -5,7 +5,7 @@ The arithmetic is in `madtp_kernels`; here is what a model has to carry from lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class Stream:
         return cls(tokens, (row - first).to(torch.int32), sizes)
 
     def with_values(self, values: Tensor) -> Stream:
-        return replace(self, tokens=self.tokens.with_values(values))
+        return Stream(self.tokens.with_values(values), self.ids, self.sizes, self.masked)
 
     @property
     def key_bias(self) -> Tensor | None:
