@@ -252,6 +252,16 @@ class RerunWithoutHost(RerunOnMeta):
         return lambda: function()
 
 
+def test_filling_is_taken_out_whatever_the_batch_before_was():
+    """A graph writes the same tensors at each replay, and texts alone share one recording for all sizes of a bucket."""
+    recording = object.__new__(graphs._Recording)
+    recording.batch, recording.raw, recording.found = 4, None, None
+    raw = torch.arange(8).view(4, 2)
+    for samples in (4, 3, 4, 1, 3, 4):
+        for copy in (True, False):
+            assert torch.equal(recording.results((samples, raw), copy=copy), raw[:samples])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 2.0], ids=["dense", "pruned"])
 @each_call
 @torch.inference_mode()

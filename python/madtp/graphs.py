@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import operator
 import os
@@ -112,6 +113,10 @@ class CudaRecorder:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
+        # A graph that is destroyed during a recording breaks it, and models with graphs are cyclic: nothing is collected.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
         try:
             # The outer block restores the stream even if ending a failed recording raises. Other threads may go on
             # using the device, to load images for example.
@@ -123,6 +128,9 @@ class CudaRecorder:
         except BaseException:
             self._abandon()
             raise
+        finally:
+            if collects:
+                gc.enable()
         self.bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
 
         def replay() -> Any:
@@ -182,7 +190,7 @@ class _Recording:
     ) -> None:
         self.batch, self.text_length, self.device = batch, text_length, model.device
         self.loaded = 0  # samples of the last batch
-        self.raw = self.found = None  # what the last replay returned, and its tensors if no filling was taken out
+        self.raw = self.found = None  # what the last replay returned, and its tensors for a batch without filling
         samples, _ = _sizes(inputs)
         # Ordinary tensors can be overwritten inside and outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
@@ -248,11 +256,12 @@ class _Recording:
             return raw
         if raw is not self.raw:  # a graph writes the same tensors again and again
             self.raw, self.found = raw, None
-        found = self.found
+        found = self.found if full else None
         if found is None:
             found = _Results(samples, self.batch)
             found.of(raw)
-            self.found = found if full else None
+            if full:
+                self.found = found
         return (found.copied() if copy else found).of(raw)
 
 
