@@ -410,14 +410,17 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.dev
         _log.info("%s has no temp: set to 0.07, where BLIP's training begins; nothing but training uses it", origin)
         invented.remove("temp")
     if invented:
-        named = ", ".join(invented[:3]) + (f" and {len(invented) - 3} weights more" if len(invented) > 3 else "")
-        # A model that runs without pruning does not use them.
+        guides = [key for key in invented if key == "space_dict" or "query_model" in key]
+        named = [key for key in invented if key not in guides] + guides[:3]
+        if len(guides) > 3:
+            named.append(f"{len(guides) - 3} maps more")
+        # A model that runs without pruning uses no dictionary, but everything else.
         _log.log(
-            logging.WARNING if model.temperature > 0 else logging.INFO,
+            logging.WARNING if model.temperature > 0 or len(invented) > len(guides) else logging.INFO,
             "%s has no %s: initialised at random, always alike, as MADTP does before training. Pruning needs a trained "
             "dictionary.",
             origin,
-            named,
+            ", ".join(named),
         )
 
 

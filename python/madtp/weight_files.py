@@ -67,11 +67,6 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
             f"code. Convert it to safetensors where you trust it. ({_first_line(error)})"
         ) from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path}: refused, because it is a TorchScript archive, which holds code. Save its state dict instead, where "
-                "you trust it: torch.save(torch.jit.load(path, 'cpu').state_dict(), ...)"
-            ) from error
         raise CheckpointError(f"{path}: damaged or cut off: {_first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a state dict or {{'model': state dict}}, got {type(content).__name__}")
@@ -134,6 +129,11 @@ def _check_archive(path: Path) -> None:
         parts = archive.infolist()
     if not any(part.filename.endswith(("/data.pkl", "/constants.pkl")) for part in parts):
         raise CheckpointError(f"{path}: a ZIP archive, but not one that torch.save wrote")
+    if any("/code/" in part.filename for part in parts):
+        raise CheckpointError(
+            f"{path}: refused, because it is a TorchScript archive, which holds code. Save its state dict instead, where "
+            "you trust it: torch.save(torch.jit.load(path, 'cpu').state_dict(), ...)"
+        )
     if len(parts) > _MOST_TENSORS:
         raise CheckpointError(f"{path}: {len(parts)} parts; at most {_MOST_TENSORS} are accepted")
     size = sum(part.file_size for part in parts)
