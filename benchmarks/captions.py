@@ -49,7 +49,9 @@ def hugging_face(patched: bool = False):
     ours = model("float32")
     vision, text = ours.config.vision, ours.config.text
     config = BlipConfig(
-        vision_config={"image_size": vision.image_size, "patch_size": vision.patch_size},
+        vision_config={
+            "image_size": vision.image_size, "patch_size": vision.patch_size, "layer_norm_eps": vision.layer_norm_eps,
+        },
         text_config={
             "vocab_size": text.vocab_size, "encoder_hidden_size": vision.embed_dim,
             "num_attention_heads": text.num_attention_heads,
@@ -59,9 +61,6 @@ def hugging_face(patched: bool = False):
     missing, unexpected = theirs.load_state_dict(blip_hugging_face.from_ours(ours.state_dict()), strict=False)
     if unexpected or any(not key.endswith("position_ids") for key in missing):
         raise ValueError(f"weights do not fit transformers' model: missing {missing}, unexpected {unexpected}")
-    for module in theirs.vision_model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = vision.layer_norm_eps  # transformers has another epsilon than BLIP, and no setting for it
     theirs = theirs.to(DEVICE)
     if patched:
         madtp.apply_patch(theirs, temperature=0.0)
