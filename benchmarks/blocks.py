@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from madtp.checkpoints import randomize
+from madtp.weights.loading import randomize
 from madtp.config import VisionConfig
 from madtp.pruning import Pruning, Stream
 from madtp.vision import Block, VisionTransformer

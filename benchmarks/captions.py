@@ -7,7 +7,7 @@ import functools
 import madtp
 import torch
 from madtp import flops
-from madtp.layouts import blip_hugging_face
+from madtp.weights.key_maps import blip_hugging_face
 from madtp.models.caption import Caption
 from torch import Tensor
 

@@ -20,9 +20,9 @@ from madtp import (
     TextConfig,
     VisionConfig,
     VQAConfig,
-    layouts,
 )
-from madtp.checkpoints import from_official, interpolate_positions, randomize, to_official
+from madtp.weights import key_maps
+from madtp.weights.loading import from_official, interpolate_positions, randomize, to_official
 from madtp.config import CONFIGS
 from madtp.data.synthetic import token_ids
 from madtp.models import MODELS
@@ -607,7 +607,7 @@ def test_official_names_of_the_other_tasks():
     """The golden state dicts carry the keys that the official classes really have."""
     for task in TASKS:
         official = load_file(GOLDEN / task / "state_dict.safetensors")
-        assert layouts.recognise(official)[1] == task
+        assert key_maps.recognise(official)[1] == task
         ours = to_official(from_official(official, task))
         assert {key for key in official if not key.endswith("position_ids")} == set(ours)
         for key in ours:

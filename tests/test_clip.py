@@ -17,10 +17,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import madtp
 from madtp import CheckpointError, CLIPConfig, CLIPTextConfig, VisionConfig, flops, layers, predict
-from madtp.checkpoints import randomize
+from madtp.weights.loading import randomize
 from madtp.guidance import alignment_loss
-from madtp.layouts import clip as official_layout
-from madtp.layouts import clip_hugging_face
+from madtp.weights.key_maps import clip as official_layout
+from madtp.weights.key_maps import clip_hugging_face
 from madtp.linear import Linear
 from madtp.models.clip import CLIP
 from madtp.processing import CLIPProcessor, TextError

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from compression import CONFIGS, VISION, annotations, pictures, tiny
 from PIL import Image
 
-from madtp.checkpoints import randomize
+from madtp.weights.loading import randomize
 from madtp.compress import augment, loaders, losses
 from madtp.compress.calibrate import freeze_all_but_dictionary, read_pairs
 from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_tokens

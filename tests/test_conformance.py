@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import madtp
 from madtp import pruning
-from madtp.checkpoints import from_official
+from madtp.weights.loading import from_official
 from madtp.config import (
     CaptionConfig,
     CLIPConfig,

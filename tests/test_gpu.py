@@ -13,7 +13,7 @@ from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run
 from madtp_kernels import RaggedBatch, attention, backends, linear, prune
 
 from madtp import graphs
-from madtp.checkpoints import randomize
+from madtp.weights.loading import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
 from madtp.models.nlvr import NLVR
 from madtp.pruning import Pruning, Stream

@@ -19,7 +19,7 @@ from transformers import (
 
 import madtp
 from madtp import CheckpointError, generation
-from madtp.layouts import blip_hugging_face
+from madtp.weights.key_maps import blip_hugging_face
 from madtp.processing import load_tokenizer
 from madtp.pruning import Stream
 from madtp_kernels import RaggedBatch

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
-from madtp.layouts import clip_hugging_face
+from madtp.weights.key_maps import clip_hugging_face
 from madtp.patch import attention_mask
 from madtp.processing import PROCESSORS
 
@@ -211,7 +211,7 @@ def test_one_picture_and_several_texts(make, generator):
 
 def our_model(task, model, guidance, temperature):
     """Ours from the same weights, and a dictionary in our names."""
-    layout = madtp.layouts.HUGGING_FACE[model.config.model_type]
+    layout = madtp.weights.key_maps.HUGGING_FACE[model.config.model_type]
     config = layout.config_of(model.config.to_dict(), guidance, task)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     return madtp.load(state | guidance, config=config, temperature=temperature, device=DEVICE)
@@ -538,7 +538,7 @@ def test_dictionary_of_a_saved_model(make, generator, tmp_path):
     ours = our_model("caption", model, {"space_dict": dictionary}, 2.0)
     ours.processor = PROCESSORS["caption"](64, 200, 40, "demo")
     madtp.save_pretrained(ours, tmp_path / "ours")
-    torch.save({"model": madtp.checkpoints.to_official(ours.state_dict()), "epoch": 1}, tmp_path / "madtp.pth")
+    torch.save({"model": madtp.weights.loading.to_official(ours.state_dict()), "epoch": 1}, tmp_path / "madtp.pth")
     save_file({"space_dict": dictionary.cpu()}, tmp_path / "alone.safetensors")
     for path in ("ours/model.safetensors", "madtp.pth", "alone.safetensors"):
         madtp.apply_patch(model, temperature=2.0, dictionary=tmp_path / path)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, backends_here, interpreted, normal
 
 from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, predict
-from madtp.checkpoints import randomize
+from madtp.weights.loading import randomize
 from madtp.generation import generate
 from madtp.layers import CrossAttention, Runs
 from madtp.models import MODELS

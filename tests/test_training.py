@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from madtp import NLVRConfig, TextConfig, VisionConfig, flops
-from madtp.checkpoints import randomize
+from madtp.weights.loading import randomize
 from madtp.compress import dense, pairs
 from madtp.compress.controller import TemperatureController, find_temperature
 from madtp.compress.run import CHECKPOINT, METRICS, Run

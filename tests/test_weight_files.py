@@ -15,9 +15,9 @@ from test_checkpoints import SIZES, state_of
 
 import madtp
 from madtp import CheckpointError
-from madtp.checkpoints import randomize, to_official
+from madtp.weights.loading import randomize, to_official
 from madtp.models.nlvr import NLVR
-from madtp.weight_files import read_file
+from madtp.weights.files import read_file
 
 
 @pytest.fixture(scope="module")

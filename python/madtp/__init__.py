@@ -5,7 +5,7 @@
 
 from madtp_kernels import __version__
 
-from .checkpoints import CheckpointError, load, save_pretrained
+from .weights import CheckpointError, load, save_pretrained
 from .config import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 
 

@@ -59,8 +59,10 @@ from transformers.utils.generic import can_return_tuple
 from madtp_kernels import RaggedBatch, backends, checks
 from madtp_kernels.segments import sample_of
 
-from . import flops, graphs, layouts
-from .checkpoints import initial_weight, read_file
+from . import flops, graphs
+from .weights import key_maps
+from .weights.files import read_file
+from .weights.loading import initial_weight
 from .config import check_temperature
 from .generation import CACHE
 from .layers import Keys, Runs
@@ -354,7 +356,7 @@ class _Engine:
         warn: bool,
     ) -> None:
         self.task, self.methods = task, methods
-        layout = layouts.HUGGING_FACE[theirs.config.model_type]
+        layout = key_maps.HUGGING_FACE[theirs.config.model_type]
         guidance = _guidance(dictionary, task)
         config = layout.config_of(theirs.config.to_dict(), guidance, task)
         with torch.device("meta"):
@@ -550,7 +552,7 @@ def _guidance(dictionary: Tensor | str | os.PathLike | None, task: str) -> dict[
         state = {"space_dict": dictionary.detach()}
     else:
         state, _ = read_file(Path(dictionary))
-        found = layouts.recognise(state)
+        found = key_maps.recognise(state)
         if found is not None:
             state = found[0].to_ours(state, found[1])
         if "space_dict" not in state:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from madtp_kernels import RaggedBatch
 
-from ..checkpoints import save_pretrained
+from ..weights import save_pretrained
 from ..files import locked, replacing
 from ..guidance import alignment_loss
 from ..models import Model

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..config import CLIPConfig, CLIPTextConfig, VisionConfig
+from ...config import CLIPConfig, CLIPTextConfig, VisionConfig
 from .clip import renamed
 from .stacking import stacked
 

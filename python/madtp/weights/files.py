@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import open_regular
+from ..files import open_regular
 
 __all__ = ["CheckpointError", "read_file", "read_json", "read_parts"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..config import CLIPConfig, CLIPTextConfig, VisionConfig
+from ...config import CLIPConfig, CLIPTextConfig, VisionConfig
 
 __all__ = ["IGNORED", "TASKS", "from_ours", "infer_config", "renamed", "task_of", "to_ours"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..config import CONFIGS, Config, TextConfig, VisionConfig
+from ...config import CONFIGS, Config, TextConfig, VisionConfig
 from . import blip
 from .clip import renamed
 
