@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from compression import CONFIGS, VISION, annotations, pictures, tiny
 from PIL import Image
 
-from madtp.weights.loading import randomize
-from madtp.compress import augment, loaders, losses
+from madtp.compress import loaders
 from madtp.compress.calibrate import freeze_all_but_dictionary, read_pairs
 from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_tokens
 from madtp.compress.official import OfficialController
 from madtp.compress.tasks import TASKS, swap_sides
 from madtp.compress.train import Objective, Settings, Teacher, costs_of
-from madtp.evaluate.annotations import AnnotationError
 from madtp.models.caption import Caption
+from madtp.tasks import augment, losses
+from madtp.tasks.annotations import AnnotationError
 from madtp.text import Layer
 from madtp.vision import Block
+from madtp.weights.loading import randomize
 from madtp_kernels import RaggedBatch
 
 SETTINGS = Settings(reduction=0.3, epochs=1, batch_size=4, lr=1e-3, weight_decay=0.05)

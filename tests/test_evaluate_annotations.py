@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from madtp.evaluate import annotations
-from madtp.evaluate.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
+from madtp.tasks import annotations
+from madtp.tasks.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
 
 FOLDER = Path(__file__).parent / "data" / "annotations"
 ROOT = Path("pictures")

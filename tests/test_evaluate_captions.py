@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from madtp.evaluate import caption_metrics
-from madtp.evaluate.caption_metrics import caption_scores
+from madtp.tasks import caption_metrics
+from madtp.tasks.caption_metrics import caption_scores
 
 CAPTIONS = {
     411: "A red bus waits, at the stop.",

@@ -27,11 +27,11 @@ from madtp.config import (
     VisionConfig,
     VQAConfig,
 )
-from madtp.evaluate.metrics import vqa_score
 from madtp.evaluate.run import _Gate
 from madtp.index import from_text
 from madtp.processing import clean_sentence
 from madtp.report.plots import quality_plot
+from madtp.tasks.metrics import vqa_score
 
 SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
@@ -247,7 +247,7 @@ def test_vqa(command, load, data, tmp_path, ranked):
 
 def test_captions(command, load, data, tmp_path, monkeypatch):
     from madtp.evaluate import figures
-    from madtp.evaluate.caption_metrics import CaptionScores
+    from madtp.tasks.caption_metrics import CaptionScores
 
     seen = []
 

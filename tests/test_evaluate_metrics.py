@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from madtp.evaluate.metrics import Recall, accuracy, normalise_vqa_answer, recall, vqa_accuracy, vqa_score
+from madtp.tasks.metrics import Recall, accuracy, normalise_vqa_answer, recall, vqa_accuracy, vqa_score
 
 
 def test_accuracy():

@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageOps
 
 from madtp import processing
-from madtp.evaluate.metrics import vqa_score
 from madtp.processing import (
     PROCESSORS,
     ImageError,
@@ -28,6 +27,7 @@ from madtp.processing import (
     load_tokenizer,
     to_pixels,
 )
+from madtp.tasks.metrics import vqa_score
 
 WIDTH, HEIGHT = 40, 24
 

@@ -18,23 +18,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from evaluate import TEST_PAIRS, evaluate, mean, texts
+from methods import METHODS
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import madtp
-from evaluate import TEST_PAIRS, evaluate, mean, texts
 from madtp import save_pretrained
 from madtp.compress.controller import TemperatureController, find_temperature
 from madtp.compress.dictionary import dictionary_from_tokens
-from madtp.compress.losses import distillation_loss
 from madtp.compress.pairs import costs, forward_pairs
 from madtp.compress.run import Run
 from madtp.compress.schedule import cosine
 from madtp.data.synthetic import Batch, Shapes
 from madtp.guidance import alignment_loss
 from madtp.models.nlvr import NLVR
+from madtp.tasks.losses import distillation_loss
 from madtp_kernels import RaggedBatch
-from methods import METHODS
 
 STATEMENTS = 8  # per pair
 

@@ -131,8 +131,8 @@ def origin(args: argparse.Namespace, model, *files: str) -> dict:
 
 def report(result: dict, args: argparse.Namespace) -> int:
     """Print the result of a run; the exit code, which is 1 where the target was missed."""
-    from ..compress.losses import rank
     from ..compress.train import missed
+    from ..tasks.losses import rank
 
     miss = missed(result, args.reduction)
     if rank() == 0:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluate.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
 from ..files import open_regular
 from ..models import Model
+from ..tasks.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
 
 ALIGNED = ("nlvr", "vqa", "retrieval", "clip")
 """Those whose models read text with pruning; a caption model has no text to align pictures with."""

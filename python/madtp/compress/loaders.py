@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .losses import processes, rank
+from ..tasks.losses import processes, rank
 from .tasks import Task
 
 

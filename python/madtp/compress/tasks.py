@@ -20,13 +20,13 @@ from torch import Tensor
 from madtp_kernels import RaggedBatch
 
 from .. import flops
-from ..evaluate.annotations import CaptionExample, read_blip_nlvr, read_blip_vqa, read_captions
-from ..evaluate.metrics import recall, vqa_score
 from ..layers import Runs
 from ..models import Model
 from ..processing import clean_sentence, load_image
-from .augment import augment
-from .losses import answer_loss, caption_loss, contrastive_loss, hard_negatives, token_loss
+from ..tasks.annotations import CaptionExample, read_blip_nlvr, read_blip_vqa, read_captions
+from ..tasks.augment import augment
+from ..tasks.losses import answer_loss, caption_loss, contrastive_loss, hard_negatives, token_loss
+from ..tasks.metrics import recall, vqa_score
 
 Streams = tuple[list[list[int]], ...]
 """Token counts of each instance before the first layer and after each, per pruned stream of the model."""

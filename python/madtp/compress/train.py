@@ -32,10 +32,10 @@ from ..weights import save_pretrained
 from ..files import locked, replacing
 from ..guidance import alignment_loss
 from ..models import Model
+from ..tasks.losses import distillation_loss, mean_over_processes, processes, rank
 from .controller import TemperatureController, find_temperature
 from .dictionary import dictionary_from_examples
 from .loaders import evaluation_batches, steps_per_epoch, training_batches
-from .losses import distillation_loss, mean_over_processes, processes, rank
 from .official import OfficialController
 from .run import CHECKPOINT, Run
 from .schedule import cosine

@@ -1,2 +1,1 @@
-"""Measuring a model on the public benchmarks: `annotations` reads their files and writes result files,
-`metrics` and `caption_metrics` compute the numbers. Nothing here loads an image or runs a model."""
+"""Measuring a model on the public benchmarks: `run` asks it about every sample once, `figures` sums up what it said."""

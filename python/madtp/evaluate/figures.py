@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .caption_metrics import caption_scores
-from .metrics import accuracy, recall, vqa_accuracy
+from ..tasks.caption_metrics import caption_scores
+from ..tasks.metrics import accuracy, recall, vqa_accuracy
 from .tasks import RERANK, shortlists, similarities
 
 __all__ = ["HEADLINE", "UNITS", "figures"]
@@ -60,7 +60,7 @@ def figures(task: str, steps: Steps, processes: int = 1, *, rerank: int = RERANK
         tokens: stream -> per layer, before the first and after each, {"min", "mean", "max"}.
         templates: where statements have them, template -> {"samples", "accuracy"}.
         not_run: where a metric could not be computed, name -> why; tokenizer: of captions, see
-            :class:`madtp.evaluate.caption_metrics.CaptionScores`.
+            :class:`madtp.tasks.caption_metrics.CaptionScores`.
     """
     costs = {name: _costs(name, records, processes) for name, records in steps.items()}
     instance = [cost for name, cost in costs.items() if name != "match"]

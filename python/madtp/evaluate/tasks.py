@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import flops, graphs, predict
 from ..index import from_text, to_text
 from ..processing import clean_sentence
-from .annotations import (
+from ..tasks.annotations import (
     CaptionExample,
     NLVRExample,
     VQAExample,
