@@ -127,7 +127,7 @@ setup(
     ],
     package_dir={"madtp_kernels.csrc": "csrc", "madtp": "python/madtp"},
     package_data={
-        "madtp_kernels.csrc": ["*.cpp", "*.h", "*.cu", "*.cuh"],
+        "madtp_kernels.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],
         "madtp": ["data/**/*"],
     },
     include_package_data=False,

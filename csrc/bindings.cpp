@@ -2,10 +2,10 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
-#include "cpu_kernels.h"
-#include "ops.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/ops/ops.h"
 #if defined(MADTP_WITH_CUDA)
-#include "cuda_dispatch.h"
+#include "cuda/dispatch.h"
 #endif
 
 namespace {

@@ -73,7 +73,12 @@ def source_dir() -> Path:
 
 
 def _sources(*suffixes: str) -> list[Path]:
-    return sorted(path for path in source_dir().glob("*") if path.suffix in suffixes)
+    return sorted(path for path in source_dir().rglob("*") if path.suffix in suffixes)
+
+
+def _name(source: Path) -> str:
+    """Where a source lies in ``csrc``, which is how includes name it, too."""
+    return source.relative_to(source_dir()).as_posix()
 
 
 @functools.cache
@@ -81,7 +86,7 @@ def source_hash() -> str:
     """Digest of what the extension is compiled from: the sources, and this file, which holds the flags."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in _sources(".cpp", ".cu", ".h", ".cuh"):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(_name(path).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -212,7 +217,7 @@ def _own_flags(source: Path) -> list[str]:
 
 
 def _with_headers(source: Path) -> Iterator[Path]:
-    """The source and the headers beside it that it includes, directly or through one another."""
+    """The source and the headers of ``csrc`` that it includes, directly or through one another."""
     seen, pending = set(), [source]
     while pending:
         path = pending.pop()
@@ -220,8 +225,12 @@ def _with_headers(source: Path) -> Iterator[Path]:
             continue
         seen.add(path)
         names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
-        pending += [path.parent / name for name in names]
+        pending += [source_dir() / name for name in names]
     return iter(sorted(seen))
+
+
+def _object_prefix(source: Path) -> str:
+    return _name(source).replace("/", ".") + "-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,14 +246,14 @@ class _Unit:
         """The object's name carries a digest of all it depends on, so an object that exists is up to date."""
         digest = hashlib.sha256("\0".join([identity, *command]).encode())
         for path in _with_headers(source):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        return cls(source, tuple(command), folder / f"{source.name}-{digest.hexdigest()[:16]}.o")
+            digest.update(_name(path).encode() + b"\0" + path.read_bytes())
+        return cls(source, tuple(command), folder / f"{_object_prefix(source)}{digest.hexdigest()[:16]}.o")
 
     def compile(self, verbose: bool) -> None:
         partial = self.object.with_suffix(f".{os.getpid()}.partial")
         try:
             command = [*self.command, "-c", str(self.source), "-o", str(partial)]
-            _execute(command, f"compile {self.source.name}", verbose)
+            _execute(command, f"compile {_name(self.source)}", verbose)
             _put(partial, self.object)
         finally:
             partial.unlink(missing_ok=True)
@@ -334,7 +343,7 @@ def compile_extension(
     with concurrent.futures.ThreadPoolExecutor(_jobs()) as pool:
         try:
             stale = [unit for unit in units if not unit.object.exists()]
-            pending = {pool.submit(unit.compile, verbose): unit.source.name for unit in stale}
+            pending = {pool.submit(unit.compile, verbose): _name(unit.source) for unit in stale}
             for count, done in enumerate(concurrent.futures.as_completed(pending), 1):
                 done.result()
                 say(f"{count} of {len(stale)} sources compiled: {pending[done]}")
@@ -405,7 +414,7 @@ def _nvcc_command(nvcc: Nvcc) -> list[str]:
 def _remove_superseded(object_dir: Path, units: list[_Unit]) -> None:
     current = {unit.object for unit in units}
     for unit in units:
-        for path in object_dir.glob(f"{unit.source.name}-*.o"):
+        for path in object_dir.glob(f"{_object_prefix(unit.source)}*.o"):
             if path not in current:
                 with contextlib.suppress(OSError):
                     path.unlink()

@@ -34,8 +34,8 @@ from torch.utils import cpp_extension
 
 from madtp_kernels import RaggedBatch, backends, build
 
-SOURCES = sorted(build.source_dir().glob("*.cu"))
-HEADERS = [*build.source_dir().glob("*.cuh"), build.source_dir() / "cuda_ops.h"]
+SOURCES = sorted((build.source_dir() / "cuda").glob("*.cu"))
+HEADERS = [*(build.source_dir() / "cuda").glob("*.cuh"), build.source_dir() / "cuda" / "ops.h"]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 NVCC = build.find_nvcc()
 MODULE = "cuda_emulated"
@@ -58,7 +58,7 @@ def test_there_are_sources_of_every_operation():
 def test_free_of_torch(source):
     """So that nvcc compiles them on a machine whose torch has no CUDA headers."""
     included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', source.read_text(), re.MULTILINE)
-    assert not [name for name in included if re.match(r"torch|ATen|c10|pybind11|cuda_dispatch", name)]
+    assert not [name for name in included if re.match(r"torch|ATen|c10|pybind11|cuda/dispatch", name)]
 
 
 def architectures():
@@ -72,7 +72,7 @@ def architectures():
 def test_nvcc_compiles_without_spills(source, tmp_path):
     """For every architecture, without warnings, register spills or stack frames, in static shared memory."""
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures()]
-    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{source.parent}"]
+    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{build.source_dir()}"]
     command = [NVCC.path, *flags, *targets, "-c", source, "-o", tmp_path / "object.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULE = """\
 // flags: -DFROM_FLAGS=1
 #include <Python.h>
-#include "answer.h"
+#include "cpu/answer.h"
 #ifndef FROM_FLAGS
 #define FROM_FLAGS 0
 #endif
@@ -54,10 +54,10 @@ needs_compiler = pytest.mark.skipif(_why_nothing_compiles() is not None, reason=
 
 
 def write_sources(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    (folder / "cpu").mkdir(parents=True)
     (folder / "bindings.cpp").write_text(MODULE)
-    (folder / "answer.h").write_text("int answer();\n")
-    (folder / "answer.cpp").write_text('#include "answer.h"\nint answer() { return 42; }\n')
+    (folder / "cpu/answer.h").write_text("int answer();\n")
+    (folder / "cpu/answer.cpp").write_text('#include "cpu/answer.h"\nint answer() { return 42; }\n')
 
 
 def environment(cache: Path, **settings: str | None) -> dict[str, str]:
@@ -166,7 +166,7 @@ def test_wheel_without_extension_is_pure_and_complete(pure_wheel):
     for folder, pattern in ("madtp_kernels", "*.py"), ("python/madtp", "*.py"), ("python/madtp/data", "*.*"):
         paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)]
         assert paths and {path.removeprefix("python/") for path in paths} <= names
-    assert {"madtp_kernels/csrc/bindings.cpp", "madtp_kernels/csrc/answer.h"} <= names
+    assert {"madtp_kernels/csrc/bindings.cpp", "madtp_kernels/csrc/cpu/answer.h"} <= names
 
 
 def test_source_distribution_is_complete(checkout, tmp_path):
@@ -262,10 +262,10 @@ def test_extension_compiled_for_another_torch_or_other_sources_is_not_used(site,
 
 @needs_compiler
 def test_failure_to_compile_is_explained_kept_and_tried_again_on_request(site, tmp_path):
-    source = site / "madtp_kernels/csrc/answer.cpp"
+    source = site / "madtp_kernels/csrc/cpu/answer.cpp"
     source.write_text("int answer() { return nothing; }\n")
     first, said = load(site, tmp_path)
-    assert re.search(r"could not compile answer\.cpp .*error:.*nothing.*details in", first["reason"])
+    assert re.search(r"could not compile cpu/answer\.cpp .*error:.*nothing.*details in", first["reason"])
     assert "compiling the C++ kernels" in said
     again, said = load(site, tmp_path)
     assert "MADTP_KERNELS_BUILD=1 tries again" in again["reason"] and said == ""
@@ -378,9 +378,9 @@ def test_only_what_changed_is_compiled_again(sources, tmp_path, capfd):
 
     assert compiled() == ["answer.cpp", "bindings.cpp"]
     assert compiled() == []
-    (sources / "answer.cpp").write_text('#include "answer.h"\nint answer() { return 43; }\n')
+    (sources / "cpu/answer.cpp").write_text('#include "cpu/answer.h"\nint answer() { return 43; }\n')
     assert compiled() == ["answer.cpp"]
-    (sources / "answer.h").write_text("int answer();  // included by both\n")
+    (sources / "cpu/answer.h").write_text("int answer();  // included by both\n")
     assert compiled() == ["answer.cpp", "bindings.cpp"]
     (sources / "bindings.cpp").write_text(MODULE.replace("-DFROM_FLAGS=1", "-DFROM_FLAGS=2"))
     assert compiled() == ["bindings.cpp"]
@@ -463,8 +463,8 @@ def test_cuda_is_compiled_where_there_is_a_gpu_or_a_setting_asks(nvcc, monkeypat
 
 @needs_compiler
 def test_source_that_does_not_compile_is_named_with_what_the_compiler_said(sources, tmp_path):
-    (sources / "answer.cpp").write_text("int answer() { return nothing; }\n")
-    with pytest.raises(build.BuildError, match=r"could not compile answer\.cpp .*error: ") as caught:
+    (sources / "cpu/answer.cpp").write_text("int answer() { return nothing; }\n")
+    with pytest.raises(build.BuildError, match=r"could not compile cpu/answer\.cpp .*error: ") as caught:
         build.compile_extension(tmp_path / "out")
     assert "return nothing" in caught.value.output
     assert not list((tmp_path / "out").glob("_C*"))

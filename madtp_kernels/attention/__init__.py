@@ -1,6 +1,6 @@
 """Ragged attention that also returns the log-sum-exp: public function, checks, dispatch, registration, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/attention.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/attention.cpp`.
 """
 
 from __future__ import annotations

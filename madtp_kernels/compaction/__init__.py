@@ -1,6 +1,6 @@
 """Dropping the tokens that do not matter: public function, checks, dispatch, registration, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/compaction.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/compaction.cpp`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much attention each token receives, without the attention matrix: public function, checks, dispatch, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/importance.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/importance.cpp`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A linear layer over the tokens of a capacity buffer: public function, checks, dispatch, registration, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/linear.cpp`. The backend "cuda" is the
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/linear.cpp`. The backend "cuda" is the
 reference: PyTorch's own product over all rows of the buffer, because the libraries that PyTorch calls on a GPU take the number of
 rows from the host, which does not know it.
 """

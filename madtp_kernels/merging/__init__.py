@@ -2,7 +2,7 @@
 
 `compact` is MADTP's rule in one launch: one merged token per sample, its threshold, its exceptions. Here is what other pruners
 do: any choice of tokens, dropped, merged into one row each or into a row they name. The formula is in `reference.py`, the GPU
-kernel in `triton.py`, the CPU kernel in `csrc/merging.cpp`.
+kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/merging.cpp`.
 """
 
 from __future__ import annotations

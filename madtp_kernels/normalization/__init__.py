@@ -1,6 +1,6 @@
 """LayerNorm over the tokens of a capacity buffer: public function, checks, dispatch, registration, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/layer_norm.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/layer_norm.cpp`.
 """
 
 from __future__ import annotations

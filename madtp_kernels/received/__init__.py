@@ -2,7 +2,7 @@
 
 What most pruners rank tokens by (EViT, VisionZip, FastV, SnapKV, ...), without the attention matrix. MADTP's own two terms are
 `attention_importance`, which the CPU computes together with the attention. The formula is in `reference.py`, the GPU kernel in
-`triton.py`, the CPU kernel in `csrc/received.cpp`.
+`triton.py`, the CPU kernel in `csrc/cpu/ops/received.cpp`.
 """
 
 from __future__ import annotations

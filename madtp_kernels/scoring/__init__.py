@@ -1,6 +1,6 @@
 """Token importance against a cross-modal dictionary, and the pruning threshold: public function, checks, dispatch, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/scoring.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/scoring.cpp`.
 """
 
 from __future__ import annotations

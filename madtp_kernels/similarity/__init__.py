@@ -2,7 +2,7 @@
 
 Training-free merging is made of these: the survivor a dropped token is merged into, how little a token adds to those that
 matter more, and ToMe's matching. Formulas are in `reference.py`, the GPU kernels in `triton.py`, the CPU kernels in
-`csrc/similarity.cpp`. Cosines are computed tile by tile: no L x L matrix is stored.
+`csrc/cpu/ops/similarity.cpp`. Cosines are computed tile by tile: no L x L matrix is stored.
 """
 
 from __future__ import annotations

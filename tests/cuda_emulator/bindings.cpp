@@ -1,9 +1,9 @@
-// The operations of csrc/cuda_dispatch.h on CPU tensors, through the emulator.
+// The operations of csrc/cuda/dispatch.h on CPU tensors, through the emulator.
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cuda_dispatch.h"
+#include "cuda/dispatch.h"
 #include "cuda_runtime.h"
 
 namespace {

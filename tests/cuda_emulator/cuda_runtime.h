@@ -1,4 +1,4 @@
-// CUDA on the CPU: as much of it as csrc/*.cu use, so that the sources compiled for a GPU run unchanged, at test sizes, on a
+// CUDA on the CPU: as much of it as csrc/cuda/*.cu use, so that the sources compiled for a GPU run unchanged, at test sizes, on a
 // machine without one. Every CUDA thread is a coroutine with a stack of its own; coroutines of a block take turns, switching
 // only where they wait for each other. That finds what a GPU shows by chance or not at all: with another order of turns
 // (set_order) a missing barrier gives another result; a barrier that not all threads reach is an error; so is a warp

@@ -1,0 +1,119 @@
+#include "cpu/ops/memory.h"
+
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace madtp::cpu {
+
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLeastKept = size_t{256} << 10;  // smaller blocks are left to malloc
+constexpr size_t kMostKept = size_t{64} << 20;
+
+struct Block {
+  std::byte* data;
+  size_t capacity;
+};
+
+size_t alignment_of(size_t capacity) { return capacity >= kHugePage ? kHugePage : 64; }
+
+size_t capacity_for(size_t bytes) {
+  const size_t unit = bytes >= kHugePage ? kHugePage : 64;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+Block allocate(size_t capacity) {
+  const size_t alignment = alignment_of(capacity);
+  void* const data = ::operator new(capacity, std::align_val_t{alignment});
+#if defined(__linux__)
+  if (alignment == kHugePage) madvise(data, capacity, MADV_HUGEPAGE);
+#endif
+  return {static_cast<std::byte*>(data), capacity};
+}
+
+void release(const Block& block) { ::operator delete(block.data, std::align_val_t{alignment_of(block.capacity)}); }
+
+class Kept {
+ public:
+  // A kept block that fits without wasting more than half of it.
+  Block take(size_t capacity) {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      for (size_t i = 0; i < blocks_.size(); ++i) {
+        if (blocks_[i].capacity < capacity || blocks_[i].capacity > 2 * capacity) continue;
+        const Block block = blocks_[i];
+        blocks_[i] = blocks_.back();
+        blocks_.pop_back();
+        bytes_ -= block.capacity;
+        return block;
+      }
+    }
+    return allocate(capacity);
+  }
+
+  // Keeps the block in place of the oldest ones, if it is not too large for that.
+  void give(const Block& block) {
+    std::vector<Block> surplus;
+    if (block.capacity > kMostKept) {
+      surplus.push_back(block);
+    } else {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      while (bytes_ + block.capacity > kMostKept) {
+        surplus.push_back(blocks_.front());
+        bytes_ -= blocks_.front().capacity;
+        blocks_.erase(blocks_.begin());
+      }
+      blocks_.push_back(block);
+      bytes_ += block.capacity;
+    }
+    for (const Block& each : surplus) release(each);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+  size_t bytes_ = 0;
+};
+
+// Never destroyed: threads may outlive static objects.
+Kept& kept() {
+  static Kept* const instance = new Kept;
+  return *instance;
+}
+
+}  // namespace
+
+Buffer::Buffer(int64_t bytes) : data_(nullptr), capacity_(0) {
+  if (bytes == 0) return;
+  const size_t capacity = capacity_for(static_cast<size_t>(bytes));
+  const Block block = capacity < kLeastKept ? allocate(capacity) : kept().take(capacity);
+  data_ = block.data;
+  capacity_ = block.capacity;
+}
+
+Buffer::~Buffer() {
+  if (data_ == nullptr) return;
+  if (capacity_ < kLeastKept) {
+    release({data_, capacity_});
+  } else {
+    kept().give({data_, capacity_});
+  }
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), capacity_(std::exchange(other.capacity_, 0)) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(capacity_, other.capacity_);
+  return *this;
+}
+
+}  // namespace madtp::cpu

@@ -1,0 +1,245 @@
+// Which tokens of a sample have alike keys.
+//
+//   cos(i, j) = <k_i, k_j> / (|k_i| |k_j|), 0 where a key is zero or not finite; among equal ones the first counts
+//
+// nearest_kept: for a dropped token the kept one with the largest cosine. novelty: 1 - the largest cosine to another token, or
+// to those of higher rank. match_tokens: ToMe's pairs. All are one search: for each query of a list the best of a list of
+// candidates, a tile of products at a time. Novelty with a rank searches the sorted sample, where a token's candidates are those
+// before it. A product's bits depend on the two rows only, so that a sample has the same result in any batch.
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "cpu/ops/operands.h"
+#include "cpu/ops/ops.h"
+
+namespace madtp::cpu {
+
+namespace {
+
+constexpr int64_t kQueries = 192;     // of a work item
+constexpr int64_t kCandidates = 192;  // packed at a time
+constexpr int64_t kBlock = 48;        // queries in a product
+constexpr int64_t kNormRows = 64;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A sample's lists, as rows of the batch.
+struct Search {
+  std::vector<int64_t> queries, candidates;
+};
+
+// Which candidates a query sees, by their places in the lists.
+enum class Seen { all, others, earlier };
+
+class Alike {
+ public:
+  explicit Alike(const Tensor& keys, const Offsets& offsets)
+      : kernels_(cpu_kernels()),
+        data_(static_cast<const std::byte*>(keys.const_data_ptr())),
+        type_(type_of("keys", keys)),
+        factor_(factor_of(kernels_, type_)),
+        width_(keys.size(1)),
+        depth_(round_up(keys.size(1), layout_of(kernels_, factor_).depth)),
+        row_bytes_(keys.size(1) * keys.element_size()),
+        row_stride_(keys.stride(0) * keys.element_size()),
+        scale_(offsets.total()) {
+    for_each_item((offsets.total() + kNormRows - 1) / kNormRows, [&](int64_t item) {
+      const int64_t last = std::min((item + 1) * kNormRows, offsets.total());
+      for (int64_t row = item * kNormRows; row < last; ++row) {
+        const float square = kernels_.sum_of_squares(type_, data_ + row * row_stride_, width_);
+        scale_[row] = square > 0.0f && square < kInfinity ? 1.0f / std::sqrt(square) : 0.0f;
+      }
+    });
+  }
+
+  // For every query of searches[b]: nearest[row] = row of its best candidate, cosine[row] = their cosine; -1 and -inf if it
+  // sees none.
+  void run(const std::vector<Search>& searches, Seen seen, int32_t* nearest, float* cosine) const {
+    struct Item {
+      const Search* search;
+      int64_t first, last;
+    };
+    std::vector<Item> items;
+    for (const Search& search : searches) {
+      const auto count = static_cast<int64_t>(search.queries.size());
+      for (int64_t q = 0; q < count; q += kQueries) items.push_back({&search, q, std::min(q + kQueries, count)});
+    }
+    share_items(static_cast<int64_t>(items.size()), [&](const auto& next) {
+      const Scratch scratch(*this);
+      for (size_t i = next(); i < items.size(); i = next()) {
+        search(scratch, *items[i].search, items[i].first, items[i].last, seen, nearest, cosine);
+      }
+    });
+  }
+
+ private:
+  // A thread's memory.
+  struct Scratch {
+    explicit Scratch(const Alike& of)
+        : rows(std::max(kQueries, kCandidates) * of.row_bytes_),
+          left(kQueries * of.depth_ * factor_bytes(of.factor_)),
+          packed(packed_size(layout_of(of.kernels_, of.factor_), kCandidates, of.width_) * factor_bytes(of.factor_)),
+          products(kBlock * kCandidates * 4),
+          zeros(kCandidates * 4),
+          scale(kCandidates * 4) {
+      std::fill_n(zeros.at<float>(), kCandidates, 0.0f);
+    }
+    Buffer rows, left, packed, products, zeros, scale;
+  };
+
+  // Copies rows of the list side by side; a key without a direction becomes zero.
+  RowsToLoad gather(const Scratch& scratch, const int64_t* list, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      auto* const to = scratch.rows.at<std::byte>(i * row_bytes_);
+      if (scale_[list[i]] == 0.0f) {
+        std::memset(to, 0, static_cast<size_t>(row_bytes_));
+      } else {
+        std::memcpy(to, data_ + list[i] * row_stride_, static_cast<size_t>(row_bytes_));
+      }
+    }
+    return {scratch.rows.at(), type_, width_, count, width_};
+  }
+
+  void search(const Scratch& scratch, const Search& lists, int64_t first, int64_t last, Seen seen, int32_t* nearest,
+              float* cosine) const {
+    float best[kQueries];
+    int64_t place[kQueries];
+    std::fill_n(best, kQueries, -kInfinity);
+    std::fill_n(place, kQueries, -1);
+    kernels_.load_rows(factor_, gather(scratch, &lists.queries[first], last - first), scratch.left.at(), depth_);
+    const auto candidates = static_cast<int64_t>(lists.candidates.size());
+    const int64_t end = seen == Seen::earlier ? std::min(candidates, last - 1) : candidates;
+    for (int64_t column = 0; column < end; column += kCandidates) {
+      const int64_t columns = std::min(kCandidates, end - column);
+      const int64_t* const list = &lists.candidates[column];
+      kernels_.pack_transposed(factor_, gather(scratch, list, columns), 0, columns, scratch.packed.at());
+      float* const scale = scratch.scale.at<float>();
+      for (int64_t c = 0; c < columns; ++c) scale[c] = scale_[list[c]];
+      for (int64_t q = first; q < last; q += kBlock) {
+        const int64_t rows = std::min(kBlock, last - q);
+        const auto* const left = scratch.left.at<std::byte>((q - first) * depth_ * factor_bytes(factor_));
+        float* const products = scratch.products.at<float>();
+        kernels_.product(factor_, {left, depth_, rows}, scratch.packed.at(), columns, width_, scratch.zeros.at<float>(), products,
+                         kCandidates);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* const top = best + q - first + r;
+          int64_t* const at = place + q - first + r;
+          const auto look = [&](int64_t from, int64_t to) {
+            const float* const row = products + r * kCandidates;
+            const int64_t found = from < to ? kernels_.best_scaled(row + from, scale + from, to - from, top) : -1;
+            if (found >= 0) *at = column + from + found;
+          };
+          const int64_t own = q + r - column;  // where the query itself would be among these candidates
+          if (seen == Seen::all) {
+            look(0, columns);
+          } else {
+            look(0, std::clamp<int64_t>(own, 0, columns));
+            if (seen == Seen::others) look(std::clamp<int64_t>(own + 1, 0, columns), columns);
+          }
+        }
+      }
+    }
+    for (int64_t q = first; q < last; ++q) {
+      const int64_t row = lists.queries[q], at = place[q - first];
+      nearest[row] = at < 0 ? -1 : static_cast<int32_t>(lists.candidates[at]);
+      cosine[row] = at < 0 ? -kInfinity : std::clamp(best[q - first] * scale_[row], -1.0f, 1.0f);
+    }
+  }
+
+  const CpuKernels& kernels_;
+  const std::byte* data_;
+  Type type_;
+  Factor factor_;
+  int64_t width_, depth_, row_bytes_, row_stride_;
+  std::vector<float> scale_;  // 1 / |k|, 0 for a key without a direction
+};
+
+}  // namespace
+
+Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t) {
+  check_rows("keys", keys, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
+  check_operand("kept", kept, {keys.size(0)}, at::kBool);
+  const Tensor kept_dense = kept.contiguous();
+  const bool* const stays = kept_dense.const_data_ptr<bool>();
+  Tensor into = at::empty({keys.size(0)}, cu_seqlens.options());
+  int32_t* const rows = into.mutable_data_ptr<int32_t>();
+  std::vector<Search> searches(offsets.samples);
+  for_each_item(offsets.samples, [&](int64_t b) {
+    for (int64_t row = offsets.start(b); row < offsets.start(b) + offsets.length(b); ++row) {
+      (stays[row] ? searches[b].candidates : searches[b].queries).push_back(row);
+      rows[row] = static_cast<int32_t>(row);
+    }
+  });
+  std::vector<float> cosine(offsets.total());
+  Alike(keys, offsets).run(searches, Seen::all, rows, cosine.data());
+  return into;
+}
+
+std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& rank, const Tensor& cu_seqlens, int64_t) {
+  check_rows("keys", keys, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
+  check_operand("rank", rank, {keys.size(0)}, at::kFloat);
+  const Tensor rank_dense = rank.has_value() ? rank->contiguous() : Tensor();
+  const float* const ranks = rank.has_value() ? rank_dense.const_data_ptr<float>() : nullptr;
+  Tensor result = at::empty({keys.size(0)}, keys.options().dtype(at::kFloat));
+  Tensor nearest = at::empty({keys.size(0)}, cu_seqlens.options());
+  std::vector<Search> searches(offsets.samples);
+  for_each_item(offsets.samples, [&](int64_t b) {
+    auto& order = searches[b].queries;
+    order.resize(offsets.length(b));
+    std::iota(order.begin(), order.end(), offsets.start(b));
+    if (ranks != nullptr) {
+      std::stable_sort(order.begin(), order.end(), [ranks](int64_t a, int64_t c) { return ranks[a] > ranks[c]; });
+    }
+    searches[b].candidates = order;
+  });
+  float* const values = result.mutable_data_ptr<float>();
+  Alike(keys, offsets)
+      .run(searches, ranks == nullptr ? Seen::others : Seen::earlier, nearest.mutable_data_ptr<int32_t>(), values);
+  for (int64_t row = 0; row < offsets.total(); ++row) values[row] = values[row] == -kInfinity ? 2.0f : 1.0f - values[row];
+  return {result, nearest};
+}
+
+std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t, const OptionalTensor& count,
+                                        std::optional<double> threshold, int64_t first_free) {
+  check_rows("keys", keys, 2);
+  const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
+  check_operand("count", count, {offsets.samples}, at::kInt);
+  TORCH_CHECK_VALUE(first_free >= 0, "first_free: expected a number >= 0, got ", first_free);
+  const Tensor count_dense = count.has_value() ? count->contiguous() : Tensor();
+  const int32_t* const counts = count.has_value() ? count_dense.const_data_ptr<int32_t>() : nullptr;
+  Tensor into = at::empty({keys.size(0)}, cu_seqlens.options());
+  Tensor similarity = at::empty({keys.size(0)}, keys.options().dtype(at::kFloat));
+  int32_t* const rows = into.mutable_data_ptr<int32_t>();
+  float* const cosine = similarity.mutable_data_ptr<float>();
+  std::vector<Search> searches(offsets.samples);
+  for_each_item(offsets.samples, [&](int64_t b) {
+    for (int64_t j = first_free; j < offsets.length(b); ++j) {
+      (j % 2 == 0 ? searches[b].queries : searches[b].candidates).push_back(offsets.start(b) + j);
+    }
+    std::fill_n(cosine + offsets.start(b), offsets.length(b), -kInfinity);
+  });
+  Alike(keys, offsets).run(searches, Seen::all, rows, cosine);
+  for_each_item(offsets.samples, [&](int64_t b) {
+    auto& sources = searches[b].queries;
+    int64_t most = std::max<int64_t>(0, offsets.length(b) - first_free) / 2;
+    if (counts != nullptr) most = std::clamp<int64_t>(counts[b], 0, most);
+    const auto before = [cosine](int64_t a, int64_t c) { return cosine[a] != cosine[c] ? cosine[a] > cosine[c] : a < c; };
+    std::nth_element(sources.begin(), sources.begin() + most, sources.end(), before);
+    for (size_t i = 0; i < sources.size(); ++i) {
+      const int64_t row = sources[i];
+      const bool matched = static_cast<int64_t>(i) < most && (!threshold.has_value() || cosine[row] > *threshold);
+      if (!matched) rows[row] = static_cast<int32_t>(row);
+    }
+    const auto stay = [&](int64_t row) { rows[row] = static_cast<int32_t>(row); };
+    for (const int64_t row : searches[b].candidates) stay(row);
+    for (int64_t j = 0; j < std::min(first_free, offsets.length(b)); ++j) stay(offsets.start(b) + j);
+  });
+  return {into, similarity};
+}
+
+}  // namespace madtp::cpu
