@@ -20,8 +20,10 @@ from madtp import cli, files
 from madtp.compress import train as training
 from madtp.compress.calibrate import read_pairs
 from madtp.compress.dictionary import dictionary_from_examples
+from madtp.compress.evaluation import evaluate
+from madtp.compress.settings import Settings
 from madtp.compress.tasks import TASKS
-from madtp.compress.train import Settings, _Board, evaluate, train
+from madtp.compress.train import _Board, train
 from madtp.guidance import alignment_loss
 
 LEARNING = "--epochs 4 --batch-size 4 --lr 1e-3 --workers 0 --log-every 1 --reduction 0.3 --ramp 0.2".split()
@@ -153,7 +155,11 @@ def test_two_processes_compute_what_one_does(data, tmp_path, capsys, monkeypatch
     small, since Adam makes as much of a rounding error as of a gradient where the gradient is zero. The loss itself is computed
     in float32, and its gradients are what is compared.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (tmp_path / "double.py").write_text(
         "import sys, madtp, test_compress\n"
@@ -162,7 +168,9 @@ def test_two_processes_compute_what_one_does(data, tmp_path, capsys, monkeypatch
     )
     options = "--accumulate", "2", "--epochs", "8", "--lr", "1e-6", "--distill", "0.5"
     arguments = [str(tmp_path / "double.py"), *compress(data, "clip", tmp_path / "two", *options, "--batch-size", "2")]
-    two = subprocess.Popen([*launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    two = subprocess.Popen(
+        [*launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     monkeypatch.setattr(madtp, "load", in_float64)
     done(compress(data, "clip", tmp_path / "one", *options), capsys)
     out, err = two.communicate(timeout=240)
@@ -276,7 +284,7 @@ def test_settings_that_make_no_sense():
     good = dict(reduction=0.5, epochs=1, batch_size=1, lr=0.1, weight_decay=0.0)
     Settings(**good)
     for name, value in (
-        ("reduction", 1.0), ("reduction", 0.0), ("epochs", 0), ("accumulate", 0), ("lr", float("nan")),
+        ("reduction", 1.0), ("reduction", -0.1), ("epochs", 0), ("accumulate", 0), ("lr", float("nan")),
         ("ramp", -0.1), ("distill", -1.0), ("dictionary", "random"), ("controller", "none"), ("schedule", "never"), ("precision", "float16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -338,7 +346,17 @@ def test_calibration_takes_no_more_pairs_than_its_steps(tmp_path, capsys):
 
 def test_a_caption_model_cannot_be_calibrated(data, tmp_path, capsys):
     pairs = unlabelled(tmp_path / "pictures", 2)
-    arguments = ["calibrate", "--model", data / "caption", "--pairs", pairs, "--reduction", 0.3, "--output", tmp_path / "out"]
+    arguments = [
+        "calibrate",
+        "--model",
+        data / "caption",
+        "--pairs",
+        pairs,
+        "--reduction",
+        0.3,
+        "--output",
+        tmp_path / "out",
+    ]
     assert cli.main([str(argument) for argument in arguments]) == 2
     assert "no text to align" in capsys.readouterr().err
 
@@ -373,7 +391,9 @@ def test_errors_are_one_line(data, options, reason, tmp_path, capsys):
     assert reason in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", [["--reduction", "1"], ["--lr", "0"], ["--epochs", "0"], ["--ramp", "nan"], ["--distill", "-1"]])
+@pytest.mark.parametrize(
+    "option", [["--reduction", "1"], ["--lr", "0"], ["--epochs", "0"], ["--ramp", "nan"], ["--distill", "-1"]]
+)
 def test_numbers_out_of_range_are_wrong_usage(data, option, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(compress(data, "nlvr", tmp_path, *option))
@@ -392,7 +412,12 @@ def test_a_target_that_cannot_be_reached_leaves_a_model_all_the_same(data, tmp_p
 @pytest.mark.parametrize(
     "gflops, reduction, met",
     [
-        (50, 0.5, True), (52, 0.5, True), (53, 0.5, False), (46, 0.5, True), (44, 0.5, False), (3, 0.999, False),
+        (50, 0.5, True),
+        (52, 0.5, True),
+        (53, 0.5, False),
+        (46, 0.5, True),
+        (44, 0.5, False),
+        (3, 0.999, False),
         (214, 0.3, False),
     ],  # fmt: skip
 )

@@ -13,9 +13,10 @@ from PIL import Image
 from madtp.compress import loaders
 from madtp.compress.calibrate import freeze_all_but_dictionary, read_pairs
 from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_tokens
+from madtp.compress.objective import Objective, Teacher, costs_of
 from madtp.compress.official import OfficialController
+from madtp.compress.settings import Settings
 from madtp.compress.tasks import TASKS, swap_sides
-from madtp.compress.train import Objective, Settings, Teacher, costs_of
 from madtp.models.caption import Caption
 from madtp.tasks import augment, losses
 from madtp.tasks.annotations import AnnotationError
@@ -174,7 +175,9 @@ def test_entries_that_are_tokens_leave_more_tokens_at_low_temperatures():
         with torch.no_grad():
             model.visual_encoder.pos_embed[0, 1:7] = 20 * torch.randn(6, 32, generator=generator)
             random = torch.randn(model.space_dict.shape, generator=generator)
-            tokens = dictionary_from_tokens(model, lambda m=model, p=pixels: m(p, texts, 0.0, summaries=True), generator)
+            tokens = dictionary_from_tokens(
+                model, lambda m=model, p=pixels: m(p, texts, 0.0, summaries=True), generator
+            )
             for entries in (random, tokens):
                 model.space_dict.copy_(entries)
                 dropped.append(1 - len(model(pixels, texts, 1e-3).images.ids) / (8 * 65))
@@ -197,7 +200,9 @@ def test_examples_that_are_too_few_for_a_dictionary_are_an_error(tmp_path):
 def distance(tokens, ids, dense):
     """The distillation loss, sample by sample in float64."""
     errors, every = [], torch.cat([target.double() for target in dense.to_list()])
-    for states, places, target in zip(tokens.to_list(), tokens.with_values(ids).to_list(), dense.to_list(), strict=True):
+    for states, places, target in zip(
+        tokens.to_list(), tokens.with_values(ids).to_list(), dense.to_list(), strict=True
+    ):
         for state, place in zip(states.double(), places.tolist(), strict=True):
             if place >= 0:
                 errors.append((state - target.double()[place]).square().mean().item())
@@ -207,7 +212,10 @@ def distance(tokens, ids, dense):
 def pruned_streams(generator, samples=5):
     """Tokens of which some are left, merged ones among them, in a buffer with more rows than tokens; and what they were."""
     dense = RaggedBatch.from_list(
-        [torch.randn(int(length), 6, generator=generator) + 1 for length in torch.randint(3, 9, (samples,), generator=generator)]
+        [
+            torch.randn(int(length), 6, generator=generator) + 1
+            for length in torch.randint(3, 9, (samples,), generator=generator)
+        ]
     )
     states, ids = [], []
     for target in dense.to_list():
@@ -240,10 +248,15 @@ def test_distillation_is_that_of_all_processes(generator, monkeypatch):
     _, tokens, ids, dense = pruned_streams(generator)
     whole = losses.distillation_loss(tokens, ids, dense).item()
     shares, first, cut = [], dense.cu_seqlens[2], tokens.cu_seqlens[2]
-    for samples, rows, originals in ((slice(0, 3), slice(0, cut), slice(0, first)), (slice(2, 6), slice(cut, None), slice(first, None))):
+    for samples, rows, originals in (
+        (slice(0, 3), slice(0, cut), slice(0, first)),
+        (slice(2, 6), slice(cut, None), slice(first, None)),
+    ):
         ends, dense_ends = tokens.cu_seqlens[samples], dense.cu_seqlens[samples]
         part = RaggedBatch(tokens.values[rows], ends - ends[0], tokens.max_seqlen, bound=True)
-        shares.append((part, ids[rows], RaggedBatch(dense.values[originals], dense_ends - dense_ends[0], dense.max_seqlen)))
+        shares.append(
+            (part, ids[rows], RaggedBatch(dense.values[originals], dense_ends - dense_ends[0], dense.max_seqlen))
+        )
     seen = []
     monkeypatch.setattr(losses, "mean_over_processes", lambda x: seen.append(x) or x)
     alone = [losses.distillation_loss(*share).item() for share in shares]
@@ -289,7 +302,9 @@ def test_token_losses_are_label_smoothed_and_leave_the_prompt_out(generator):
     for first, found in words.items():
         for text, predicted in zip(texts, logits.to_list(), strict=True):
             log = predicted.log_softmax(-1)
-            found.append([-(0.9 * log[i - 1, text[i]] + 0.1 * log[i - 1].mean()).item() for i in range(first, len(text))])
+            found.append(
+                [-(0.9 * log[i - 1, text[i]] + 0.1 * log[i - 1].mean()).item() for i in range(first, len(text))]
+            )
     weights = torch.tensor([0.7, 0.3, 1.0])
     expected = sum(w * sum(text) for w, text in zip(weights.tolist(), words[1], strict=True)) / 2
     assert losses.answer_loss(logits, ids, weights, questions=2).item() == pytest.approx(expected, rel=1e-5)
@@ -347,7 +362,9 @@ def test_operations_do_what_their_names_say():
 
 
 def test_a_swapped_pair_has_a_swapped_statement():
-    assert swap_sides("Left of the cup, right; the leftmost is left.") == "right of the cup, left; the leftmost is right."
+    assert (
+        swap_sides("Left of the cup, right; the leftmost is left.") == "right of the cup, left; the leftmost is right."
+    )
 
 
 def test_nlvr_pairs_are_swapped_half_of_the_time(tmp_path):
@@ -356,9 +373,10 @@ def test_nlvr_pairs_are_swapped_half_of_the_time(tmp_path):
     swapped = 0
     for seed in range(40):
         made = task.instance(examples[1], np.random.default_rng(seed))
-        sentence = task.processor.decode(made["text"])
+        (text,), labels = made["texts"], made["labels"]
+        sentence = task.processor.decode(text)
         swapped += "right" in sentence
-        assert made["label"] == int(examples[1].label) and ("right" in sentence) != ("left" in sentence)
+        assert labels == [int(examples[1].label)] and ("right" in sentence) != ("left" in sentence)
     assert 10 < swapped < 30
 
 
@@ -416,7 +434,9 @@ def test_processes_share_the_batches_of_one(monkeypatch):
 
 
 def test_too_few_examples_are_an_error():
-    with pytest.raises(ValueError, match="5 training examples are fewer than one step takes: batch size 3 x accumulate 2"):
+    with pytest.raises(
+        ValueError, match="5 training examples are fewer than one step takes: batch size 3 x accumulate 2"
+    ):
         loaders.steps_per_epoch(5, 3, 2)
 
 

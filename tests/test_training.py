@@ -1,6 +1,7 @@
 """Training: the dense forward is the model's own function, and a run goes on exactly where it was stopped."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from madtp import NLVRConfig, TextConfig, VisionConfig, flops
-from madtp.weights.loading import randomize
-from madtp.compress import dense, pairs
-from madtp.compress.controller import TemperatureController, find_temperature
+from madtp.compress.controller import BracketController
+from madtp.compress.pairs import forward_pairs
 from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
+from madtp.compress.tasks import NLVRTask
 from madtp.models.nlvr import NLVR
-from madtp_kernels import RaggedBatch
+from madtp.search import find_strength
+from madtp.weights.loading import randomize
 
 CONFIG = NLVRConfig(
     vision=VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, sd_num=8, sd_dim=32),
@@ -37,11 +39,10 @@ def random_pairs(generator, dtype=torch.float64, number=3, per_pair=4, longest=9
     return model.to(dtype), pixels, ids, lengths, target
 
 
-def repeated(pixels, ids, lengths):
+def repeated(pixels, ids, lengths, counts):
     """The same as `NLVR.forward` takes it: every pair as often as there are statements about it."""
-    number, per_pair, _ = ids.shape
-    images = [side.repeat_interleave(per_pair, 0) for side in pixels.split(number)]
-    return torch.cat(images), [ids[p, k, : lengths[p, k]] for p in range(number) for k in range(per_pair)]
+    images = [side.repeat_interleave(torch.tensor(counts), 0) for side in pixels.split(len(counts))]
+    return torch.cat(images), [ids[p, k, : lengths[p, k]] for p, count in enumerate(counts) for k in range(count)]
 
 
 def gradients(model, loss):
@@ -58,54 +59,45 @@ def assert_same_gradients(actual, expected, rtol=1e-6, atol=1e-9):
         )
 
 
-def test_the_dense_training_forward_is_the_model_at_temperature_zero(generator):
-    model, pixels, ids, lengths, target = random_pairs(generator)
-    output = dense.forward_pairs(model, pixels, ids, lengths)
-    found = gradients(model, F.cross_entropy(output.logits.flatten(0, 1), target))
-    expected = model(*repeated(pixels, ids, lengths), temperature=0.0)
-    torch.testing.assert_close(output.logits.flatten(0, 1), expected.logits, rtol=1e-9, atol=1e-10)
-    assert output.glances.shape == (3, 6, 4, 17)
-    assert found.keys() == {name for name, _ in model.named_parameters()} - {"space_dict"}
-    assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)))
-
-
 @pytest.mark.parametrize("use_sizes", [False, True])
-def test_the_pruned_training_forward_is_the_model_with_every_pair_repeated(generator, use_sizes):
+def test_several_statements_about_a_pair_are_the_model_with_the_pair_repeated(generator, use_sizes):
+    """As many statements about one pair as about another, or not."""
     # Sizes come with float32 (and half) tokens only.
     dtype, close = (
-        (torch.float32, {"rtol": 1e-3, "atol": 1e-5})
-        if use_sizes
-        else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
+        (torch.float32, {"rtol": 1e-3, "atol": 1e-5}) if use_sizes else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
     )
-    model, pixels, ids, lengths, target = random_pairs(generator, dtype)
+    model, pixels, ids, lengths, _ = random_pairs(generator, dtype)
     model.use_sizes = use_sizes
-    per_pair = ids.shape[1]
-    images, texts = repeated(pixels, ids, lengths)
-    output = pairs.forward_pairs(model, pixels, RaggedBatch.from_list(texts), per_pair, 2.0, summaries=True)
-    expected = model(images, texts, 2.0, summaries=True)
-    for trace in (output.vision, output.text):
-        assert sum(record.pruned.sum() for record in trace) > 0
-    torch.testing.assert_close(output.logits, expected.logits, **close)
-    for summary, wanted in zip(
-        output.summaries, (expected.summaries[0][::per_pair], expected.summaries[1]), strict=True
-    ):
-        torch.testing.assert_close(summary, wanted, **close)
-    assert pairs.costs(model, output, per_pair) == flops.from_output(model.config, expected)
-    found = gradients(model, F.cross_entropy(output.logits, target))
-    assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)), **close)
+    for counts in ([4, 4, 4], [1, 4, 2]):
+        images, texts = repeated(pixels, ids, lengths, counts)
+        target = torch.randint(2, (len(texts),), generator=generator)
+        output = forward_pairs(model, pixels, texts, counts, 2.0, summaries=True)
+        expected = model(images, texts, 2.0, summaries=True)
+        for trace in (output.vision, output.text):
+            assert sum(record.pruned.sum() for record in trace) > 0
+        torch.testing.assert_close(output.logits, expected.logits, **close)
+        task = NLVRTask(types.SimpleNamespace(config=model.config, processor=None))
+        vision, text = task.summaries(output, {"statements": counts})
+        wanted = expected.summaries[0].unflatten(0, (2, -1)).mean(0)
+        torch.testing.assert_close(vision, wanted, **close)
+        torch.testing.assert_close(text, expected.summaries[1], **close)
+        costs = task.flops(task.streams(output, {"statements": counts}), {}, True)
+        assert costs == flops.from_output(model.config, expected)
+        found = gradients(model, F.cross_entropy(output.logits, target))
+        assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)), **close)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.02])
 def test_the_controller_follows_a_target_while_the_model_changes(shift):
     """A cost that falls with temperature, of a model that at each step needs a little more of it."""
-    controller = TemperatureController(0.01, window=2)
+    controller = BracketController(0.01, window=2)
     costs = []
     for step in range(200):
-        cost = 10 / (1 + controller.temperature * (1 - shift) ** step)
+        cost = 10 / (1 + controller.strength * (1 - shift) ** step)
         costs.append(cost)
-        before = controller.temperature
-        assert controller.update(cost, 2.0) == controller.temperature
-        assert step % 2 or controller.temperature == before  # it moves after two measurements
+        before = controller.strength
+        assert controller.update(cost, 2.0) == controller.strength
+        assert step % 2 or controller.strength == before  # it moves after two measurements
     late = costs[60:]
     assert max(abs(cost - 2.0) for cost in late) < 0.3
     assert abs(sum(late) / len(late) - 2.0) < 0.1
@@ -113,40 +105,40 @@ def test_the_controller_follows_a_target_while_the_model_changes(shift):
 
 def test_a_temperature_is_found_for_a_cost(generator):
     target, start = (float(x) for x in torch.rand(2, generator=generator) * 8 + 1)
-    found = find_temperature(lambda t: 10 / (1 + t), target, start)
+    found = find_strength(lambda t: 10 / (1 + t), target, start)
     assert 10 / (1 + found) == pytest.approx(target, rel=0.01)
-    found = find_temperature(lambda t: 9.0 if t < 3.7 else 1.0, 2.0, start)  # no temperature costs 2
+    found = find_strength(lambda t: 9.0 if t < 3.7 else 1.0, 2.0, start)  # no temperature costs 2
     assert found == pytest.approx(3.7, rel=1e-4)
-    with pytest.raises(ValueError, match="no temperature reaches 0.5; 1e.06 costs 1.0"):
-        find_temperature(lambda t: max(1.0, 10 - t), 0.5, start)
-    with pytest.raises(ValueError, match="no temperature reaches 11; 1e-06 costs 9.99"):
-        find_temperature(lambda t: 10 - t, 11, start)
+    with pytest.raises(ValueError, match="no strength reaches 0.5; 1e.06 costs 1.0"):
+        find_strength(lambda t: max(1.0, 10 - t), 0.5, start)
+    with pytest.raises(ValueError, match="no strength reaches 11; 1e-06 costs 9.99"):
+        find_strength(lambda t: 10 - t, 11, start)
 
 
 @pytest.mark.parametrize("start", [1e-9, 0.0, 1e-6, 1e6, 1e9, float("inf")])
 def test_a_search_that_starts_beyond_all_temperatures_starts_at_the_nearest(start):
     tried = []
-    found = find_temperature(lambda t: tried.append(t) or 10 / (1 + t), 2.0, start)
+    found = find_strength(lambda t: tried.append(t) or 10 / (1 + t), 2.0, start)
     assert 10 / (1 + found) == pytest.approx(2.0, rel=0.01)
     assert tried[0] == (1e-6 if start < 1 else 1e6) and all(1e-6 <= t <= 1e6 for t in tried)
     with pytest.raises(ValueError, match="start: expected a number, got nan"):
-        find_temperature(lambda t: 10 / (1 + t), 2.0, float("nan"))
+        find_strength(lambda t: 10 / (1 + t), 2.0, float("nan"))
 
 
 @pytest.mark.parametrize("target, bound", [(0.0, 1e6), (100.0, 1e-6)])
 def test_a_controller_that_never_reaches_its_target_stays_in_bounds_and_comes_back(target, bound):
-    controller = TemperatureController(1.0, window=1)
+    controller = BracketController(1.0, window=1)
     for _ in range(100):
         controller.update(10.0, target)
-    assert controller.temperature == bound
+    assert controller.strength == bound
     controller.update(10.0, 10.1 if target < 1 else 9.9)  # within tolerance
-    assert controller.temperature == bound
+    assert controller.strength == bound
     for _ in range(10):
         controller.update(10.0, 100.0 if target < 1 else 1e-3)
-    assert 1e-6 < controller.temperature < 1e6
+    assert 1e-6 < controller.strength < 1e6
     for temperature in (0.0, 1e-7, 1e7, float("nan")):
-        with pytest.raises(ValueError, match="temperature: expected 1e-06 to 1e.06"):
-            TemperatureController(temperature)
+        with pytest.raises(ValueError, match="strength: expected 1e-06 to 1e.06"):
+            BracketController(temperature)
 
 
 class Killed(Exception):
@@ -162,14 +154,14 @@ def train(directory, dies_at=None, logs_until=None, save_every=1e9):
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     scheduler = linear_decay(optimizer, 20, warmup=3)
-    controller = TemperatureController(window=4)
+    controller = BracketController(window=4)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
     run = Run(directory, parts, {"steps": 20}, save_every)
     while run.step < 20:
         if run.step == dies_at:
             raise Killed
         x = torch.full((2, 4), float(run.step)).sin() + torch.rand(2, 4)
-        loss = controller.temperature * model(x).square().mean()
+        loss = controller.strength * model(x).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -20,19 +20,20 @@ import torch
 import torch.nn.functional as F
 from evaluate import TEST_PAIRS, evaluate, mean, texts
 from methods import METHODS
+from pairs import costs, forward_pairs
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import madtp
 from madtp import save_pretrained
-from madtp.compress.controller import TemperatureController, find_temperature
+from madtp.compress.controller import BracketController
 from madtp.compress.dictionary import dictionary_from_tokens
-from madtp.compress.pairs import costs, forward_pairs
 from madtp.compress.run import Run
 from madtp.compress.schedule import cosine
 from madtp.data.synthetic import Batch, Shapes
 from madtp.guidance import alignment_loss
 from madtp.models.nlvr import NLVR
+from madtp.search import find_strength
 from madtp.tasks.losses import distillation_loss
 from madtp_kernels import RaggedBatch
 
@@ -108,10 +109,10 @@ def main() -> None:
     with torch.no_grad():
         model.space_dict.copy_(entries)
 
-    controller = TemperatureController(method.start)
+    controller = BracketController(method.start)
     # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
     goal = (1 - args.reduction) * dense
-    start = max(evaluate(model, dev, 16, controller.temperature, method)["gflops"], goal)
+    start = max(evaluate(model, dev, 16, controller.strength, method)["gflops"], goal)
     model.train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
@@ -124,7 +125,7 @@ def main() -> None:
         """The terms of the loss, accuracy, and GFLOPs of a statement."""
         with torch.autocast("cpu", torch.bfloat16):
             output = forward_pairs(
-                model, batch.pixels, texts(batch), STATEMENTS, controller.temperature, method.alignment > 0,
+                model, batch.pixels, texts(batch), STATEMENTS, controller.strength, method.alignment > 0,
                 rules=method.rules,
             )  # fmt: skip
         labels = batch.labels.flatten()
@@ -150,7 +151,7 @@ def main() -> None:
             scheduler.step()
             optimizer.zero_grad()
             target = start + min(run.step / max(args.ramp * args.steps, 1), 1.0) * (goal - start)
-            used = controller.temperature
+            used = controller.strength
             controller.update(cost, target)
             run.advance(
                 **{name: term.item() for name, term in terms.items()},
@@ -160,12 +161,12 @@ def main() -> None:
             if run.step % 50 == 0:
                 run.log(train=run.averages())
             if run.step % 200 == 0:
-                run.log(dev=evaluate(model, dev, 32, controller.temperature, method))
+                run.log(dev=evaluate(model, dev, 32, controller.strength, method))
     run.save()
 
     model.half().float().eval()  # the weights as they are saved
-    model.temperature = find_temperature(
-        lambda temperature: evaluate(model, dev, 64, temperature, method)["gflops"], goal, controller.temperature
+    model.temperature = find_strength(
+        lambda temperature: evaluate(model, dev, 64, temperature, method)["gflops"], goal, controller.strength
     )
     result = evaluate(model, Shapes("test"), TEST_PAIRS, model.temperature, method)
     result["reduction"] = round(1 - result["gflops"] / dense, 4)

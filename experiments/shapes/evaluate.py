@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from methods import METHODS, Method
+from pairs import costs, forward_pairs
 
 import madtp
 from madtp import flops
-from madtp.compress.pairs import costs, forward_pairs
 from madtp.data.synthetic import KINDS, TEMPLATES, Batch, Shapes
 from madtp.files import replacing
 from madtp.models.nlvr import NLVR
 from madtp.pruning import LayerTrace
 from madtp_kernels import RaggedBatch
 from madtp_kernels.segments import sample_of
-from methods import METHODS, Method
 
 TEST_PAIRS = 512
 

@@ -25,8 +25,15 @@ from madtp.data.synthetic import Shapes
 from madtp.models.nlvr import NLVR, NLVROutput
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks.measure import (  # noqa: E402
-    DEVICE, DTYPES, Comparison, WrongAnswer, compare, require, time_lines, write_records,
+from benchmarks.measure import (
+    DEVICE,
+    DTYPES,
+    Comparison,
+    WrongAnswer,
+    compare,
+    require,
+    time_lines,
+    write_records,
 )  # fmt: skip
 
 STATEMENTS = 64

@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from dense import answer_statements, encode_images, forward_pairs
 from torch import nn
 from tqdm import tqdm
 
 from madtp import NLVRConfig, TextConfig, VisionConfig, save_pretrained
-from madtp.compress.dense import answer_statements, encode_images, forward_pairs
 from madtp.compress.run import Run
 from madtp.compress.schedule import linear_decay
 from madtp.data import synthetic

@@ -5,8 +5,17 @@
 
 from madtp_kernels import __version__
 
+from .config import (
+    CaptionConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    NLVRConfig,
+    RetrievalConfig,
+    TextConfig,
+    VisionConfig,
+    VQAConfig,
+)
 from .weights import CheckpointError, load, save_pretrained
-from .config import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
 
 
 def __getattr__(name: str):

@@ -622,7 +622,7 @@ def _prepared(model, inputs: Sequence) -> list[Tensor | RaggedBatch]:
     """Lists of texts as ragged batches on the device, checked as the model does."""
     return [
         value
-        if isinstance(value, Tensor) or isinstance(value, RaggedBatch) and value.device == model.device
+        if isinstance(value, Tensor) or (isinstance(value, RaggedBatch) and value.device == model.device)
         else model._ids(value)
         for value in inputs
     ]
@@ -642,7 +642,7 @@ def _reason(model, function: Callable | None) -> str | None:
         return "autocast is enabled"
     if model.device.type != "cpu" and checks.may_read(model.space_dict):
         return "the checks of MADTP_KERNELS_DEBUG wait for the device"
-    if torch.compiler.is_compiling() or model.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or (model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return "the call is being compiled or captured already"
     return None
 

@@ -60,9 +60,6 @@ from madtp_kernels import RaggedBatch, backends, checks
 from madtp_kernels.segments import sample_of
 
 from . import flops, graphs
-from .weights import key_maps
-from .weights.files import read_file
-from .weights.loading import initial_weight
 from .config import check_temperature
 from .generation import CACHE
 from .layers import Keys, Runs
@@ -71,6 +68,9 @@ from .models import MODELS, Model
 from .models.base import first_rows
 from .models.clip import rows_of
 from .pruning import LayerTrace, Stream
+from .weights import key_maps
+from .weights.files import read_file
+from .weights.loading import initial_weight
 
 __all__ = ["Patch", "Step", "apply_patch", "attention_mask", "remove_patch"]
 
@@ -249,10 +249,10 @@ class _Link(NamedTuple):
         if (
             own is None
             or (own.data_ptr(), own.dtype, own.device) != (theirs.data_ptr(), theirs.dtype, theirs.device)
-            or own.stride() != theirs.stride() and own.dim() == theirs.dim()
+            or (own.stride() != theirs.stride() and own.dim() == theirs.dim())
         ):
             weight = theirs.detach()
-            if weight.numel() != self.shape.numel() or weight.shape != self.shape and not weight.is_contiguous():
+            if weight.numel() != self.shape.numel() or (weight.shape != self.shape and not weight.is_contiguous()):
                 raise ValueError(f"model: {self.place} is {list(weight.shape)}, where {list(self.shape)} is expected")
             own = nn.Parameter(weight if weight.shape == self.shape else weight.view(self.shape), requires_grad=False)
             self.module._parameters[self.name] = own
@@ -697,7 +697,7 @@ def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Str
     """Tokens of ``encoder_hidden_states [B, L, D]``, as they are now: those that a tower returned, of these those that the mask
     ``[B, L]`` marks. ``padding``: whether rows of zeros may be padding.
     """
-    if hidden_states.dim() != 3 or mask is not None and mask.shape != hidden_states.shape[:2]:
+    if hidden_states.dim() != 3 or (mask is not None and mask.shape != hidden_states.shape[:2]):
         what = "encoder_hidden_states [B, L, D]" if mask is None else f"encoder_attention_mask {list(hidden_states.shape[:2])}"
         raise ValueError(f"{what}: got {list((hidden_states if mask is None else mask).shape)}")
     mask = None if mask is None or mask.all() else mask.bool()

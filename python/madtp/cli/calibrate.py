@@ -57,11 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
     from ..compress.calibrate import ALIGNED, freeze_all_but_dictionary, read_pairs
     from ..compress.loaders import steps_per_epoch
+    from ..compress.settings import Settings
     from ..compress.tasks import TASKS
-    from ..compress.train import Settings, process_group, train
+    from ..compress.train import train
+    from ..processes import joined
 
     begin(args, args.pairs)
-    with process_group(args.device) as device:
+    with joined(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
         if name not in ALIGNED:

@@ -108,12 +108,14 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or go on, and save the model."""
+    from ..compress.settings import Settings
     from ..compress.tasks import TASKS
-    from ..compress.train import Settings, process_group, train
+    from ..compress.train import train
+    from ..processes import joined
 
     only_with(args, args.controller == "bracket", "with --controller official", "ramp")
     begin(args, args.annotations, args.dev)
-    with process_group(args.device) as device:
+    with joined(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
         only_with(args, name != "caption", "for caption, which has no text to align pictures with", "alignment")

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from ..processing import load_image
     from ..report.overlay import nlvr_overlay
 
-    if not (args.images and args.text and not args.input or args.input and not (args.images or args.text)):
+    if not ((args.images and args.text and not args.input) or (args.input and not (args.images or args.text))):
         args.usage_error("give either --images and --text, or --input")
     if args.input:
         source, folder = input_rows(args.input)

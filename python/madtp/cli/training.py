@@ -132,7 +132,7 @@ def origin(args: argparse.Namespace, model, *files: str) -> dict:
 def report(result: dict, args: argparse.Namespace) -> int:
     """Print the result of a run; the exit code, which is 1 where the target was missed."""
     from ..compress.train import missed
-    from ..tasks.losses import rank
+    from ..processes import rank
 
     miss = missed(result, args.reduction)
     if rank() == 0:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..tasks.losses import processes, rank
+from ..processes import processes, rank
 from .tasks import Task
 
 
@@ -31,9 +31,11 @@ class _Views(Dataset):
 class _Places:
     """This process's batches of places from a step on."""
 
-    def __init__(self, count: int, batch_size: int, accumulate: int, seed: int, steps: range, views: bool) -> None:
+    def __init__(
+        self, count: int, batch_size: int, accumulate: int, seed: int, steps: range, views: bool, shuffle: bool
+    ) -> None:
         self.count, self.batch_size, self.accumulate = count, batch_size, accumulate
-        self.seed, self.steps, self.views = seed, steps, views
+        self.seed, self.steps, self.views, self.shuffle = seed, steps, views, shuffle
 
     def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
         together = self.batch_size * processes()  # what all processes take through the model at the same time
@@ -43,10 +45,12 @@ class _Places:
         for step in self.steps:
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.count).tolist()
+                order = np.arange(self.count)
+                if self.shuffle:
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
             first = step % per_epoch * size + rank() * self.batch_size
             for start in range(first, first + size, together):
-                numbers = order[start : start + self.batch_size]
+                numbers = order[start : start + self.batch_size].tolist()
                 yield [(epoch if self.views else None, number) for number in numbers]
 
 
@@ -75,9 +79,11 @@ def training_batches(
     steps: range,
     views: bool,
     workers: int,
+    shuffle: bool = True,
 ) -> Iterator[dict]:
-    """The batches of this process, ``accumulate`` for each step of ``steps``; with ``views`` of random views."""
-    places = _Places(len(examples), batch_size, accumulate, seed, steps, views)
+    """The batches of this process, ``accumulate`` for each step of ``steps``; with ``views`` of random views, with
+    ``shuffle`` in another random order in each epoch."""
+    places = _Places(len(examples), batch_size, accumulate, seed, steps, views, shuffle)
     return iter(_loader(task, examples, seed, places, workers))
 
 

@@ -24,17 +24,17 @@ class OfficialController:
     """
 
     def __init__(self, task: str, temperature: float | None = None) -> None:
-        self.temperature, self._steps = START[task] if temperature is None else float(temperature), STEPS[task]
+        self.strength, self._steps = START[task] if temperature is None else float(temperature), STEPS[task]
 
     def update(self, cost: float, target: float) -> float:
         """The next temperature, after the mean official GFLOPs ``cost`` of an instance at the present one."""
         missed = abs(cost - target)
         step = next(step for limit, step in self._steps if missed > limit)
-        self.temperature = max(0.0, self.temperature + (step if cost > target else -step))
-        return self.temperature
+        self.strength = max(0.0, self.strength + (step if cost > target else -step))
+        return self.strength
 
     def state_dict(self) -> dict:
-        return {"temperature": self.temperature}
+        return {"temperature": self.strength}
 
     def load_state_dict(self, state: dict) -> None:
-        self.temperature = state["temperature"]
+        self.strength = state["temperature"]

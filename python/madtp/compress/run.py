@@ -32,6 +32,7 @@ class Run:
             controller.
         settings: what determines the result, as JSON values; a run goes on only under the same ones.
         save_every: seconds between checkpoints.
+        defaults: values of settings that a run which does not name them had.
 
     Attributes:
         step: steps that were done, the sampler's position.
@@ -46,10 +47,11 @@ class Run:
         parts: Mapping[str, object],
         settings: dict,
         save_every: float = 60,
+        defaults: Mapping[str, object] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.parts, self.settings, self.save_every = parts, settings, save_every
+        self.parts, self.settings, self.save_every, self.defaults = parts, settings, save_every, defaults or {}
         self.step, self.seconds = 0, 0.0
         self._sums: dict[str, float] = {}
         self._counted = 0
@@ -61,8 +63,8 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
-        found = json.loads(state["settings"])
-        if found != json.loads(json.dumps(self.settings)):
+        found = {**self.defaults, **json.loads(state["settings"])}
+        if found != json.loads(json.dumps({**self.defaults, **self.settings})):
             names = sorted(k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k))
             differences = "; ".join(f"{k}: {found.get(k)} then, {self.settings.get(k)} now" for k in names)
             raise ValueError(

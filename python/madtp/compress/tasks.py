@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
@@ -23,10 +23,11 @@ from .. import flops
 from ..layers import Runs
 from ..models import Model
 from ..processing import clean_sentence, load_image
-from ..tasks.annotations import CaptionExample, read_blip_nlvr, read_blip_vqa, read_captions
+from ..tasks.annotations import CaptionExample, NLVRExample, read_blip_nlvr, read_blip_vqa, read_captions
 from ..tasks.augment import augment
 from ..tasks.losses import answer_loss, caption_loss, contrastive_loss, hard_negatives, token_loss
 from ..tasks.metrics import recall, vqa_score
+from .pairs import forward_pairs
 
 Streams = tuple[list[list[int]], ...]
 """Token counts of each instance before the first layer and after each, per pruned stream of the model."""
@@ -41,6 +42,8 @@ class Task:
 
     score_name: ClassVar[str]
     smallest_batch: ClassVar[int] = 1
+    auxiliary: nn.Module | None = None
+    """What learns beside the model for the sake of the loss, and is not part of it."""
 
     def __init__(self, model: Model) -> None:
         self.config, self.processor = model.config, model.processor
@@ -69,13 +72,34 @@ class Task:
             "texts": [instance["text"] for instance in instances],
         }
 
+    def at(self, step: int) -> None:
+        """Training has come to this step; for tasks whose loss changes with it."""
+
+    def forward(self, model: Model, batch: dict, temperature: float, summaries: bool = False) -> Any:
+        """The model's output for a batch."""
+        return model(batch["pixels"], batch["texts"], temperature, summaries=summaries)
+
+    def places(self, batch: dict, numbers: Sequence[int]) -> list:
+        """What tells the instances of a batch apart and puts them in order, from the numbers of its examples."""
+        return list(numbers)
+
+    def grouped(self, examples: Sequence, texts: int) -> Sequence:
+        """Examples of up to ``texts`` texts about the same image or images, which are then encoded once.
+
+        Raises:
+            ValueError: a task whose examples are of one text each.
+        """
+        if texts > 1:
+            raise ValueError(f"texts: this task has one text per image, got {texts}")
+        return examples
+
     def loss(
         self, model: Model, batch: dict, output: Any, temperature: float, seed: Sequence[int]
     ) -> dict[str, Tensor]:
         """Terms of the loss, each a mean over the batch. Random choices depend on ``seed``."""
         raise NotImplementedError
 
-    def summaries(self, output: Any) -> tuple[Tensor, Tensor]:
+    def summaries(self, output: Any, batch: dict) -> tuple[Tensor, Tensor]:
         """``(vision, text)`` alignment summaries ``[B, M, sd_dim]``."""
         return output.summaries
 
@@ -108,41 +132,73 @@ class Task:
 
 
 class NLVRTask(Task):
-    """Cross-entropy of true and false. In training a pair is swapped half of the time, with "left" and "right"."""
+    """Cross-entropy of true and false. In training a pair is swapped half of the time, with "left" and "right".
+
+    An example is a statement, or several about the same pair: a tuple of such examples.
+    """
 
     score_name = "accuracy"
 
     def read(self, path, image_root, training):
         return read_blip_nlvr(path, image_root, strict=True)
 
+    def grouped(self, examples, texts):
+        if texts == 1 or not isinstance(examples[0], NLVRExample):
+            return examples
+        pairs: dict[tuple, list[NLVRExample]] = {}
+        for example in examples:
+            pairs.setdefault((example.left, example.right), []).append(example)
+        return [
+            tuple(group[start : start + texts]) for group in pairs.values() for start in range(0, len(group), texts)
+        ]
+
     def instance(self, example, random=None):
-        images, sentence = (example.left, example.right), example.sentence
+        statements = example if isinstance(example, tuple) else (example,)
+        images, sentences = (statements[0].left, statements[0].right), [one.sentence for one in statements]
         if random is not None and random.random() < 0.5:
-            images, sentence = images[::-1], swap_sides(sentence)
+            images, sentences = images[::-1], [swap_sides(sentence) for sentence in sentences]
         return {
             "pixels": torch.stack([self._image(image, random) for image in images]),
-            "text": self.processor.text(sentence),
-            "label": int(example.label),
+            "texts": [self.processor.text(sentence) for sentence in sentences],
+            "labels": [int(one.label) for one in statements],
         }
 
     def collate(self, instances):
-        pixels, texts = self.processor.collate([(instance["pixels"], instance["text"]) for instance in instances])
-        labels = torch.tensor([instance["label"] for instance in instances])
-        return {"pixels": pixels, "texts": texts, "labels": labels}
+        left, right = torch.stack([instance["pixels"] for instance in instances], 1)
+        return {
+            "pixels": torch.cat([left, right]),
+            "texts": [text for instance in instances for text in instance["texts"]],
+            "labels": torch.tensor([label for instance in instances for label in instance["labels"]]),
+            "statements": [len(instance["texts"]) for instance in instances],
+        }
+
+    def forward(self, model, batch, temperature, summaries=False):
+        return forward_pairs(
+            model, batch["pixels"], batch["texts"], batch["statements"], temperature, summaries=summaries
+        )
+
+    def places(self, batch, numbers):
+        counts = zip(numbers, batch["statements"], strict=True)
+        return [(number, statement) for number, count in counts for statement in range(count)]
 
     def loss(self, model, batch, output, temperature, seed):
         return {"answer": F.cross_entropy(output.logits.float(), batch["labels"].to(model.device))}
 
-    def summaries(self, output):
+    def summaries(self, output, batch):
         vision, text = output.summaries
-        return vision.unflatten(0, (2, -1)).mean(0), text
+        counts = torch.tensor(batch["statements"], device=vision.device)
+        return vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(counts, 0), text
 
     def states(self, output):
         return [(output.image_embeds, output.vision[-1].ids), (output.last_hidden_state, output.text[-1].ids)]
 
     def streams(self, output, batch):
-        vision = flops.stream_lengths(output.vision)
-        return vision[: len(vision) // 2], vision[len(vision) // 2 :], flops.stream_lengths(output.text)
+        vision, pairs = flops.stream_lengths(output.vision), len(batch["statements"])
+        left, right = (
+            [side[pair] for pair, count in enumerate(batch["statements"]) for _ in range(count)]
+            for side in (vision[:pairs], vision[pairs:])
+        )
+        return left, right, flops.stream_lengths(output.text)
 
     def flops(self, streams, batch, guided):
         return [

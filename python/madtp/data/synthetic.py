@@ -20,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..files import replacing
+from ..tasks.annotations import NLVRExample
 
 __all__ = [
     "COLOURS",
@@ -32,6 +34,7 @@ __all__ = [
     "Batch",
     "Pair",
     "Shapes",
+    "ShapesExamples",
     "Statement",
     "pixels",
     "token_ids",
@@ -46,6 +49,7 @@ COLOURS = {
     "red": (214, 45, 38), "green": (52, 160, 60), "blue": (48, 82, 214), "yellow": (232, 208, 40),
     "purple": (150, 52, 186), "cyan": (52, 200, 214),
 }  # fmt: skip
+_PAIRS = {"train": 1_000_000, "dev": 64, "test": 512}
 MAX_COUNT = 4
 """Statements are about kinds of objects of which no picture holds more."""
 MAX_TOKENS = 13
@@ -152,9 +156,7 @@ class Shapes:
         """
         unknown = [template for template in templates if template not in TEMPLATES]
         if unknown or (statements and not templates):
-            raise ValueError(
-                f"templates: expected some of {', '.join(TEMPLATES)}, got {', '.join(unknown) or 'none'}"
-            )
+            raise ValueError(f"templates: expected some of {', '.join(TEMPLATES)}, got {', '.join(unknown) or 'none'}")
         scene = _Draws(self._key, 2 * index + 1)
         objects = _draw_scene(scene)
         while not _is_askable(census := _census(objects)):  # about one pair in 30,000
@@ -169,9 +171,7 @@ class Shapes:
         made = [_make_statement(words, census, templates) for _ in range(statements)]
         return Pair(images, shapes, colours, made)
 
-    def batch(
-        self, indices: Sequence[int], statements: int = 8, templates: Sequence[str] = TEMPLATES
-    ) -> Batch:
+    def batch(self, indices: Sequence[int], statements: int = 8, templates: Sequence[str] = TEMPLATES) -> Batch:
         """The pairs of these indices as tensors; arguments as in :meth:`pair`."""
         pairs = [self.pair(index, statements, templates) for index in indices]
         ids = [[token_ids(statement.sentence) for statement in pair.statements] for pair in pairs]
@@ -244,6 +244,45 @@ class Shapes:
         return visible.transpose(1, 2, 0)
 
 
+class ShapesExamples(Sequence):
+    """Pairs of a split as training and evaluation take examples: tuples of statements about pictures in memory.
+
+    Args:
+        shapes: the split.
+        indices: which pairs.
+        texts: statements about each.
+    """
+
+    def __init__(self, shapes: Shapes, indices: range, texts: int = 8) -> None:
+        self.shapes, self.indices, self.texts = shapes, indices, texts
+
+    @classmethod
+    def parse(cls, source: str, texts: int = 8) -> ShapesExamples:
+        """From a name as ``shapes:test:512``: split and number of pairs (by default 1,000,000 of train, 64 of dev, 512 of test).
+
+        Raises:
+            ValueError: no such split, or a number that is none.
+        """
+        _, split, number, *rest = [*source.split(":"), "", ""]
+        if split not in SPLITS or any(rest) or not (number or "1").isdigit() or number == "0":
+            raise ValueError(f"{source}: expected shapes:SPLIT or shapes:SPLIT:PAIRS, SPLIT one of {', '.join(SPLITS)}")
+        return cls(Shapes(split), range(int(number or _PAIRS[split])), texts)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number):
+        if isinstance(number, slice):
+            return ShapesExamples(self.shapes, self.indices[number], self.texts)
+        index = self.indices[number]
+        pair = self.shapes.pair(index, self.texts)
+        left, right = (Image.fromarray(image) for image in pair.images)
+        return tuple(
+            NLVRExample(left, right, one.sentence, one.label, f"{self.shapes.split}-{index}-{place}", one.template)
+            for place, one in enumerate(pair.statements)
+        )
+
+
 class _Draws:
     """Random numbers of one pair: plain uniform ones, drawn in blocks for speed."""
 
@@ -305,9 +344,7 @@ def _draw_scene(draws: _Draws) -> list[list[tuple[int, int, int]]]:
         total = 4 + draws.below(3)
         objects = [theme for theme in themes for _ in range(draws.weighted((0.25, 0.3, 0.2, 0.15, 0.1)))]
         objects = objects[: total - 2]
-        objects += [
-            (draws.below(len(SHAPES)), draws.below(len(COLOURS))) for _ in range(total - len(objects))
-        ]
+        objects += [(draws.below(len(SHAPES)), draws.below(len(COLOURS))) for _ in range(total - len(objects))]
         cells = draws.sample(range(GRID * GRID), total)
         scene.append([(cell, *kind) for cell, kind in zip(cells, objects, strict=True)])
     return scene
@@ -340,9 +377,7 @@ def _make_statement(draws: _Draws, census, templates: Sequence[str]) -> Statemen
     """
     for _ in range(1000):
         template = draws.choice(templates)
-        for _ in range(
-            8
-        ):  # other details, before another template: so that all templates are about as frequent
+        for _ in range(8):  # other details, before another template: so that all templates are about as frequent
             kind = KINDS[draws.weighted((2, 1, 1))]
             number = draws.choice(_NUMBERS.get(template, (0,)))
             side = draws.below(2)
@@ -467,9 +502,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
     return np.stack([channel.take(images[..., c]) for c, channel in enumerate(levels)], axis=-3)
 
 
-def _blend(
-    canvas: np.ndarray, alpha: np.ndarray, cell: int, shift: tuple[int, int], colour, margin: int
-) -> None:
+def _blend(canvas: np.ndarray, alpha: np.ndarray, cell: int, shift: tuple[int, int], colour, margin: int) -> None:
     """Lay a colour over the canvas ``[3, h, w]``, through a mask ``[s, s]`` centred on a cell."""
     row, column = divmod(cell, GRID)
     half = len(alpha) // 2
@@ -595,7 +628,6 @@ def write(directory: str | os.PathLike, split: str, pairs: int, statements: int 
 
 
 def _write_pairs(directory: Path, shapes: Shapes, pairs: int, statements: int) -> Iterator[dict]:
-    from PIL import Image
     from tqdm import tqdm
 
     (directory / shapes.split).mkdir(parents=True, exist_ok=True)
@@ -623,9 +655,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder to write to; made if it is missing"
-    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to; made if it is missing")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which pairs (default: test)")
     parser.add_argument("--pairs", type=positive, default=256, metavar="N", help="how many (default: 256)")
     parser.add_argument(

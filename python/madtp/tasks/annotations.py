@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from ..files import open_regular, replacing
 
 __all__ = [
@@ -60,11 +62,11 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class NLVRExample:
-    """A statement about a left and a right picture, and whether it is true. BLIP's files have no
-    `identifier`; `template` is the kind of the statement, where a file of theirs has one."""
+    """A statement about a left and a right picture (its path, or the picture itself), and whether it is true. BLIP's files
+    have no `identifier`; `template` is the kind of the statement, where a file of theirs has one."""
 
-    left: Path
-    right: Path
+    left: Path | Image.Image
+    right: Path | Image.Image
     sentence: str
     label: bool
     identifier: str | None = None

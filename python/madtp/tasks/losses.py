@@ -5,38 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch import distributed as dist
-from torch.distributed.nn.functional import all_gather
 
 from madtp_kernels import RaggedBatch
 from madtp_kernels.segments import sample_of
 
+from ..processes import gathered, mean_over_processes
+
 LABEL_SMOOTHING = 0.1  # of BLIP's decoder, in captioning and VQA
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def gathered(x: Tensor) -> Tensor:
-    """Rows ``[B, ...]`` of all processes, in their order, ``[W * B, ...]``; gradients find their way back to each."""
-    if processes() == 1:
-        return x
-    return torch.cat(all_gather(x.contiguous()))
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of a tensor without gradient over all processes."""
-    if processes() > 1:
-        dist.all_reduce(x)
-        x = x / processes()
-    return x
 
 
 def token_loss(logits: RaggedBatch, texts: RaggedBatch, ignored: int = 1) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.nlvr import NLVR
+from madtp.models.nlvr import NLVR
 
 
 class PairsOutput(NamedTuple):
@@ -42,9 +42,7 @@ def forward_pairs(model: NLVR, pixels: Tensor, input_ids: Tensor, lengths: Tenso
     return PairsOutput(*answer_statements(model, images, input_ids, lengths), images)
 
 
-def answer_statements(
-    model: NLVR, images: Tensor, input_ids: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def answer_statements(model: NLVR, images: Tensor, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The second half of :func:`forward_pairs`: logits, states and glances.
 
     It begins with the image tokens ``[2P, N + 1, D]``.
@@ -53,9 +51,7 @@ def answer_statements(
     text = model.text_encoder
     positions = torch.arange(width, device=input_ids.device)
     embeddings = text.embeddings
-    x = embeddings.LayerNorm(
-        embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions)
-    )
+    x = embeddings.LayerNorm(embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions))
     padding = positions >= lengths[..., None]
     bias = x.new_zeros(padding.shape).masked_fill(padding, -torch.inf)
     bias = bias.flatten(0, 1)[:, None, None]  # [P K, 1, 1, T]
@@ -68,9 +64,7 @@ def answer_statements(
         glances.append(_glance(layer.crossattention, x[:, 0].unflatten(0, (pairs, per_pair)), images))
         x = _twin_cross_attention(layer.crossattention, x.reshape(pairs, per_pair * width, -1), images)
         hidden = layer.intermediate.dense(x, activation="gelu")
-        x = layer.output.LayerNorm(layer.output.dense(hidden, residual=x)).reshape(
-            pairs * per_pair, width, -1
-        )
+        x = layer.output.LayerNorm(layer.output.dense(hidden, residual=x)).reshape(pairs * per_pair, width, -1)
     states = x[:, 0].unflatten(0, (pairs, per_pair))
     return model.cls_head(states), states, torch.stack(glances)
 
