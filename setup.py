@@ -1,10 +1,10 @@
 """What pyproject.toml cannot say: where the packages lie, and how an installation compiles the C++ extension.
 
-pip builds in an isolated environment without torch, but the extension has to fit the torch that will run it.
-So it is compiled by a child process of the same interpreter that does not inherit the isolation. Best effort:
-without torch or a compiler the wheel is pure Python, and the extension is compiled at first use.
-MADTP_KERNELS_BUILD=0 skips it, MADTP_KERNELS_BUILD=1 makes a failure an error. CUDA kernels, which take minutes, are
-compiled where there is a GPU, or with MADTP_KERNELS_CUDA=1. `pip install -v` shows the progress.
+pip builds in an isolated environment without torch, but the extension has to fit the torch that will run it. So it is compiled
+by a child process of the same interpreter that does not inherit the isolation. Best effort: without torch or a compiler the
+wheel is pure Python, and the extension is compiled at first use. MADTP_KERNELS_BUILD=0 skips it, MADTP_KERNELS_BUILD=1 makes a
+failure an error. CUDA kernels, which take minutes, are compiled where there is a GPU, or with MADTP_KERNELS_CUDA=1.
+`pip install -v` shows the progress.
 """
 
 import json
@@ -23,17 +23,14 @@ from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
 BUILD_SCRIPT = ROOT / "madtp_kernels" / "build.py"
-STRICT, SKIP = "1", "0"
 
-# Arguments: the script and its argument, then folders that may hold torch.
+# Arguments of both: a path, then folders that may hold torch. They print {"library": path} or {"reason": text}.
 COMPILE_FOR_WHEEL = """
 import runpy, sys
 sys.path += sys.argv[3:]
 sys.argv = sys.argv[1:3]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-# Arguments: the checkout, then folders that may hold torch.
 COMPILE_INTO_CACHE = """
 import json, sys
 sys.path = [sys.argv[1], *sys.path[1:], *sys.argv[2:]]
@@ -46,15 +43,14 @@ except (ImportError, RuntimeError) as error:
 
 
 def run_outside_isolation(code, *arguments):
-    """What the code prints, {"library": path} or {"reason": text}, in the environment that is installed into.
+    """What the code prints, in the environment that is installed into.
 
-    pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, wherever torch
-    comes from there. What this process can import comes last, for a torch on PYTHONPATH and no isolation.
+    pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, wherever torch comes from there.
+    What this process can import comes last, for a torch on PYTHONPATH and no isolation.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-    folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-    command = [sys.executable, "-c", code, *map(str, arguments), *folders]
+    folders = dict.fromkeys([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    command = [sys.executable, "-c", code, *map(str, arguments), *filter(os.path.isdir, folders)]
     done = subprocess.run(command, env=environment, cwd=os.sep, stdout=subprocess.PIPE)
     try:
         return json.loads(done.stdout.splitlines()[-1])
@@ -63,28 +59,25 @@ def run_outside_isolation(code, *arguments):
 
 
 class build_native(Command):
-    """Compile the extension into the wheel; for an editable install into the user's cache, where a change of
-    the sources is noticed."""
+    """Compile the extension into the wheel; for an editable install into the user's cache, where a change is noticed."""
 
     def initialize_options(self):
-        self.editable_mode = False
-        self.build_lib = None
-        self.files = []
+        self.editable_mode, self.build_lib, self.files = False, None, []
 
     def finalize_options(self):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
         setting = runpy.run_path(str(BUILD_SCRIPT))["setting"]()
-        if setting == SKIP:
+        if setting == "0":
             return
         if self.editable_mode:
             outcome = run_outside_isolation(COMPILE_INTO_CACHE, ROOT)
         else:
             outcome = run_outside_isolation(COMPILE_FOR_WHEEL, BUILD_SCRIPT, ROOT / "build" / "native")
+        if "reason" in outcome and setting == "1":
+            raise ExecError(f"the C++ extension was not compiled: {outcome['reason']}")
         if "reason" in outcome:
-            if setting == STRICT:
-                raise ExecError(f"the C++ extension was not compiled: {outcome['reason']}")
             print(f"madtp_kernels: C++ extension not compiled, first use will try again: {outcome['reason']}")
         elif not self.editable_mode:
             library = Path(outcome["library"])
@@ -120,20 +113,12 @@ class bdist_wheel_with_native(bdist_wheel):
 
 
 setup(
-    packages=[
-        *find_packages(include=["madtp_kernels", "madtp_kernels.*"]),
-        "madtp_kernels.csrc",
-        *find_packages("python"),
-    ],
+    packages=[*find_packages(include=["madtp_kernels*"]), "madtp_kernels.csrc", *find_packages("python")],
     package_dir={"madtp_kernels.csrc": "csrc", "madtp": "python/madtp"},
     package_data={
         "madtp_kernels.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],
         "madtp": ["data/**/*"],
     },
     include_package_data=False,
-    cmdclass={
-        "bdist_wheel": bdist_wheel_with_native,
-        "build": build_with_native,
-        "build_native": build_native,
-    },
+    cmdclass={"bdist_wheel": bdist_wheel_with_native, "build": build_with_native, "build_native": build_native},
 )

@@ -1,7 +1,7 @@
-"""Finds, or compiles at first use, and loads the C++ extension ``_C``.
+"""Finds, or compiles at first use, and loads the C++ extension ``_C``; ``build.py`` compiles.
 
-The extension belongs to one version of torch, so the one inside the package is used only if it was compiled
-for the torch that runs; otherwise one is compiled into the user's cache. Not here: how (``build.py``).
+The extension belongs to one version of torch: the one inside the package is used only if it was compiled for the torch that
+runs, otherwise one is compiled into the user's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import build
 
-_KEPT = 3600  # seconds that a failure to compile is remembered
+_KEPT = 3600  # seconds that a failure to compile is remembered, so that not every start of Python finds it out again
 _lock = threading.Lock()
 _loaded: types.ModuleType | None = None
 _failure: str | None = None
@@ -35,8 +35,7 @@ def cache_dir() -> Path:
 
 
 def load() -> types.ModuleType:
-    """The extension module ``_C``: the one installed with the package if it was compiled for this torch, else
-    the one in the cache, else one compiled now. The outcome is remembered; later calls cost a look-up.
+    """The extension module ``_C``, found or compiled. The outcome is remembered; later calls cost a look-up.
 
     Raises:
         Unavailable: there is none, and none could be compiled.
@@ -58,33 +57,27 @@ def load() -> types.ModuleType:
 
 
 def _find_or_compile() -> types.ModuleType:
-    installed = Path(__file__).resolve().parent
     cached = cache_dir() / build.source_hash()
-    if build.fits(installed):
-        with contextlib.suppress(ImportError):  # a system library has changed under it: compile another
-            return build.import_library(installed / build.LIBRARY_NAME)
-    if build.fits(cached):
-        try:
-            return build.import_library(cached / build.LIBRARY_NAME)
-        except ImportError:
-            (cached / "_C.json").unlink(missing_ok=True)
+    for folder in (Path(__file__).resolve().parent, cached):
+        if build.fits(folder):
+            # Where it does not load, a system library has changed under it: compile another.
+            with contextlib.suppress(ImportError):
+                return build.import_library(folder / build.LIBRARY_NAME)
+            if folder == cached:
+                (cached / "_C.json").unlink(missing_ok=True)
     return build.import_library(_compile(cached))
 
 
 def _compile(folder: Path) -> Path:
     setting = build.setting()
     if setting == "0":
-        raise build.BuildError(
-            f"no extension compiled for {build.environment_tag()} is installed, "
-            f"and {build.SETTING}=0 forbids compiling one"
-        )
+        tag = build.environment_tag()
+        raise build.BuildError(f"no extension compiled for {tag} is installed, and {build.SETTING}=0 forbids compiling one")
     build.check_requirements()
-    command = shlex.join(build.compiler())
+    command, failure = shlex.join(build.compiler()), folder / "failure.json"
     with _exclusive(folder.parent):
         if build.fits(folder):
             return folder / build.LIBRARY_NAME  # another process compiled it while this one waited
-        # A failure is kept for an hour, so that not every start of Python spends a minute on finding it out again.
-        failure = folder / "failure.json"
         if setting != "1" and (earlier := _earlier_failure(failure, command)):
             raise build.BuildError(f"{earlier} (details in {failure}; {build.SETTING}=1 tries again)")
         build.say(f"compiling the C++ kernels for {build.environment_tag()} with {command}, once: a minute or two")
@@ -92,11 +85,10 @@ def _compile(folder: Path) -> Path:
         try:
             library = build.compile_extension(folder, object_dir=folder.parent / "objects")
         except build.BuildError as error:
-            if error.passing:
+            if error.transient:
                 raise
             folder.mkdir(parents=True, exist_ok=True)
-            record = {"compiler": command, "reason": str(error), "time": time.time()}
-            record["output"] = error.output.splitlines()
+            record = {"compiler": command, "reason": str(error), "time": time.time(), "output": error.output.splitlines()}
             failure.write_text(json.dumps(record, indent=2), encoding="utf-8")
             raise build.BuildError(f"{error} (details in {failure})") from error
         failure.unlink(missing_ok=True)
