@@ -9,7 +9,7 @@ from typing import ClassVar
 
 _MOST = {"depth": 1000, "num_hidden_layers": 1000, "image_size": 10_000, "patch_size": 10_000}
 _MOST_OF_ANY = 10_000_000
-_FROM_ZERO = ("pad_token_id", "sep_token_id", "eos_token_id", "merge_from")
+_FROM_ZERO = ("pad_token_id", "sep_token_id", "eos_token_id", "merge_from", "registers")
 
 
 def check_temperature(value: float) -> float:
@@ -188,9 +188,57 @@ class RetrievalConfig(Config):
             raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
 
 
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(VisionConfig):
+    """A pre-norm vision transformer that makes one vector of an image. The defaults are those of OpenAI's CLIP.
+
+    ``image_size`` is that of the trained positions. Towers that interpolate them take pictures of other sizes too.
+    """
+
+    class_token: bool = True
+    """A first token that stands for the image. SigLIP has none."""
+    registers: int = 0
+    """Tokens between the class token and the patches that hold nothing of the picture (DINOv2). Never pruned."""
+    patch_bias: bool = False
+    norm_pre: bool = True
+    """LayerNorm before the first block."""
+    pool: str = "class"
+    """Which rows answer for the image: "class", "mean" (of the patches), or "attention" (a learned query, SigLIP's head)."""
+    norm_after_pool: bool = False
+    """Whether a mean is normalised itself, instead of what it is the mean of."""
+    pooler: bool = False
+    """A linear layer with tanh on what was pooled (ViT)."""
+    projection: bool = True
+    """A linear map to the features, without a bias."""
+    positions: str = "fixed"
+    """How other grids of patches than the trained one get positions: "fixed" (not at all), "bicubic", "bicubic antialias" or
+    "bilinear antialias", as torch interpolates."""
+    patches_last: bool = False
+    """The weights of a patch are ordered row, column, channel (SigLIP 2 NaFlex), not channel, row, column."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("pool", ("class", "mean", "attention")),
+            ("positions", ("fixed", "bicubic", "bicubic antialias", "bilinear antialias")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"vision.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.pool == "class" and not self.class_token:
+            raise ValueError("vision.pool: expected 'mean' or 'attention' without a class token, got 'class'")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return int(self.class_token) + self.registers
+
+
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """CLIP's causal text transformer. The defaults are those of ViT-L/14."""
+    """A pre-norm text transformer that makes one vector of a text. The defaults are those of CLIP ViT-L/14."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -200,6 +248,17 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     eos_token_id: int | None = None
     """The end-of-text token. None: the highest id of a text, which is OpenAI's rule."""
+    causal: bool = True
+    padded: bool = False
+    """Texts are filled up to the last position, as they were in training, and padding is read like words (SigLIP). Otherwise a
+    text ends with its end-of-text token."""
+    pad_token_id: int = 0
+    clean: str = ""
+    """What is done to a text before it is cut into tokens: "" (nothing), "lower", or "canonicalize" (lower case without
+    punctuation, SigLIP's evaluation in open_clip)."""
+    projection: bool = True
+    """A linear map to the features."""
+    projection_bias: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "text.")
@@ -207,35 +266,46 @@ class CLIPTextConfig:
             raise ValueError(
                 f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        if self.clean not in ("", "lower", "canonicalize"):
+            raise ValueError(f"text.clean: expected '', 'lower' or 'canonicalize', got {self.clean!r}")
 
 
 @dataclass(frozen=True)
 class CLIPConfig(Config):
-    """CLIP: comparable features of images and texts, from two towers. The defaults are ViT-L/14 at 336 pixels."""
+    """Comparable features of images and texts from two towers, or those of one alone. The defaults are ViT-L/14 at 336 pixels."""
 
     task: ClassVar[str] = "clip"
-    sections: ClassVar[dict[str, type]] = {"vision": VisionConfig, "text": CLIPTextConfig}
-    vision: VisionConfig = field(
-        default_factory=lambda: VisionConfig(336, 14, embed_dim=1024, depth=24, num_heads=16, map_func=True)
+    sections: ClassVar[dict[str, type]] = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}
+    vision: CLIPVisionConfig | None = field(
+        default_factory=lambda: CLIPVisionConfig(336, 14, embed_dim=1024, depth=24, num_heads=16, map_func=True)
     )
-    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    text: CLIPTextConfig | None = field(default_factory=CLIPTextConfig)
     embed_dim: int = 768
     """Width of the features."""
     hidden_act: str = "quick_gelu"
-    """Activation of the MLPs: "quick_gelu" or "gelu"."""
+    """Activation of the MLPs: "quick_gelu", "gelu" or "gelu_tanh"."""
+    text_act: str | None = None
+    """That of the text tower, where it differs."""
+    norm_eps: float = 1e-5
+    """Of all LayerNorms."""
+    logit_bias: bool = False
+    """Whether logits have a learned bias (SigLIP)."""
     text_mode: str = "clean"
     """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.clip`."""
 
     def __post_init__(self) -> None:
         _check(self, "")
-        if not self.vision.map_func:
-            raise ValueError("vision.map_func: expected true, since every block of CLIP has a map to the dictionary")
+        if self.vision is None and self.text is None:
+            raise ValueError("vision, text: expected at least one tower, got neither")
+        if type(self.vision) is VisionConfig:  # sizes alone, which those of BLIP have too
+            object.__setattr__(self, "vision", CLIPVisionConfig(**dataclasses.asdict(self.vision)))
         for name, value, choices in (
-            ("hidden_act", self.hidden_act, ("quick_gelu", "gelu")),
+            ("hidden_act", self.hidden_act, ACTIVATIONS),
+            ("text_act", self.text_act, (None, *ACTIVATIONS)),
             ("text_mode", self.text_mode, ("clean", "compat")),
         ):
             if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 # One entry per task.
@@ -244,7 +314,9 @@ CONFIGS: dict[str, type[Config]] = {
 }
 
 
-def _build(kind: type, name: str, values: dict):
+def _build(kind: type, name: str, values: dict | None):
+    if values is None and kind in (CLIPVisionConfig, CLIPTextConfig):  # a model of one tower
+        return None
     if not isinstance(values, dict):
         raise ValueError(f"config.{name}: expected an object, got {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(kind)}

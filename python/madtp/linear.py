@@ -46,16 +46,29 @@ class Linear(nn.Linear):
         x * sigmoid(1.702 x). ``tokens`` is the batch whose rows x has; rows beyond its last token are then undefined in the
         result.
         """
-        if x.is_cuda:
-            differentiated = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-            ours = tokens is not None and (tokens.bound or not differentiated) and not torch.is_autocast_enabled("cuda")
-            if ours:
-                return linear(x, self.weight, self.bias, tokens.cu_seqlens, activation=activation, residual=residual)
-        elif (product := _cpu_product(x, self.weight, residual)) is not None:
-            cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
-            return product(x, self.weight, self.bias, cu_seqlens, activation or "", residual)
-        y = activate(F.linear(x, self.weight, self.bias), activation or "")
-        return y if residual is None else y + residual
+        return project(x, self.weight, self.bias, activation=activation, residual=residual, tokens=tokens)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    tokens: RaggedBatch | None = None,
+) -> Tensor:
+    """:meth:`Linear.forward` with a weight ``[out, in]`` that need not be a whole parameter."""
+    if x.is_cuda:
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        ours = tokens is not None and (tokens.bound or not differentiated) and not torch.is_autocast_enabled("cuda")
+        if ours:
+            return linear(x, weight, bias, tokens.cu_seqlens, activation=activation, residual=residual)
+    elif (product := _cpu_product(x, weight, residual)) is not None:
+        cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
+        return product(x, weight, bias, cu_seqlens, activation or "", residual)
+    y = activate(F.linear(x, weight, bias), activation or "")
+    return y if residual is None else y + residual
 
 
 def mlp(

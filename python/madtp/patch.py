@@ -65,9 +65,8 @@ from .generation import CACHE
 from .layers import Keys, Runs
 from .linear import Linear
 from .models import MODELS, Model
-from .models.base import first_rows
-from .models.clip import rows_of
 from .pruning import LayerTrace, Stream
+from .rows import first_rows, rows_of
 from .weights import key_maps
 from .weights.files import read_file
 from .weights.loading import initial_weight

@@ -12,7 +12,7 @@ from torch import Tensor
 from madtp_kernels import RaggedBatch
 
 from ..layers import Runs
-from ..models.base import first_rows
+from ..rows import first_rows
 from ..models.nlvr import NLVR, NLVROutput, split
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, checks
 
-from ..config import Config, check_temperature
+from ..config import Config, VisionConfig, check_temperature
 from ..graphs import Captured, Graphs
 from ..pruning import Pruning
 
@@ -53,7 +53,9 @@ class Model(nn.Module):
         self.backend = backend
         self.processor = None
         self.graphs = Graphs()
-        self.space_dict = nn.Parameter(torch.randn(config.vision.sd_num, config.vision.sd_dim))
+        vision = config.vision
+        entries = (vision.sd_num, vision.sd_dim) if vision else (VisionConfig.sd_num, config.text.hidden_size)
+        self.space_dict = nn.Parameter(torch.randn(*entries))
 
     @contextlib.contextmanager
     def dense(self) -> Iterator[Model]:
@@ -137,12 +139,6 @@ class Model(nn.Module):
 
     def _pixels(self, pixels: Tensor | RaggedBatch) -> Tensor | RaggedBatch:
         return pixels.to(self.device, self.dtype)
-
-
-def first_rows(tokens: RaggedBatch) -> Tensor:
-    """``[B, D]``: the first token of each sample, which stands for it; any row for an empty sample."""
-    # Empty samples at the end begin beyond the last row of an exact buffer.
-    return tokens.values[tokens.cu_seqlens[:-1].long().clamp(max=len(tokens.values) - 1)]
 
 
 def check_ids(input_ids: RaggedBatch, vocabulary: int, name: str = "input_ids") -> None:

@@ -13,9 +13,10 @@ from madtp_kernels import RaggedBatch
 
 from ..config import NLVRConfig
 from ..pruning import LayerTrace, Stream
+from ..rows import first_rows
 from ..text import TextEncoder
 from ..vision import VisionTransformer
-from .base import Model, first_rows
+from .base import Model
 
 
 @dataclass(frozen=True)

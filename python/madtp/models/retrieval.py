@@ -27,9 +27,10 @@ from madtp_kernels import RaggedBatch
 from ..config import RetrievalConfig
 from ..layers import Runs
 from ..pruning import LayerTrace, Stream
+from ..rows import first_rows
 from ..text import TextEncoder
 from ..vision import VisionTransformer
-from .base import Model, first_rows
+from .base import Model
 from .vqa import gather_samples
 
 PADDED_LENGTH = 35

@@ -1,0 +1,313 @@
+"""Image and text towers of CLIP and its kin (SigLIP, DINOv2, ViT): pre-norm blocks, and one vector for each image or text.
+
+One implementation serves all families; what differs between them is in :class:`madtp.config.CLIPVisionConfig` and
+:class:`madtp.config.CLIPTextConfig`. What their weights are called elsewhere is in :mod:`madtp.weights.key_maps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp_kernels import RaggedBatch, attention
+
+from .config import CLIPConfig
+from .guidance import QueryModel
+from .layers import LayerNorm
+from .linear import Linear, mlp, project
+from .pruning import LayerTrace, Pruning, Stream
+from .rows import first_rows, rows_of
+from .vision import Block, run_blocks
+
+
+class Features(NamedTuple):
+    """What a tower returns."""
+
+    features: Tensor
+    """``[B, E]``, not normalised."""
+    stream: Stream
+    """Final tokens ``[T, D]``, before the last LayerNorm."""
+    trace: list[LayerTrace]
+    """One record per block."""
+    summary: Tensor | None
+    """``[B, M, sd_dim]`` alignment summaries summed over the blocks; None if not asked for."""
+
+
+class Patches(NamedTuple):
+    """Images cut into patches, each with its own grid."""
+
+    vectors: RaggedBatch
+    """``[T, 3 * patch * patch]``, row by row of each image; the numbers in the order of the tower's weights."""
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of each image's patches; where there is no image, of those that there could be."""
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1, mode: str = "bicubic") -> Tensor:
+    """Position embedding ``[1, prefix + S * S, D]`` for another grid (rows, columns) of patches: ``[1, prefix + P, D]``.
+
+    The prefix stays as it is. ``mode`` is one of :attr:`madtp.config.CLIPVisionConfig.positions` but "fixed".
+
+    Raises:
+        ValueError: the trained patches do not form a square.
+    """
+    side = round((positions.shape[1] - prefix) ** 0.5)
+    if side * side + prefix != positions.shape[1]:
+        raise ValueError(f"pos_embed: {positions.shape[1] - prefix} patches do not form a square grid")
+    if (side, side) == grid:
+        return positions
+    kept, patches = positions[:, :prefix], positions[:, prefix:]
+    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    mode, antialias = mode.split()[0], mode.endswith("antialias")
+    patches = F.interpolate(patches, size=grid, mode=mode, align_corners=False, antialias=antialias)
+    return torch.cat([kept, patches.flatten(2).mT.to(positions.dtype)], 1)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's head: a learned query looks at all tokens of an image, then an MLP with a residual.
+
+    A merged token counts as often as the tokens that it stands for: the log of its size is added to its logit.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int, *, eps: float, activation: str) -> None:
+        super().__init__()
+        self.num_heads, self.activation = num_heads, activation
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        self.attn = nn.Module()
+        self.attn.qkv = Linear(width, 3 * width)
+        self.attn.proj = Linear(width, width)
+        self.norm = LayerNorm(width, eps=eps)
+        self.mlp = nn.Module()
+        self.mlp.fc1 = Linear(width, hidden)
+        self.mlp.fc2 = Linear(hidden, width)
+
+    def forward(self, stream: Stream, backend: str | None = None) -> Tensor:
+        """Tokens ``[T, D]`` to ``[B, D]``."""
+        tokens, width = stream.tokens, self.probe.shape[-1]
+        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
+        q = project(self.probe[0], weight[:width], bias[:width]).expand(tokens.batch_size, -1)
+        kv = project(tokens.values, weight[width:], bias[width:], tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
+        x = self.attn.proj(pooled_attention(q.unflatten(-1, (self.num_heads, -1)), *kv.unbind(1), stream, backend))
+        rows = RaggedBatch(x, torch.arange(len(x) + 1, dtype=torch.int32, device=x.device), 1)
+        return mlp(self.norm(x), self.mlp.fc1, self.mlp.fc2, x, self.activation, tokens=rows)
+
+
+def pooled_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: str | None, bias: Tensor | None = None) -> Tensor:
+    """One query ``q [B, H, d]`` for each sample over its keys and values ``[T, H, d]``, sizes counted: ``[B, H * d]``."""
+    tokens, sizes = stream.tokens, stream.key_bias
+    starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    bias = sizes if bias is None else bias if sizes is None else bias + sizes
+    options = {"key_bias": bias, "backend": backend}
+    out, _ = attention(q, k, v, starts, tokens.cu_seqlens, 1, tokens.max_seqlen, **options)
+    return out.flatten(1)
+
+
+def mean_of_patches(stream: Stream, prefix: int, num_heads: int, backend: str | None = None) -> Tensor:
+    """``[B, D]``: mean of the rows of each sample but the first ``prefix`` ones, weighted by sizes.
+
+    It is attention of a query of zeros: one kernel on every backend, with the same bits alone and in a batch.
+    """
+    tokens = stream.tokens
+    values = tokens.values.unflatten(-1, (num_heads, -1))
+    hidden = ((stream.ids >= 0) & (stream.ids < prefix)).float() * -1e4 if prefix else None
+    query = values.new_zeros(tokens.batch_size, *values.shape[1:])
+    return pooled_attention(query, values, values, stream, backend, hidden)
+
+
+class ImageTower(nn.Module):
+    """A vision transformer whose tokens are packed from the patches on, with one vector for each image."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        vision, eps = config.vision, config.norm_eps
+        self.config = vision
+        width, hidden = vision.embed_dim, round(vision.embed_dim * vision.mlp_ratio)
+        options = {"eps": eps, "activation": config.hidden_act}
+        if vision.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if vision.registers:
+            self.registers = nn.Parameter(torch.zeros(1, vision.registers, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, vision.num_patches + vision.class_token, width))
+        self.patch_embed = nn.Module()
+        size, bias = vision.patch_size, vision.patch_bias
+        flat = nn.Linear(3 * size * size, width, bias) if vision.patches_last else None
+        self.patch_embed.proj = flat or nn.Conv2d(3, width, size, size, bias=bias)
+        self.norm_pre = nn.LayerNorm(width, eps=eps) if vision.norm_pre else None
+        self.blocks = nn.ModuleList(Block(width, vision.num_heads, hidden, **options) for _ in range(vision.depth))
+        self.query_models = nn.ModuleList(QueryModel(width, vision.sd_dim, vision.map_func) for _ in range(vision.depth))
+        self.norm_post = LayerNorm(width, eps=eps)
+        self.head = AttentionPool(width, vision.num_heads, hidden, **options) if vision.pool == "attention" else None
+        self.pooler = nn.Linear(width, width) if vision.pooler else None
+        self.proj = nn.Linear(width, config.embed_dim, bias=False) if vision.projection else None
+
+    def patches(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` to ``[B, P, 3 * patch * patch]``, in the order of the weights."""
+        size = self.config.patch_size
+        if self.config.patches_last:
+            return images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        return F.pixel_unshuffle(images, size).flatten(2).mT  # a convolution whose stride is its kernel is a linear layer
+
+    def cut(self, pixels: Tensor | RaggedBatch | Sequence[Tensor]) -> Patches:
+        """Images to patches.
+
+        Args:
+            pixels: ``[B, 3, H, W]``, a ragged batch of such images (of which a sample has one or none), or B images
+                ``[3, H, W]`` of any shapes.
+
+        Raises:
+            ValueError: pixels of a size that the tower does not take.
+        """
+        vision = self.config
+        if not isinstance(pixels, (Tensor, RaggedBatch)):
+            pixels = list(pixels)
+            if pixels and all(image.shape == pixels[0].shape for image in pixels):
+                return self.cut(torch.stack(pixels))
+            parts = [self.cut(image[None]) for image in pixels]
+            vectors = RaggedBatch.from_list([part.vectors.values for part in parts])
+            return Patches(vectors, tuple(grid for part in parts for grid in part.grids))
+        images = pixels.values if isinstance(pixels, RaggedBatch) else pixels
+        size, side = vision.patch_size, vision.image_size
+        high, wide = images.shape[2:] if images.dim() == 4 else (0, 0)
+        fits = (high, wide) == (side, side) if vision.positions == "fixed" else high >= size and wide >= size
+        if images.dim() != 4 or images.shape[1] != 3 or not fits or high % size or wide % size:
+            sides = f"{side}, {side}" if vision.positions == "fixed" else f"multiples of {size}"
+            raise ValueError(f"pixels: expected [B, 3, {sides}], got {list(images.shape)}")
+        grid = (high // size, wide // size)
+        vectors, number = self.patches(images).flatten(0, 1), grid[0] * grid[1]
+        if isinstance(pixels, RaggedBatch):
+            vectors = RaggedBatch(vectors, pixels.cu_seqlens * number, number, True)
+        else:
+            starts = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device)
+            vectors = RaggedBatch(vectors, starts * number, number)
+        return Patches(vectors, (grid,) * max(len(images), 1))
+
+    def embed(self, patches: Patches) -> RaggedBatch:
+        """Patches to the tokens ``[T, D]`` that enter the first block: class token, registers, patches row by row."""
+        vision, proj = self.config, self.patch_embed.proj
+        vectors, grids = patches
+        x = project(vectors.values, proj.weight.flatten(1), proj.bias, tokens=vectors)
+        different = sorted(set(grids))
+        places = {
+            grid: self.pos_embed
+            if vision.positions == "fixed"
+            else interpolate_positions(self.pos_embed, grid, int(vision.class_token), vision.positions)
+            for grid in different
+        }
+        if len(different) == 1:
+            (grid,) = different
+            x = x.unflatten(0, (-1, grid[0] * grid[1]))
+            lead = self._lead(places[grid])
+            x = torch.cat([lead.expand(len(x), -1, -1), x + places[grid][:, int(vision.class_token) :]], 1)
+            length = x.shape[1]
+            starts = vectors.cu_seqlens // (grid[0] * grid[1]) * length
+            return RaggedBatch(x.flatten(0, 1), starts, length, vectors.bound)
+        rows, parts = x.split([high * wide for high, wide in grids]), []
+        for grid, own in zip(grids, rows, strict=True):
+            parts += [self._lead(places[grid])[0], own + places[grid][0, int(vision.class_token) :]]
+        lengths = [high * wide + vision.prefix for high, wide in grids]
+        return RaggedBatch.from_lengths(torch.cat(parts), lengths)
+
+    def _lead(self, positions: Tensor) -> Tensor:
+        """What stands before the patches, ``[1, prefix, D]``; only the class token has a position."""
+        parts = [self.cls_token + positions[:, :1]] if self.config.class_token else []
+        parts += [self.registers] if self.config.registers else []
+        return torch.cat(parts, 1) if parts else positions[:, :0]
+
+    def pool(self, stream: Stream, backend: str | None = None) -> Tensor:
+        """``[B, D]``: what stands for each image, of final tokens before the last LayerNorm; without the projection."""
+        vision, tokens = self.config, stream.tokens
+        if vision.pool == "class":
+            x = self.norm_post(first_rows(tokens))
+        else:
+            late = vision.pool == "mean" and vision.norm_after_pool
+            stream = stream if late else stream.with_values(self.norm_post(tokens.values, tokens))
+            if vision.pool == "attention":
+                x = self.head(stream, backend)
+            else:
+                x = mean_of_patches(stream, vision.prefix, vision.num_heads, backend)
+                x = self.norm_post(x) if late else x
+        return x if self.pooler is None else self.pooler(x).tanh()
+
+    def forward(
+        self, pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches, dictionary: Tensor | None, pruning: Pruning, summaries: bool = False
+    ) -> Features:
+        """Encode images.
+
+        Args:
+            pixels: as :meth:`cut` takes them, or patches.
+            dictionary, pruning, summaries: as :func:`madtp.vision.run_blocks`.
+
+        Raises:
+            ValueError: pixels of a size that the tower does not take, or active pruning without a dictionary.
+        """
+        tokens = self.embed(pixels if isinstance(pixels, Patches) else self.cut(pixels))
+        if self.norm_pre is not None:
+            tokens = tokens.with_values(self.norm_pre(tokens.values))
+        stream = Stream.start(tokens, pruning.use_sizes)
+        stream, *record = run_blocks(self.blocks, self.query_models, stream, dictionary, pruning, summaries)
+        x = self.pool(stream, pruning.backend)
+        return Features(x if self.proj is None else self.proj(x), stream, *record)
+
+
+class TextTower(nn.Module):
+    """A text transformer; the feature comes from the last token of a text: its end-of-text token, or the last place that
+    padding fills."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        text, eps, layers = config.text, config.norm_eps, range(config.text.num_hidden_layers)
+        width = text.hidden_size
+        sd_dim, mapped = (config.vision.sd_dim, config.vision.map_func) if config.vision else (width, False)
+        options = {"eps": eps, "activation": config.text_act or config.hidden_act, "causal": text.causal}
+        self.token_embeddings = nn.Embedding(text.vocab_size, width)
+        self.position_embeddings = nn.Embedding(text.max_position_embeddings, width)
+        self.blocks = nn.ModuleList(Block(width, text.num_attention_heads, text.intermediate_size, **options) for _ in layers)
+        self.query_models = nn.ModuleList(QueryModel(width, sd_dim, mapped or width != sd_dim) for _ in layers)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.proj = nn.Linear(width, config.embed_dim, bias=text.projection_bias) if text.projection else None
+
+    def forward(
+        self, input_ids: RaggedBatch, dictionary: Tensor | None, pruning: Pruning, summaries: bool = False, compat: bool = False
+    ) -> Features:
+        """Encode texts ``[T]`` int64; the last token of each answers for it.
+
+        Args:
+            input_ids: without padding, unless the tower was trained with it.
+            dictionary, pruning, summaries: as :func:`madtp.vision.run_blocks`.
+            compat: the official mode of pruned text (see :mod:`madtp.models.clip`).
+
+        Raises:
+            ValueError: a text beyond the context, or active pruning without a dictionary.
+        """
+        context = self.position_embeddings.num_embeddings
+        if input_ids.max_seqlen > context:
+            raise ValueError(f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {context} positions")
+        eot = input_ids.lengths - 1
+        if compat and (pruning.active or summaries):  # a dense EOT sees nothing of the padding behind it
+            input_ids = _pad(input_ids, context)
+            min_keep = eot + 2
+            if pruning.groups is not None:  # the official rule takes the maximum of the batch
+                min_keep = min_keep.amax(0, keepdim=True).expand_as(eot).contiguous()
+            pruning = dataclasses.replace(pruning, min_keep=min_keep, weakest_last=True)
+        else:
+            pruning = dataclasses.replace(pruning, min_keep=torch.ones_like(eot), protected_ids=eot)
+        stream = Stream.start(input_ids, pruning.use_sizes)
+        x = self.token_embeddings(input_ids.values) + self.position_embeddings(stream.ids.clamp(max=context - 1))
+        stream, *record = run_blocks(
+            self.blocks, self.query_models, stream.with_values(x), dictionary, pruning, summaries
+        )
+        rows = stream.tokens.cu_seqlens[:-1] + eot if pruning.weakest_last else rows_of(stream, eot)
+        x = self.norm(stream.tokens.values[rows.long()])
+        return Features(x if self.proj is None else self.proj(x), stream, *record)
+
+
+def _pad(input_ids: RaggedBatch, length: int) -> RaggedBatch:
+    """Texts filled up with zeros to ``length`` tokens each."""
+    padded, _ = input_ids.to_padded(0)
+    padded = F.pad(padded, (0, length - padded.shape[1]))
+    cu_seqlens = torch.arange(len(padded) + 1, dtype=torch.int32, device=padded.device) * length
+    return RaggedBatch(padded.flatten(), cu_seqlens, length)
