@@ -96,7 +96,9 @@ class AttentionPool(nn.Module):
         return mlp(self.norm(x), self.mlp.fc1, self.mlp.fc2, x, self.activation, tokens=rows)
 
 
-def pooled_attention(q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: str | None, bias: Tensor | None = None) -> Tensor:
+def pooled_attention(
+    q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: str | None, bias: Tensor | None = None
+) -> Tensor:
     """One query ``q [B, H, d]`` for each sample over its keys and values ``[T, H, d]``, sizes counted: ``[B, H * d]``."""
     tokens, sizes = stream.tokens, stream.key_bias
     starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
@@ -138,7 +140,9 @@ class ImageTower(nn.Module):
         self.patch_embed.proj = flat or nn.Conv2d(3, width, size, size, bias=bias)
         self.norm_pre = nn.LayerNorm(width, eps=eps) if vision.norm_pre else None
         self.blocks = nn.ModuleList(Block(width, vision.num_heads, hidden, **options) for _ in range(vision.depth))
-        self.query_models = nn.ModuleList(QueryModel(width, vision.sd_dim, vision.map_func) for _ in range(vision.depth))
+        self.query_models = nn.ModuleList(
+            QueryModel(width, vision.sd_dim, vision.map_func) for _ in range(vision.depth)
+        )
         self.norm_post = LayerNorm(width, eps=eps)
         self.head = AttentionPool(width, vision.num_heads, hidden, **options) if vision.pool == "attention" else None
         self.pooler = nn.Linear(width, width) if vision.pooler else None
@@ -149,7 +153,8 @@ class ImageTower(nn.Module):
         size = self.config.patch_size
         if self.config.patches_last:
             return images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-        return F.pixel_unshuffle(images, size).flatten(2).mT  # a convolution whose stride is its kernel is a linear layer
+        # A convolution whose stride is its kernel is a linear layer.
+        return F.pixel_unshuffle(images, size).flatten(2).mT
 
     def cut(self, pixels: Tensor | RaggedBatch | Sequence[Tensor]) -> Patches:
         """Images to patches.
@@ -233,7 +238,11 @@ class ImageTower(nn.Module):
         return x if self.pooler is None else self.pooler(x).tanh()
 
     def forward(
-        self, pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches, dictionary: Tensor | None, pruning: Pruning, summaries: bool = False
+        self,
+        pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches,
+        dictionary: Tensor | None,
+        pruning: Pruning,
+        summaries: bool = False,
     ) -> Features:
         """Encode images.
 
@@ -265,13 +274,20 @@ class TextTower(nn.Module):
         options = {"eps": eps, "activation": config.text_act or config.hidden_act, "causal": text.causal}
         self.token_embeddings = nn.Embedding(text.vocab_size, width)
         self.position_embeddings = nn.Embedding(text.max_position_embeddings, width)
-        self.blocks = nn.ModuleList(Block(width, text.num_attention_heads, text.intermediate_size, **options) for _ in layers)
+        self.blocks = nn.ModuleList(
+            Block(width, text.num_attention_heads, text.intermediate_size, **options) for _ in layers
+        )
         self.query_models = nn.ModuleList(QueryModel(width, sd_dim, mapped or width != sd_dim) for _ in layers)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.proj = nn.Linear(width, config.embed_dim, bias=text.projection_bias) if text.projection else None
 
     def forward(
-        self, input_ids: RaggedBatch, dictionary: Tensor | None, pruning: Pruning, summaries: bool = False, compat: bool = False
+        self,
+        input_ids: RaggedBatch,
+        dictionary: Tensor | None,
+        pruning: Pruning,
+        summaries: bool = False,
+        compat: bool = False,
     ) -> Features:
         """Encode texts ``[T]`` int64; the last token of each answers for it.
 
@@ -285,7 +301,9 @@ class TextTower(nn.Module):
         """
         context = self.position_embeddings.num_embeddings
         if input_ids.max_seqlen > context:
-            raise ValueError(f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {context} positions")
+            raise ValueError(
+                f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {context} positions"
+            )
         eot = input_ids.lengths - 1
         if compat and (pruning.active or summaries):  # a dense EOT sees nothing of the padding behind it
             input_ids = _pad(input_ids, context)
