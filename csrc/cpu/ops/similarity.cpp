@@ -20,9 +20,11 @@ namespace madtp::cpu {
 
 namespace {
 
-constexpr int64_t kQueries = 192;     // of a work item
-constexpr int64_t kCandidates = 192;  // packed at a time
+constexpr int64_t kQueries = 96;      // of a work item
 constexpr int64_t kBlock = 48;        // queries in a product
+constexpr int64_t kCandidates = 192;  // in a product: whole panels of every instruction set
+constexpr int64_t kPackedRows = 64;   // candidates packed by a work item
+constexpr int64_t kPackedBytes = int64_t{2} << 20;  // packed at a time, for each thread: what its cache keeps
 constexpr int64_t kNormRows = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -56,80 +58,115 @@ class Alike {
   }
 
   // For every query of searches[b]: nearest[row] = row of its best candidate, cosine[row] = their cosine; -1 and -inf if it
-  // sees none.
+  // sees none. Candidates are packed once, as many samples together as the threads' caches keep, and then met by all queries.
   void run(const std::vector<Search>& searches, Seen seen, int32_t* nearest, float* cosine) const {
-    struct Item {
-      const Search* search;
-      int64_t first, last;
-    };
-    std::vector<Item> items;
-    for (const Search& search : searches) {
-      const auto count = static_cast<int64_t>(search.queries.size());
-      for (int64_t q = 0; q < count; q += kQueries) items.push_back({&search, q, std::min(q + kQueries, count)});
-    }
-    share_items(static_cast<int64_t>(items.size()), [&](const auto& next) {
-      const Scratch scratch(*this);
-      for (size_t i = next(); i < items.size(); i = next()) {
-        search(scratch, *items[i].search, items[i].first, items[i].last, seen, nearest, cosine);
+    const int64_t most = kPackedBytes * at::get_num_threads();
+    for (size_t first = 0, last = 0; first < searches.size(); first = last) {
+      std::vector<int64_t> place;  // of a search's candidates, in bytes
+      int64_t bytes = 0;
+      for (; last < searches.size() && (last == first || bytes < most); ++last) {
+        place.push_back(bytes);
+        if (!searches[last].queries.empty()) bytes += packed_bytes(static_cast<int64_t>(searches[last].candidates.size()));
       }
-    });
+      const Buffer packed(bytes);
+      std::vector<Item> packing, searching;
+      for (size_t s = first; s < last; ++s) {
+        const auto queries = static_cast<int64_t>(searches[s].queries.size());
+        const auto candidates = static_cast<int64_t>(searches[s].candidates.size());
+        auto* const memory = packed.at<std::byte>(place[s - first]);
+        if (queries == 0) continue;
+        for (int64_t c = 0; c < candidates; c += kPackedRows) {
+          packing.push_back({&searches[s], memory, c, std::min(c + kPackedRows, candidates)});
+        }
+        for (int64_t q = 0; q < queries; q += kQueries) {
+          searching.push_back({&searches[s], memory, q, std::min(q + kQueries, queries)});
+        }
+      }
+      share_items(static_cast<int64_t>(packing.size()), [&](const auto& next) {
+        const Buffer rows(kPackedRows * row_bytes_);
+        for (size_t i = next(); i < packing.size(); i = next()) pack(packing[i], rows);
+      });
+      // Of a sorted sample the last queries see most: first, so that no thread waits for them at the end.
+      if (seen == Seen::earlier) std::reverse(searching.begin(), searching.end());
+      share_items(static_cast<int64_t>(searching.size()), [&](const auto& next) {
+        const Scratch scratch(*this);
+        for (size_t i = next(); i < searching.size(); i = next()) search(scratch, searching[i], seen, nearest, cosine);
+      });
+    }
   }
 
  private:
+  // Some candidates to pack, or queries to search for, by their places in the lists of a search.
+  struct Item {
+    const Search* lists;
+    std::byte* packed;  // the candidates of this search, followed by their scales
+    int64_t first, last;
+  };
+
   // A thread's memory.
   struct Scratch {
     explicit Scratch(const Alike& of)
-        : rows(std::max(kQueries, kCandidates) * of.row_bytes_),
+        : rows(kQueries * of.row_bytes_),
           left(kQueries * of.depth_ * factor_bytes(of.factor_)),
-          packed(packed_size(layout_of(of.kernels_, of.factor_), kCandidates, of.width_) * factor_bytes(of.factor_)),
           products(kBlock * kCandidates * 4),
-          zeros(kCandidates * 4),
-          scale(kCandidates * 4) {
+          zeros(kCandidates * 4) {
       std::fill_n(zeros.at<float>(), kCandidates, 0.0f);
     }
-    Buffer rows, left, packed, products, zeros, scale;
+    Buffer rows, left, products, zeros;
   };
 
-  // Copies rows of the list side by side; a key without a direction becomes zero.
-  RowsToLoad gather(const Scratch& scratch, const int64_t* list, int64_t count) const {
+  int64_t scales_offset(int64_t candidates) const {
+    return round_up(packed_size(layout_of(kernels_, factor_), candidates, width_) * factor_bytes(factor_), 64);
+  }
+  int64_t packed_bytes(int64_t candidates) const { return scales_offset(candidates) + round_up(candidates * 4, 64); }
+
+  // Copies rows of a list side by side; a key without a direction becomes zero.
+  RowsToLoad gather(const Buffer& rows, const int64_t* list, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
-      auto* const to = scratch.rows.at<std::byte>(i * row_bytes_);
+      auto* const to = rows.at<std::byte>(i * row_bytes_);
       if (scale_[list[i]] == 0.0f) {
         std::memset(to, 0, static_cast<size_t>(row_bytes_));
       } else {
         std::memcpy(to, data_ + list[i] * row_stride_, static_cast<size_t>(row_bytes_));
       }
     }
-    return {scratch.rows.at(), type_, width_, count, width_};
+    return {rows.at(), type_, width_, count, width_};
   }
 
-  void search(const Scratch& scratch, const Search& lists, int64_t first, int64_t last, Seen seen, int32_t* nearest,
-              float* cosine) const {
+  void pack(const Item& item, const Buffer& rows) const {
+    const auto& list = item.lists->candidates;
+    const auto candidates = static_cast<int64_t>(list.size());
+    kernels_.pack_transposed(factor_, gather(rows, &list[item.first], item.last - item.first), item.first, candidates, item.packed);
+    auto* const scales = reinterpret_cast<float*>(item.packed + scales_offset(candidates));
+    for (int64_t c = item.first; c < item.last; ++c) scales[c] = scale_[list[c]];
+  }
+
+  void search(const Scratch& scratch, const Item& item, Seen seen, int32_t* nearest, float* cosine) const {
     float best[kQueries];
     int64_t place[kQueries];
     std::fill_n(best, kQueries, -kInfinity);
     std::fill_n(place, kQueries, -1);
-    kernels_.load_rows(factor_, gather(scratch, &lists.queries[first], last - first), scratch.left.at(), depth_);
+    const Search& lists = *item.lists;
     const auto candidates = static_cast<int64_t>(lists.candidates.size());
-    const int64_t end = seen == Seen::earlier ? std::min(candidates, last - 1) : candidates;
-    for (int64_t column = 0; column < end; column += kCandidates) {
-      const int64_t columns = std::min(kCandidates, end - column);
-      const int64_t* const list = &lists.candidates[column];
-      kernels_.pack_transposed(factor_, gather(scratch, list, columns), 0, columns, scratch.packed.at());
-      float* const scale = scratch.scale.at<float>();
-      for (int64_t c = 0; c < columns; ++c) scale[c] = scale_[list[c]];
-      for (int64_t q = first; q < last; q += kBlock) {
-        const int64_t rows = std::min(kBlock, last - q);
-        const auto* const left = scratch.left.at<std::byte>((q - first) * depth_ * factor_bytes(factor_));
+    const auto* const scales = reinterpret_cast<const float*>(item.packed + scales_offset(candidates));
+    kernels_.load_rows(factor_, gather(scratch.rows, &lists.queries[item.first], item.last - item.first), scratch.left.at(), depth_);
+    for (int64_t column = 0; column < candidates; column += kCandidates) {
+      for (int64_t q = item.first; q < item.last; q += kBlock) {
+        const int64_t rows = std::min(kBlock, item.last - q);
+        const int64_t end = seen == Seen::earlier ? std::min(candidates, q + rows - 1) : candidates;
+        if (end <= column) continue;
+        // Whole panels, as they were packed.
+        const int64_t columns = std::min({kCandidates, round_up(end - column, kernels_.panel), candidates - column});
+        const auto* const left = scratch.left.at<std::byte>((q - item.first) * depth_ * factor_bytes(factor_));
         float* const products = scratch.products.at<float>();
-        kernels_.product(factor_, {left, depth_, rows}, scratch.packed.at(), columns, width_, scratch.zeros.at<float>(), products,
-                         kCandidates);
+        kernels_.product(factor_, {left, depth_, rows}, item.packed + column * depth_ * factor_bytes(factor_), columns, width_,
+                         scratch.zeros.at<float>(), products, kCandidates);
         for (int64_t r = 0; r < rows; ++r) {
-          float* const top = best + q - first + r;
-          int64_t* const at = place + q - first + r;
+          float* const top = best + q - item.first + r;
+          int64_t* const at = place + q - item.first + r;
           const auto look = [&](int64_t from, int64_t to) {
             const float* const row = products + r * kCandidates;
-            const int64_t found = from < to ? kernels_.best_scaled(row + from, scale + from, to - from, top) : -1;
+            const int64_t found = from < to ? kernels_.best_scaled(row + from, scales + column + from, to - from, top) : -1;
             if (found >= 0) *at = column + from + found;
           };
           const int64_t own = q + r - column;  // where the query itself would be among these candidates
@@ -142,10 +179,10 @@ class Alike {
         }
       }
     }
-    for (int64_t q = first; q < last; ++q) {
-      const int64_t row = lists.queries[q], at = place[q - first];
+    for (int64_t q = item.first; q < item.last; ++q) {
+      const int64_t row = lists.queries[q], at = place[q - item.first];
       nearest[row] = at < 0 ? -1 : static_cast<int32_t>(lists.candidates[at]);
-      cosine[row] = at < 0 ? -kInfinity : std::clamp(best[q - first] * scale_[row], -1.0f, 1.0f);
+      cosine[row] = at < 0 ? -kInfinity : std::clamp(best[q - item.first] * scale_[row], -1.0f, 1.0f);
     }
   }
 
