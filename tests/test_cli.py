@@ -19,6 +19,7 @@ import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig, cli, predict
 from madtp.cli import demo
 from madtp.data.synthetic import TEMPLATES, Shapes
+from madtp.tasks.nlvr import NLVRTask
 
 SIZES = NLVRConfig(
     VisionConfig(96, 16, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2, sd_num=12, sd_dim=64),
@@ -298,15 +299,15 @@ def test_bad_rows_are_reported_and_do_not_stop_the_run(madtp_command, small, tmp
 def test_an_unfinished_run_with_other_settings_is_not_continued(madtp_command, tmp_path, monkeypatch):
     output = tmp_path / "answers.jsonl"
     arguments = ["nlvr", *MODEL, "--input", PAIRS, "--output", output, "--batch-size", "2"]
-    batches, answer = [], predict.nlvr_batch
+    batches, answer = [], NLVRTask.answer
 
-    def interrupted(model, instances):
+    def interrupted(task, model, instances):
         batches.append(instances)
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return answer(model, instances)
+        return answer(task, model, instances)
 
-    monkeypatch.setattr(predict, "nlvr_batch", interrupted)
+    monkeypatch.setattr(NLVRTask, "answer", interrupted)
     code, _, err = madtp_command(*arguments)
     assert code == 130 and "interrupted" in err and not output.exists()
     code, _, err = madtp_command(*arguments, "--temperature", "7")

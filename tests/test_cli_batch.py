@@ -28,6 +28,7 @@ from madtp.config import (
     VisionConfig,
     VQAConfig,
 )
+from madtp.tasks.caption import CaptionTask
 
 SIZES = {"image_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
 VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
@@ -630,7 +631,7 @@ def test_help_has_examples(name, capsys):
 
 
 def test_a_stopped_run_goes_on_only_with_the_same_options(command, photos, tmp_path, monkeypatch):
-    caption, calls = predict.caption_batch, []
+    caption, calls = CaptionTask.answer, []
 
     def interrupted(*arguments, **options):
         calls.append(options)
@@ -640,7 +641,7 @@ def test_a_stopped_run_goes_on_only_with_the_same_options(command, photos, tmp_p
 
     fixed = [photos, "--output", tmp_path / "out.jsonl", "--batch-size", "4", "--max-length", "9"]
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "caption_batch", interrupted)
+        patch.setattr(CaptionTask, "answer", interrupted)
         code, _, err = command("caption", "caption", *fixed)
     assert code == 130 and err == "madtp: interrupted; the same command goes on from here\n"
     for options, reason in [
@@ -659,7 +660,7 @@ def test_a_stopped_run_goes_on_only_with_the_same_options(command, photos, tmp_p
 
 def test_a_stopped_run_that_samples_ends_as_one_that_was_not(command, photos, tmp_path, monkeypatch):
     """Each row has random numbers of its own, wherever it is answered."""
-    caption, outputs = predict.caption_batch, [tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"]
+    caption, outputs = CaptionTask.answer, [tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"]
     fixed = [photos, "--batch-size", "4", "--sample", "--top-p", "1"]
     assert command("caption", "caption", *fixed, "--output", outputs[0])[0] == 0
     for stop in (2, 1):  # after the first batch, and after the second
@@ -673,7 +674,7 @@ def test_a_stopped_run_that_samples_ends_as_one_that_was_not(command, photos, tm
             return caption(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(predict, "caption_batch", interrupted)
+            patch.setattr(CaptionTask, "answer", interrupted)
             assert command("caption", "caption", *fixed, "--output", outputs[1])[0] == 130
     code, out, _ = command("caption", "caption", *fixed, "--output", outputs[1])
     assert code == 0 and "12 rows (4 of them from an earlier run)" in out

@@ -15,9 +15,10 @@ from test_cli_batch import CONFIGS, files, records, save_pictures
 
 import madtp
 from madtp import cli
-from madtp.cli.demo import _given
+from madtp.cli.demo import Demo
 from madtp.cli.options import check_device
 from madtp.index import to_text
+from madtp.options import parsed
 
 SHORT = ["--max-length", "6", "--num-beams", "1"]
 
@@ -282,7 +283,9 @@ def test_devices_that_are_not_there(monkeypatch):
 
 
 def test_the_demo_repeats_its_options():
-    parse = cli.parser().parse_args
-    assert _given(parse(["demo"])) == []
+    def given(arguments):
+        return parsed(Demo, cli.parser().parse_args(arguments))._given()
+
+    assert given(["demo"]) == []
     options = ["--temperature", "8.0", "--dtype", "bfloat16", "--grouping", "pair"]
-    assert _given(parse(["demo", *options, "--pairs", "3"])) == options
+    assert given(["demo", *options, "--pairs", "3"]) == options

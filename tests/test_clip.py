@@ -17,14 +17,14 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import madtp
 from madtp import CheckpointError, CLIPConfig, CLIPTextConfig, VisionConfig, flops, layers, predict
-from madtp.weights.loading import randomize
 from madtp.guidance import alignment_loss
-from madtp.weights.key_maps import clip as official_layout
-from madtp.weights.key_maps import clip_hugging_face
 from madtp.linear import Linear
 from madtp.models.clip import CLIP
 from madtp.processing import CLIPProcessor, TextError
 from madtp.pruning import Pruning, Stream, prune_layer, weakest_last
+from madtp.weights.key_maps import clip as official_layout
+from madtp.weights.key_maps import clip_hugging_face
+from madtp.weights.loading import randomize
 from madtp_kernels import RaggedBatch, compact
 from madtp_kernels.attention import reference
 

@@ -22,9 +22,9 @@ from madtp.compress.calibrate import read_pairs
 from madtp.compress.dictionary import dictionary_from_examples
 from madtp.compress.evaluation import evaluate
 from madtp.compress.settings import Settings
-from madtp.compress.tasks import TASKS
 from madtp.compress.train import _Board, train
 from madtp.guidance import alignment_loss
+from madtp.tasks import TASKS
 
 LEARNING = "--epochs 4 --batch-size 4 --lr 1e-3 --workers 0 --log-every 1 --reduction 0.3 --ramp 0.2".split()
 
@@ -85,7 +85,7 @@ def test_a_model_is_compressed_to_the_target(data, whole):
     assert model.temperature == result["temperature"] > 0 and model.use_sizes
     assert all(r["train"]["distillation"] > 0 for r in records if "train" in r)
     task, root = TASKS["nlvr"](model), data / "pictures"
-    dev = task.read(root / "nlvr-1.json", root, training=False)
+    dev = task.split(root / "nlvr-1.json", root, training=False)
     again = evaluate(model, task, dev, model.temperature, batch_size=3)  # other batches, same instances
     assert again.score == pytest.approx(result["score"]) and again.gflops == pytest.approx(result["gflops"], abs=1e-6)
     # The best of the eligible epochs was taken, and dev is all that chose.
@@ -200,7 +200,7 @@ def test_accumulated_batches_make_one_step(data, tmp_path):
     for batch_size, accumulate in ((4, 1), (2, 2)):
         model = madtp.load(data / "nlvr", temperature=1.0, dtype=torch.float64)
         task = TASKS["nlvr"](model)
-        examples, dev = (task.read(root / f"nlvr-{n}.json", root, training=not n) for n in (0, 1))
+        examples, dev = (task.split(root / f"nlvr-{n}.json", root, training=not n) for n in (0, 1))
         settings = Settings(
             reduction=0.3, epochs=1, batch_size=batch_size, accumulate=accumulate, lr=0.0, weight_decay=0.0, seed=3
         )
@@ -219,7 +219,7 @@ def test_a_run_begins_with_tokens_and_a_teacher_that_sees_what_it_sees(data, tas
     """At temperature 0 and a learning rate of 0 nothing else happens, and on random views teacher and student agree."""
     model, root = madtp.load(data / task_name), data / "pictures"
     task = TASKS[task_name](model)
-    examples, dev = (task.read(root / f"{task_name}-{n}.json", root, training=not n) for n in (0, 1))
+    examples, dev = (task.split(root / f"{task_name}-{n}.json", root, training=not n) for n in (0, 1))
     settings = Settings(
         reduction=0.3, epochs=1, batch_size=4, lr=0.0, weight_decay=0.0, controller="official", temperature=0.0,
         distill=1.0, seed=3,

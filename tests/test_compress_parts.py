@@ -16,10 +16,10 @@ from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_
 from madtp.compress.objective import Objective, Teacher, costs_of
 from madtp.compress.official import OfficialController
 from madtp.compress.settings import Settings
-from madtp.compress.tasks import TASKS, swap_sides
 from madtp.models.caption import Caption
-from madtp.tasks import augment, losses
+from madtp.tasks import TASKS, augment, losses
 from madtp.tasks.annotations import AnnotationError
+from madtp.tasks.nlvr import swap_sides
 from madtp.text import Layer
 from madtp.vision import Block
 from madtp.weights.loading import randomize
@@ -31,7 +31,7 @@ SETTINGS = Settings(reduction=0.3, epochs=1, batch_size=4, lr=1e-3, weight_decay
 def batch_of(task_name, folder, number=6, model=None):
     model = tiny(task_name) if model is None else model
     task = TASKS[task_name](model)
-    examples = task.read(annotations(task_name, folder / "pictures", number), folder / "pictures", training=True)
+    examples = task.split(annotations(task_name, folder / "pictures", number), folder / "pictures", training=True)
     return model, task, task.collate([task.instance(example) for example in examples])
 
 
@@ -85,7 +85,7 @@ def test_costs_are_those_of_an_instance_alone(tmp_path):
     """The dense figure too: no instance pays for its neighbours."""
     for name in TASKS:
         model, task, batch = batch_of(name, tmp_path)
-        examples = task.read(tmp_path / "pictures" / f"{name}-0.json", tmp_path / "pictures", training=True)
+        examples = task.split(tmp_path / "pictures" / f"{name}-0.json", tmp_path / "pictures", training=True)
         with torch.inference_mode():
             together = costs_of(task, model(batch["pixels"], batch["texts"], 0.3), batch, 0.3)
             for example, (measured, dense) in zip(examples[:3], together, strict=False):
@@ -145,7 +145,7 @@ def centred_tokens(model, batches):
 def test_entries_are_centred_tokens_of_every_layer_and_of_several_batches(name, tmp_path):
     model = tiny(name)
     task = TASKS[name](model)
-    examples = task.read(annotations(name, tmp_path, 20), tmp_path, training=True)
+    examples = task.split(annotations(name, tmp_path, 20), tmp_path, training=True)
     before = torch.get_rng_state()
     entries = dictionary_from_examples(model, task, examples, 7)
     assert entries.shape == model.space_dict.shape and not entries.requires_grad
@@ -187,7 +187,7 @@ def test_entries_that_are_tokens_leave_more_tokens_at_low_temperatures():
 def test_examples_that_are_too_few_for_a_dictionary_are_an_error(tmp_path):
     model, task, batch = batch_of("nlvr", tmp_path, 2)
     model.space_dict = torch.nn.Parameter(torch.zeros(400, 32))
-    examples = task.read(tmp_path / "pictures" / "nlvr-0.json", tmp_path / "pictures", training=True)
+    examples = task.split(tmp_path / "pictures" / "nlvr-0.json", tmp_path / "pictures", training=True)
     with pytest.raises(ValueError, match="400 entries take at least 6[67] tokens from each of 6 layers, got"):
         dictionary_from_examples(model, task, examples, 0)
     with pytest.raises(ValueError, match="expected summaries, got none"):
@@ -369,7 +369,7 @@ def test_a_swapped_pair_has_a_swapped_statement():
 
 def test_nlvr_pairs_are_swapped_half_of_the_time(tmp_path):
     task = TASKS["nlvr"](tiny("nlvr"))
-    examples = task.read(annotations("nlvr", tmp_path), tmp_path, training=True)
+    examples = task.split(annotations("nlvr", tmp_path), tmp_path, training=True)
     swapped = 0
     for seed in range(40):
         made = task.instance(examples[1], np.random.default_rng(seed))
@@ -452,11 +452,11 @@ def test_too_few_examples_are_an_error():
     ],
 )  # fmt: skip
 def test_official_tables(task, missed, step):
-    controller = OfficialController(task, 2.0)
+    controller = OfficialController(TASKS[task].recipe, 2.0)
     assert controller.update(40 + missed, 40) == pytest.approx(2 + step)
-    controller = OfficialController(task, 2.0)
+    controller = OfficialController(TASKS[task].recipe, 2.0)
     assert controller.update(40 - missed, 40) == pytest.approx(2 - step)
-    controller.load_state_dict(OfficialController(task, 0.1).state_dict())
+    controller.load_state_dict(OfficialController(TASKS[task].recipe, 0.1).state_dict())
     assert controller.update(0, 400) == 0  # pruning is off; lower it does not go
 
 

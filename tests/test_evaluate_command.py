@@ -32,6 +32,7 @@ from madtp.index import from_text
 from madtp.processing import clean_sentence
 from madtp.report.plots import quality_plot
 from madtp.tasks.metrics import vqa_score
+from madtp.tasks.nlvr import NLVRTask
 
 SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
@@ -246,7 +247,7 @@ def test_vqa(command, load, data, tmp_path, ranked):
 
 
 def test_captions(command, load, data, tmp_path, monkeypatch):
-    from madtp.evaluate import figures
+    from madtp.tasks import caption
     from madtp.tasks.caption_metrics import CaptionScores
 
     seen = []
@@ -255,7 +256,7 @@ def test_captions(command, load, data, tmp_path, monkeypatch):
         seen.append((captions, references))
         return CaptionScores({"CIDEr": 1.25, "Bleu_4": 0.5}, {"SPICE": "no Java"}, "plain")
 
-    monkeypatch.setattr(figures, "caption_scores", scores)
+    monkeypatch.setattr(caption, "caption_scores", scores)
     output = tmp_path / "out.json"
     code, out, err = command("caption", "--num-beams", 2, "--max-length", 12, "--output", output)
     assert (code, err) == (0, "")
@@ -395,15 +396,15 @@ def test_two_processes_give_the_figures_of_one(command, models, data, tmp_path, 
 def test_an_interrupted_run_goes_on_where_it_stopped(command, tmp_path, monkeypatch):
     options = ["--batch-size", 3, "--output", tmp_path / "a.json", "--records", tmp_path / "a.jsonl"]
     assert command("nlvr", *options)[0] == 0
-    answer, calls = predict.nlvr_batch, []
+    answer, calls = NLVRTask.answer, []
 
-    def counted(model, instances):
+    def counted(task, model, instances):
         calls.append((model.temperature, len(instances)))
         if len(calls) == stop_at:
             raise KeyboardInterrupt
-        return answer(model, instances)
+        return answer(task, model, instances)
 
-    monkeypatch.setattr(predict, "nlvr_batch", counted)
+    monkeypatch.setattr(NLVRTask, "answer", counted)
     options = ["--batch-size", 3, "--output", tmp_path / "b.json", "--records", tmp_path / "b.jsonl"]
     stop_at = 10  # dense: a warm-up and five batches; pruned: a warm-up and two batches, in the third
     code, _, err = command("nlvr", *options)
@@ -483,7 +484,7 @@ def test_original_files_of_nlvr2_and_of_vqa_v2(command, data, tmp_path):
 
 
 def test_missing_images_are_named_before_anything_runs(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "nlvr_batch", None)
+    monkeypatch.setattr(NLVRTask, "answer", None)
     code, _, err = command("nlvr", "--image-root", tmp_path)
     assert code == 2 and "11 of 11 images are not there" in err and str(tmp_path / "photos") in err
 
@@ -505,7 +506,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_and_can_be_put_right(command,
     ("task", "options", "named"),
     [
         ("nlvr", ["--num-beams", 2], "--num-beams: of no use for nlvr"),
-        ("vqa", ["--top-k", 2], "--top-k: of no use for vqa without --answers"),
+        ("vqa", ["--top-k", 2], "vqa: --top-k: of no use without --answers"),
         ("clip", ["--rerank", 2], "--rerank: of no use for clip"),
         ("retrieval", ["--rerank", -1], "--rerank: expected at least 0, got -1"),
         ("nlvr", ["--temperature", 1, 1], "expected different numbers"),
@@ -534,7 +535,7 @@ def test_plots(command, tmp_path, monkeypatch):
         with Image.open(tmp_path / "plots" / name) as picture:
             assert picture.format == "PNG" and len(picture.convert("L").getcolors()) > 20
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(predict, "nlvr_batch", None)  # found out before anything runs
+    monkeypatch.setattr(NLVRTask, "answer", None)  # found out before anything runs
     code, out, err = command("nlvr", "--plots", tmp_path / "none", "--limit", 2)
     assert code == 2 and out == "" and not (tmp_path / "none").exists()
     assert "plots need the package matplotlib: pip install 'madtp[plot]'" in err

@@ -7,11 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from madtp.report.overlay import kept_patches, nlvr_overlay, overlay
+from madtp.report.overlay import kept_patches, overlay, overlays
 
 GRID = 4
 CONFIG = SimpleNamespace(vision=SimpleNamespace(image_size=GRID * 8, patch_size=8))
 CAPTION, GAP = 18, 6
+
+
+def nlvr_overlay(left, right, output, config, pair=0, **options):
+    """The two images of a pair, of which a batch has all left ones first."""
+    pairs = len(output.vision[0].cu_seqlens) // 2
+    return overlays([left, right], output.vision, config, [pair, pairs + pair], **options)
 
 
 def trace(ids_per_sample):

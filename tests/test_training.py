@@ -10,12 +10,12 @@ from torch import nn
 
 from madtp import NLVRConfig, TextConfig, VisionConfig, flops
 from madtp.compress.controller import BracketController
-from madtp.compress.pairs import forward_pairs
 from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
-from madtp.compress.tasks import NLVRTask
 from madtp.models.nlvr import NLVR
+from madtp.models.pairs import forward_pairs
 from madtp.search import find_strength
+from madtp.tasks.nlvr import NLVRTask
 from madtp.weights.loading import randomize
 
 CONFIG = NLVRConfig(
@@ -81,7 +81,7 @@ def test_several_statements_about_a_pair_are_the_model_with_the_pair_repeated(ge
         wanted = expected.summaries[0].unflatten(0, (2, -1)).mean(0)
         torch.testing.assert_close(vision, wanted, **close)
         torch.testing.assert_close(text, expected.summaries[1], **close)
-        costs = task.flops(task.streams(output, {"statements": counts}), {}, True)
+        costs = task.costs(task.streams(output, {"statements": counts}), True)
         assert costs == flops.from_output(model.config, expected)
         found = gradients(model, F.cross_entropy(output.logits, target))
         assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)), **close)

@@ -16,7 +16,13 @@ from collections.abc import Sequence
 
 import madtp_kernels
 
-from . import calibrate, caption, compress, demo, embed, evaluate, info, nlvr, retrieve, vqa
+from ..options import UsageError
+from ..tasks import TASKS
+from . import calibrate, compress, embed, evaluate, retrieve
+from .answer import command_of
+from .demo import Demo
+from .info import Info
+from .options import register
 
 _EXAMPLES = """\
 examples:
@@ -50,8 +56,13 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"madtp {madtp_kernels.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, vqa, retrieve, embed, nlvr, evaluate, compress, calibrate, demo, info):
+    for task in TASKS.values():
+        if task.Inputs is not None:
+            register(commands, command_of(task))
+    for module in (retrieve, embed, compress, calibrate):
         module.add_parser(commands)
+    for command in (evaluate.command(), Demo, Info):
+        register(commands, command)
     for command in commands.choices.values():
         command.add_argument("--quiet", action="store_true", help="no progress, notes or warnings, errors only")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -73,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk behind standard output is an error like any other
         return code
+    except UsageError as error:
+        args.usage_error(str(error))
     except KeyboardInterrupt:
         print("madtp: interrupted", file=sys.stderr)
         return 130

@@ -7,11 +7,15 @@ import contextlib
 import logging
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .options import positive
+from ..options import UsageError, add_options
+from ..tasks import ImageInputs
+from ..tasks.base import digested
+from .options import BatchOptions
 
 _log = logging.getLogger("madtp")
 
@@ -37,25 +41,9 @@ class Item(NamedTuple):
     """What else its record says."""
 
 
-def add_images(parser: argparse.ArgumentParser, row: str) -> None:
-    """Where images come from; `row` is an example of a row of `--input`."""
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE",
-        help="image files, folders (with all their subfolders), or patterns such as 'photos/**/*.jpg'",
-    )
-    add_input(parser, row)
-
-
-def add_input(parser: argparse.ArgumentParser, row: str) -> None:
-    """Rows instead of images; `row` is an example."""
-    parser.add_argument(
-        "--input",
-        metavar="JSONL",
-        help=f"instead of images: rows such as {row}, one per line (-: from standard input); paths are relative to the "
-        "file, those of a pipe to the current folder; other fields of a row are passed on to its record",
-    )
+def add_images(parser: argparse.ArgumentParser, row: str = "") -> None:
+    """Where images come from."""
+    add_options(parser, ImageInputs)
 
 
 def add_output(parser: argparse.ArgumentParser, unit: str = "images") -> None:
@@ -66,10 +54,7 @@ def add_output(parser: argparse.ArgumentParser, unit: str = "images") -> None:
 
 def add_batch(parser: argparse.ArgumentParser, unit: str) -> None:
     """How many rows the model gets at a time, and what to do with an output that is there."""
-    parser.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help=f"{unit} per batch (default: 8)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
+    add_options(parser, BatchOptions)
 
 
 def add_overlay(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +62,7 @@ def add_overlay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-overlay",
         metavar="PATH",
-        help="draw the surviving patches of each layer over the image: a picture file for a single image, or "
-        "a folder",
+        help="draw the surviving patches of each layer over the image: a picture file for a single image, or a folder",
     )
 
 
@@ -87,7 +71,7 @@ def image_rows(args: argparse.Namespace) -> tuple[str | list, Path]:
     from ..inputs import find_images
 
     if bool(args.images) == bool(args.input):
-        args.usage_error("give either images or --input")
+        raise UsageError("give either images or --input")
     if args.input:
         return input_rows(args.input)
     return [{"image": path} for path in find_images(args.images)], Path()
@@ -235,14 +219,29 @@ def settings_of(args: argparse.Namespace, model, *, texts: bool = True, **more) 
         "model": str(args.model),
         "temperature": model.temperature,
         **{name: getattr(args, name) for name in ("dtype", "device", "backend", "grouping", "tokenizer")},
-        **more,
+        **shown(more),
         "fingerprint": fingerprint(model, texts=texts),
     }
+
+
+def shown(options: dict) -> dict:
+    """Options as settings of a run: lists by a digest."""
+    return {name: digested(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def cost_of(flops) -> dict:
     """GFLOPs of a record."""
     return {"gflops": round(flops.official, 6), "gflops_full": round(flops.full, 6)}
+
+
+def shortened(record: dict) -> dict:
+    """A record with six decimals."""
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in record.items()}
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A number of its own for each row, so that its answer does not depend on the others."""
+    return zlib.crc32(f"{seed} {row}".encode())
 
 
 def run_rows(
@@ -269,8 +268,8 @@ def run_rows(
     """
     from .. import jsonl
 
-    kept = Kept(tokens)
-    options = {"unit": unit, "note": kept.note, "answers": [*answers, *tokens, *COMMON], **options}
+    meter = TokenMeter(tokens)
+    options = {"unit": unit, "note": meter.note, "answers": [*answers, *tokens, *COMMON], **options}
     if args.quiet:
         options["progress"] = False
 
@@ -278,7 +277,7 @@ def run_rows(
 
     def noted(instances: list) -> list[dict]:
         nonlocal truncated
-        records = kept.seen(answer(instances))
+        records = meter.seen(answer(instances))
         truncated += sum("truncated" in record for record in records)
         return records
 
@@ -313,7 +312,7 @@ def run_rows(
         if not args.quiet:
             print(f"{summary.rows} rows{resumed} in {args.output}")
     if truncated:
-        marked = "since the model reads no more (\"truncated\": true)"
+        marked = 'since the model reads no more ("truncated": true)'
         _log.warning("%d texts were not read to their end, %s", truncated, marked)
     return report(summary.failed, summary.rows)
 
@@ -330,7 +329,7 @@ def report(failed: dict[int, str], rows: int, what: str = "rows could not be ans
     return 1
 
 
-class Kept:
+class TokenMeter:
     """The mean number of tokens that were left at the end, of those that there were at the beginning."""
 
     def __init__(self, fields: Sequence[str]) -> None:

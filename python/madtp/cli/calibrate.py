@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..tasks import TASKS
 from .options import add_model, positive
 from .training import above_zero, add_pruning_options, add_run_options, begin, load_source, origin, report, share
 
@@ -37,7 +38,7 @@ def add_parser(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser, demo=True)
-    parser.add_argument("--task", choices=["nlvr", "vqa", "retrieval", "clip"], help="default: what the model tells")
+    parser.add_argument("--task", choices=[name for name, task in TASKS.items() if task.aligned], help="default: what the model tells")
     parser.add_argument("--pairs", required=True, metavar="JSONL", help="pictures and texts, one JSON object per line")
     parser.add_argument("--image-root", metavar="DIR", help="where paths start (default: the folder of the pairs)")
     parser.add_argument("--reduction", required=True, type=share, help="share of the GFLOPs to save, as 0.3")
@@ -55,10 +56,9 @@ def run(args: argparse.Namespace) -> int:
     """Learn the dictionary, or go on, and save the model."""
     import numpy as np
 
-    from ..compress.calibrate import ALIGNED, freeze_all_but_dictionary, read_pairs
+    from ..compress.calibrate import freeze_all_but_dictionary, read_pairs
     from ..compress.loaders import steps_per_epoch
     from ..compress.settings import Settings
-    from ..compress.tasks import TASKS
     from ..compress.train import train
     from ..processes import joined
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     with joined(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
-        if name not in ALIGNED:
+        if not TASKS[name].aligned:
             raise ValueError(f"{args.model}: holds a model for task {name!r}, which has no text to align pictures with")
         source = origin(args, model, args.pairs)
         freeze_all_but_dictionary(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..tasks import TASKS
 from .options import add_model, only_with, positive
 from .training import (
     above_zero,
@@ -16,15 +17,6 @@ from .training import (
     report,
     share,
 )
-
-# Task -> epochs, batch size, learning rate, weight decay: those of MADTP's scripts (8 processes).
-_DEFAULTS = {
-    "nlvr": (15, 16, 3e-6, 0.05),
-    "vqa": (3, 16, 2e-5, 0.05),
-    "caption": (5, 32, 1e-5, 0.05),
-    "retrieval": (5, 32, 1e-7, 0.05),
-    "clip": (5, 16, 1e-5, 0.2),
-}
 
 _EXAMPLES = """\
 examples:
@@ -61,7 +53,7 @@ def add_parser(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser, demo=True)
-    parser.add_argument("--task", choices=list(_DEFAULTS), help="what the model is for (default: what it tells)")
+    parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: what it tells)")
     parser.add_argument("--annotations", required=True, metavar="JSON", help="of the training split")
     parser.add_argument("--dev", required=True, metavar="JSON", help="of the split on which choices are made")
     parser.add_argument("--image-root", required=True, metavar="DIR", help="where paths in the annotations start")
@@ -109,7 +101,6 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, or go on, and save the model."""
     from ..compress.settings import Settings
-    from ..compress.tasks import TASKS
     from ..compress.train import train
     from ..processes import joined
 
@@ -118,13 +109,13 @@ def run(args: argparse.Namespace) -> int:
     with joined(args.device) as device:
         model = load_source(args, args.task, device)
         name = model.config.task
-        only_with(args, name != "caption", "for caption, which has no text to align pictures with", "alignment")
         task = TASKS[name](model)
-        examples = task.read(args.annotations, args.image_root, training=True)
-        dev = task.read(args.dev, args.image_root, training=False)
+        only_with(args, task.aligned, f"for {name}, which has no text to align pictures with", "alignment")
+        examples = task.split(args.annotations, args.image_root, training=True)
+        dev = task.split(args.dev, args.image_root, training=False)
         given = (args.epochs, args.batch_size, args.lr, args.weight_decay)
         epochs, batch_size, lr, weight_decay = (
-            own if value is None else value for value, own in zip(given, _DEFAULTS[name], strict=True)
+            own if value is None else value for value, own in zip(given, task.recipe[:4], strict=True)
         )
         settings = Settings(
             reduction=args.reduction, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,

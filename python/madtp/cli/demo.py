@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
+import dataclasses
 import json
 import shlex
 import statistics
@@ -13,7 +13,9 @@ from itertools import cycle
 from pathlib import Path
 
 from ..files import check_output, replacing
-from .options import add_model_options, load_model, positive
+from ..options import option, positive
+from ..tasks import task_of
+from .options import Command, RunOptions, grouping, load_model
 
 _BATCH = 32  # pairs that are answered at once
 _TIMED_BATCHES = (1, 64)
@@ -62,103 +64,99 @@ class _Tally:
             self.text_tokens.append(answer.text_tokens)
 
 
-def add_parser(commands) -> None:
-    """Register the command."""
-    parser = commands.add_parser(
-        "demo",
-        help="small trained models, dense and pruned, on pictures of shapes",
-        description="Answers statements about pictures of shapes, dense and pruned; compares accuracy, cost "
-        "and time. Less than a minute, nothing to download.",
+@dataclass(kw_only=True)
+class _DemoOptions:
+    model: str = option(
+        "another NLVR model, dense and pruned on the same weights, such as random:base", "demo", metavar="SOURCE"
     )
-    parser.add_argument(
-        "--model",
-        default="demo",
-        metavar="SOURCE",
-        help="another NLVR model, dense and pruned on the same weights, such as random:base",
+    temperature: float | None = option(
+        "pruning temperature, higher prunes more (default: the model's)", type=float, metavar="T"
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="pruning temperature, higher prunes more (default: the model's)",
+    pairs: int = option(
+        "held-out pairs to measure accuracy and cost on, fewer if those take too long", 256, type=positive, metavar="N"
     )
-    parser.add_argument(
-        "--pairs",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="held-out pairs to measure accuracy and cost on (default: 256; fewer if those take too long)",
+    output_dir: str = option("where pictures and statements go, and the overlay", "demo-output", metavar="DIR")
+
+
+@dataclass(kw_only=True)
+class Demo(Command, RunOptions, _DemoOptions):
+    """Dense and pruned models, side by side."""
+
+    name = "demo"
+    help = "small trained models, dense and pruned, on pictures of shapes"
+    description = (
+        "Answers statements about pictures of shapes, dense and pruned; compares accuracy, cost and time. Less than a "
+        "minute, nothing to download."
     )
-    parser.add_argument(
-        "--output-dir",
-        default="demo-output",
-        metavar="DIR",
-        help="where pictures and statements go, and the overlay (default: demo-output)",
-    )
-    add_model_options(parser, groupings=("instance", "pair", "batch"), temperature=False)
-    parser.set_defaults(run=run)
+
+    grouping: str = grouping(("instance", "pair", "batch"))
+
+    def run(self) -> int:
+        from ..data.synthetic import TEMPLATES, Shapes
+
+        directory = Path(self.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        check_output(directory / "pairs.jsonl", option="--output-dir")
+        trained = self.model != "random:base"
+        models = dense, pruned = self._models(trained)
+        split = Shapes("test")
+        samples = [_question(pruned, split, index, [template]) for index, template in enumerate(TEMPLATES)]
+        answers, outputs = zip(*(_ask(model, samples) for model in models), strict=True)
+        _print_answers(samples, answers)
+        if trained:
+            questions, tallies = _answer(models, split, self.pairs, self.quiet)
+        else:
+            questions, tallies = samples, [_Tally() for _ in models]
+            for tally, mine in zip(tallies, answers, strict=True):
+                tally.add(samples, mine)
+        _print_costs(tallies, len(questions), accuracy=trained)
+        _print_times(models, [question.instance for question in questions], self.dtype)
+        if self.model == "demo":
+            print(_REAL_SIZE)
+        self._write(directory, samples, pruned, outputs[1], answers[1][0])
+        return 0
+
+    def _models(self, trained: bool) -> tuple:
+        """The dense model and the pruned one."""
+        pruned = load_model(self, ["nlvr"])
+        if not pruned.temperature:
+            raise ValueError(f"{self.model} comes without a pruning temperature: give one, for example --temperature 5")
+        if self.model == "demo":
+            dense = load_model(dataclasses.replace(self, model="demo-dense", temperature=0.0), ["nlvr"])
+            print(_BUNDLED)
+        else:
+            dense = copy.copy(pruned)  # on the same weights
+            dense.temperature = 0.0
+            print(_OTHER.format(model=self.model, temperature=pruned.temperature) if trained else _RANDOM)
+        return dense, pruned
+
+    def _write(self, directory: Path, samples: list[_Question], model, output, answer) -> None:
+        """Pictures, statements, the overlay of the first pair; says how to ask again."""
+        from ..report.overlay import overlays
+
+        _write(directory, samples)
+        picture, pairs = directory / "overlay.png", directory / "pairs.jsonl"
+        title = f"{samples[0].sentence}  The model says: {answer.answer}"
+        places = 0, len(samples)
+        overlays(samples[0].images, output.vision, model.config, places, height=240, title=title).save(picture)
+        print(f"\n{picture}: the patches of the first pair that survive each layer")
+        print(f"{pairs}: pairs and statements, to ask again:")
+        images = shlex.join(str(directory / name) for name in _names(0))
+        options = shlex.join(["--model", self.model, *self._given()])
+        print(f"  madtp nlvr {options} --images {images} \\")
+        print(f"      --text {shlex.quote(samples[0].sentence)}")
+        print(f"  madtp evaluate {options} --annotations {shlex.quote(str(pairs))}")
+
+    def _given(self) -> list[str]:
+        """The options that answers depend on, where they are not the default."""
+        names = ("temperature", "device", "dtype", "backend", "grouping", "tokenizer", "threads")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Demo, name)}
+        return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer statements, dense and pruned, and print what that took."""
-    from ..data.synthetic import TEMPLATES, Shapes
-    from ..predict import nlvr_batch
-    from ..report.overlay import nlvr_overlay
-
-    directory = Path(args.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    check_output(directory / "pairs.jsonl", option="--output-dir")
-    trained = args.model != "random:base"
-    pruned = load_model(args, ["nlvr"])
-    if not pruned.temperature:
-        raise ValueError(
-            f"{args.model} comes without a pruning temperature: give one, for example --temperature 5"
-        )
-    if args.model == "demo":
-        settings = {**vars(args), "model": "demo-dense", "temperature": 0.0}
-        dense = load_model(argparse.Namespace(**settings), ["nlvr"])
-        print(_BUNDLED)
-    else:
-        dense = copy.copy(pruned)  # on the same weights
-        dense.temperature = 0.0
-        print(_OTHER.format(model=args.model, temperature=pruned.temperature) if trained else _RANDOM)
-    models = (dense, pruned)
-
-    split = Shapes("test")
-    samples = [_question(pruned, split, index, [template]) for index, template in enumerate(TEMPLATES)]
-    answers, outputs = zip(*(nlvr_batch(m, [s.instance for s in samples]) for m in models), strict=True)
-    _print_answers(samples, answers)
-    if trained:
-        questions, tallies = _answer(models, split, args.pairs, args.quiet)
-    else:
-        questions, tallies = samples, [_Tally() for _ in models]
-        for tally, mine in zip(tallies, answers, strict=True):
-            tally.add(samples, mine)
-    _print_costs(tallies, len(questions), accuracy=trained)
-    _print_times(models, [question.instance for question in questions], args.dtype)
-    if args.model == "demo":
-        print(_REAL_SIZE)
-
-    _write(directory, samples)
-    picture = directory / "overlay.png"
-    title = f"{samples[0].sentence}  The model says: {answers[1][0].answer}"
-    nlvr_overlay(*samples[0].images, outputs[1], pruned.config, height=240, title=title).save(picture)
-    print(f"\n{picture}: the patches of the first pair that survive each layer")
-    print(f"{directory / 'pairs.jsonl'}: pairs and statements, to ask again:")
-    images = shlex.join(str(directory / name) for name in _names(0))
-    options = shlex.join(["--model", args.model, *_given(args)])
-    print(f"  madtp nlvr {options} --images {images} \\")
-    print(f"      --text {shlex.quote(samples[0].sentence)}")
-    print(f"  madtp evaluate {options} --annotations {shlex.quote(str(directory / 'pairs.jsonl'))}")
-    return 0
-
-
-def _given(args: argparse.Namespace) -> list[str]:
-    """The options that answers depend on, where they are not the default."""
-    defaults = {"device": "cpu", "dtype": "float32", "grouping": "instance"}
-    names = ("temperature", "device", "dtype", "backend", "grouping", "tokenizer", "threads")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) != defaults.get(name)}
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+def _ask(model, questions: list[_Question]) -> tuple:
+    """Answers, and the model's output."""
+    return task_of(model).answer(model, [question.instance for question in questions])
 
 
 def _question(model, split, index: int, templates) -> _Question:
@@ -167,9 +165,7 @@ def _question(model, split, index: int, templates) -> _Question:
     pair = split.pair(index, 1, templates)
     (statement,) = pair.statements
     images = [Image.fromarray(image) for image in pair.images]
-    return _Question(
-        images, statement.sentence, statement.label, model.processor(*images, statement.sentence)
-    )
+    return _Question(images, statement.sentence, statement.label, model.processor(*images, statement.sentence))
 
 
 def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], list[_Tally]]:
@@ -177,7 +173,6 @@ def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], li
     from tqdm import tqdm
 
     from ..data.synthetic import TEMPLATES
-    from ..predict import nlvr_batch
 
     questions, tallies = [], [_Tally() for _ in models]
     begin = time.perf_counter()
@@ -186,7 +181,7 @@ def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], li
             indices = range(len(questions), min(len(questions) + _BATCH, pairs))
             batch = [_question(models[0], split, index, TEMPLATES) for index in indices]
             for model, tally in zip(models, tallies, strict=True):
-                tally.add(batch, nlvr_batch(model, [question.instance for question in batch])[0])
+                tally.add(batch, _ask(model, batch)[0])
             questions += batch
             bar.update(len(batch))
     return questions, tallies

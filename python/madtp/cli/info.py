@@ -1,23 +1,24 @@
-"""`madtp info`: versions, which backends can run here, and why the others cannot."""
+"""`madtp info`: versions and backends."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+
+from ..options import option
+from .options import Command
 
 
-def add_parser(commands) -> None:
-    """Register the command."""
-    parser = commands.add_parser(
-        "info",
-        help="versions and available backends",
-        description="Versions, which backends can run here, and why the others cannot.",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.set_defaults(run=run)
+@dataclass(kw_only=True)
+class Info(Command):
+    """What `python -m madtp_kernels.info` prints."""
 
+    name = "info"
+    help = "versions and available backends"
+    description = "Versions, which backends can run here, and why the others cannot."
 
-def run(args: argparse.Namespace) -> int:
-    """Print what `python -m madtp_kernels.info` prints."""
-    from madtp_kernels import info
+    json: bool = option("as JSON", False)
 
-    return info.main(["--json"] if args.json else [])
+    def run(self) -> int:
+        from madtp_kernels import info
+
+        return info.main(["--json"] if self.json else [])

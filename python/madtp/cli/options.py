@@ -1,101 +1,136 @@
-"""Options that every command with a model has, and the model they describe."""
+"""What commands with a model have in common: their options, and the model that these describe."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..options import UsageError, add_options, given, option, parsed, positive
 
 _log = logging.getLogger("madtp")
 
+_HOW = "how the model runs"
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
-THREADS = "CPU threads (default: torch's choice; on a machine that is busy, 1 is often the fastest by far)"
-
-_GROUPS = {
-    "instance": "nothing (default)",
+_GROUPINGS = {
+    "instance": "nothing",
     "pair": "the two images of a pair",
     "batch": "all images and all texts of a batch, as in the official code",
 }
 
 
-def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
-    """Which model; `demo` says whether the bundled ones will do."""
-    bundled = "demo or demo-dense (small, bundled, for pictures of shapes), " if demo else ""
-    parser.add_argument(
-        "--model",
+@dataclass(kw_only=True)
+class Command:
+    """A subcommand: a dataclass whose fields are its options. `madtp` adds ``--quiet`` and ``--debug`` to each."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    description: ClassVar[str]
+    examples: ClassVar[str] = ""
+
+    quiet: bool = False
+    debug: bool = False
+
+    def run(self) -> int:
+        """Do it; the exit code.
+
+        Raises:
+            UsageError: options that do not go together.
+        """
+        raise NotImplementedError
+
+
+def register(commands, kind: type[Command]) -> None:
+    """Add a subcommand to the parser of `madtp`."""
+    parser = commands.add_parser(
+        kind.name,
+        help=kind.help,
+        description=kind.description,
+        epilog=kind.examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, kind)
+    parser.set_defaults(run=lambda args: parsed(kind, args).run(), usage_error=parser.error)
+
+
+@dataclass(kw_only=True)
+class ModelSource:
+    """Which model."""
+
+    model: str = option(
+        "checkpoint file, model directory, hub id, demo or demo-dense (small, bundled, for pictures of shapes), or "
+        "random:base (real size, random weights)",
         required=True,
         metavar="SOURCE",
-        help=f"checkpoint file, model directory, hub id, {bundled}or random:base (real size, random weights)",
     )
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser,
-    *,
-    groupings: Sequence[str] = ("instance", "batch"),
-    text_modes: bool = False,
-    temperature: bool = True,
-) -> None:
-    """Everything but the model itself.
+@dataclass(kw_only=True)
+class PruningOptions:
+    """How much is pruned."""
 
-    Args:
-        groupings: those that the command's models have.
-        text_modes: whether they have two modes of pruned text.
-        temperature: whether there is one, for the command to run at.
-    """
-    group = parser.add_argument_group("how the model runs")
-    if temperature:
-        pruning = group.add_mutually_exclusive_group()
-        pruning.add_argument(
-            "--temperature",
-            type=float,
-            metavar="T",
-            help="pruning temperature, higher prunes more (default: the checkpoint's)",
-        )
-        pruning.add_argument(
-            "--dense", action="store_true", help="do not prune (the same as --temperature 0)"
-        )
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    group.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="precision (default: float32)",
+    temperature: float | None = option(
+        "pruning temperature, higher prunes more (default: the checkpoint's)",
+        type=float,
+        metavar="T",
+        group=_HOW,
+        exclusive="pruning",
     )
-    group.add_argument(
-        "--backend",
+    dense: bool = option("do not prune (the same as --temperature 0)", False, group=_HOW, exclusive="pruning")
+
+
+def grouping(choices: Sequence[str]) -> Any:
+    """The option that says what is pruned together, where models have these choices."""
+    text = "what keeps equally many tokens: " + "; ".join(f"{name}: {_GROUPINGS[name]}" for name in choices)
+    return option(text, "instance", choices=choices, group=_HOW)
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where and how a model computes."""
+
+    device: str = option("cpu, cuda, cuda:1, ...", "cpu", group=_HOW)
+    dtype: str = option("precision", "float32", choices=["float32", "bfloat16", "float16"], group=_HOW)
+    backend: str | None = option(
+        "force an implementation of the kernels (default: the best there is)",
         choices=["reference", "cpu", "triton", "cuda"],
-        help="force an implementation of the kernels (default: the best there is)",
+        group=_HOW,
     )
-    group.add_argument(
-        "--grouping",
-        choices=groupings,
-        default="instance",
-        help="what keeps equally many tokens: "
-        + "; ".join(f"{name}: {_GROUPS[name]}" for name in groupings),
-    )
-    if text_modes:
-        group.add_argument(
-            "--text-mode",
-            choices=["clean", "compat"],
-            help="how texts are pruned: as they are, or padded as in the official code, with which its "
-            "checkpoints were trained (default: the saved model's, or clean)",
-        )
-    group.add_argument(
-        "--tokenizer",
+    grouping: str = grouping(("instance", "batch"))
+    tokenizer: str | None = option(
+        "directory, vocabulary file or hub id (default: the saved model's, or from the hub the one that models of its kind "
+        "were trained with)",
         metavar="SOURCE",
-        help="directory, vocabulary file or hub id (default: the saved model's, or from the hub the one that "
-        "models of its kind were trained with)",
+        group=_HOW,
     )
-    group.add_argument("--threads", type=positive, metavar="N", help=THREADS)
+    threads: int | None = option(
+        "CPU threads (default: torch's choice; on a machine that is busy, 1 is often the fastest by far)",
+        type=positive,
+        metavar="N",
+        group=_HOW,
+    )
+
+
+@dataclass(kw_only=True)
+class TextOptions:
+    """How texts are pruned, for models that have two ways."""
+
+    text_mode: str | None = option(
+        "how texts are pruned: as they are, or padded as in the official code, with which its checkpoints were trained "
+        "(default: the saved model's, or clean)",
+        choices=["clean", "compat"],
+        group=_HOW,
+    )
+
+
+@dataclass(kw_only=True)
+class BatchOptions:
+    """How many rows the model gets at a time, and what to do with an output that is there."""
+
+    batch_size: int = option("rows per batch", 8, type=positive, metavar="N")
+    overwrite: bool = option("begin anew, whatever is there", False)
 
 
 def check_device(name: str) -> None:
@@ -113,51 +148,72 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name}: there is no such GPU; torch {torch.__version__} {why}")
 
 
-def only_with(args: argparse.Namespace, condition: bool, what: str, *names: str) -> None:
-    """End with a usage error if options were given that say nothing unless ``condition`` holds, which is ``what``."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    if given and not condition:
-        args.usage_error(f"{', '.join(given)}: of no use {what}")
+def only_with(options, condition: bool, what: str, *names: str) -> None:
+    """Raise UsageError if options were given that say nothing unless ``condition`` holds, which is ``what``."""
+    if not condition and (useless := given(options, names)):
+        raise UsageError(f"{useless}: of no use {what}")
 
 
-def load_model(args: argparse.Namespace, tasks: Sequence[str], *, words: bool = True):
-    """The model that the options describe, which has to be for one of `tasks`. With `words`, a missing
-    tokenizer is found out now.
+def load_model(options, tasks: Sequence[str], *, words: bool = True):
+    """The model that options describe, which has to be for one of ``tasks``. With ``words``, a missing tokenizer is found out
+    now.
     """
     import torch
 
     import madtp
 
-    check_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    temperature = 0.0 if getattr(args, "dense", False) else getattr(args, "temperature", None)
-    asked = getattr(args, "temperatures", None) or [temperature]
+    check_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    temperature = 0.0 if getattr(options, "dense", False) else getattr(options, "temperature", None)
+    asked = getattr(options, "temperatures", None) or [temperature]
     for value in asked:
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"temperature: expected a number >= 0, got {value}")
     # Random weights are of any task, files tell theirs.
-    task = tasks[0] if len(tasks) == 1 or args.model == "random:base" else None
+    task = tasks[0] if len(tasks) == 1 or options.model == "random:base" else None
     model = madtp.load(
-        args.model,
+        options.model,
         task=task,
         temperature=None if None in asked else max(asked),
-        text_mode=getattr(args, "text_mode", None),
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-        backend=args.backend,
-        tokenizer=args.tokenizer,
-        grouping=args.grouping,
+        text_mode=getattr(options, "text_mode", None),
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+        backend=options.backend,
+        tokenizer=options.tokenizer,
+        grouping=options.grouping,
     )
     if model.config.task not in tasks:
         expected = " or ".join(map(repr, tasks))
-        raise ValueError(f"{args.model}: holds a model for task {model.config.task!r}, not {expected}")
+        raise ValueError(f"{options.model}: holds a model for task {model.config.task!r}, not {expected}")
     if model.temperature == 0 and asked == [None]:
         _log.warning(
             "%s has no pruning temperature, so nothing is pruned: give --temperature%s",
-            args.model,
-            ", for example 8" if args.model == "random:base" else ", or see `madtp compress` and `madtp calibrate`",
+            options.model,
+            ", for example 8" if options.model == "random:base" else ", or see `madtp compress` and `madtp calibrate`",
         )
     if words:
         _ = model.processor.tokenizer
     return model
+
+
+# ---- for commands that build their parser by hand
+
+THREADS = RunOptions.__dataclass_fields__["threads"].metadata["help"]
+
+
+def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
+    """Add :class:`ModelSource`."""
+    add_options(parser, ModelSource)
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    *,
+    groupings: Sequence[str] = (),
+    text_modes: bool = False,
+    temperature: bool = True,
+) -> None:
+    """Add :class:`PruningOptions`, :class:`RunOptions`, :class:`TextOptions`."""
+    kinds = (PruningOptions,) * temperature + (RunOptions,) + (TextOptions,) * text_modes
+    add_options(parser, dataclass(type("_", kinds[::-1], {}), kw_only=True))

@@ -15,7 +15,7 @@ from pathlib import Path
 from .batch import (
     UNFINISHED,
     Item,
-    Kept,
+    TokenMeter,
     add_images,
     add_output,
     check_output,
@@ -71,9 +71,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--index", metavar="FILE", help="keep the features of the images here; without images, search those that it has"
     )
-    parser.add_argument(
-        "--top", type=positive, default=10, metavar="N", help="matches per query (default: 10)"
-    )
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="matches per query (default: 10)")
     parser.add_argument(
         "--rerank",
         type=int,
@@ -143,7 +141,7 @@ def _features(args, model, rows: list[dict] | None):
     settings = settings_of(args, model, texts=False)
     for name in ("model", "tokenizer", "device", "backend"):  # the fingerprint has what matters
         del settings[name]
-    kept = Kept(["image_tokens"])
+    kept = TokenMeter(["image_tokens"])
 
     def embed(pixels: list) -> list[dict]:
         return kept.seen(
@@ -165,9 +163,7 @@ def _features(args, model, rows: list[dict] | None):
             with Index(path, settings) as index:
                 options = {"unit": "images", "note": kept.note, "progress": False if args.quiet else None}
                 added, failed = index.update(images, model.processor.image, embed, args.batch_size, **options)
-                features = index.features(
-                    [image for number, image in enumerate(images, 1) if number not in failed]
-                )
+                features = index.features([image for number, image in enumerate(images, 1) if number not in failed])
         except KeyboardInterrupt:
             if args.index:
                 print("madtp: interrupted; the index has what is done", file=sys.stderr)

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from ..files import open_regular
 from ..models import Model
-from ..tasks.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
-
-ALIGNED = ("nlvr", "vqa", "retrieval", "clip")
-"""Those whose models read text with pruning; a caption model has no text to align pictures with."""
+from ..tasks import TASKS
+from ..tasks.annotations import AnnotationError
 
 
 def freeze_all_but_dictionary(model: Model) -> list[str]:
@@ -36,7 +34,7 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
         AnnotationError: a row that is wrong, an image that is missing, or no rows.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path, count = Path(path), TASKS[task].images_per_example
     root = path.parent if image_root is None else Path(image_root)
     examples = []
     with open_regular(path) as file:
@@ -53,9 +51,9 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
         text = next((row[key] for key in ("text", "sentence", "question", "caption") if key in row), None)
         if not isinstance(text, str):
             raise AnnotationError(path, number, "'text': expected a string")
-        images = row.get("images") if task == "nlvr" else [row.get("image")]
-        wanted = "'images': expected two paths" if task == "nlvr" else "'image': expected a path"
-        if not isinstance(images, list) or len(images) != 1 + (task == "nlvr"):
+        images = [row.get("image")] if count == 1 else row.get("images")
+        wanted = "'image': expected a path" if count == 1 else "'images': expected two paths"
+        if not isinstance(images, list) or len(images) != count:
             raise AnnotationError(path, number, wanted)
         if not all(isinstance(image, str) and image for image in images):
             raise AnnotationError(path, number, wanted)
@@ -63,15 +61,7 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
         for file in files:
             if not file.is_file():
                 raise AnnotationError(path, number, f"image is not there: {file}")
-        examples.append(_example(task, files, text, number))
+        examples.append(TASKS[task].example(files, text, number))
     if not examples:
         raise AnnotationError(path, None, "there are no rows")
     return examples
-
-
-def _example(task: str, files: list[Path], text: str, number: int):
-    if task == "nlvr":
-        return NLVRExample(*files, text, False)
-    if task == "vqa":  # nothing learns from the answer; its length is part of what an instance costs
-        return VQAExample(files[0], text, None, ("yes",), "vg")
-    return CaptionExample(files[0], number, (text,))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..guidance import QueryModel
 from ..models import Model
-from .tasks import Task
+from ..tasks import Task
 
 EXAMPLES, TOGETHER = 64, 16  # how many are looked at, and at most at a time
 

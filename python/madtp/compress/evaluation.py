@@ -10,9 +10,9 @@ import torch
 from ..models import Model
 from ..processes import gathered_lists
 from ..search import find_strength
+from ..tasks import Task
 from .loaders import evaluation_batches
 from .objective import costs_of
-from .tasks import Task
 
 __all__ = ["Evaluation", "evaluate", "strength_for"]
 

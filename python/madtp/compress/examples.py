@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.synthetic import ShapesExamples
-from .tasks import Task
+from ..tasks import Task
 
 __all__ = ["DRAWN", "digest", "read_examples"]
 
@@ -31,10 +31,10 @@ def read_examples(task: Task, source: str, image_root: str | None, texts: int = 
         OSError: the file cannot be read.
     """
     if not source.startswith(DRAWN):
-        return task.grouped(task.read(source, image_root, training=training), texts)
-    if task.config.task != "nlvr":
+        return task.grouped(task.split(source, image_root, training), texts)
+    if task.images_per_example != 2:
         raise ValueError(
-            f"{source}: holds statements about two pictures, which a model for {task.config.task} cannot answer"
+            f"{source}: holds statements about two pictures, which a model for {task.name} cannot answer"
         )
     return ShapesExamples.parse(source, texts)
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..processes import processes, rank
-from .tasks import Task
+from ..tasks import Task
 
 
 class _Views(Dataset):

@@ -12,9 +12,9 @@ from madtp_kernels import RaggedBatch
 
 from ..guidance import alignment_loss
 from ..models import Model
+from ..tasks import Task
 from ..tasks.losses import distillation_loss
 from .settings import Settings
-from .tasks import Task
 
 __all__ = ["Objective", "Teacher", "costs_of", "mean_costs"]
 
@@ -26,8 +26,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.task, self.auxiliary = model, task, task.auxiliary
         self.alignment, self.distill, self.labels = settings.alignment, settings.distill, settings.labels
-        # A caption decoder has no summaries to align with.
-        self.aligns = settings.alignment > 0 and model.config.task != "caption"
+        self.aligns = settings.alignment > 0 and task.aligned
 
     def forward(
         self, batch: dict, temperature: float, seed: Sequence[int], dense: Sequence[RaggedBatch] = ()
@@ -67,8 +66,9 @@ def costs_of(task: Task, output, batch: dict, temperature: float) -> list[tuple[
     """Official GFLOPs of each instance of a batch: measured, and what it would cost without pruning."""
     streams = task.streams(output, batch)
     unpruned = tuple([[lengths[0]] * len(lengths) for lengths in stream] for stream in streams)
-    measured = task.flops(streams, batch, temperature > 0)
-    return [(a.official, b.official) for a, b in zip(measured, task.flops(unpruned, batch, False), strict=True)]
+    written = task.written(batch)
+    measured, dense = task.costs(streams, temperature > 0, written), task.costs(unpruned, False, written)
+    return [(a.official, b.official) for a, b in zip(measured, dense, strict=True)]
 
 
 def mean_costs(task: Task, output, batch: dict, temperature: float) -> tuple[float, float]:

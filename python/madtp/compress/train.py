@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..files import locked, replacing
 from ..models import Model
 from ..processes import from_first, mean_over_processes, processes, rank, wait
+from ..tasks import Task
 from ..weights import save_pretrained
 from .average import WeightAverage
 from .controller import BracketController
@@ -36,7 +37,6 @@ from .official import OfficialController
 from .run import CHECKPOINT, Run
 from .schedule import cosine, linear_decay
 from .settings import Settings
-from .tasks import Task
 
 __all__ = ["Trainer", "missed", "train"]
 
@@ -158,7 +158,7 @@ class Trainer:
     def _controller(self) -> BracketController | OfficialController:
         settings = self.settings
         if self.prunes and not self.brackets:
-            return OfficialController(self.model.config.task, settings.temperature)
+            return OfficialController(self.task.recipe, settings.temperature)
         strength = START if settings.temperature is None else settings.temperature
         return BracketController(strength, window=max(1, min(10, self.total // 20)))
 

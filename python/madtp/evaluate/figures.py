@@ -3,53 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import torch
+from ..tasks import Task
 
-from ..tasks.caption_metrics import caption_scores
-from ..tasks.metrics import accuracy, recall, vqa_accuracy
-from .tasks import RERANK, shortlists, similarities
-
-__all__ = ["HEADLINE", "UNITS", "figures"]
+__all__ = ["figures"]
 
 Steps = dict[str, list[dict]]
 
-HEADLINE = {
-    "nlvr": "accuracy",
-    "vqa": "accuracy",
-    "caption": "CIDEr",
-    "retrieval": "r_mean",
-    "clip": "r_mean",
-}
-"""By task: the figure of quality that stands for the others."""
-UNITS = {
-    "nlvr": "pair",
-    "vqa": "question",
-    "caption": "image",
-    "retrieval": "image and text",
-    "clip": "image and text",
-}
-"""By task: what one instance is."""
 
-_STREAMS = {
-    "nlvr": {"image": ("pair", ("left_tokens", "right_tokens")), "text": ("pair", ("text_tokens",))},
-    "vqa": {"image": ("question", ("image_tokens",)), "question": ("question", ("question_tokens",))},
-    "caption": {"image": ("image", ("image_tokens",))},
-    "retrieval": {"image": ("image", ("image_tokens",)), "text": ("text", ("text_tokens",))},
-}
-_STREAMS["clip"] = _STREAMS["retrieval"]
-
-
-def figures(task: str, steps: Steps, processes: int = 1, *, rerank: int = RERANK) -> dict:
+def figures(task: Task, steps: Steps, processes: int = 1, options: dict | None = None) -> dict:
     """Figures of one temperature, as JSON values.
 
     Args:
-        task: of the model.
+        task: whose records they are.
         steps: records, as :func:`madtp.evaluate.run.evaluate` gives them.
         processes: that ran side by side.
-        rerank: of retrieval.
+        options: with which the task's steps were run.
 
     Returns:
         samples: how many of a step's.
@@ -67,7 +37,7 @@ def figures(task: str, steps: Steps, processes: int = 1, *, rerank: int = RERANK
     seconds = math.fsum(cost["seconds"] for cost in instance)
     return {
         "samples": {name: len(records) for name, records in steps.items() if name != "match"},
-        **_quality(task, steps, rerank),
+        **task.quality(steps, options or {}),
         "gflops": math.fsum(cost["gflops"] for cost in instance),
         "gflops_full": math.fsum(cost["gflops_full"] for cost in instance),
         "seconds": seconds,
@@ -75,7 +45,7 @@ def figures(task: str, steps: Steps, processes: int = 1, *, rerank: int = RERANK
         "steps": costs,
         "tokens": {
             stream: _spread(record[field] for record in steps[step] for field in fields)
-            for stream, (step, fields) in _STREAMS[task].items()
+            for stream, (step, fields) in task.streams_of_records.items()
         },
     }
 
@@ -92,66 +62,3 @@ def _spread(samples: Iterable[Sequence[int]]) -> list[dict]:
         {"min": min(counts), "mean": sum(counts) / len(counts), "max": max(counts)}
         for counts in zip(*samples, strict=True)
     ]
-
-
-def _quality(task: str, steps: Steps, rerank: int) -> dict:
-    if task == "nlvr":
-        return _nlvr(steps["pair"])
-    if task == "vqa":
-        records = dict(enumerate(steps["question"]))
-        given = {number: record["answer"] for number, record in records.items()}
-        wanted = {number: record["answers"] for number, record in records.items()}
-        return {"quality": {"accuracy": vqa_accuracy(given, wanted)}}
-    if task == "caption":
-        return _caption(steps["image"])
-    return _recall(steps, rerank)
-
-
-def _nlvr(records: Sequence[dict]) -> dict:
-    def of(some: Sequence[dict]) -> float:
-        return accuracy([record["answer"] for record in some], [record["label"] for record in some])
-
-    found = {"quality": {"accuracy": of(records)}}
-    templates = defaultdict(list)
-    for record in records:
-        if record["template"] is not None:
-            templates[record["template"]].append(record)
-    if templates:
-        found["templates"] = {
-            name: {"samples": len(some), "accuracy": of(some)} for name, some in sorted(templates.items())
-        }
-    return found
-
-
-def _caption(records: Sequence[dict]) -> dict:
-    captions = {record["sample"]: record["caption"] for record in records}
-    references = {record["sample"]: record["captions"] for record in records}
-    try:
-        scores = caption_scores(captions, references)
-    except ImportError as error:
-        return {"quality": {}, "not_run": {"all metrics": str(error)}}
-    return {"quality": scores.scores, "not_run": scores.skipped, "tokenizer": scores.tokenizer}
-
-
-def _recall(steps: Steps, rerank: int) -> dict:
-    similarity = similarities(steps)
-    image_to_text, text_to_image = similarity, similarity.mT
-    if "match" in steps:
-        # BLIP: the similarity plus the logit; who is on no short list comes last.
-        again = torch.full_like(similarity, -torch.inf)
-        for image, record in enumerate(steps["match"]):
-            texts = record["texts"]
-            again[image, texts] = similarity[image, texts] + torch.tensor(record["logits"])
-        image_to_text, text_to_image = (torch.full_like(a, -torch.inf) for a in (again, again.mT))
-        for scores, source, lists in zip(
-            (image_to_text, text_to_image), (again, again.mT), shortlists(similarity, rerank), strict=True
-        ):
-            listed = torch.tensor(lists)
-            scores.scatter_(1, listed, source.gather(1, listed))
-    found = recall(image_to_text, [record["of_image"] for record in steps["text"]], text_to_image)
-    quality = {
-        f"{direction} R@{k}": value
-        for direction in ("image_to_text", "text_to_image")
-        for k, value in getattr(found, direction).items()
-    }
-    return {"quality": {**quality, "r_mean": found.r_mean}}

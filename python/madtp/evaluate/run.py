@@ -2,7 +2,7 @@
 
 Process r of k takes samples r, r + k, r + 2k, ...; there is no padding, so nothing is counted twice. Answers
 are collected in files (:mod:`madtp.jsonl`), and a run that was stopped goes on where it stopped. What a task
-asks the model is in `tasks`, what the records amount to in `figures`.
+asks the model is in :mod:`madtp.tasks`, what the records amount to in `figures`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 import torch.distributed
 
 from .. import jsonl
+from ..tasks import task_of
 from .figures import figures
-from .tasks import ANSWERS
 
 __all__ = ["TIMING", "Processes", "evaluate"]
 
@@ -95,7 +95,7 @@ def evaluate(
         processes: those that share the work, if there are several.
         overwrite: begin anew, whatever is in the folder.
         progress: whether to show a bar; by default where standard error is a terminal.
-        options: of the task, see `tasks`.
+        options: of the task's steps, see :mod:`madtp.tasks`.
 
     Returns:
         Figures per temperature, as :func:`madtp.evaluate.figures.figures` has them (only the first process
@@ -106,8 +106,7 @@ def evaluate(
         ValueError: an example without a label, or that the model cannot take; options that make no sense.
         madtp.jsonl.ResumeError: a folder of another run.
     """
-    processes = processes or Processes()
-    task = model.config.task
+    task, processes = task_of(model), processes or Processes()
     if temperatures is None:
         temperatures = dict.fromkeys((0.0, model.temperature))
     temperatures = list(temperatures)
@@ -138,10 +137,9 @@ def evaluate(
             for number, temperature in enumerate(temperatures):
                 model.temperature = temperature
                 steps = _Steps(model, folder, number, batch_size, processes, progress)
-                records[temperature] = ANSWERS[task](steps.run, model, examples, **options)
+                records[temperature] = task.steps(steps.run, model, examples, **options)
                 if processes.rank == 0:
-                    rerank = {key: options[key] for key in ("rerank",) if key in options}
-                    found = figures(task, records[temperature], processes.count, **rerank)
+                    found = figures(task, records[temperature], processes.count, options)
                     results.append({"temperature": temperature, **found})
         finally:
             model.temperature = own

@@ -1,4 +1,4 @@
-"""Which image patches survived, drawn over an image, or over the two images of a BLIP-NLVR instance."""
+"""Which image patches survived, drawn over an image, or over the images of an instance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["kept_patches", "nlvr_overlay", "overlay"]
+from ..processing import load_image
+
+__all__ = ["kept_patches", "overlay", "overlays", "overlays_of"]
 
 _GAP = 6
 _CAPTION = 18
@@ -57,32 +59,37 @@ def overlay(
     return _sheet([[tile] for tile in row] if panorama else [row])
 
 
-def nlvr_overlay(
-    left: Image.Image,
-    right: Image.Image,
-    output,
+def overlays(
+    images: Sequence[Image.Image],
+    traces: Sequence,
     config,
+    samples: Sequence[int],
     *,
-    pair: int = 0,
     layers: Sequence[int] | None = None,
     height: int = 224,
     title: str = "",
 ) -> Image.Image:
-    """The same for the two images of a pair, one below the other.
+    """The same for several images of an instance, one below the other.
 
     Args:
-        left, right: the images as loaded, of any size.
-        output: the model's output (`vision` traces) for a batch of which `pair` is the row to draw.
-        config, layers, height: as in `overlay`; `height` is that of one image.
+        images: as loaded, of any size.
+        traces, config, layers, height: as in `overlay`; `height` is that of one image.
+        samples: which samples of the batch they are.
         title: a line above all, such as the statement.
 
     Raises:
         ValueError: a layer that the model has not.
     """
-    pairs = len(output.vision[0].cu_seqlens) // 2
-    samples = ((left, pair), (right, pairs + pair))
-    rows = [_row(image, output.vision, sample, config, layers, height) for image, sample in samples]
-    return _sheet(rows, title)
+    pictures = zip(images, samples, strict=True)
+    return _sheet([_row(image, traces, sample, config, layers, height) for image, sample in pictures], title)
+
+
+def overlays_of(model, paths: Sequence, traces: Sequence, samples: Sequence[int], title: str = "") -> Image.Image:
+    """A picture of an instance, by the paths of its images; as `overlay` where it has one and there is no title."""
+    images = [model.processor.view(load_image(path)) for path in paths]
+    if len(images) == 1 and not title:
+        return overlay(images[0], traces, model.config, sample=samples[0])
+    return overlays(images, traces, model.config, samples, title=title)
 
 
 def _row(image: Image.Image, traces, sample: int, config, layers, height: int, widest: int = 2) -> list[Image.Image]:

@@ -91,7 +91,7 @@ class VQAExample:
         """Training weight of each distinct answer, as in BLIP: the fraction of annotators who gave it; 0.2
         for Visual Genome."""
         if self.dataset == "vg":
-            return {answer: VISUAL_GENOME_WEIGHT for answer in self.answers}
+            return dict.fromkeys(self.answers, VISUAL_GENOME_WEIGHT)
         return {answer: count / len(self.answers) for answer, count in Counter(self.answers).items()}
 
 
@@ -250,9 +250,7 @@ def _require_pairs(path, records: list[_Record], examples: list[NLVRExample]) ->
     _require_images(path, ((record.number, image) for record, e in pairs for image in (e.left, e.right)))
 
 
-def read_blip_nlvr(
-    path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False
-) -> list[NLVRExample]:
+def read_blip_nlvr(path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False) -> list[NLVRExample]:
     """BLIP's nlvr_train.json, nlvr_dev.json, nlvr_test.json: objects with sentence (or text), label ("True", "False"),
     images [left, right], and template (a string) where the statements come from some.
 
@@ -273,9 +271,7 @@ def read_blip_nlvr(
     return examples
 
 
-def read_nlvr2(
-    path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False
-) -> list[NLVRExample]:
+def read_nlvr2(path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False) -> list[NLVRExample]:
     """The original train.json, dev.json, test1.json, test2.json of NLVR2 (github.com/lil-lab/nlvr): an object
     per line with identifier, sentence, label and, in train.json, directory.
 
@@ -382,9 +378,11 @@ def _read_vqa_answers(path) -> dict[int, tuple[int, tuple[str, ...]]]:
         given = record.get(
             "answers",
             "a list of objects with an 'answer' each",
-            lambda value: isinstance(value, list)
-            and value
-            and all(isinstance(item, dict) and isinstance(item.get("answer"), str) for item in value),
+            lambda value: (
+                isinstance(value, list)
+                and value
+                and all(isinstance(item, dict) and isinstance(item.get("answer"), str) for item in value)
+            ),
         )
         question_id = question_ids.add(record, record.integer("question_id"))
         answers[question_id] = record.integer("image_id"), tuple(item["answer"] for item in given)
@@ -400,9 +398,7 @@ def read_answer_list(path: str | os.PathLike) -> list[str]:
     return answers
 
 
-def read_captions(
-    path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False
-) -> list[CaptionExample]:
+def read_captions(path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False) -> list[CaptionExample]:
     """Karpathy's splits as BLIP ships them: coco_karpathy_{train,val,test}.json,
     flickr30k_{train,val,test}.json.
 

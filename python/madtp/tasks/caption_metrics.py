@@ -38,9 +38,7 @@ class CaptionScores:
     tokenizer: str
 
 
-def caption_scores(
-    captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
-) -> CaptionScores:
+def caption_scores(captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]) -> CaptionScores:
     """Score one caption per image against the captions that people wrote for it.
 
     captions: image id -> caption. references: image id -> one caption or more. CIDEr weighs words by how many
@@ -108,7 +106,7 @@ def _ptb(sentences: list[str]) -> list[str]:
     lines = {n: [{"caption": " ".join(sentence.split())}] for n, sentence in enumerate(sentences)}
     words = [texts[0] for texts in PTBTokenizer().tokenize(lines).values()]
     # Where the program fails the package gives back what there is, without an error.
-    if len(words) != len(sentences) or not any(words) and any(map(_plain, sentences)):
+    if len(words) != len(sentences) or (not any(words) and any(map(_plain, sentences))):
         raise RuntimeError(f"gave {len(words)} of {len(sentences)} sentences back; its Java program failed")
     return words
 
@@ -141,9 +139,7 @@ def _spice(gold: dict, candidates: dict) -> float:
     # Looked for here, because the package would download hundreds of megabytes unasked.
     folder = Path(models.SPICEDIR) / models.SPICELIB
     if not all((folder / f"{models.JAR}{part}.jar").is_file() for part in ("", "-models")):
-        raise RuntimeError(
-            f"needs {models.JAR}, which is not installed; python -m {models.__name__} downloads it"
-        )
+        raise RuntimeError(f"needs {models.JAR}, which is not installed; python -m {models.__name__} downloads it")
     return Spice().compute_score(gold, candidates)[0]
 
 

@@ -30,10 +30,9 @@ def accuracy(predictions: Sequence, labels: Sequence) -> float:
 # "VQA: Visual Question Answering", ICCV 2015). Where the description and the code differ, the code counts: it
 # made the published numbers.
 
-_VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WORDS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
 
@@ -49,10 +48,7 @@ _APOSTROPHES = """
     y'all'd've y'all'll you'd you'd've you'll you're you've
 """.split()
 _CONTRACTIONS = {
-    word[:at] + word[at + 1 :]: word
-    for word in _APOSTROPHES
-    for at, letter in enumerate(word)
-    if letter == "'"
+    word[:at] + word[at + 1 :]: word for word in _APOSTROPHES for at, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the official table has this one the wrong way round
 
 
@@ -138,9 +134,7 @@ class Recall:
         return sum(means) / 2
 
 
-def recall(
-    image_to_text, image_of_text: Sequence[int], text_to_image=None, ks: Sequence[int] = (1, 5, 10)
-) -> Recall:
+def recall(image_to_text, image_of_text: Sequence[int], text_to_image=None, ks: Sequence[int] = (1, 5, 10)) -> Recall:
     """Recall at each of `ks`, for images that may have several captions each.
 
     A tie counts against the model: a wrong candidate with the same score as the right one is ranked before

@@ -13,7 +13,7 @@ from madtp_kernels import RaggedBatch
 
 from ..layers import Runs
 from ..rows import first_rows
-from ..models.nlvr import NLVR, NLVROutput, split
+from .nlvr import NLVR, NLVROutput, split
 
 
 def forward_pairs(

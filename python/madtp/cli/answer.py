@@ -1,0 +1,108 @@
+"""`madtp nlvr`, `vqa`, `caption`: a command for each task that gives answers, made of what the task says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from ..options import option
+from ..tasks import Prepared, Task
+from .batch import (
+    UNFINISHED,
+    Overlays,
+    check_output,
+    input_rows,
+    row_seed,
+    run_rows,
+    settings_of,
+    shortened,
+    truncation,
+)
+from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, grouping, load_model
+
+
+@dataclass(kw_only=True)
+class OutputOptions(BatchOptions):
+    """Where records and pictures go."""
+
+    output: str | None = option("where the records go (default, or -: standard output)", metavar="JSONL")
+    save_overlay: str | None = option(
+        "draw the surviving patches of each layer over the image: a picture file for a single image, or a folder",
+        metavar="PATH",
+    )
+
+
+class _Row(NamedTuple):
+    row: int
+    image: Path
+    prepared: Prepared
+    added: dict
+
+
+@dataclass(kw_only=True)
+class Answer(Command):
+    """Answers to all rows, each a record."""
+
+    task: ClassVar[type[Task]]
+
+    def run(self) -> int:
+        arguments = self.arguments()
+        source, folder = self.rows(), Path()
+        if source is None:
+            source, folder = input_rows(self.input)
+        check_output(self, source)
+        overlays = Overlays(self, source)
+        model = load_model(self, [self.task.name])
+        task, seed = self.task(model), arguments.pop("seed", None)
+
+        def prepare(number: int, fields: dict) -> _Row:
+            prepared = task.prepare(fields, folder)
+            cut = {} if prepared.text is None else truncation(model, prepared.text)
+            return _Row(number, prepared.images[0], prepared, cut)
+
+        def answer(rows: list[_Row]) -> list[dict]:
+            seeds = {} if seed is None else {"seeds": [row_seed(seed, row.row) for row in rows]}
+            answers, output = task.answer(model, [row.prepared.inputs for row in rows], **arguments, **seeds)
+
+            def picture(place: int, row: _Row):
+                from ..report.overlay import overlays_of
+
+                title, samples = task.title(row.prepared, answers[place]), task.samples(place, len(rows))
+                return overlays_of(model, row.prepared.images, output.vision, samples, title)
+
+            drawn = overlays.draw(rows, picture)
+            return [
+                {**shortened(found.record()), **path, **row.added}
+                for row, found, path in zip(rows, answers, drawn, strict=True)
+            ]
+
+        used = arguments if seed is None else {**arguments, "seed": seed}
+        return run_rows(
+            self,
+            source,
+            prepare,
+            answer,
+            settings=settings_of(self, model, **self.defaults(), **used),
+            tokens=next(iter(task.streams_of_records.values()))[1],
+            answers=task.Answer.columns,
+            keep=task.passed_on,
+            defaults=self.defaults(),
+            unit=f"{task.unit}s",
+        )
+
+
+def command_of(task: type[Task]) -> type[Command]:
+    """`madtp TASK`."""
+    text_modes = (TextOptions,) * any(field.name == "text_mode" for field in dataclasses.fields(task.Config))
+    bases = (Answer, *text_modes, RunOptions, PruningOptions, task.Options, OutputOptions, task.Inputs, ModelSource)
+    about = {
+        "task": task,
+        "name": task.name,
+        "help": task.help,
+        "description": task.description,
+        "examples": task.usage + UNFINISHED,
+    }
+    fields = [("grouping", str, grouping(task.Model.groupings))]
+    return dataclasses.make_dataclass(f"{task.__name__}Command", fields, bases=bases, namespace=about, kw_only=True)
