@@ -647,7 +647,7 @@ def _write_pairs(directory: Path, shapes: Shapes, pairs: int, statements: int) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    from ..cli.options import positive
+    from ..options import positive
 
     parser = argparse.ArgumentParser(
         prog="python -m madtp.data.synthetic",
