@@ -8,9 +8,11 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from ..options import UsageError, given, option, positive
+from ..processes import joined, processes, rank
 from ..tasks import TASKS, Task
 from .batch import refuse_inputs, settings_of, shown
 from .options import BatchOptions, Command, ModelSource, RunOptions, TextOptions, grouping, load_model
@@ -74,19 +76,12 @@ class Evaluate(Command):
     examples = _EXAMPLES
 
     def run(self) -> int:
-        from torch import distributed
-
-        from ..evaluate.run import Processes
-
         parts = self._begin()
-        processes = Processes.started()
-        try:
-            return self._evaluate(parts, processes)
-        finally:
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+        # Records are gathered through the CPU, wherever models run; a process that is done waits for the slowest.
+        with joined("cpu", timedelta(days=7)):
+            return self._evaluate(parts)
 
-    def _evaluate(self, parts: Path | None, processes) -> int:
+    def _evaluate(self, parts: Path | None) -> int:
         import torch
 
         from ..evaluate.run import evaluate
@@ -94,7 +89,7 @@ class Evaluate(Command):
         from ..tasks import task_of
 
         device = self.device
-        if device == "cuda" and processes.count > 1:
+        if device == "cuda" and processes() > 1:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         model = load_model(self, [self.task] if self.task else list(TASKS))
         task = task_of(model)
@@ -108,7 +103,6 @@ class Evaluate(Command):
                 batch_size=self.batch_size,
                 folder=parts,
                 settings=settings,
-                processes=processes,
                 overwrite=self.overwrite,
                 progress=False if self.quiet else None,
                 **options,
@@ -117,10 +111,10 @@ class Evaluate(Command):
             kept = "the same command goes on from here" if parts else "without --records nothing is kept"
             print(f"madtp: interrupted; {kept}", file=sys.stderr)
             return 130
-        if processes.rank == 0:
+        if rank() == 0:
             settings |= {
                 "batch_size": self.batch_size,
-                "processes": processes.count,
+                "processes": processes(),
                 "threads": torch.get_num_threads(),
             }
             written = report.write(self, task, settings, results, records)
@@ -131,8 +125,10 @@ class Evaluate(Command):
         return 0
 
     def _begin(self) -> Path | None:
-        """Where answers are kept until all are there, if at all. What cannot be read or written, or would replace something
-        unasked, is found out here, before the model is loaded."""
+        """Where answers are kept until all are there, if at all.
+
+        What cannot be read or written, or would replace something unasked, is found out here, before the model is loaded.
+        """
         from ..files import check_output, open_regular
 
         for path in (self.annotations, self.vqa_annotations):

@@ -8,25 +8,22 @@ asks the model is in :mod:`madtp.tasks`, what the records amount to in `figures`
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed
 
 from .. import jsonl
+from ..processes import gathered_lists, processes, rank, wait
 from ..tasks import task_of
 from .figures import figures
 
-__all__ = ["TIMING", "Processes", "evaluate"]
+__all__ = ["TIMING", "evaluate"]
 
 TIMING = (
     "seconds: of the model alone, from prepared inputs to answers and their costs, per instance in batches "
@@ -37,37 +34,6 @@ TIMING = (
 """What the times among the figures are."""
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share an evaluation; by default it is one."""
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def started(cls) -> Processes:
-        """Those that torchrun has started, connected; or this one."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return cls()
-        if not torch.distributed.is_initialized():
-            # A process that is done waits for the slowest, however long that takes.
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
-
-    def gather(self, records: list[dict]) -> list[dict]:
-        """Records of all processes, in the order of their samples; each process gets them all."""
-        parts = [records]
-        if self.count > 1:
-            parts = [None] * self.count
-            torch.distributed.all_gather_object(parts, records)
-        return sorted(itertools.chain.from_iterable(parts), key=lambda record: record["sample"])
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            torch.distributed.barrier()
-
-
 def evaluate(
     model,
     examples: Sequence,
@@ -76,7 +42,6 @@ def evaluate(
     batch_size: int = 8,
     folder: str | os.PathLike | None = None,
     settings: dict | None = None,
-    processes: Processes | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     **options,
@@ -92,7 +57,6 @@ def evaluate(
             is left there. By default nothing is kept.
         settings: what else determines the answers, as JSON values; a stopped run goes on only under the same
             ones.
-        processes: those that share the work, if there are several.
         overwrite: begin anew, whatever is in the folder.
         progress: whether to show a bar; by default where standard error is a terminal.
         options: of the task's steps, see :mod:`madtp.tasks`.
@@ -106,7 +70,7 @@ def evaluate(
         ValueError: an example without a label, or that the model cannot take; options that make no sense.
         madtp.jsonl.ResumeError: a folder of another run.
     """
-    task, processes = task_of(model), processes or Processes()
+    task = task_of(model)
     if temperatures is None:
         temperatures = dict.fromkeys((0.0, model.temperature))
     temperatures = list(temperatures)
@@ -118,7 +82,7 @@ def evaluate(
         **(settings or {}),
         "temperatures": temperatures,
         "batch_size": batch_size,
-        "processes": processes.count,
+        "processes": processes(),
     }
     results, records, own = [], {}, model.temperature
     with contextlib.ExitStack() as stack:
@@ -127,28 +91,28 @@ def evaluate(
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # Nothing is logged there: it says whose folder this is, and keeps other processes out.
-        stack.enter_context(jsonl.Log(folder / f"run-{processes.rank}", header, overwrite=overwrite))
+        stack.enter_context(jsonl.Log(folder / f"run-{rank()}", header, overwrite=overwrite))
         if overwrite:
-            processes.wait()  # until each has locked its part: nothing is removed from a run that goes on
-            if processes.rank == 0:
-                _clear(folder, processes.count)
-            processes.wait()
+            wait()  # until each has locked its part: nothing is removed from a run that goes on
+            if rank() == 0:
+                _clear(folder)
+            wait()
         try:
             for number, temperature in enumerate(temperatures):
                 model.temperature = temperature
-                steps = _Steps(model, folder, number, batch_size, processes, progress)
+                steps = _Steps(model, folder, number, batch_size, progress)
                 records[temperature] = task.steps(steps.run, model, examples, **options)
-                if processes.rank == 0:
-                    found = figures(task, records[temperature], processes.count, options)
+                if rank() == 0:
+                    found = figures(task, records[temperature], processes(), options)
                     results.append({"temperature": temperature, **found})
         finally:
             model.temperature = own
     return results, records
 
 
-def _clear(folder: Path, processes: int) -> None:
+def _clear(folder: Path) -> None:
     """Remove what earlier runs left, of however many processes they were."""
-    kept = {f"run-{rank}" for rank in range(processes)}
+    kept = {f"run-{number}" for number in range(processes())}
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
@@ -157,11 +121,9 @@ def _clear(folder: Path, processes: int) -> None:
 class _Steps:
     """The passes over the samples at one temperature."""
 
-    def __init__(
-        self, model, folder: Path, number: int, batch_size: int, processes: Processes, progress: bool | None
-    ) -> None:
+    def __init__(self, model, folder: Path, number: int, batch_size: int, progress: bool | None) -> None:
         self.model, self.folder, self.number, self.batch_size = model, folder, number, batch_size
-        self.processes, self.progress = processes, progress if processes.rank == 0 else False
+        self.progress = progress if rank() == 0 else False
 
     def run(
         self,
@@ -180,11 +142,12 @@ class _Steps:
         Raises:
             ValueError: a row that cannot be used; the figures would not be those of the split.
         """
-        path = self.folder / f"{self.number}-{name}-{self.processes.rank}.jsonl"
+        path = self.folder / f"{self.number}-{name}-{rank()}.jsonl"
         if not path.exists():  # or it was completed before an interruption
             self._answer(path, name, rows, prepare, answer)
         with open(path, "rb") as lines:
-            records = self.processes.gather([json.loads(line) for line in lines])
+            records = gathered_lists([json.loads(line) for line in lines])
+        records.sort(key=lambda record: record["sample"])
         if [record["sample"] for record in records] != list(range(len(rows))):
             raise RuntimeError(f"{path}: {len(records)} records, not one for each of {len(rows)} samples")
         return records
@@ -218,7 +181,7 @@ class _Steps:
                 seconds = (time.perf_counter() - start) / len(inputs)
             return [{**given, "seconds": seconds} for given in answers]
 
-        mine = rows[self.processes.rank :: self.processes.count]
+        mine = rows[rank() :: processes()]
         jsonl.run(
             mine,
             path,
