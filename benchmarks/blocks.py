@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from madtp.weights.loading import randomize
 from madtp.config import VisionConfig
-from madtp.pruning import Pruning, Stream
+from madtp.pruning import MADTP, Tokens
 from madtp.vision import Block, VisionTransformer
 from madtp_kernels import RaggedBatch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 import inputs
 from measure import DEVICE, DTYPES
 
-DENSE = Pruning(0.0)
+DENSE = MADTP(0.0)
 
 
 @functools.cache
@@ -53,40 +53,40 @@ def subset(tokens: RaggedBatch, lengths: list[int]) -> RaggedBatch:
     return RaggedBatch.from_list(rows)
 
 
-def dense_call(block: Block, tokens: RaggedBatch) -> Callable[[], Stream]:
+def dense_call(block: Block, tokens: RaggedBatch) -> Callable[[], Tokens]:
     """The block without pruning."""
-    stream = Stream.start(tokens, use_sizes=False)
+    stream = Tokens.start(tokens)
     return lambda: block(stream, None, DENSE, 0)[0]
 
 
 def pruned_call(
     block: Block, tokens: RaggedBatch, guide: Tensor, temperature: float, backend: str | None = None
-) -> Callable[[], Stream]:
+) -> Callable[[], Tokens]:
     """The block with its own importance, scoring and pruning."""
-    stream, pruning = Stream.start(tokens, use_sizes=False), Pruning(temperature, backend=backend)
+    stream, pruning = Tokens.start(tokens), MADTP(temperature, backend=backend)
     return lambda: block(stream, (guide, None), pruning, 0)[0]
 
 
-def run_blocks(blocks, tokens: RaggedBatch, guide: Tensor | None, temperatures, backend: str | None = None) -> Stream:
+def run_blocks(blocks, tokens: RaggedBatch, guide: Tensor | None, temperatures, backend: str | None = None) -> Tokens:
     """Block after block, each pruning at its own temperature (0: dense)."""
-    stream = Stream.start(tokens, use_sizes=False)
+    stream = Tokens.start(tokens)
     for layer, (block, temperature) in enumerate(zip(blocks, temperatures, strict=True)):
-        stream, _ = block(stream, (guide, None), Pruning(temperature, backend=backend), layer)
+        stream, _ = block(stream, (guide, None), MADTP(temperature, backend=backend), layer)
     return stream
 
 
-def share_left(before: Stream, after: Stream) -> float:
+def share_left(before: Tokens, after: Tokens) -> float:
     return after.tokens.num_tokens / before.tokens.num_tokens
 
 
-def temperature_for(block: Block, stream: Stream, guide: Tensor, share: float, layer: int = 0) -> tuple[float, Stream]:
+def temperature_for(block: Block, stream: Tokens, guide: Tensor, share: float, layer: int = 0) -> tuple[float, Tokens]:
     """The temperature at which this block lets about ``share`` of the tokens through, and what then leaves it."""
     low, high = 0.05, 500.0
     for _ in range(8):
         middle = (low * high) ** 0.5
-        left, _ = block(stream, (guide, None), Pruning(middle), layer)
+        left, _ = block(stream, (guide, None), MADTP(middle), layer)
         low, high = (middle, high) if share_left(stream, left) > share else (low, middle)
-    left, _ = block(stream, (guide, None), Pruning(low), layer)
+    left, _ = block(stream, (guide, None), MADTP(low), layer)
     return low, left
 
 
@@ -95,7 +95,7 @@ def gentle_temperatures(depth: int, share: float) -> tuple[float, ...]:
     """For each block of the float32 model the temperature at which it drops ``1 - share`` of an image's tokens."""
     with torch.inference_mode():
         guide = dictionary("float32")
-        stream, found = Stream.start(embedded("float32", 1, depth), use_sizes=False), []
+        stream, found = Tokens.start(embedded("float32", 1, depth)), []
         for layer, block in enumerate(vision_transformer("float32", depth).blocks):
             temperature, stream = temperature_for(block, stream, guide, share, layer)
             found.append(temperature)

@@ -35,7 +35,7 @@ def captions(dtype: str, images: Tensor, temperature: float) -> list[list[int]]:
     net = model(dtype)
     with torch.inference_mode():
         found = net.generate(
-            net(images, temperature=temperature).images, torch.tensor(PROMPT), num_beams=BEAMS, max_length=MAX_LENGTH,
+            net(images, pruning=temperature).images, torch.tensor(PROMPT), num_beams=BEAMS, max_length=MAX_LENGTH,
             min_length=MIN_LENGTH,
         )  # fmt: skip
     return [ids.tolist() for ids in found]
@@ -87,7 +87,7 @@ def hugging_face_captions(images: Tensor, patched: bool = False) -> list[list[in
 def logits(dtype: str, images: Tensor, ids: Tensor) -> Tensor:
     """``[B, L, V]`` of our dense model, for texts ``ids [B, L]``."""
     with torch.inference_mode():
-        found = model(dtype)(images, list(ids), temperature=0.0).logits
+        found = model(dtype)(images, list(ids), pruning=0.0).logits
     return found.values.unflatten(0, ids.shape)
 
 
@@ -103,7 +103,7 @@ def gflops_per_image(dtype: str, images: Tensor, temperature: float) -> float:
     """Official GFLOPs of an image and a caption of :data:`COUNTED_TOKENS` tokens, on average."""
     net = model(dtype)
     with torch.inference_mode():
-        lengths = flops.stream_lengths(net(images, temperature=temperature).vision)
+        lengths = flops.stream_lengths(net(images, pruning=temperature).vision)
     costs = [flops.caption(net.config, row, COUNTED_TOKENS, guided=temperature > 0) for row in lengths]
     return sum(cost.official for cost in costs) / len(costs)
 

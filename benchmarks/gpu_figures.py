@@ -362,7 +362,7 @@ def forwards(log: Log, count: int) -> None:
         log.time(name, call, **facts)
         if ON_GPU and not log.rehearsal:
             with log.guarding(f"{name}, model.capture", **facts):
-                forward = net.capture(pairs.pixels, pairs.input_ids, temperature=temperature)
+                forward = net.capture(pairs.pixels, pairs.input_ids, pruning=temperature)
                 replay = functools.partial(forward, pairs.pixels, pairs.input_ids)
                 log.time(f"{name}, model.capture", replay, graph=False, **facts)
             # Copies of inputs and results, and a look at every weight, included: what `madtp.predict` waits for.

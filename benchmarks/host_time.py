@@ -27,9 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from madtp import pruning as dtp
+from madtp.pruning import base as dtp
 from madtp.config import TextConfig
-from madtp.pruning import Pruning, Stream
+from madtp.pruning import MADTP, Tokens
 from madtp.text import Layer, TwinCrossAttention
 from madtp.vision import Block
 from madtp_kernels import RaggedBatch, backends, checks, compact
@@ -98,12 +98,11 @@ def pretending(capability: int):
             delattr(owner, name) if value is missing else setattr(owner, name, value)
 
 
-def stream(samples: int = SAMPLES) -> Stream:
+def stream(samples: int = SAMPLES) -> Tokens:
     """Tokens in a buffer larger than they are."""
     values = torch.zeros(samples * TOKENS, WIDTH, dtype=torch.bfloat16)
     cu_seqlens = torch.arange(samples + 1, dtype=torch.int32) * (TOKENS - 1)
-    tokens = RaggedBatch(values, cu_seqlens, TOKENS, bound=True)
-    return Stream(tokens, torch.zeros(samples * TOKENS, dtype=torch.int32))
+    return Tokens.start(RaggedBatch(values, cu_seqlens, TOKENS, bound=True))
 
 
 def layers() -> dict[str, Callable[[], object]]:
@@ -114,10 +113,10 @@ def layers() -> dict[str, Callable[[], object]]:
     text = Layer(config, TwinCrossAttention(config, merges=True)).to(torch.bfloat16).eval()
     tokens, left, right = stream(), stream(), stream()
     return {
-        "vision, pruned": lambda: vision(tokens, guide, Pruning(5.0), 0),
-        "vision, dense": lambda: vision(tokens, None, Pruning(0.0), 0),
-        "text, pruned": lambda: text(tokens, guide, Pruning(5.0), 0, others=(left, right)),
-        "text, dense": lambda: text(tokens, None, Pruning(0.0), 0, others=(left, right)),
+        "vision, pruned": lambda: vision(tokens, guide, MADTP(5.0), 0),
+        "vision, dense": lambda: vision(tokens, None, MADTP(0.0), 0),
+        "text, pruned": lambda: text(tokens, guide, MADTP(5.0), 0, others=(left, right)),
+        "text, dense": lambda: text(tokens, None, MADTP(0.0), 0, others=(left, right)),
     }
 
 

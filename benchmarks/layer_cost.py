@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from madtp.config import TextConfig, VisionConfig
-from madtp.pruning import Pruning
+from madtp.pruning import MADTP
 from madtp.text import TextEncoder
 from madtp.vision import VisionTransformer
 from madtp_kernels import RaggedBatch
@@ -41,10 +41,10 @@ def candidates(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     ids = RaggedBatch.from_list([torch.arange(20)])
 
     def see(temperature: float) -> Callable[[], object]:
-        return lambda: vision(pixels, dictionary, Pruning(temperature))
+        return lambda: vision(pixels, dictionary, MADTP(temperature))
 
     def read(temperature: float) -> Callable[[], object]:
-        return lambda: text(ids, [], dictionary, Pruning(temperature))
+        return lambda: text(ids, [], dictionary, MADTP(temperature))
 
     return {"image, dense": see(0.0), "image, pruned": see(1.0), "text, dense": read(0.0), "text, pruned": read(1.0)}
 

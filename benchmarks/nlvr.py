@@ -61,7 +61,7 @@ def answer(
     """One forward of our model."""
     net = model(dtype)
     net.grouping, net.backend = grouping, backend
-    return net(batch.pixels, batch.input_ids, temperature=temperature)
+    return net(batch.pixels, batch.input_ids, pruning=temperature)
 
 
 def answer_by_graph(dtype: str, batch: Pairs, temperature: float) -> NLVROutput:

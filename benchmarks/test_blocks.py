@@ -6,7 +6,7 @@ import pytest
 import torch
 from madtp.config import VisionConfig
 from madtp.flops import vit
-from madtp.pruning import Stream
+from madtp.pruning import Tokens
 from madtp_kernels import RaggedBatch
 
 import baselines
@@ -51,7 +51,7 @@ def check_pruned(dtype: str, block, tokens, guide, temperature) -> None:
 
 def compare_streams(ours, exact, dtype: str) -> None:
     """Same surviving tokens; in bfloat16 up to two in a hundred borderline ones may differ."""
-    rows = [stream.tokens.num_tokens for stream in (ours, exact)]
+    rows = [stream.num_tokens for stream in (ours, exact)]
     kept, expected = (set(stream.ids[:n].tolist()) for stream, n in zip((ours, exact), rows, strict=True))
     allowed = 0 if dtype == "float32" else max(2, 0.02 * len(expected))
     if len(kept ^ expected) > allowed:
@@ -67,7 +67,7 @@ def test_block_with_half_the_tokens(run, dtype):
     guide = blocks.dictionary(dtype)
     whole = blocks.embedded(dtype, BATCH, DEPTH)
     half = blocks.subset(whole, [(inputs.LENGTH + 1) // 2] * BATCH)
-    start = Stream.start(half, use_sizes=False)
+    start = Tokens.start(half)
     with torch.inference_mode():
         temperature, left = blocks.temperature_for(block, start, guide, 0.95)
     padded = whole.values.view(BATCH, inputs.LENGTH, inputs.WIDTH)

@@ -123,7 +123,7 @@ def inputs(generator):
 def forward(model, pixels, texts, samples, temperature, backend):
     model.backend = backend
     with torch.inference_mode():
-        return model(pixels[:, samples].flatten(0, 1), [texts[s] for s in samples], temperature=temperature)
+        return model(pixels[:, samples].flatten(0, 1), [texts[s] for s in samples], pruning=temperature)
 
 
 def sample_of(out, position, count):

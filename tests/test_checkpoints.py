@@ -442,8 +442,8 @@ def test_save_and_load_round_trip(model, batch, tmp_path):
 def test_whether_merged_tokens_have_sizes_is_saved(model, tmp_path):
     madtp.save_pretrained(madtp.load(state_of(model), use_sizes=True, tokenizer="demo"), tmp_path / "sizes")
     madtp.save_pretrained(madtp.load(state_of(model), tokenizer="demo"), tmp_path / "plain")
-    assert madtp.load(tmp_path / "sizes").use_sizes and not madtp.load(tmp_path / "sizes", use_sizes=False).use_sizes
-    assert not madtp.load(tmp_path / "plain").use_sizes
+    assert madtp.load(tmp_path / "sizes").pruning.proportional_attention and not madtp.load(tmp_path / "sizes", use_sizes=False).pruning.proportional_attention
+    assert not madtp.load(tmp_path / "plain").pruning.proportional_attention
 
 
 def test_saving_over_an_older_model_replaces_it(model, tmp_path):

@@ -359,7 +359,7 @@ def logits(model, paths):
             [
                 [
                     model.match(
-                        model.encode_image(model.processor.image(path)[None]).stream,
+                        model.encode_image(model.processor.image(path)[None]).tokens,
                         [model.processor.text(text)],
                         [(0, 0)],
                     ).logits[0, 1]

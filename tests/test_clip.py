@@ -18,10 +18,12 @@ from transformers import CLIPModel, CLIPTokenizer
 import madtp
 from madtp import CheckpointError, CLIPConfig, CLIPTextConfig, VisionConfig, flops, layers, predict
 from madtp.guidance import alignment_loss
+from madtp.layers import Attention, LayerNorm
 from madtp.linear import Linear
 from madtp.models.clip import CLIP
 from madtp.processing import CLIPProcessor, TextError
-from madtp.pruning import Pruning, Stream, prune_layer, weakest_last
+from madtp.pruning import MADTP, Tokens
+from madtp.pruning.official import official, weakest_last
 from madtp.weights.key_maps import clip as official_layout
 from madtp.weights.key_maps import clip_hugging_face
 from madtp.weights.loading import randomize
@@ -270,27 +272,30 @@ def test_the_weakest_kept_token_goes_last(spare, generator):
 
 
 def test_reordered_rows_carry_everything_along(generator):
-    """Values, ids, sizes and normalised rows of a layer move together."""
+    """Values, ids, sizes and what they add to the logits move together; rows normalised before are not kept."""
     lengths, width = [20, 3, 14, 30, 25, 28, 22, 29], 16
     tokens = RaggedBatch(normal(generator, sum(lengths), width), offsets(lengths), 30)
-    stream = Stream.start(tokens, use_sizes=True)
+    stream = Tokens.start(tokens)
     stream = dataclasses.replace(stream, sizes=torch.rand(sum(lengths), generator=generator).to(DEVICE) + 1)
     received, cls = normal(generator, sum(lengths)).abs(), normal(generator, sum(lengths)).abs() / 20
     guide = (normal(generator, 5, width), normal(generator, 5))
-    norm = (normal(generator, width), normal(generator, width), 1e-5)
+    attention = Attention(tokens.values, attention_received=received, cls_attention=cls)
+    rule, norm = MADTP(2.0, proportional_attention=True), LayerNorm(width).to(DEVICE)
     results = [
-        prune_layer(stream, tokens.values, received, cls, guide, Pruning(2.0, use_sizes=True, weakest_last=last), 1, norm=norm)
-        for last in (False, True)
+        chosen(stream, block_input=stream, attention=attention, dictionary=guide, layer=1, norm=norm)
+        for chosen in (rule, official(rule, "the test", weakest_last=True))
     ]
-    (plain, plain_normed, plain_trace), (moved, moved_normed, moved_trace) = results
+    (plain, plain_trace), (moved, moved_trace) = results
+    assert plain.normed[0] is norm and torch.allclose(plain.normed[1], norm(plain.values), atol=1e-5)
+    assert moved.normed is None and torch.equal(moved_trace.ids, moved.ids)
     assert torch.equal(plain_trace.cu_seqlens, moved_trace.cu_seqlens) and plain_trace.pruned.any()
     assert not torch.equal(plain.ids, moved.ids)
     for sample in range(len(lengths)):
-        start, stop = moved.tokens.cu_seqlens[sample : sample + 2].tolist()
+        start, stop = moved.cu_seqlens[sample : sample + 2].tolist()
         row_of = {i: start + row for row, i in enumerate(plain.ids[start:stop].tolist())}
         rows = [row_of[i] for i in moved.ids[start:stop].tolist()]
         for before, after in (
-            (plain.tokens.values, moved.tokens.values), (plain.sizes, moved.sizes), (plain_normed, moved_normed)
+            (plain.values, moved.values), (plain.sizes, moved.sizes), (plain.key_bias, moved.key_bias)
         ):  # fmt: skip
             assert torch.equal(before[rows], after[start:stop])
 
@@ -365,7 +370,7 @@ def test_official_batches_keep_the_batch_maximum():
         for layer, record in enumerate(images.trace):
             assert set((record.lengths - 1).tolist()) == {int(batched["vision_tokens_out"][row, layer])}
         texts = [ids[: int(ids.argmax()) + 1] for ids in inputs["text"]]
-        out = model.encode_text(texts, temperature, summaries=True)
+        out = model.encode_text(texts, temperature, alignment_features=True)
         assert [int(record.lengths[0]) - 1 for record in out.trace] == batched["text_tokens_out"][row].tolist()
 
 
@@ -422,7 +427,7 @@ def check_like_hugging_face(ours, theirs, generator):
         image, text = theirs.get_image_features(pixels.cpu()), theirs.get_text_features(padded)
         for mode in ("clean", "compat"):
             ours.config = dataclasses.replace(ours.config, text_mode=mode)
-            out = ours(pixels, texts, temperature=0.0)
+            out = ours(pixels, texts, pruning=0.0)
             values = {name: getattr(expected, name) for name in ("logits_per_image", "image_embeds", "text_embeds")}
             values |= {"image_features": image.pooler_output, "text_features": text.pooler_output}
             for name, value in values.items():
@@ -655,10 +660,10 @@ def test_gradients_agree_with_the_reference(backend, mode, generator):
     grads = {}
     for name in (backend, "reference"):
         model = make(mode=mode, backend=name).train()
-        out = model(pixels, texts, summaries=True)
+        out = model(pixels, texts, alignment_features=True)
         labels = torch.arange(3, device=DEVICE)
         loss = F.cross_entropy(out.logits_per_image, labels) + F.cross_entropy(out.logits_per_image.mT, labels)
-        (loss + 0.1 * alignment_loss(*out.summaries)).backward()
+        (loss + 0.1 * alignment_loss(*out.alignment_features)).backward()
         grads[name] = {key: parameter.grad for key, parameter in model.named_parameters()}
     for key, theirs in grads["reference"].items():
         assert theirs is not None and theirs.isfinite().all(), key

@@ -82,7 +82,7 @@ def test_a_model_is_compressed_to_the_target(data, whole):
     assert result["reduction"] == pytest.approx(0.3, abs=0.02)
     assert result["gflops"] == pytest.approx((1 - result["reduction"]) * result["dense_gflops"], rel=1e-3)
     model = madtp.load(whole)
-    assert model.temperature == result["temperature"] > 0 and model.use_sizes
+    assert model.temperature == result["temperature"] > 0 and model.pruning.proportional_attention
     assert all(r["train"]["distillation"] > 0 for r in records if "train" in r)
     task, root = TASKS["nlvr"](model), data / "pictures"
     dev = task.split(root / "nlvr-1.json", root, training=False)
@@ -136,7 +136,7 @@ def test_a_run_does_not_go_on_with_other_settings_or_data(data, whole, capsys):
         assert cli.main(compress(data, "nlvr", whole, *EVERYTHING, *options)) == 2
         assert reason in capsys.readouterr().err
     assert cli.main(compress(data, "nlvr", whole, *EVERYTHING[:2])) == 2
-    assert "use_sizes: True then, False now" in capsys.readouterr().err
+    assert "proportional_attention: True then, False now" in capsys.readouterr().err
     assert cli.main(compress(data, "nlvr", whole, "--dev", str(data / "pictures" / "nlvr-0.json"))) == 2
     assert "data: [" in capsys.readouterr().err
 
@@ -307,7 +307,7 @@ def alignment(source, pairs):
     task = TASKS[model.config.task](model)
     batch = task.collate([task.instance(example) for example in read_pairs(pairs, model.config.task)])
     with torch.inference_mode():
-        return alignment_loss(*model(batch["pixels"], batch["texts"], 0.1, summaries=True).summaries).item()
+        return alignment_loss(*model(batch["pixels"], batch["texts"], 0.1, alignment_features=True).alignment_features).item()
 
 
 def test_calibration_learns_the_dictionary_and_the_temperature_only(tmp_path, capsys):

@@ -67,10 +67,10 @@ def test_the_dictionary_learns_from_the_task_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nlvr", "vqa", "retrieval", "clip"])
-def test_the_alignment_loss_is_a_tenth_and_that_of_the_summaries(name, tmp_path):
+def test_the_alignment_loss_is_a_tenth_and_that_of_the_features(name, tmp_path):
     model, task, batch = batch_of(name, tmp_path)
     _, terms, _ = Objective(model, task, SETTINGS)(batch, 0.3, (0, 0))
-    vision, text = model(batch["pixels"], batch["texts"], 0.3, summaries=True).summaries
+    vision, text = model(batch["pixels"], batch["texts"], 0.3, alignment_features=True).alignment_features
     if name == "nlvr":  # the mean over the two images
         left, right = vision.chunk(2)
         vision = (left + right) / 2
@@ -176,7 +176,7 @@ def test_entries_that_are_tokens_leave_more_tokens_at_low_temperatures():
             model.visual_encoder.pos_embed[0, 1:7] = 20 * torch.randn(6, 32, generator=generator)
             random = torch.randn(model.space_dict.shape, generator=generator)
             tokens = dictionary_from_tokens(
-                model, lambda m=model, p=pixels: m(p, texts, 0.0, summaries=True), generator
+                model, lambda m=model, p=pixels: m(p, texts, 0.0, alignment_features=True), generator
             )
             for entries in (random, tokens):
                 model.space_dict.copy_(entries)
@@ -190,7 +190,7 @@ def test_examples_that_are_too_few_for_a_dictionary_are_an_error(tmp_path):
     examples = task.split(tmp_path / "pictures" / "nlvr-0.json", tmp_path / "pictures", training=True)
     with pytest.raises(ValueError, match="400 entries take at least 6[67] tokens from each of 6 layers, got"):
         dictionary_from_examples(model, task, examples, 0)
-    with pytest.raises(ValueError, match="expected summaries, got none"):
+    with pytest.raises(ValueError, match="expected alignment features, got none"):
         dictionary_from_tokens(model, lambda: model(batch["pixels"], batch["texts"], 0.0), torch.Generator())
 
 

@@ -19,7 +19,6 @@ from madtp_kernels import RaggedBatch, attention_importance, compact, score_toke
 from safetensors.torch import load_file
 
 import madtp
-from madtp import pruning
 from madtp.weights.loading import from_official
 from madtp.config import (
     CaptionConfig,
@@ -31,8 +30,9 @@ from madtp.config import (
     VisionConfig,
     VQAConfig,
 )
-from madtp.guidance import QueryModel, alignment_summary
-from madtp.pruning import Pruning
+from madtp.guidance import QueryModel, alignment_features
+from madtp.pruning import MADTP
+from madtp.pruning import official as official_rules
 from madtp.vision import VisionTransformer
 
 # The official float32 run differs from its own float64 run by up to 3e-5; the golden README calls 1e-4 ample.
@@ -253,7 +253,7 @@ def test_query_model(family, backend):
             alignment = ft @ entries.mT + (0 if bias is None else bias)
             torch.testing.assert_close(alignment, tensors[f"{name}.token_att"], **TOLERANCE)
             tokens = RaggedBatch.from_list([torch.cat([f.new_zeros(1, f.shape[1]), f]) for f in ft])
-            summary = alignment_summary(tokens, dictionary, model)
+            summary = alignment_features(tokens, dictionary, model)
         torch.testing.assert_close(summary, tensors[f"{name}.att_ft"], **TOLERANCE)
 
 
@@ -276,9 +276,9 @@ def test_vision_transformer(family, backend):
     for temperature, cases in cases_by_temperature(case_temperature, results["vision.robust"], backend):
         with torch.inference_mode():
             out = model(
-                pixels[case_input[cases]].to(DEVICE), dictionary, Pruning(temperature, backend=backend), summaries=True
+                pixels[case_input[cases]].to(DEVICE), dictionary, MADTP(temperature, backend=backend), alignment_features=True
             )
-        rows = out.stream.tokens.to_list()
+        rows = out.tokens.to_list()
         for sample, case in enumerate(cases):
             if not results["vision.robust"][case]:
                 continue
@@ -290,7 +290,7 @@ def test_vision_transformer(family, backend):
             n = int(results["vision.tokens_in"][case, 0])
             check_rows(rows[sample], ids, results["output"][start:stop], origin, n, f"output of case {case}")
             if case % 2 == 0 and case // 2 < len(summaries):
-                torch.testing.assert_close(out.summary[sample].cpu(), summaries[case // 2], **TOLERANCE)
+                torch.testing.assert_close(out.alignment_features[sample].cpu(), summaries[case // 2], **TOLERANCE)
             compared += 1
     assert compared > 0
 
@@ -327,7 +327,7 @@ def test_nlvr(family, backend, grouping):
         pairs = case_pair[cases].long()
         both = torch.cat([pixels[2 * pairs], pixels[2 * pairs + 1]])
         with torch.inference_mode():
-            out = model(both, [texts[p] for p in pairs.tolist()], temperature=temperature, summaries=True)
+            out = model(both, [texts[p] for p in pairs.tolist()], pruning=temperature, alignment_features=True)
         states, embeds = out.last_hidden_state.to_list(), out.image_embeds.to_list()
         for sample, case in enumerate(cases):
             if not robust[case]:
@@ -359,7 +359,7 @@ def test_nlvr(family, backend, grouping):
                     official = results["image_embeds"][embedded[case], image]
                     check_rows(embeds[row], ids, official, origin, n, f"image {image} of case {case}")
             if case % every == 0 and case // every < len(results["sd_txt_ft"]):
-                vision, text = out.summaries
+                vision, text = out.alignment_features
                 torch.testing.assert_close(text[sample].cpu(), results["sd_txt_ft"][case // every], **TOLERANCE)
                 for image in (0, 1):
                     torch.testing.assert_close(
@@ -395,7 +395,7 @@ def check_final_rows(stream, trace, sample, results, prefix, case, official):
     ids = record.ids[record.cu_seqlens[sample] : record.cu_seqlens[sample + 1]]
     origin = [i for i in results[f"{prefix}.origin"][case, -1, 0].tolist() if i != -1]
     n = int(results[f"{prefix}.tokens_in"][case, 0])
-    check_rows(stream.tokens[sample], ids, official, origin, n, f"final tokens of {prefix}, case {case}")
+    check_rows(stream[sample], ids, official, origin, n, f"final tokens of {prefix}, case {case}")
 
 
 def written(official, prompt, sep):
@@ -418,7 +418,7 @@ def test_caption(family, backend):
     for temperature, cases in cases_by_temperature(inputs["case_temperature"], results["vision.robust"], backend):
         chosen = [items[case] for case in cases]
         with torch.inference_mode():
-            out = model(pixels[chosen], [texts[i] for i in chosen], temperature=temperature)
+            out = model(pixels[chosen], [texts[i] for i in chosen], pruning=temperature)
             captions = model.generate(out.images, prompt, max_length=longest)
         for sample, case in enumerate(cases):
             if not results["vision.robust"][case]:
@@ -451,7 +451,7 @@ def test_vqa(family, backend):
     for temperature, cases in cases_by_temperature(inputs["case_temperature"], robust, backend):
         chosen = [items[case] for case in cases]
         with torch.inference_mode():
-            out = model(pixels[chosen], [questions[i] for i in chosen], temperature=temperature)
+            out = model(pixels[chosen], [questions[i] for i in chosen], pruning=temperature)
             ranking = model.rank(out.questions, answers, k=k)
             words = model.generate(out.questions, max_length=longest)
         for sample, case in enumerate(cases):
@@ -497,7 +497,7 @@ def test_retrieval(family, backend, text_mode):
         number, items = cases[0] // len(texts), [case % len(texts) for case in cases]
         chosen_pairs = [pair for pair in pairs if set(pair) <= set(items)]
         with torch.inference_mode():
-            out = model(pixels[items], [texts[item] for item in items], temperature=temperature)
+            out = model(pixels[items], [texts[item] for item in items], pruning=temperature)
         for sample, (case, item) in enumerate(zip(cases, items, strict=True)):
             if results["vision.robust"][case]:
                 check_stream(out.vision, sample, results, "vision", case, 0)
@@ -513,7 +513,7 @@ def test_retrieval(family, backend, text_mode):
             continue
         places = [[items.index(item) for item in pair] for pair in chosen_pairs]
         with torch.inference_mode():
-            matches = model.match(out.images, [texts[item] for item in items], places, temperature=temperature)
+            matches = model.match(out.images, [texts[item] for item in items], places, pruning=temperature)
         for sample, ours in enumerate(matches.order.tolist()):
             pair = pairs.index(chosen_pairs[ours])
             case = number * len(pairs) + pair
@@ -541,7 +541,7 @@ def test_retrieval_in_official_batches(family, backend):
     pixels, texts = pixels_of(inputs["images_u8"]), unpadded(inputs["text_ids"], inputs["lengths"])
     for number, temperature in enumerate(inputs["temperatures"].tolist()):
         with torch.inference_mode():
-            out = model(pixels, texts, temperature=temperature)
+            out = model(pixels, texts, pruning=temperature)
         for trace, official in ((out.vision, "vision_tokens_out"), (out.text, "text_tokens_out")):
             for record, prunable in zip(trace, results[official][number].tolist(), strict=True):
                 assert record.lengths.tolist() == [prunable + 1] * len(texts)
@@ -614,13 +614,13 @@ def test_clip_images(family, backend):
     compared = 0
     for index, temperature, items, cases in clip_cases(golden, backend, results["vision.robust"]):
         with torch.inference_mode():
-            out = model.encode_image(pixels[items], temperature, summaries=True)
+            out = model.encode_image(pixels[items], temperature, alignment_features=True)
         for sample, (item, case) in enumerate(zip(items, cases, strict=True)):
             check_stream(out.trace, sample, results, "vision", case, 0)
             torch.testing.assert_close(out.features[sample].cpu(), results["image_feat"][index, item], **TOLERANCE)
             if item < results["sd_img_ft"].shape[1]:
                 official = results["sd_img_ft"][index, item]
-                torch.testing.assert_close(out.summary[sample].cpu(), official, **TOLERANCE)
+                torch.testing.assert_close(out.alignment_features[sample].cpu(), official, **TOLERANCE)
             compared += 1
     assert compared > 0
 
@@ -633,9 +633,9 @@ def test_clip_texts(family, backend, monkeypatch):
     texts = texts_of(golden)
     compared = 0
     for index, temperature, items, cases in clip_cases(golden, backend, results["text.robust"]):
-        monkeypatch.setattr(pruning, "weakest_last", replayed(results, cases, itertools.count()))
+        monkeypatch.setattr(official_rules, "weakest_last", replayed(results, cases, itertools.count()))
         with torch.inference_mode():
-            out = model.encode_text([texts[i] for i in items], temperature, summaries=True)
+            out = model.encode_text([texts[i] for i in items], temperature, alignment_features=True)
         for sample, (item, case) in enumerate(zip(items, cases, strict=True)):
             check_stream(out.trace, sample, results, "text", case, 0)
             for layer, record in enumerate(out.trace):
@@ -645,7 +645,7 @@ def test_clip_texts(family, backend, monkeypatch):
             torch.testing.assert_close(out.features[sample].cpu(), results["text_feat"][index, item], **TOLERANCE)
             if item < results["sd_txt_ft"].shape[1]:
                 official = results["sd_txt_ft"][index, item]
-                torch.testing.assert_close(out.summary[sample].cpu(), official, **TOLERANCE)
+                torch.testing.assert_close(out.alignment_features[sample].cpu(), official, **TOLERANCE)
             compared += 1
     assert compared > 0
 
@@ -659,7 +659,7 @@ def test_clip_texts_keep_the_official_tokens_in_the_order_of_a_gpu(family, backe
     pruned = 0
     for _, temperature, items, cases in clip_cases(golden, backend, results["text.robust"]):
         with torch.inference_mode():
-            out = model.encode_text([texts[i] for i in items], temperature, summaries=True)
+            out = model.encode_text([texts[i] for i in items], temperature, alignment_features=True)
         for sample, case in enumerate(cases):
             first = [*results["text.pruned"][case].tolist(), 1].index(1)
             check_stream(out.trace[: first + 1], sample, results, "text", case, 0)

@@ -313,7 +313,7 @@ def test_retrieval(command, load, data, tmp_path, task, rerank):
 
     def logit(i, t):
         if (i, t) not in logits:
-            stream = image_outputs[i].stream
+            stream = image_outputs[i].tokens
             (logits[i, t],) = predict.match(model, stream, [ids[t]], [(0, 0)])
             with torch.inference_mode():
                 (lengths,) = flops.stream_lengths(model.match(stream, [ids[t]], [(0, 0)]).text)

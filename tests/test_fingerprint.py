@@ -12,6 +12,7 @@ from madtp.weights.loading import randomize
 from madtp.config import CaptionConfig, TextConfig, VisionConfig
 from madtp.fingerprint import fingerprint
 from madtp.models import MODELS
+from madtp.pruning import MADTP
 from madtp.processing import PROCESSORS
 
 SIZES = CaptionConfig(
@@ -72,7 +73,7 @@ def test_everything_that_decides_answers_is_in_it(model):
     seen = [fingerprint(model), fingerprint(model, seed=1), fingerprint(model, seed=2), fingerprint(model, texts=False)]
     model.temperature = 2.5
     seen.append(fingerprint(model))
-    model.use_sizes = True
+    model.pruning = MADTP(model.temperature, proportional_attention=True)
     seen.append(fingerprint(model))
     model.grouping = "batch"
     seen.append(fingerprint(model))

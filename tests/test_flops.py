@@ -243,14 +243,14 @@ def test_retrieval_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts)
     total, text = measured(lambda: model.encode_text(texts))
     counts = [flops.retrieval(model.config, text=t, guided=False) for t in flops.stream_lengths(text.trace)]
     assert total == products(counts)
-    total, matches = measured(lambda: model.match(image.stream, texts, [(2, 0), (0, 1), (1, 1)]))
+    total, matches = measured(lambda: model.match(image.tokens, texts, [(2, 0), (0, 1), (1, 1)]))
     counts = [
         flops.retrieval(model.config, match=(10, t), guided=False) for t in flops.stream_lengths(matches.text)
     ]
     assert total == products(counts)
     # Two texts of one image cost less than twice one: the image's keys and values are computed once.
-    alone, _ = measured(lambda: model.match(image.stream, texts[:1], [(0, 0)]))
-    shared, _ = measured(lambda: model.match(image.stream, texts[:1], [(0, 0), (0, 0)]))
+    alone, _ = measured(lambda: model.match(image.tokens, texts[:1], [(0, 0)]))
+    shared, _ = measured(lambda: model.match(image.tokens, texts[:1], [(0, 0), (0, 0)]))
     keys = 3 * 2 * 10 * 128 * 128 / 1e9  # per image and layer; those of the other two are computed in both
     assert shared - alone == pytest.approx(alone - 3 * keys)
 

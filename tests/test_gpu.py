@@ -16,7 +16,7 @@ from madtp import graphs
 from madtp.weights.loading import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
 from madtp.models.nlvr import NLVR
-from madtp.pruning import Pruning, Stream
+from madtp.pruning import MADTP, Tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -336,7 +336,7 @@ def statements(generator, lengths):
 @torch.inference_mode()
 def test_vision_blocks_do_not_wait_for_the_device(backend, dtype, generator, as_in_use):
     model = small_model(dtype, backend)
-    pixels, pruning = pictures(generator, dtype), Pruning(TEMPERATURE, backend=backend)
+    pixels, pruning = pictures(generator, dtype), MADTP(TEMPERATURE, backend=backend)
     model.visual_encoder(pixels, model.space_dict, pruning)
     with no_synchronisation():
         output = model.visual_encoder(pixels, model.space_dict, pruning)
@@ -349,14 +349,14 @@ def test_vision_blocks_do_not_wait_for_the_device(backend, dtype, generator, as_
 def test_vision_blocks_in_a_graph_follow_ragged_input(backend, dtype, generator, as_in_use):
     """The graph is captured for one set of token numbers and replayed with others, in the same buffers."""
     model = small_model(dtype, backend)
-    guide, pruning = (model.space_dict, None), Pruning(TEMPERATURE, backend=backend)
+    guide, pruning = (model.space_dict, None), MADTP(TEMPERATURE, backend=backend)
 
     def forward(tokens):
-        stream, traces = Stream.start(tokens, use_sizes=False), []
+        stream, traces = Tokens.start(tokens), []
         for layer, block in enumerate(model.visual_encoder.blocks):
             stream, trace = block(stream, guide, pruning, layer)
             traces.append(trace)
-        return stream.tokens.values, stream.tokens.cu_seqlens, stream.ids
+        return stream.values, stream.cu_seqlens, stream.ids
 
     capacity, most, width = 130, 50, VISION.embed_dim
     values = normal(generator, capacity, width, dtype=dtype)
@@ -552,16 +552,16 @@ def test_a_forward_that_waits_is_not_recorded_and_harms_nothing(generator, as_in
 def test_capture_by_hand_follows_new_pairs_and_written_weights(dtype, generator, as_in_use):
     model = small_model(dtype, None)
     torch.cuda.synchronize()
-    captured = model.capture(*pairs_of(generator, dtype, [9, 20, 14]), temperature=16.0)
+    captured = model.capture(*pairs_of(generator, dtype, [9, 20, 14]), pruning=16.0)
     for _ in range(3):
         inputs = pairs_of(generator, dtype, lengths_of(generator, 3))
-        expected = model(*inputs, temperature=16.0)
+        expected = model(*inputs, pruning=16.0)
         with no_synchronisation():
             output = captured(*inputs)
         assert torch.equal(output.logits, expected.logits)
     for weights in (model.cls_head[0].weight, model.visual_encoder.blocks[0].attn.qkv.weight, model.space_dict):
         weights.mul_(0.9)
-        assert torch.equal(captured(*inputs).logits, model(*inputs, temperature=16.0).logits)
+        assert torch.equal(captured(*inputs).logits, model(*inputs, pruning=16.0).logits)
     model.cls_head[0].weight = torch.nn.Parameter(model.cls_head[0].weight.clone())
     with pytest.raises(ValueError, match="weights have been replaced"):
         captured(*inputs)

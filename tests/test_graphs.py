@@ -25,7 +25,7 @@ from madtp import graphs, predict
 from madtp.weights.loading import randomize
 from madtp.graphs import Graphs, batch_bucket, text_bucket
 from madtp.models import MODELS
-from madtp.pruning import LayerTrace, Stream
+from madtp.pruning import LayerTrace, Tokens
 from madtp_kernels import RaggedBatch
 
 SIZE = 64  # of the pictures
@@ -133,6 +133,9 @@ def check_same(ours, theirs, tolerance=1e-5):
     elif isinstance(theirs, RaggedBatch):
         assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
         check(ours.exact().values, theirs.exact().values)
+        if isinstance(theirs, Tokens):
+            rows = theirs.num_tokens
+            assert torch.equal(ours.ids[:rows], theirs.ids[:rows])
     elif isinstance(theirs, LayerTrace):
         assert torch.equal(ours.cu_seqlens_in, theirs.cu_seqlens_in)
         assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
@@ -142,10 +145,6 @@ def check_same(ours, theirs, tolerance=1e-5):
         if theirs.threshold is not None:
             check(ours.threshold, theirs.threshold)
             check(ours.importance[:rows_in], theirs.importance[:rows_in])
-    elif isinstance(theirs, Stream):
-        check(ours.tokens, theirs.tokens)
-        rows = theirs.tokens.num_tokens
-        assert torch.equal(ours.ids[:rows], theirs.ids[:rows])
     elif isinstance(theirs, (list, tuple)):
         for mine, yours in zip(ours, theirs, strict=True):
             check(mine, yours)
@@ -298,7 +297,7 @@ def test_predict_answers_from_recordings(monkeypatch):
         for _ in range(3):
             seen, output = predict.embed_images(model, images)
             read, _ = predict.embed_texts(model, texts)
-            scores = predict.match(model, output.stream, texts, [(0, 1), (2, 4), (2, 0)])
+            scores = predict.match(model, output.tokens, texts, [(0, 1), (2, 4), (2, 0)])
         answers[limit] = seen, read, scores
     assert len(model.graphs) == 2
     for ours, theirs in zip(answers[16][0] + answers[16][1], answers[0][0] + answers[0][1], strict=True):
@@ -360,7 +359,7 @@ CHANGES = {
     "temperature": lambda model: setattr(model, "temperature", 6.0),
     "dense": lambda model: setattr(model, "temperature", 0.0),
     "pair": lambda model: setattr(model, "grouping", "pair"),
-    "sizes": lambda model: setattr(model, "use_sizes", True),
+    "sizes": lambda model: setattr(model, "pruning", dataclasses.replace(model.pruning, proportional_attention=True)),
     "backend": lambda model: setattr(model, "backend", "reference"),
 }
 EAGER = {
@@ -528,16 +527,16 @@ def test_on_a_cpu_nothing_is_recorded(data):
 def test_capture_by_hand(data):
     model = make("nlvr")
     captured = model.capture(*inputs_of("nlvr", "forward", data, range(3)), text_length=LONGEST)
-    hot = model.capture(*inputs_of("nlvr", "forward", data, range(2)), text_length=LONGEST, temperature=6.0)
+    hot = model.capture(*inputs_of("nlvr", "forward", data, range(2)), text_length=LONGEST, pruning=6.0)
     for numbers in ([3, 4, 5], [8, 7, 6], [0, 9, 10]):
         inputs = inputs_of("nlvr", "forward", data, numbers)
         check_same(captured(*inputs), model(*inputs))
         inputs = inputs_of("nlvr", "forward", data, numbers[:2])
-        check_same(hot(*inputs), model(*inputs, temperature=6.0))
+        check_same(hot(*inputs), model(*inputs, pruning=6.0))
     with model.dense():
-        check_same(hot(*inputs), model(*inputs, temperature=6.0))
+        check_same(hot(*inputs), model(*inputs, pruning=6.0))
     write(model)
-    check_same(hot(*inputs), model(*inputs, temperature=6.0))
+    check_same(hot(*inputs), model(*inputs, pruning=6.0))
 
 
 @torch.inference_mode()
@@ -576,7 +575,7 @@ def test_capture_says_what_is_wrong(data):
     with pytest.raises(ValueError, match="text_length: expected .* got 1"):
         model.capture(*inputs, text_length=1)
     with pytest.raises(ValueError, match="temperature: expected 0, or a number"):
-        model.capture(*inputs, temperature=-1)
+        model.capture(*inputs, pruning=-1)
     with torch.inference_mode(False), torch.enable_grad(), pytest.raises(ValueError, match="gradients are enabled"):
         captured(*inputs)
     for change, match in [("temperature", "settings have"), ("parameter", "weights have"), ("module", "weights have")]:

@@ -21,7 +21,7 @@ import madtp
 from madtp import CheckpointError, generation
 from madtp.weights.key_maps import blip_hugging_face
 from madtp.processing import load_tokenizer
-from madtp.pruning import Stream
+from madtp.pruning import Tokens
 from madtp_kernels import RaggedBatch
 
 VOCABULARY = 200  # of the bundled tokenizer
@@ -194,7 +194,7 @@ def written(captioners, ours: bool, **options):
                 **{name: value for name, value in options.items() if value is not None},
             )  # fmt: skip
             return answers(sequences, 3)
-        memory = Stream.start(RaggedBatch.from_padded(images, torch.ones(images.shape[:2], device=DEVICE)), use_sizes=False)
+        memory = Tokens.start(RaggedBatch.from_padded(images, torch.ones(images.shape[:2], device=DEVICE)))
         return [words.tolist() for words in generation.generate(decoder, memory, prompts, official_lengths=False, **options)]
 
 

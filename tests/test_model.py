@@ -15,7 +15,7 @@ from madtp.weights.loading import randomize
 from madtp.data.synthetic import Shapes
 from madtp.layers import CrossAttention, self_attention
 from madtp.models.nlvr import NLVR, split
-from madtp.pruning import Pruning, Stream
+from madtp.pruning import MADTP, Tokens
 from madtp_kernels import RaggedBatch
 
 SIZES = NLVRConfig(
@@ -65,9 +65,9 @@ def test_half_precision(backend, dtype, batch):
     if interpreted(backend):
         pytest.skip("too much for the interpreter")
     model = make(backend=backend)
-    exact = answer(model, batch, temperature=0.0)
+    exact = answer(model, batch, pruning=0.0)
     model = model.to(dtype)
-    dense, pruned = answer(model, batch, temperature=0.0), answer(model, batch)
+    dense, pruned = answer(model, batch, pruning=0.0), answer(model, batch)
     assert dense.logits.dtype == pruned.logits.dtype == pruned.image_embeds.dtype == dtype
     assert pruned.vision[0].importance.dtype == pruned.vision[0].threshold.dtype == torch.float32
     # Three layers round each activation a dozen times; pruned decisions may differ, hence the dense model.
@@ -119,7 +119,7 @@ def test_batch_grouping_ties_everything(model, batch):
 
 
 def test_grouping_does_not_matter_to_the_dense_model(batch):
-    logits = [answer(make(grouping=g), batch, temperature=0.0).logits for g in ("instance", "pair", "batch")]
+    logits = [answer(make(grouping=g), batch, pruning=0.0).logits for g in ("instance", "pair", "batch")]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
@@ -137,17 +137,18 @@ def merged_stream(generator, lengths, width):
     counts = [int(part.sum()) for part in sizes.split(lengths)]
     repeated = RaggedBatch.from_lengths(repeat_rows(tokens.values, sizes), counts)
     ids = torch.zeros(sum(lengths), dtype=torch.int32, device=DEVICE)
-    return Stream(tokens, ids, sizes), Stream.start(repeated, use_sizes=False), sizes
+    bias = sizes.log()
+    return Tokens(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, False, ids, sizes, bias), Tokens.start(repeated), sizes
 
 
 @pytest.mark.parametrize("backend", backends_here())
 def test_attention_with_sizes_is_attention_over_the_unmerged_duplicates(backend, generator):
     merged, repeated, sizes = merged_stream(generator, [3, 2] if interpreted(backend) else [7, 1, 12], 3 * 2 * 8)
-    qkv = merged.tokens.values.reshape(-1, 3, 2, 8)
+    qkv = merged.values
     for temperature in (0.0, 1.0):
-        pruning = Pruning(temperature, use_sizes=True, backend=backend)
-        ours = self_attention(qkv, merged, pruning)
-        theirs = self_attention(repeat_rows(qkv, sizes), repeated, pruning)
+        pruning = MADTP(temperature, proportional_attention=True, backend=backend)
+        ours = self_attention(qkv, merged, 2, pruning)
+        theirs = self_attention(repeat_rows(qkv, sizes), repeated, 2, pruning)
         torch.testing.assert_close(repeat_rows(ours.out, sizes), theirs.out, atol=1e-5, rtol=1e-5)
 
 
@@ -171,24 +172,24 @@ def two_tone_pictures(generator, count):
 
 def test_with_sizes_merging_equal_tokens_changes_nothing(generator):
     """Without position embedding such a picture has two kinds of tokens. Pruning drops one kind, which makes one token."""
-    model = make(use_sizes=True)
+    model = make(proportional_attention=True)
     with torch.no_grad():
         model.visual_encoder.pos_embed.zero_()
     pixels = two_tone_pictures(generator, 4)
     texts = RaggedBatch.from_list([torch.randint(1, 200, (6,), generator=generator).to(DEVICE) for _ in range(2)])
     with torch.inference_mode():
-        dense = model.visual_encoder(pixels, None, Pruning(0.0))
+        dense = model.visual_encoder(pixels, None, MADTP(0.0))
         results = {}
-        for use_sizes in (True, False):
-            pruned = model.visual_encoder(pixels, model.space_dict, Pruning(1.0, use_sizes=use_sizes))
-            state = model.text_encoder(texts, split(pruned.stream, 2), None, Pruning(0.0)).stream.tokens.values
-            results[use_sizes] = (pruned, state)
-        unmerged = model.text_encoder(texts, split(dense.stream, 2), None, Pruning(0.0)).stream.tokens.values
+        for proportional in (True, False):
+            pruned = model.visual_encoder(pixels, model.space_dict, MADTP(1.0, proportional_attention=proportional))
+            state = model.text_encoder(texts, split(pruned.tokens, 2), None, MADTP(0.0)).tokens.values
+            results[proportional] = (pruned, state)
+        unmerged = model.text_encoder(texts, split(dense.tokens, 2), None, MADTP(0.0)).tokens.values
     pruned, state = results[True]
     assert (pruned.trace[0].lengths < TOKENS).all()
-    for sizes in pruned.stream.tokens.with_values(pruned.stream.sizes).to_list():
+    for sizes in pruned.tokens.with_values(pruned.tokens.sizes).to_list():
         assert sizes.sum() == TOKENS and sizes[0] == 1
-    for ours, theirs in zip(pruned.stream.tokens.to_list(), dense.stream.tokens.to_list(), strict=True):
+    for ours, theirs in zip(pruned.tokens.to_list(), dense.tokens.to_list(), strict=True):
         torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(state, unmerged, atol=1e-4, rtol=1e-4)
     # Without sizes, as in the paper, the same merging does change the answer.
@@ -196,7 +197,7 @@ def test_with_sizes_merging_equal_tokens_changes_nothing(generator):
 
 
 def test_sizes_do_not_matter_before_anything_is_merged(batch):
-    ours, theirs = answer(make(use_sizes=True), batch, temperature=0.0), answer(make(), batch, temperature=0.0)
+    ours, theirs = answer(make(proportional_attention=True), batch, pruning=0.0), answer(make(), batch, pruning=0.0)
     torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
 
 
@@ -216,7 +217,7 @@ def test_dense_is_undone_even_after_an_error(batch):
 
 
 def test_a_temperature_for_one_call(model, batch):
-    hotter = answer(model, batch, temperature=8.0)
+    hotter = answer(model, batch, pruning=8.0)
     assert model.temperature == 1.0
     assert hotter.vision[-1].lengths.sum() < answer(model, batch).vision[-1].lengths.sum()
 
@@ -225,7 +226,7 @@ def test_a_temperature_for_one_call(model, batch):
 
 
 def test_sizes_in_double_precision(batch):
-    model, images = make(use_sizes=True, backend="reference"), batch[0]
+    model, images = make(proportional_attention=True, backend="reference"), batch[0]
     single = answer(model, batch)
     double = answer(model.double(), (images.double(), batch[1]))
     clear = [
@@ -237,9 +238,9 @@ def test_sizes_in_double_precision(batch):
     torch.testing.assert_close(double.logits.float()[clear], single.logits[clear], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("use_sizes", [False, True])
-def test_traces_tell_where_every_token_came_from(use_sizes, batch):
-    out = answer(make(use_sizes=use_sizes), batch)
+@pytest.mark.parametrize("proportional", [False, True])
+def test_traces_tell_where_every_token_came_from(proportional, batch):
+    out = answer(make(proportional_attention=proportional), batch)
     texts = [len(t) for t in batch[1]]
     for trace, lengths, tokens in (
         (out.vision, [TOKENS] * 2 * PAIRS, out.image_embeds),
@@ -283,8 +284,8 @@ def test_kept_rows_are_the_rows_of_their_own_patches(generator):
     pixels = normal(generator, 3, 3, 64, 64)
     with torch.inference_mode():
         embedded = encoder.embed(pixels).to_list()
-        out = encoder(pixels, model.space_dict, Pruning(1.0))
-        rows, record = out.stream.tokens.to_list(), out.trace[-1]
+        out = encoder(pixels, model.space_dict, MADTP(1.0))
+        rows, record = out.tokens.to_list(), out.trace[-1]
         for b, ids in enumerate(RaggedBatch(record.ids, record.cu_seqlens, TOKENS).to_list()):
             originals = ids >= 0
             assert originals.sum() < TOKENS
@@ -302,7 +303,7 @@ def test_gradients_of_a_pruned_model_agree_with_the_reference(backend, batch):
     grads = {}
     for name in (backend, "reference"):
         model = make(backend=name)
-        out = model(*batch, summaries=True)
+        out = model(*batch, alignment_features=True)
         labels = torch.tensor([0, 1, 1, 0, 1], device=DEVICE)
         loss = torch.nn.functional.cross_entropy(out.logits, labels)
         loss.backward()
@@ -367,7 +368,7 @@ def test_memory_does_not_grow_with_the_numbers_of_rows_that_pruning_makes():
                 before = resident()
             pixels = torch.randn(2, 3, 64, 64, generator=generator).bfloat16()
             ids = torch.randint(1, 200, (2 + pair % 20,), generator=generator)
-            model(pixels, [ids], temperature=0.1 * 1.1**pair)
+            model(pixels, [ids], pruning=0.1 * 1.1**pair)
     assert resident() - before < 30e6
 
 
@@ -410,12 +411,12 @@ def test_texts_that_do_not_fit(texts, message, model):
 @pytest.mark.parametrize("temperature", [-0.5, float("nan"), float("inf")])
 def test_temperatures_that_make_no_sense(temperature, model, batch):
     with pytest.raises(ValueError, match=f"temperature: expected 0, or a number from 1e-30 to 1e30, got {temperature}"):
-        answer(model, batch, temperature=temperature)
+        answer(model, batch, pruning=temperature)
 
 
 def test_an_active_encoder_needs_a_dictionary(model):
     with pytest.raises(ValueError, match="dictionary: pruning needs one, got None"):
-        model.visual_encoder(torch.zeros(1, 3, 64, 64, device=DEVICE), None, Pruning(1.0))
+        model.visual_encoder(torch.zeros(1, 3, 64, 64, device=DEVICE), None, MADTP(1.0))
 
 
 def test_unknown_grouping():
@@ -444,7 +445,7 @@ def test_the_real_size_answers_on_two_picture_files(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         model = model.to(dtype)
         for temperature in (0.0, 2.0):
-            out = answer(model, (pixels, [ids]), temperature=temperature)
+            out = answer(model, (pixels, [ids]), pruning=temperature)
             logits[dtype, temperature] = out.logits.float()
             assert out.logits.shape == (1, 2) and out.logits.dtype == dtype and out.logits.isfinite().all()
             lengths = torch.stack([record.lengths for record in out.vision])

@@ -10,12 +10,13 @@ from helpers import DEVICE, backends_here, interpreted, normal
 from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, predict
 from madtp.weights.loading import randomize
 from madtp.generation import generate
-from madtp.layers import CrossAttention, Runs
+from madtp.layers import CrossAttention, QueryGroups
 from madtp.models import MODELS
 from madtp.models.vqa import gather_samples
 from madtp.processing import PROCESSORS, ImageError, TextError
-from madtp.pruning import Stream
-from madtp.text import mask_after_pruning
+from madtp.pruning import Tokens
+from madtp.pruning.official import PaddedTokens, mask_after_pruning
+
 from madtp_kernels import RaggedBatch
 
 VOCABULARY, SEP = 200, 3  # of the bundled tokenizer
@@ -146,7 +147,7 @@ def test_features_and_matches_do_not_depend_on_their_neighbours(backend, text_mo
             torch.testing.assert_close(alone.text_embeds[0], together.text_embeds[number], **CLOSE)
         for sample, number in enumerate(matches.order.tolist()):
             image, text = pairs[number]
-            single = model.match(model.encode_image(pixels[image : image + 1]).stream, [texts[text]], [(0, 0)])
+            single = model.match(model.encode_image(pixels[image : image + 1]).tokens, [texts[text]], [(0, 0)])
             same_trace(single.text, matches.text, 0, sample)
             torch.testing.assert_close(single.logits[0], matches.logits[number], **CLOSE)
     torch.testing.assert_close(together.similarity, together.image_embeds @ together.text_embeds.mT)
@@ -277,9 +278,9 @@ def test_cross_keys_are_computed_once_per_image(monkeypatch, pixels):
 def test_half_precision(task, dtype, pixels, texts):
     model = make(task)
     with torch.inference_mode():
-        exact = model(pixels, texts, temperature=0.0)
+        exact = model(pixels, texts, pruning=0.0)
         model = model.to(dtype)
-        dense, pruned = model(pixels, texts, temperature=0.0), model(pixels, texts)
+        dense, pruned = model(pixels, texts, pruning=0.0), model(pixels, texts)
         written = model.generate(pruned.images, PROMPT) if task == "caption" else model.generate(pruned.questions)
     state = (lambda out: out.logits.values) if task == "caption" else (lambda out: out.questions.tokens.values)
     assert state(dense).dtype == dtype and len(written) == COUNT
@@ -345,29 +346,29 @@ def test_a_run_of_texts_looks_at_one_image(backend, generator):
     layer = CrossAttention(16, 16, 2).to(DEVICE)
     key_lengths, runs = ((3, 2, 4), (2, 0, 3)) if interpreted(backend) else ((7, 30, 12), (3, 0, 4))
     lengths = [2, 1, 3, 1, 2, 4, 1][: sum(runs)]
-    images = Stream.start(RaggedBatch.from_list([normal(generator, n, 16) for n in key_lengths]), False)
+    images = Tokens.start(RaggedBatch.from_list([normal(generator, n, 16) for n in key_lengths]))
     words = RaggedBatch.from_list([normal(generator, n, 16) for n in lengths])
     owner = [image for image, count in enumerate(runs) for _ in range(count)]
-    repeated = Stream.start(RaggedBatch.from_list([images.tokens[image] for image in owner]), False)
+    repeated = Tokens.start(RaggedBatch.from_list([images[image] for image in owner]))
     with torch.inference_mode():
-        ours = layer(words, images, backend, Runs.of(runs, DEVICE))
+        ours = layer(words, images, backend, QueryGroups.of(runs, DEVICE))
         theirs = layer(words, repeated, backend)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_decoders_weigh_merged_tokens_by_their_sizes(pixels, texts):
     """Repeating each image token as often as its size says changes nothing."""
-    model = make("caption", use_sizes=True)
+    model = make("caption", proportional_attention=True)
     with torch.inference_mode():
         output = model(pixels, texts)
         images = output.images
         assert images.sizes.max() > 1
         counts = images.sizes.long()
-        rows = images.tokens.with_values(images.sizes).to_list()
+        rows = images.with_values(images.sizes).to_list()
         tokens = RaggedBatch.from_lengths(
-            images.tokens.values.repeat_interleave(counts, 0), [int(row.sum()) for row in rows]
+            images.values.repeat_interleave(counts, 0), [int(row.sum()) for row in rows]
         )
-        keys = model.text_decoder.keys(Stream.start(tokens, False))
+        keys = model.text_decoder.keys(Tokens.start(tokens))
         states = model.text_decoder(model._ids(texts), keys)
         logits = model.text_decoder.logits(states.values)
     torch.testing.assert_close(output.logits.values, logits, atol=1e-4, rtol=1e-4)
@@ -380,9 +381,9 @@ def test_padding_is_invisible_to_the_dense_model_only(pixels, texts):
     clean, compat = make("retrieval"), make("retrieval", text_mode="compat")
     pairs = [(0, 1), (2, 3)]
     with torch.inference_mode():
-        dense = [model(pixels, texts, temperature=0.0) for model in (clean, compat)]
+        dense = [model(pixels, texts, pruning=0.0) for model in (clean, compat)]
         torch.testing.assert_close(dense[0].text_embeds, dense[1].text_embeds, **CLOSE)
-        matches = [m.match(o.images, texts, pairs, temperature=0.0) for m, o in zip((clean, compat), dense, strict=True)]
+        matches = [m.match(o.images, texts, pairs, pruning=0.0) for m, o in zip((clean, compat), dense, strict=True)]
         torch.testing.assert_close(matches[0].logits, matches[1].logits, **CLOSE)
         assert dense[1].text[0].lengths_in.tolist() == [35] * COUNT
         pruned = [model(pixels, texts) for model in (clean, compat)]
@@ -421,7 +422,8 @@ def test_masks_after_pruning(spare, generator):
             tokens = RaggedBatch(torch.zeros(len(ids), 1, device=DEVICE), cu, max(len(row) for row in rows))
             if masked is not None:
                 masked = torch.cat([torch.tensor(masked), torch.ones(spare, dtype=torch.bool)]).to(DEVICE)
-            return Stream(tokens, ids, None, masked)
+            fields = (tokens.values, tokens.cu_seqlens, tokens.max_seqlen, False, ids)
+            return Tokens(*fields) if masked is None else PaddedTokens(*fields, padding=masked)
 
         before = stream([ids for ids, _ in before_rows], [m for _, masked in before_rows for m in masked])
         after = stream(after_rows)
@@ -451,7 +453,7 @@ def test_batch_grouping_ties_images_and_texts(pixels, texts):
 def test_every_weight_learns(task, pixels, texts):
     model = make(task)
     if task == "caption":
-        loss = model(pixels, texts, summaries=True).logits.values.float().log_softmax(-1)[:, 7].sum()
+        loss = model(pixels, texts, alignment_features=True).logits.values.float().log_softmax(-1)[:, 7].sum()
     elif task == "vqa":
         output = model(pixels, texts)
         states = model.text_decoder(model._ids(texts), model.text_decoder.keys(output.questions))
@@ -527,9 +529,9 @@ def test_embeddings_and_matches_of_pictures(pictures):
         assert embedding.features.dtype == torch.float32 and embedding.features.shape == (24,)
         assert embedding.features.norm() == pytest.approx(1.0, abs=1e-5)
         assert embedding.tokens[0] >= embedding.tokens[-1] and embedding.flops.official > 0
-    scores = predict.match(model, output.stream, ids, [(2, 0), (0, 1)])
+    scores = predict.match(model, output.tokens, ids, [(2, 0), (0, 1)])
     with torch.inference_mode():
-        assert scores == pytest.approx(model.match(output.stream, ids, [(2, 0), (0, 1)]).logits[:, 1].tolist())
+        assert scores == pytest.approx(model.match(output.tokens, ids, [(2, 0), (0, 1)]).logits[:, 1].tolist())
 
 
 def test_numbers_that_a_precision_cannot_hold_are_an_error(pictures):
@@ -552,7 +554,7 @@ def test_wrong_inputs_of_a_captioner(pixels, texts):
     with pytest.raises(ValueError, match=r"pixels: expected \[B, 3, 64, 64\], got \[5, 3, 32, 32\]"):
         model(pixels[:, :, :32, :32])
     with pytest.raises(ValueError, match="temperature: expected 0, or a number from 1e-30 to 1e30, got -1"):
-        model(pixels, temperature=-1)
+        model(pixels, pruning=-1)
     with torch.inference_mode():
         images = model(pixels).images
         for prompt in (PROMPT[:0], PROMPT[None], PROMPT.float()):
@@ -588,7 +590,7 @@ def test_wrong_inputs_of_question_answering(pixels, texts):
 def test_wrong_inputs_of_retrieval(pixels, texts):
     model = make("retrieval")
     with torch.inference_mode():
-        images = model.encode_image(pixels).stream
+        images = model.encode_image(pixels).tokens
         for pair in ((5, 0), (0, 5), (-1, 0)):
             with pytest.raises(ValueError, match=r"pairs: \(.*\) is beyond 5 images and 5 texts"):
                 model.match(images, texts, [(0, 0), pair])

@@ -14,6 +14,7 @@ from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
 from madtp.models.nlvr import NLVR
 from madtp.models.pairs import forward_pairs
+from madtp.pruning import MADTP
 from madtp.search import find_strength
 from madtp.tasks.nlvr import NLVRTask
 from madtp.weights.loading import randomize
@@ -59,29 +60,29 @@ def assert_same_gradients(actual, expected, rtol=1e-6, atol=1e-9):
         )
 
 
-@pytest.mark.parametrize("use_sizes", [False, True])
-def test_several_statements_about_a_pair_are_the_model_with_the_pair_repeated(generator, use_sizes):
+@pytest.mark.parametrize("proportional", [False, True])
+def test_several_statements_about_a_pair_are_the_model_with_the_pair_repeated(generator, proportional):
     """As many statements about one pair as about another, or not."""
     # Sizes come with float32 (and half) tokens only.
     dtype, close = (
-        (torch.float32, {"rtol": 1e-3, "atol": 1e-5}) if use_sizes else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
+        (torch.float32, {"rtol": 1e-3, "atol": 1e-5}) if proportional else (torch.float64, {"rtol": 1e-6, "atol": 1e-8})
     )
     model, pixels, ids, lengths, _ = random_pairs(generator, dtype)
-    model.use_sizes = use_sizes
+    model.pruning = MADTP(0.0, proportional_attention=proportional)
     for counts in ([4, 4, 4], [1, 4, 2]):
         images, texts = repeated(pixels, ids, lengths, counts)
         target = torch.randint(2, (len(texts),), generator=generator)
-        output = forward_pairs(model, pixels, texts, counts, 2.0, summaries=True)
-        expected = model(images, texts, 2.0, summaries=True)
+        output = forward_pairs(model, pixels, texts, counts, 2.0, alignment_features=True)
+        expected = model(images, texts, 2.0, alignment_features=True)
         for trace in (output.vision, output.text):
             assert sum(record.pruned.sum() for record in trace) > 0
         torch.testing.assert_close(output.logits, expected.logits, **close)
         task = NLVRTask(types.SimpleNamespace(config=model.config, processor=None))
-        vision, text = task.summaries(output, {"statements": counts})
-        wanted = expected.summaries[0].unflatten(0, (2, -1)).mean(0)
+        vision, text = task.alignment_features(output, {"statements": counts})
+        wanted = expected.alignment_features[0].unflatten(0, (2, -1)).mean(0)
         torch.testing.assert_close(vision, wanted, **close)
-        torch.testing.assert_close(text, expected.summaries[1], **close)
         costs = task.costs(task.streams(output, {"statements": counts}), True)
+        torch.testing.assert_close(text, expected.alignment_features[1], **close)
         assert costs == flops.from_output(model.config, expected)
         found = gradients(model, F.cross_entropy(output.logits, target))
         assert_same_gradients(found, gradients(model, F.cross_entropy(expected.logits, target)), **close)

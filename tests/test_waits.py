@@ -23,7 +23,7 @@ CASES = {
     "nlvr": (NLVR, {}),
     "nlvr, pairs": (NLVR, {"grouping": "pair"}),
     "nlvr, batch": (NLVR, {"grouping": "batch"}),
-    "nlvr, sizes": (NLVR, {"use_sizes": True}),
+    "nlvr, sizes": (NLVR, {"proportional_attention": True}),
     "caption": (CONFIGS["caption"], {}),
     "vqa": (CONFIGS["vqa"], {}),
     "retrieval": (CONFIGS["retrieval"], {}),
@@ -41,15 +41,15 @@ def inputs(task, size):
     return pixels, RaggedBatch(ids, offsets, 12)
 
 
-@pytest.mark.parametrize("summaries", [False, True], ids=["", "summaries"])
+@pytest.mark.parametrize("features", [False, True], ids=["", "features"])
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name, temperature, summaries):
+def test_forward(name, temperature, features):
     task = name.partition(",")[0]
     config, options = CASES[name]
     model = MODELS[task](config, temperature, **options).to("meta").eval()
     with torch.inference_mode():
-        model(*inputs(task, config.vision.image_size), summaries=summaries)
+        model(*inputs(task, config.vision.image_size), alignment_features=features)
 
 
 def test_waiting_is_noticed():

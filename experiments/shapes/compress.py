@@ -4,7 +4,7 @@
       --reduction 0.8 --directory runs/madtp-sizes-0.8-0 --record results/madtp-sizes-0.8-0.json
 
 The loss is that of the answers, plus how far the surviving tokens of images and texts are from what the dense
-model makes of them, plus (MADTP) 0.1 times the alignment of the summaries of both modalities. The cost that is
+model makes of them, plus (MADTP) 0.1 times the alignment of the features of both modalities. The cost that is
 aimed at falls to the target over the first part of the run, and the temperature follows it. At the end the
 temperature is set on the dev split, and the test split is answered once.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,14 +97,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     method = METHODS[args.method]
     model, teacher = madtp.load(args.model), Teacher(madtp.load(args.model), args.teacher_cache)
-    model.use_sizes = method.use_sizes
+    model.pruning = replace(model.pruning, proportional_attention=method.use_sizes)
     # The pairs come after those that the dense model has learnt from.
     train, dev, first_pair = Shapes("train"), Shapes("dev"), 100_000 + 1_000_000 * args.seed
     dense = evaluate(model, dev, 16, 0.0, method)["gflops"]
     shown = train.batch(range(first_pair, first_pair + args.pairs), STATEMENTS)
     entries = dictionary_from_tokens(
         model,
-        lambda: forward_pairs(model, shown.pixels, texts(shown), STATEMENTS, 0.0, summaries=True),
+        lambda: forward_pairs(model, shown.pixels, texts(shown), STATEMENTS, 0.0, alignment_features=True),
         torch.Generator().manual_seed(args.seed),
     )
     with torch.no_grad():
@@ -135,7 +136,7 @@ def main() -> None:
             terms["images"] = args.distill * distillation_loss(output.image_embeds, output.vision[-1].ids, images)
             terms["texts"] = args.distill * distillation_loss(output.last_hidden_state, output.text[-1].ids, statements)
         if method.alignment:
-            vision, text = output.summaries
+            vision, text = output.alignment_features
             both = vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(STATEMENTS, 0)
             terms["alignment"] = method.alignment * alignment_loss(both, text)
         right = (output.logits.argmax(-1) == labels).float().mean().item()

@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     model = madtp.load(args.model)
     temperature = model.temperature if args.temperature is None else args.temperature
-    method = METHODS[args.method or ("madtp-sizes" if model.use_sizes else "madtp")]
+    method = METHODS[args.method or ("madtp-sizes" if model.pruning.proportional_attention else "madtp")]
     split = Shapes("test", args.seed)
     result = evaluate(model, split, TEST_PAIRS, temperature, method, args.groups)
     dense = evaluate(model, split, TEST_PAIRS, 0.0, method)["gflops"] if temperature else result["gflops"]

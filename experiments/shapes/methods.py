@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from madtp.pruning import Pruning
+from madtp.pruning import MADTP, ScoredPruning
 from madtp_kernels.importance.reference import EPS
 from madtp_kernels.segments import sample_of
 
 
-class NoAlignment(Pruning):
+class NoAlignment(MADTP):
     """MADTP's threshold on what attention alone says of a token: (received / sum + CLS) / 2."""
 
-    def decide(self, entering, guide, received, cls, layer):
-        dictionary, _ = guide
-        tokens, seen = entering.to_padded()  # [B, L, D]
+    def decide(self, block_input, attention, dictionary, layer):
+        entries, _ = dictionary
+        received = attention.attention_received
+        tokens, seen = block_input.to_padded()  # [B, L, D]
         seen[:, 0] = False
-        alignment = (tokens @ dictionary.mT).detach().float()
+        alignment = (tokens @ entries.mT).detach().float()
         weights = (alignment / self.temperature).masked_fill(~seen[..., None], -torch.inf).softmax(1)
-        sample = sample_of(entering.cu_seqlens, len(received))
-        total = received.new_zeros(entering.batch_size).index_add(0, sample, received) + EPS
-        importance = (received / total[sample] + cls) / 2
-        padded, _ = entering.with_values(importance.detach()).to_padded()
+        sample = sample_of(block_input.cu_seqlens, len(received))
+        total = received.new_zeros(block_input.batch_size).index_add(0, sample, received) + EPS
+        importance = (received / total[sample] + attention.cls_attention) / 2
+        padded, _ = block_input.with_values(importance.detach()).to_padded()
         threshold = (weights * padded.masked_fill(~seen, 0.0)[..., None]).sum(1).amin(1)
         return importance, {"threshold": threshold}
 
 
-class _FixedShare(Pruning):
+@dataclass(frozen=True)
+class _FixedShare(ScoredPruning):
     """Every sample keeps the same share of its tokens in a layer, about the shares that MADTP keeps on average: most
     image tokens go in the first two layers. A higher "temperature" keeps less.
     """
 
-    def score(self, received, cls):
+    importance = "max"
+
+    temperature: float = 0.0
+
+    @property
+    def strength(self):
+        return self.temperature
+
+    def at(self, strength):
+        return replace(self, temperature=strength)
+
+    def score(self, attention):
         raise NotImplementedError
 
     def share(self, layer: int) -> float:
         return 1 / (1 + self.temperature / (1 if layer < 2 else 8))
 
-    def decide(self, entering, guide, received, cls, layer):
-        kept = ((entering.lengths - 1) * self.share(layer)).round().clamp(min=1)
-        return self.score(received, cls), {"keep_count": kept.int()}
+    def decide(self, block_input, attention, dictionary, layer):
+        kept = ((block_input.lengths - 1) * self.share(layer)).round().clamp(min=1)
+        return self.score(attention), {"keep_count": kept.int()}
 
 
 class _FixedShareOfText(_FixedShare):
@@ -52,8 +66,8 @@ class _FixedShareOfText(_FixedShare):
 class Random(_FixedShare):
     """Tokens by lot."""
 
-    def score(self, received, cls):
-        return torch.rand_like(received)
+    def score(self, attention):
+        return torch.rand_like(attention.attention_received)
 
 
 class RandomText(Random, _FixedShareOfText):
@@ -65,15 +79,15 @@ class ClsAttention(_FixedShare):
     (arXiv 2202.07800).
     """
 
-    def score(self, received, cls):
-        return cls
+    def score(self, attention):
+        return attention.cls_attention
 
 
 class ClsAttentionText(ClsAttention, _FixedShareOfText):
     """The same on a text."""
 
 
-class Unpruned(Pruning):
+class Unpruned(MADTP):
     """No pruning, at any temperature."""
 
     @property
@@ -84,7 +98,7 @@ class Unpruned(Pruning):
 class Method(NamedTuple):
     """A way to prune."""
 
-    rules: tuple[type[Pruning], type[Pruning]] = (Pruning, Pruning)
+    rules: tuple[type[ScoredPruning], type[ScoredPruning]] = (MADTP, MADTP)
     """Of images and of texts."""
     use_sizes: bool = True
     """Whether merged tokens weigh what they stand for."""
@@ -97,7 +111,7 @@ class Method(NamedTuple):
 METHODS = {
     "madtp": Method(use_sizes=False),
     "madtp-sizes": Method(),
-    "vision-only": Method((Pruning, Unpruned)),
+    "vision-only": Method((MADTP, Unpruned)),
     "no-alignment": Method((NoAlignment, NoAlignment), alignment=0.0),
     "cls": Method((ClsAttention, ClsAttentionText), alignment=0.0, start=0.2),
     "random": Method((Random, RandomText), alignment=0.0, start=0.2),

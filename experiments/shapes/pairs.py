@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from madtp import flops
-from madtp.layers import Runs
+from madtp.layers import QueryGroups
 from madtp.models.base import first_rows
 from madtp.models.nlvr import NLVR, NLVROutput, split
-from madtp.pruning import Pruning
+from madtp.pruning import MADTP, ScoredPruning
+from madtp.pruning.official import official
 from madtp_kernels import RaggedBatch
 
 
@@ -22,9 +23,9 @@ def forward_pairs(
     input_ids: RaggedBatch,
     per_pair: int,
     temperature: float,
-    summaries: bool = False,
+    alignment_features: bool = False,
     *,
-    rules: tuple[type[Pruning], type[Pruning]] = (Pruning, Pruning),
+    rules: tuple[type[ScoredPruning], type[ScoredPruning]] = (MADTP, MADTP),
     groups: int = 1,
 ) -> NLVROutput:
     """Answer K statements about each of P pairs, as `NLVR.forward` does if it is given every pair K times.
@@ -35,12 +36,12 @@ def forward_pairs(
         input_ids: ``[T]`` int64 of P * K texts, pair by pair.
         per_pair: K.
         temperature: 0 runs dense.
-        summaries: also return the alignment summaries.
+        alignment_features: also return them.
         rules: how images and texts are pruned.
         groups: so many images in succession keep equally many tokens, and so many texts.
 
     Returns:
-        The output for P * K statements; `vision`, `image_embeds` and the vision summary ``[2P, M, sd_dim]``
+        The output for P * K statements; `vision`, `image_embeds` and the vision features ``[2P, M, sd_dim]``
         are those of the 2P images.
 
     Raises:
@@ -53,23 +54,24 @@ def forward_pairs(
             f"got {input_ids.batch_size}"
         )
 
-    def pruning(rule: type[Pruning], samples: int) -> Pruning:
+    def pruning(rule: type[ScoredPruning], samples: int) -> ScoredPruning:
         shared = torch.arange(samples, dtype=torch.int32, device=pixels.device) // groups if groups > 1 else None
-        return rule(temperature, shared, model.use_sizes, model.backend)
+        chosen = rule(temperature, proportional_attention=model.pruning.proportional_attention, backend=model.backend)
+        return chosen if shared is None else official(chosen, "groups", groups=shared)
 
-    vision = model.visual_encoder(pixels, model.space_dict, pruning(rules[0], 2 * pairs), summaries)
-    runs = Runs.of([per_pair] * pairs, pixels.device)
+    vision = model.visual_encoder(pixels, model.space_dict, pruning(rules[0], 2 * pairs), alignment_features)
+    query_groups = QueryGroups.of([per_pair] * pairs, pixels.device)
     text = model.text_encoder(
-        input_ids, split(vision.stream, pairs), model.space_dict, pruning(rules[1], pairs * per_pair), summaries,
-        runs=runs,
+        input_ids, split(vision.tokens, pairs), model.space_dict, pruning(rules[1], pairs * per_pair), alignment_features,
+        query_groups=query_groups,
     )  # fmt: skip
     return NLVROutput(
-        logits=model.cls_head(first_rows(text.stream.tokens)),
+        logits=model.cls_head(first_rows(text.tokens)),
         vision=vision.trace,
         text=text.trace,
-        image_embeds=vision.stream.tokens,
-        last_hidden_state=text.stream.tokens,
-        summaries=(vision.summary, text.summary) if summaries else None,
+        image_embeds=vision.tokens,
+        last_hidden_state=text.tokens,
+        alignment_features=(vision.alignment_features, text.alignment_features) if alignment_features else None,
     )
 
 

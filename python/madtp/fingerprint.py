@@ -15,8 +15,8 @@ __all__ = ["fingerprint"]
 def fingerprint(model: Model, *, texts: bool = True, **settings) -> str:
     """A digest of everything that decides what a model answers, wherever its files lie and whatever they are called.
 
-    That is: sizes, every weight (so also a dictionary that was made up where a checkpoint has none), dtype, temperature,
-    grouping, ``use_sizes``, how pictures become pixels, and the tokenizer. It takes about a second per gigabyte of weights.
+    That is: sizes, every weight (so also a dictionary that was made up where a checkpoint has none), dtype, pruning,
+    grouping, how pictures become pixels, and the tokenizer. It takes about a second per gigabyte of weights.
 
     Args:
         model: with a processor or without.
@@ -34,9 +34,8 @@ def fingerprint(model: Model, *, texts: bool = True, **settings) -> str:
     facts = {
         "config": model.config.to_dict(),
         "dtype": str(model.dtype),
-        "temperature": model.temperature,
+        "pruning": model.pruning.to_dict(),
         "grouping": model.grouping,
-        "use_sizes": model.use_sizes,
         "processor": None if processor is None else processor.facts(texts),
         "settings": settings,
     }

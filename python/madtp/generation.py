@@ -21,8 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from madtp_kernels import RaggedBatch
 
-from .layers import Runs
-from .pruning import Stream
+from .layers import QueryGroups
+from .pruning import Tokens
 from .text import TextDecoder
 
 # What transformers calls the cache of a decoder, in arguments and outputs: releases from 5.24 on, and before.
@@ -47,7 +47,7 @@ _TOP_K = 50
 
 def generate(
     decoder: TextDecoder,
-    memory: Stream,
+    memory: Tokens,
     prompts: Tensor,
     *,
     backend: str | None = None,
@@ -157,7 +157,7 @@ class _Generator(PreTrainedModel, GenerationMixin):
 
     config_class = BertConfig
 
-    def __init__(self, decoder: TextDecoder, memory: Stream, backend: str | None, official_lengths: bool) -> None:
+    def __init__(self, decoder: TextDecoder, memory: Tokens, backend: str | None, official_lengths: bool) -> None:
         sizes = decoder.config
         super().__init__(
             BertConfig(
@@ -171,7 +171,7 @@ class _Generator(PreTrainedModel, GenerationMixin):
             )
         )
         self.decoder, self.backend, self.official_lengths = decoder, backend, official_lengths
-        self.keys, self.images = decoder.keys(memory), memory.tokens.batch_size
+        self.keys, self.images = decoder.keys(memory), memory.batch_size
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask=None, **inputs) -> dict:
         """Only what the cache does not hold yet goes through the decoder."""
@@ -184,8 +184,8 @@ class _Generator(PreTrainedModel, GenerationMixin):
         starts = torch.arange(rows + 1, dtype=torch.int32, device=input_ids.device) * new
         texts = RaggedBatch(input_ids.flatten(), starts, new)
         beams = rows // self.images
-        runs = Runs(torch.arange(self.images + 1, device=input_ids.device) * beams, beams)
-        states = self.decoder(texts, self.keys, runs=runs, cache=inputs[CACHE], backend=self.backend)
+        groups = QueryGroups(torch.arange(self.images + 1, device=input_ids.device) * beams, beams)
+        states = self.decoder(texts, self.keys, query_groups=groups, cache=inputs[CACHE], backend=self.backend)
         last = states.values.unflatten(0, (rows, new))[:, -1]
         return CausalLMOutputWithPast(logits=self.decoder.logits(last)[:, None], **{CACHE: inputs[CACHE]})
 

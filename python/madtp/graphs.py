@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, backends, checks
 
-from .pruning import LayerTrace, Stream
+from .pruning import LayerTrace, Pruning
 
 __all__ = ["Captured", "Graphs", "run"]
 
@@ -284,19 +284,15 @@ class _Results:
     def of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._tensor(value, self._per_sample)
-        if isinstance(value, RaggedBatch):
-            values, offsets = self._tensor(value.values), self._tensor(value.cu_seqlens, self._offsets)
-            return RaggedBatch(values, offsets, value.max_seqlen, value.bound or self.samples < self.batch)
-        if isinstance(value, LayerTrace):
-            return LayerTrace(
-                self._tensor(value.cu_seqlens_in, self._offsets),
-                self._tensor(value.cu_seqlens, self._offsets),
-                self._tensor(value.ids),
-                self._tensor(value.importance),
-                self._tensor(value.threshold, self._per_sample),
-            )
-        if isinstance(value, Stream):
-            return Stream(self.of(value.tokens), *map(self._tensor, (value.ids, value.sizes, value.masked)))
+        if isinstance(value, (RaggedBatch, LayerTrace)):
+            parts = {
+                field.name: self._tensor(part, self._part_of(field.name)) if isinstance(part, Tensor) else part
+                for field in dataclasses.fields(value)
+                for part in [getattr(value, field.name)]
+            }
+            if isinstance(value, RaggedBatch):
+                parts["bound"] = value.bound or self.samples < self.batch
+            return type(value)(**parts)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(self.of, value))
         if isinstance(value, (list, tuple)):
@@ -304,6 +300,12 @@ class _Results:
         if dataclasses.is_dataclass(value):
             return type(value)(*(self.of(getattr(value, field.name)) for field in dataclasses.fields(value)))
         return value
+
+    def _part_of(self, field: str) -> Callable[[Tensor], Tensor] | None:
+        """What takes the filling out of a field of tokens or of a trace; None where it has one row per token."""
+        if field.startswith("cu_seqlens"):
+            return self._offsets
+        return self._per_sample if field in ("threshold", "protected_ids") else None
 
     def _tensor(self, value: Tensor | None, part: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
         """A tensor or a part of it. A tensor that occurs several times in the results does so again."""
@@ -357,7 +359,7 @@ def _shapes(inputs: Sequence[Tensor | RaggedBatch], samples: int) -> tuple:
 def _settings(model) -> tuple:
     """What a forward depends on besides weights and inputs."""
     return (
-        model.temperature, model.grouping, model.use_sizes, model.backend, backends.forced(), model.dtype,
+        model.pruning, model.grouping, model.backend, backends.forced(), model.dtype,
         torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
@@ -538,7 +540,7 @@ class Graphs:
         return self._recorder
 
     def capture(
-        self, call: Callable, *inputs, text_length: int | None = None, temperature: float | None = None
+        self, call: Callable, *inputs, text_length: int | None = None, pruning: Pruning | float | None = None
     ) -> Captured:
         """See :meth:`madtp.models.base.Model.capture`."""
         model, function = _parts(call)
@@ -555,9 +557,9 @@ class Graphs:
         longest = longest if text_length is None else text_length
         if not sizes[1] <= longest <= max(model.longest_text, sizes[1]):
             raise ValueError(f"text_length: expected {sizes[1]} to {model.longest_text} tokens, got {text_length}")
-        if temperature is not None:
-            temperature = model._temperature(temperature)
-            function = functools.partial(function, temperature=temperature)
+        if pruning is not None:
+            pruning = model.rule(pruning)
+            function = functools.partial(function, pruning=pruning)
         with self._lock:
             recorder = self._shared(model)
             try:
@@ -567,7 +569,7 @@ class Graphs:
             except RuntimeError as error:
                 self._clear_recordings()  # the pool of a failed recording cannot be used again
                 raise RuntimeError(f"model: the call cannot be recorded: {error}") from error
-        return Captured(model, recorder, self._lock, recording, _shapes(inputs, samples), temperature)
+        return Captured(model, recorder, self._lock, recording, _shapes(inputs, samples), pruning)
 
 
 class Captured:
@@ -576,20 +578,20 @@ class Captured:
     Results are not copied: the next replay of any graph of the model overwrites them.
     """
 
-    def __init__(self, model, recorder, lock, recording: _Recording, shapes: tuple, temperature: float | None) -> None:
+    def __init__(self, model, recorder, lock, recording: _Recording, shapes: tuple, pruning: Pruning | None) -> None:
         self._model, self._recorder, self._lock, self._recording = model, recorder, lock, recording
-        self._shapes, self._temperature = shapes, temperature
+        self._shapes, self._pruning = shapes, pruning
         self._modules, self._settings = _Modules(model), self._now()
 
     def _now(self) -> tuple:
-        temperature, *others = _settings(self._model)
-        return (temperature if self._temperature is None else self._temperature, *others)
+        pruning, *others = _settings(self._model)
+        return (pruning if self._pruning is None else self._pruning, *others)
 
     def __call__(self, *inputs) -> Any:
         """Replay with inputs of the captured sizes; texts may be shorter.
 
         Raises:
-            ValueError: inputs of other sizes, or a model that has changed since (replaced weights, temperature, other
+            ValueError: inputs of other sizes, or a model that has changed since (replaced weights, another pruning, other
                 settings, hooks, training mode) and has to be captured again. Weights may be written in place.
         """
         model, recording = self._model, self._recording

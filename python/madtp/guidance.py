@@ -1,7 +1,7 @@
 """MAG, the alignment guidance: how tokens are compared with the cross-modal dictionary.
 
 Two things are derived from the same comparison: the alignment that scores tokens (done inside
-`madtp_kernels.score_tokens`), and the summaries that training aligns between the modalities. Paper: arXiv 2403.02991, 3.2.
+`madtp_kernels.score_tokens`), and the features that training aligns between the modalities. Paper: arXiv 2403.02991, 3.2.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class QueryModel(nn.Module):
         return x if self.q_map is None else self.q_map(x)
 
 
-def alignment_summary(tokens: RaggedBatch, dictionary: Tensor, query_model: QueryModel) -> Tensor:
+def alignment_features(tokens: RaggedBatch, dictionary: Tensor, query_model: QueryModel) -> Tensor:
     """What each dictionary entry sees of each sample, ``[B, M, sd_dim]``.
 
     With Q the mapped tokens but the first: softmax over tokens of <Q_j, s_m> / sqrt(sd_dim), times Q. Only training and
@@ -60,6 +60,6 @@ def alignment_summary(tokens: RaggedBatch, dictionary: Tensor, query_model: Quer
 
 
 def alignment_loss(vision: Tensor, text: Tensor) -> Tensor:
-    """1 - cosine between the summaries of the two modalities ``[B, M, sd_dim]``, averaged over samples and entries."""
-    vision, text = (F.normalize(summary.float(), dim=-1, eps=1e-10) for summary in (vision, text))
+    """1 - cosine between the alignment features of the two modalities ``[B, M, sd_dim]``, averaged over samples and entries."""
+    vision, text = (F.normalize(features.float(), dim=-1, eps=1e-10) for features in (vision, text))
     return (1 - F.cosine_similarity(vision, text, dim=-1)).mean()

@@ -9,56 +9,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, attention, attention_with_importance, layer_norm
+from madtp_kernels import RaggedBatch, attention, attention_received, attention_with_importance, layer_norm
 
 from .linear import Linear
-from .pruning import Pruning, Stream
+from .pruning import Pruning, Tokens
 
 
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` over the last dimension, which on a GPU leaves out the rows beyond the tokens of a bound batch."""
 
-    def forward(self, x: Tensor, tokens: RaggedBatch | None = None) -> Tensor:
-        """``x [C, D]`` to ``[C, D]``; rows beyond the last token of ``tokens``, the batch whose rows x has, are then undefined."""
+    def forward(self, x: Tensor | Tokens, tokens: RaggedBatch | None = None) -> Tensor:
+        """``x [C, D]``, or the values of tokens, to ``[C, D]``.
+
+        ``tokens`` is the batch whose rows x has; rows beyond its last token are undefined in the result.
+        """
+        if isinstance(x, Tokens):
+            if x.normed is not None and x.normed[0] is self:
+                return x.normed[1]
+            x, tokens = x.values, x
         if tokens is not None and tokens.bound and x.is_cuda and not torch.is_autocast_enabled("cuda"):
             return layer_norm(x, self.weight, self.bias, tokens.cu_seqlens, self.eps)
         return super().forward(x)
 
 
-class Attended(NamedTuple):
-    """What a self-attention sub-layer hands on."""
+class Attention(NamedTuple):
+    """What a self-attention sub-layer hands on: to its output projection, and to the rule that prunes after it."""
 
     out: Tensor
     """``[T, H * d]``, the heads concatenated, before the output projection."""
-    received: Tensor | None
-    """``[T]`` float32 attention that each token receives; None in a dense layer, as is ``cls``."""
-    cls: Tensor | None
+    tokens: Tokens | None = None
+    """The tokens that attended to themselves; None, as all that follows, in a step of a decoder."""
+    queries: Tensor | None = None
+    """``[T, H, d]``."""
+    keys: Tensor | None = None
+    """``[T, H, d]``."""
+    lse: Tensor | None = None
+    """``[H, T]`` float32 log-sum-exp of the logits."""
+    attention_received: Tensor | None = None
+    """``[T]`` float32: sum over the queries but the first of each sample of the maximum over heads; None unless
+    ``Pruning.importance`` is "max"."""
+    cls_attention: Tensor | None = None
+    """``[T]`` float32: attention of the first token, heads weighted by the norm of their output; None likewise."""
+    causal: bool = False
+    backend: str | None = None
+
+    def received(self, heads: str = "mean", queries: slice | Tensor | None = None) -> Tensor:
+        """``[T]`` float32 attention that each token receives from chosen queries: see
+        :func:`madtp_kernels.attention_received`, which this runs."""
+        tokens = self.tokens
+        return attention_received(
+            self.queries, self.keys, self.lse, tokens.cu_seqlens, tokens.max_seqlen, heads=heads, queries=queries,
+            causal=self.causal, key_bias=tokens.key_bias, backend=self.backend,
+        )  # fmt: skip
 
 
-def self_attention(qkv: Tensor, stream: Stream, pruning: Pruning, *, causal: bool = False) -> Attended:
-    """Attention of every sample over itself from ``qkv [T, 3, H, d]``; with its importance if the layer is to prune."""
-    tokens = stream.tokens
-    q, k, v = qkv.unbind(1)
-    options = {"causal": causal, "key_bias": stream.key_bias, "backend": pruning.backend}
-    if pruning.active:
-        out, _, received, cls = attention_with_importance(q, k, v, tokens.cu_seqlens, tokens.max_seqlen, **options)
-        return Attended(out.flatten(1), received, cls)
-    lengths = (tokens.cu_seqlens, tokens.cu_seqlens, tokens.max_seqlen, tokens.max_seqlen)
-    out, _ = attention(q, k, v, *lengths, **options)
-    return Attended(out.flatten(1), None, None)
+def self_attention(qkv: Tensor, tokens: Tokens, heads: int, pruning: Pruning, *, causal: bool = False) -> Attention:
+    """Attention of every sample over itself from ``qkv [T, 3 * H * d]``, with the importance that the rule wants."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    cu_seqlens, most, backend = tokens.cu_seqlens, tokens.max_seqlen, pruning.backend
+    received = cls = None
+    if pruning.importance and pruning.active:
+        out, lse, received, cls = attention_with_importance(
+            q, k, v, cu_seqlens, most, causal=causal, key_bias=tokens.key_bias, backend=backend
+        )
+    else:
+        out, lse = attention(
+            q, k, v, cu_seqlens, cu_seqlens, most, most, causal=causal, key_bias=tokens.key_bias, backend=backend
+        )
+    return Attention(out.flatten(1), tokens, q, k, lse, received, cls, causal, backend)
 
 
-def cached_attention(qkv: Tensor, samples: int, cache, layer: int, visible: Tensor | None = None) -> Attended:
+def cached_attention(
+    qkv: Tensor, samples: int, heads: int, cache, layer: int, visible: Tensor | None = None
+) -> Attention:
     """Causal attention of the newest tokens of each sample over themselves and all earlier ones, which ``cache`` holds.
 
     Args:
-        qkv: ``[N * L, 3, H, d]``, L new tokens for each of the N samples.
-        samples: N.
+        qkv: ``[N * L, 3 * H * d]``, L new tokens for each of the N samples.
+        samples, heads: N, H.
         cache: of `transformers`, one entry ``[N, H, tokens, d]`` per layer; the new keys and values are added to it.
         layer: number of the layer.
         visible: ``[N, tokens]`` bool, False for earlier or new tokens that are padding. A token that would see none sees itself.
     """
-    q, k, v = qkv.unflatten(0, (samples, -1)).permute(2, 0, 3, 1, 4)  # [N, H, L, d] each
+    q, k, v = qkv.view(samples, -1, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)  # [N, H, L, d] each
     k, v = cache.update(k, v, layer)
     new, seen = q.shape[2], k.shape[2]
     mask = None if new == 1 else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
@@ -67,7 +100,7 @@ def cached_attention(qkv: Tensor, samples: int, cache, layer: int, visible: Tens
         mask = visible[:, None, None] & (True if mask is None else mask)  # [N, 1, L, tokens]
         mask = mask | itself & ~mask.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return Attended(out.transpose(1, 2).flatten(2).flatten(0, 1), None, None)
+    return Attention(out.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class Keys(NamedTuple):
@@ -80,16 +113,16 @@ class Keys(NamedTuple):
     key_bias: Tensor | None
 
 
-class Runs(NamedTuple):
+class QueryGroups(NamedTuple):
     """Which query samples look at the same key sample: the beams of an image, the candidate answers to a question."""
 
     starts: Tensor
     """``[K+1]`` int64: key sample k serves the query samples ``starts[k]:starts[k+1]``."""
     longest: int
-    """Upper bound of the length of a run (host integer)."""
+    """Upper bound of the size of a group (host integer)."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Runs:
+    def of(cls, lengths: Sequence[int], device: torch.device) -> QueryGroups:
         """From the number of query samples of each key sample."""
         starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
         return cls(starts.to(device), max(lengths, default=0))
@@ -104,22 +137,21 @@ class CrossAttention(nn.Module):
         self.query = Linear(width, width)
         self.kv = Linear(key_width, 2 * width)
 
-    def keys(self, stream: Stream) -> Keys:
-        """Keys and values of ``stream.tokens [S, key_width]``."""
-        tokens = stream.tokens
+    def keys(self, tokens: Tokens) -> Keys:
+        """Keys and values of ``tokens [S, key_width]``."""
         kv = self.kv(tokens.values, tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
-        return Keys(kv, tokens.cu_seqlens, tokens.max_seqlen, stream.key_bias)
+        return Keys(kv, tokens.cu_seqlens, tokens.max_seqlen, tokens.key_bias)
 
     def forward(
-        self, x: RaggedBatch, keys: Stream | Keys, backend: str | None = None, runs: Runs | None = None
+        self, x: Tokens, keys: Tokens | Keys, backend: str | None = None, query_groups: QueryGroups | None = None
     ) -> Tensor:
-        """``x [T, D]`` attends to ``keys``: ``[T, D]``. Without ``runs``, sample b looks at key sample b."""
-        if isinstance(keys, Stream):
+        """``x [T, D]`` attends to ``keys``: ``[T, D]``. Without ``query_groups``, sample b looks at key sample b."""
+        if isinstance(keys, Tokens):
             keys = self.keys(keys)
         q = self.query(x.values, tokens=x).unflatten(-1, (self.num_heads, -1))
         cu_seqlens, max_seqlen = x.cu_seqlens, x.max_seqlen
-        if runs is not None:  # to the kernel, a run is one sample with the queries of all
-            cu_seqlens, max_seqlen = cu_seqlens[runs.starts], max_seqlen * runs.longest
+        if query_groups is not None:  # to the kernel, a group is one sample with the queries of all
+            cu_seqlens, max_seqlen = cu_seqlens[query_groups.starts], max_seqlen * query_groups.longest
         out, _ = attention(
             q, keys.kv[:, 0], keys.kv[:, 1], cu_seqlens, keys.cu_seqlens, max_seqlen, keys.max_seqlen,
             key_bias=keys.key_bias, backend=backend,

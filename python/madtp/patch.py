@@ -62,10 +62,10 @@ from madtp_kernels.segments import sample_of
 from . import flops, graphs
 from .config import check_temperature
 from .generation import CACHE
-from .layers import Keys, Runs
+from .layers import Keys, QueryGroups
 from .linear import Linear
 from .models import MODELS, Model
-from .pruning import LayerTrace, Stream
+from .pruning import LayerTrace, Tokens
 from .rows import first_rows, rows_of
 from .weights import key_maps
 from .weights.files import read_file
@@ -440,25 +440,25 @@ class _Engine:
         """Whether its towers return tensors with padding."""
         return self.task == "vqa" or self.model.temperature > 0
 
-    def images(self, pixel_values: Tensor) -> tuple[Stream, list[LayerTrace]]:
+    def images(self, pixel_values: Tensor) -> tuple[Tokens, list[LayerTrace]]:
         """Final tokens and what every layer did, of ``[B, 3, S, S]``."""
         model = self.model
         if self.task == "clip":
             features = graphs.run(model.encode_image, pixel_values)
-            return features.stream, features.trace
+            return features.tokens, features.trace
         return graphs.run(types.MethodType(_encode_images, model), pixel_values)
 
     def texts(
-        self, input_ids: RaggedBatch, images: Stream | None, positions: Tensor | None = None
-    ) -> tuple[Stream, list[LayerTrace]]:
+        self, input_ids: RaggedBatch, images: Tokens | None, positions: Tensor | None = None
+    ) -> tuple[Tokens, list[LayerTrace]]:
         """The same of BLIP's texts ``[T]``, alone or with images in view."""
         model = self.model
         input_ids = model._ids(input_ids)
-        positions = Stream.start(input_ids, use_sizes=False).ids if positions is None else positions
+        positions = Tokens.start(input_ids).ids if positions is None else positions
         encode = types.MethodType(_encode_texts, model)
-        inputs = [input_ids, input_ids.with_values(positions)] + ([] if images is None else [images.tokens])
-        runs = None if images is None else _runs(len(input_ids), len(images.tokens), 1, model.device)
-        stream, trace = graphs.run(encode, *inputs) if runs is None else encode(*inputs, runs=runs)
+        inputs = [input_ids, input_ids.with_values(positions)] + ([] if images is None else [images])
+        runs = None if images is None else _runs(len(input_ids), len(images), 1, model.device)
+        stream, trace = graphs.run(encode, *inputs) if runs is None else encode(*inputs, query_groups=runs)
         return _no_longer(stream, input_ids.max_seqlen), trace
 
     def memory(self, hidden_states: Tensor | None, mask: Tensor | None) -> _Memory:
@@ -466,7 +466,7 @@ class _Engine:
         if hidden_states is None:
             raise ValueError("encoder_hidden_states: expected what the decoder is to look at, got None")
         stream = _stream(hidden_states, mask, padding=self.pads)
-        return _Memory(self.model.text_decoder.keys(stream), stream.tokens.batch_size)
+        return _Memory(self.model.text_decoder.keys(stream), stream.batch_size)
 
     def measure(self, samples: Mapping[str, Tensor], temperature: float) -> Step:
         """What a temperature keeps and costs."""
@@ -504,30 +504,28 @@ class _Engine:
         return Step(temperature, keep_ratio, sum(cost.official for cost in costs) / len(costs))
 
 
-def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Stream, list[LayerTrace]]:
+def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Tokens, list[LayerTrace]]:
     """BLIP's images: what :mod:`madtp.graphs` records."""
-    pruning = model._pruning(model.temperature, len(pixels))
+    pruning = model._pruning(None, len(pixels))
     stream, trace, _ = model.visual_encoder(model._pixels(pixels), model.space_dict, pruning)
     return stream, trace
 
 
 def _encode_texts(
-    model: Model, input_ids: RaggedBatch, positions: RaggedBatch, *images: RaggedBatch, runs: Runs | None = None
-) -> tuple[Stream, list[LayerTrace]]:
+    model: Model, input_ids: RaggedBatch, positions: RaggedBatch, *images: RaggedBatch, query_groups: QueryGroups | None = None
+) -> tuple[Tokens, list[LayerTrace]]:
     """BLIP's texts, with images in view or none."""
-    pruning = model._pruning(model.temperature, len(input_ids))
-    others = [Stream.start(tokens, use_sizes=False) for tokens in images]
+    pruning = model._pruning(None, len(input_ids))
+    others = [Tokens.start(tokens) for tokens in images]
     stream, trace, _ = model.text_encoder(
-        input_ids, others, model.space_dict, pruning, runs=runs, positions=positions.values
+        input_ids, others, model.space_dict, pruning, query_groups=query_groups, positions=positions.values
     )
     return stream, trace
 
 
-def _no_longer(stream: Stream, length: int) -> Stream:
+def _no_longer(stream: Tokens, length: int) -> Tokens:
     """The stream with a bound of its lengths that no graph has rounded up: outputs are padded to it."""
-    tokens = stream.tokens
-    tokens = RaggedBatch(tokens.values, tokens.cu_seqlens, min(tokens.max_seqlen, length), tokens.bound)
-    return replace(stream, tokens=tokens)
+    return replace(stream, max_seqlen=min(stream.max_seqlen, length))
 
 
 def _slot(module: nn.Module, key: str) -> tuple[nn.Module, str]:
@@ -685,14 +683,14 @@ def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, **unsupport
     return engine
 
 
-def _padded(stream: Stream) -> Tensor:
+def _padded(stream: Tokens) -> Tensor:
     """Tokens as ``[B, L, D]`` with zeros behind them, which are recognised."""
-    padded, _ = stream.tokens.to_padded()
-    _streams[padded] = stream.tokens.with_values(stream.ids)
+    padded, _ = stream.to_padded()
+    _streams[padded] = RaggedBatch.unchecked(stream.ids, stream.cu_seqlens, stream.max_seqlen, stream.bound)
     return padded
 
 
-def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Stream:
+def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Tokens:
     """Tokens of ``encoder_hidden_states [B, L, D]``, as they are now: those that a tower returned, of these those that the mask
     ``[B, L]`` marks. ``padding``: whether rows of zeros may be padding.
     """
@@ -707,7 +705,7 @@ def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Str
             sample = sample_of(ids.cu_seqlens, len(row))
             place = sample * ids.max_seqlen + row - ids.cu_seqlens[sample]
             values = hidden_states.flatten(0, 1)[place.clamp(0, max(hidden_states.shape[:2].numel() - 1, 0))]
-            return Stream(ids.with_values(values), ids.values)
+            return Tokens.unchecked(values, ids.cu_seqlens, ids.max_seqlen, ids.bound, ids=ids.values)
         mask = mask & attention_mask(hidden_states).bool()
     mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask
     if ids is None and padding and (mask & (hidden_states == 0).all(-1)).any():
@@ -717,7 +715,7 @@ def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Str
         )
     if not mask.any(1).all():
         raise ValueError("encoder_attention_mask: expected at least one token of each sample")
-    return Stream.start(RaggedBatch.from_padded(hidden_states, mask), use_sizes=False)
+    return Tokens.start(RaggedBatch.from_padded(hidden_states, mask))
 
 
 def _integers(input_ids: Tensor | None) -> Tensor:
@@ -740,13 +738,13 @@ def _ragged(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) ->
     return RaggedBatch.from_padded(input_ids, mask), positions.expand(input_ids.shape)[mask.bool()]
 
 
-def _runs(texts: int, samples: int, repeat: int, device: torch.device) -> Runs | None:
+def _runs(texts: int, samples: int, repeat: int, device: torch.device) -> QueryGroups | None:
     """Which texts look at which sample: one each, all at the only one, or ``repeat`` consecutive ones (the beams) at each."""
     if samples == 1:
         repeat = texts
     if texts != samples * repeat:
         raise ValueError(f"encoder_hidden_states: {samples} samples do not fit {texts} texts")
-    return Runs.of([repeat] * samples, device) if repeat > 1 else None
+    return QueryGroups.of([repeat] * samples, device) if repeat > 1 else None
 
 
 @can_return_tuple
@@ -756,7 +754,7 @@ def _vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
     engine = _ready(self, kwargs, interpolate_pos_encoding=interpolate_pos_encoding)
     stream, _ = engine.images(pixel_values)
     # BLIP's tokens have passed this LayerNorm already; transformers applies it to the pooled one twice.
-    return BaseModelOutputWithPooling(_padded(stream), self.post_layernorm(first_rows(stream.tokens)))
+    return BaseModelOutputWithPooling(_padded(stream), self.post_layernorm(first_rows(stream)))
 
 
 def _clip_texts(model: Model, input_ids: Tensor, mask: Tensor | None = None) -> tuple[RaggedBatch, Tensor]:
@@ -777,9 +775,9 @@ def _clip_text(self, input_ids=None, attention_mask=None, position_ids=None, **k
     """`CLIPTextModel.forward`."""
     engine = _ready(self, kwargs, position_ids=position_ids)
     texts, eot = _clip_texts(engine.model, input_ids, attention_mask)
-    stream = _no_longer(graphs.run(engine.model.encode_text, texts).stream, texts.max_seqlen)
-    stream = stream.with_values(self.final_layer_norm(stream.tokens.values))
-    return BaseModelOutputWithPooling(_padded(stream), stream.tokens.values[rows_of(stream, eot)])
+    stream = _no_longer(graphs.run(engine.model.encode_text, texts).tokens, texts.max_seqlen)
+    stream = stream.with_values(self.final_layer_norm(stream.values))
+    return BaseModelOutputWithPooling(_padded(stream), stream.values[rows_of(stream, eot)])
 
 
 @can_return_tuple
@@ -816,7 +814,7 @@ def _blip_decoder(
     model, (texts, new) = engine.model, input_ids.shape
     memory = encoder_hidden_states if generating else engine.memory(encoder_hidden_states, encoder_attention_mask)
     repeat = max(1, texts // memory.samples) if generating else 1  # beams, or sequences of one sample
-    options = {"runs": _runs(texts, memory.samples, repeat, input_ids.device), "backend": model.backend}
+    options = {"query_groups": _runs(texts, memory.samples, repeat, input_ids.device), "backend": model.backend}
     cache = past_key_values if cache is None else cache
     if use_cache and cache is None:
         cache = DynamicCache()

@@ -8,7 +8,7 @@ from torch import Tensor
 from madtp_kernels import RaggedBatch
 from madtp_kernels.segments import sample_of
 
-from .pruning import Stream
+from .pruning import Tokens
 
 
 def first_rows(tokens: RaggedBatch) -> Tensor:
@@ -17,9 +17,9 @@ def first_rows(tokens: RaggedBatch) -> Tensor:
     return tokens.values[tokens.cu_seqlens[:-1].long().clamp(max=len(tokens.values) - 1)]
 
 
-def rows_of(stream: Stream, ids: Tensor) -> Tensor:
+def rows_of(tokens: Tokens, ids: Tensor) -> Tensor:
     """``[B]`` int64: in which row each sample has the token with that id ``[B]``."""
-    rows = torch.arange(len(stream.ids), device=ids.device)
-    sample = sample_of(stream.tokens.cu_seqlens, len(rows))
-    found = (stream.ids == ids[sample]) & (rows < stream.tokens.cu_seqlens[-1])
+    rows = torch.arange(len(tokens.ids), device=ids.device)
+    sample = sample_of(tokens.cu_seqlens, len(rows))
+    found = (tokens.ids == ids[sample]) & (rows < tokens.cu_seqlens[-1])
     return rows.new_zeros(len(ids) + 1).scatter_(0, sample.where(found, len(ids)), rows)[:-1]

@@ -6,7 +6,6 @@ One implementation serves all families; what differs between them is in :class:`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,8 @@ from .config import CLIPConfig
 from .guidance import QueryModel
 from .layers import LayerNorm
 from .linear import Linear, mlp, project
-from .pruning import LayerTrace, Pruning, Stream
+from .pruning import LayerTrace, Pruning, Tokens
+from .pruning.official import fill_up, with_minimum
 from .rows import first_rows, rows_of
 from .vision import Block, run_blocks
 
@@ -30,12 +30,17 @@ class Features(NamedTuple):
 
     features: Tensor
     """``[B, E]``, not normalised."""
-    stream: Stream
+    tokens: Tokens
     """Final tokens ``[T, D]``, before the last LayerNorm."""
     trace: list[LayerTrace]
     """One record per block."""
-    summary: Tensor | None
-    """``[B, M, sd_dim]`` alignment summaries summed over the blocks; None if not asked for."""
+    alignment_features: Tensor | None
+    """``[B, M, sd_dim]`` summed over the blocks; None if not asked for."""
+
+    @property
+    def stream(self) -> Tokens:
+        """Deprecated: ``tokens``."""
+        return self.tokens
 
 
 class Patches(NamedTuple):
@@ -85,22 +90,22 @@ class AttentionPool(nn.Module):
         self.mlp.fc1 = Linear(width, hidden)
         self.mlp.fc2 = Linear(hidden, width)
 
-    def forward(self, stream: Stream, backend: str | None = None) -> Tensor:
+    def forward(self, tokens: Tokens, backend: str | None = None) -> Tensor:
         """Tokens ``[T, D]`` to ``[B, D]``."""
-        tokens, width = stream.tokens, self.probe.shape[-1]
+        width = self.probe.shape[-1]
         weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
         q = project(self.probe[0], weight[:width], bias[:width]).expand(tokens.batch_size, -1)
         kv = project(tokens.values, weight[width:], bias[width:], tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
-        x = self.attn.proj(pooled_attention(q.unflatten(-1, (self.num_heads, -1)), *kv.unbind(1), stream, backend))
+        x = self.attn.proj(pooled_attention(q.unflatten(-1, (self.num_heads, -1)), *kv.unbind(1), tokens, backend))
         rows = RaggedBatch(x, torch.arange(len(x) + 1, dtype=torch.int32, device=x.device), 1)
         return mlp(self.norm(x), self.mlp.fc1, self.mlp.fc2, x, self.activation, tokens=rows)
 
 
 def pooled_attention(
-    q: Tensor, k: Tensor, v: Tensor, stream: Stream, backend: str | None, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, backend: str | None, bias: Tensor | None = None
 ) -> Tensor:
     """One query ``q [B, H, d]`` for each sample over its keys and values ``[T, H, d]``, sizes counted: ``[B, H * d]``."""
-    tokens, sizes = stream.tokens, stream.key_bias
+    sizes = tokens.key_bias
     starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
     bias = sizes if bias is None else bias if sizes is None else bias + sizes
     options = {"key_bias": bias, "backend": backend}
@@ -108,16 +113,15 @@ def pooled_attention(
     return out.flatten(1)
 
 
-def mean_of_patches(stream: Stream, prefix: int, num_heads: int, backend: str | None = None) -> Tensor:
+def mean_of_patches(tokens: Tokens, prefix: int, num_heads: int, backend: str | None = None) -> Tensor:
     """``[B, D]``: mean of the rows of each sample but the first ``prefix`` ones, weighted by sizes.
 
     It is attention of a query of zeros: one kernel on every backend, with the same bits alone and in a batch.
     """
-    tokens = stream.tokens
     values = tokens.values.unflatten(-1, (num_heads, -1))
-    hidden = ((stream.ids >= 0) & (stream.ids < prefix)).float() * -1e4 if prefix else None
+    hidden = ((tokens.ids >= 0) & (tokens.ids < prefix)).float() * -1e4 if prefix else None
     query = values.new_zeros(tokens.batch_size, *values.shape[1:])
-    return pooled_attention(query, values, values, stream, backend, hidden)
+    return pooled_attention(query, values, values, tokens, backend, hidden)
 
 
 class ImageTower(nn.Module):
@@ -222,18 +226,18 @@ class ImageTower(nn.Module):
         parts += [self.registers] if self.config.registers else []
         return torch.cat(parts, 1) if parts else positions[:, :0]
 
-    def pool(self, stream: Stream, backend: str | None = None) -> Tensor:
+    def pool(self, tokens: Tokens, backend: str | None = None) -> Tensor:
         """``[B, D]``: what stands for each image, of final tokens before the last LayerNorm; without the projection."""
-        vision, tokens = self.config, stream.tokens
+        vision = self.config
         if vision.pool == "class":
             x = self.norm_post(first_rows(tokens))
         else:
             late = vision.pool == "mean" and vision.norm_after_pool
-            stream = stream if late else stream.with_values(self.norm_post(tokens.values, tokens))
+            tokens = tokens if late else tokens.with_values(self.norm_post(tokens))
             if vision.pool == "attention":
-                x = self.head(stream, backend)
+                x = self.head(tokens, backend)
             else:
-                x = mean_of_patches(stream, vision.prefix, vision.num_heads, backend)
+                x = mean_of_patches(tokens, vision.prefix, vision.num_heads, backend)
                 x = self.norm_post(x) if late else x
         return x if self.pooler is None else self.pooler(x).tanh()
 
@@ -242,24 +246,25 @@ class ImageTower(nn.Module):
         pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches,
         dictionary: Tensor | None,
         pruning: Pruning,
-        summaries: bool = False,
+        alignment_features: bool = False,
     ) -> Features:
         """Encode images.
 
         Args:
             pixels: as :meth:`cut` takes them, or patches.
-            dictionary, pruning, summaries: as :func:`madtp.vision.run_blocks`.
+            dictionary, pruning, alignment_features: as :func:`madtp.vision.run_blocks`.
 
         Raises:
-            ValueError: pixels of a size that the tower does not take, or active pruning without a dictionary.
+            ValueError: pixels of a size that the tower does not take, or no dictionary where one is needed.
         """
         tokens = self.embed(pixels if isinstance(pixels, Patches) else self.cut(pixels))
         if self.norm_pre is not None:
             tokens = tokens.with_values(self.norm_pre(tokens.values))
-        stream = Stream.start(tokens, pruning.use_sizes)
-        stream, *record = run_blocks(self.blocks, self.query_models, stream, dictionary, pruning, summaries)
-        x = self.pool(stream, pruning.backend)
-        return Features(x if self.proj is None else self.proj(x), stream, *record)
+        tokens = Tokens.start(tokens, prefix=self.config.prefix)
+        rule = with_minimum(pruning.on("vision"), tokens.batch_size, tokens.device)
+        tokens, *record = run_blocks(self.blocks, self.query_models, tokens, dictionary, rule, alignment_features)
+        x = self.pool(tokens, pruning.backend)
+        return Features(x if self.proj is None else self.proj(x), tokens, *record)
 
 
 class TextTower(nn.Module):
@@ -286,46 +291,36 @@ class TextTower(nn.Module):
         input_ids: RaggedBatch,
         dictionary: Tensor | None,
         pruning: Pruning,
-        summaries: bool = False,
+        alignment_features: bool = False,
         compat: bool = False,
     ) -> Features:
         """Encode texts ``[T]`` int64; the last token of each answers for it.
 
         Args:
             input_ids: without padding, unless the tower was trained with it.
-            dictionary, pruning, summaries: as :func:`madtp.vision.run_blocks`.
+            dictionary, pruning, alignment_features: as :func:`madtp.vision.run_blocks`.
             compat: the official mode of pruned text (see :mod:`madtp.models.clip`).
 
         Raises:
-            ValueError: a text beyond the context, or active pruning without a dictionary.
+            ValueError: a text beyond the context, or no dictionary where one is needed.
         """
         context = self.position_embeddings.num_embeddings
         if input_ids.max_seqlen > context:
             raise ValueError(
                 f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {context} positions"
             )
-        eot = input_ids.lengths - 1
-        if compat and (pruning.active or summaries):  # a dense EOT sees nothing of the padding behind it
-            input_ids = _pad(input_ids, context)
-            min_keep = eot + 2
-            if pruning.groups is not None:  # the official rule takes the maximum of the batch
-                min_keep = min_keep.amax(0, keepdim=True).expand_as(eot).contiguous()
-            pruning = dataclasses.replace(pruning, min_keep=min_keep, weakest_last=True)
+        eot, rule = input_ids.lengths - 1, pruning.on("text")
+        compat = compat and (rule.active or alignment_features)  # a dense EOT sees nothing of the padding behind it
+        if compat:
+            tokens = Tokens.start(fill_up(input_ids, context, 0)[0])
+            rule = with_minimum(rule, len(eot), eot.device, eot + 2, weakest_last=True)
         else:
-            pruning = dataclasses.replace(pruning, min_keep=torch.ones_like(eot), protected_ids=eot)
-        stream = Stream.start(input_ids, pruning.use_sizes)
-        x = self.token_embeddings(input_ids.values) + self.position_embeddings(stream.ids.clamp(max=context - 1))
-        stream, *record = run_blocks(
-            self.blocks, self.query_models, stream.with_values(x), dictionary, pruning, summaries
+            tokens = Tokens.start(input_ids, protected_ids=eot)
+            rule = with_minimum(rule, len(eot), eot.device)
+        x = self.token_embeddings(tokens.values) + self.position_embeddings(tokens.ids.clamp(max=context - 1))
+        tokens, *record = run_blocks(
+            self.blocks, self.query_models, tokens.with_values(x), dictionary, rule, alignment_features
         )
-        rows = stream.tokens.cu_seqlens[:-1] + eot if pruning.weakest_last else rows_of(stream, eot)
-        x = self.norm(stream.tokens.values[rows.long()])
-        return Features(x if self.proj is None else self.proj(x), stream, *record)
-
-
-def _pad(input_ids: RaggedBatch, length: int) -> RaggedBatch:
-    """Texts filled up with zeros to ``length`` tokens each."""
-    padded, _ = input_ids.to_padded(0)
-    padded = F.pad(padded, (0, length - padded.shape[1]))
-    cu_seqlens = torch.arange(len(padded) + 1, dtype=torch.int32, device=padded.device) * length
-    return RaggedBatch(padded.flatten(), cu_seqlens, length)
+        rows = tokens.cu_seqlens[:-1] + eot if compat else rows_of(tokens, eot)
+        x = self.norm(tokens.values[rows.long()])
+        return Features(x if self.proj is None else self.proj(x), tokens, *record)

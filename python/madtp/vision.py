@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch, linear
 
 from .config import VisionConfig
-from .guidance import QueryModel, alignment_summary
+from .guidance import QueryModel, alignment_features
 from .layers import LayerNorm, self_attention
 from .linear import Linear, mlp
-from .pruning import LayerTrace, Pruning, Stream, prune_layer
+from .pruning import LayerTrace, Pruning, Tokens
 
 
 class VisionOutput(NamedTuple):
     """What an image encoder returns."""
 
-    stream: Stream
+    tokens: Tokens
     """Final tokens ``[T, D]`` after the last LayerNorm; the first of each image is its CLS token."""
     trace: list[LayerTrace]
     """One record per block."""
-    summary: Tensor | None
-    """``[B, M, sd_dim]`` alignment summaries summed over the blocks; None if not asked for."""
+    alignment_features: Tensor | None
+    """``[B, M, sd_dim]`` summed over the blocks; None if not asked for."""
 
 
 class Block(nn.Module):
@@ -54,59 +54,54 @@ class Block(nn.Module):
         self.mlp.fc2 = Linear(hidden, width)
 
     def forward(
-        self, stream: Stream, guide: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
-    ) -> tuple[Stream, LayerTrace]:
-        tokens, entering = stream.tokens, stream.tokens.values
-        qkv = self.attn.qkv(self.norm1(entering, tokens), tokens=tokens).unflatten(-1, (3, self.num_heads, -1))
-        attended = self_attention(qkv, stream, pruning, causal=self.causal)
-        stream = stream.with_values(self.attn.proj(attended.out, residual=entering, tokens=tokens))
-        if pruning.active:
-            norm = (self.norm2.weight, self.norm2.bias, self.norm2.eps)
-            stream, normed, trace = prune_layer(
-                stream, entering, attended.received, attended.cls, guide, pruning, layer, norm=norm
-            )
-        else:
-            normed = self.norm2(stream.tokens.values, stream.tokens)
-            trace = LayerTrace(stream.tokens.cu_seqlens, stream.tokens.cu_seqlens, stream.ids)
-        tokens = stream.tokens
-        x = mlp(normed, self.mlp.fc1, self.mlp.fc2, tokens.values, self.activation, tokens=tokens)
-        return stream.with_values(x), trace
+        self, x: Tokens, dictionary: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
+    ) -> tuple[Tokens, LayerTrace]:
+        """Tokens ``[T, D]`` through the block; ``dictionary`` as the rule sees it (:meth:`madtp.guidance.QueryModel.fold`)."""
+        qkv = self.attn.qkv(self.norm1(x), tokens=x)
+        attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
+        y = x.with_values(self.attn.proj(attention.out, residual=x.values, tokens=x))
+        y, trace = pruning(
+            y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2
+        )
+        out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
+        return y.with_values(out), trace
 
 
 def run_blocks(
     blocks: Sequence[Block],
     query_models: Sequence[QueryModel],
-    stream: Stream,
+    tokens: Tokens,
     dictionary: Tensor | None,
     pruning: Pruning,
-    summaries: bool,
-) -> tuple[Stream, list[LayerTrace], Tensor | None]:
+    with_features: bool,
+) -> tuple[Tokens, list[LayerTrace], Tensor | None]:
     """Tokens through all blocks, each with its query model.
 
     Returns:
-        The final stream, one record per block, and the alignment summaries ``[B, M, sd_dim]`` summed over the blocks (None
-        without ``summaries``).
+        The final tokens, one record per block, and the alignment features ``[B, M, sd_dim]`` summed over the blocks (None
+        unless ``with_features``).
 
     Raises:
-        ValueError: active pruning or summaries without a dictionary.
+        ValueError: no dictionary where the rule or the features need one.
     """
-    if dictionary is None and (pruning.active or summaries):
+    compares = pruning.active and pruning.needs_dictionary
+    if dictionary is None and (compares or with_features):
         raise ValueError("dictionary: pruning needs one, got None")
-    trace, summary, guide, folded_by = [], None, None, None
+    trace, features, folded, folded_by = [], None, None, None
     for layer, (block, query_model) in enumerate(zip(blocks, query_models, strict=True)):
-        if summaries:
-            seen = alignment_summary(stream.tokens, dictionary, query_model)
-            summary = seen if summary is None else summary + seen
-        if pruning.active and query_model is not folded_by:
-            guide, folded_by = query_model.fold(dictionary), query_model
-        stream, record = block(stream, guide, pruning, layer)
+        if with_features:
+            seen = alignment_features(tokens, dictionary, query_model)
+            features = seen if features is None else features + seen
+        if compares and query_model is not folded_by:
+            folded, folded_by = query_model.fold(dictionary), query_model
+        tokens, record = block(tokens, folded, pruning, layer)
         trace.append(record)
-    return stream, trace, summary
+    return tokens, trace, features
 
 
 def embed_patches(
     pixels: Tensor | RaggedBatch, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor, image_size: int
-) -> RaggedBatch:
+) -> Tokens:
     """``pixels [B, 3, S, S]`` to tokens ``[B * (P + 1), D]``: CLS, then the patches row by row, with positions.
 
     ``proj`` is the convolution over patches, ``cls_token [1, 1, D]``, ``pos_embed [1, P + 1, D]``.
@@ -132,7 +127,8 @@ def embed_patches(
         x = F.linear(patches, weight, proj.bias)
     x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
     length = x.shape[1]
-    return RaggedBatch(x.flatten(0, 1), starts * length, length, bound)
+    ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
+    return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
 
 
 class VisionTransformer(nn.Module):
@@ -151,25 +147,26 @@ class VisionTransformer(nn.Module):
         self.norm = LayerNorm(width, eps=eps)
         self.img_query_model = QueryModel(width, config.sd_dim, config.map_func)
 
-    def embed(self, pixels: Tensor) -> RaggedBatch:
+    def embed(self, pixels: Tensor) -> Tokens:
         """``pixels [B, 3, S, S]`` to the tokens that enter the first block; see :func:`embed_patches`."""
         return embed_patches(pixels, self.patch_embed.proj, self.cls_token, self.pos_embed, self.config.image_size)
 
     def forward(
-        self, pixels: Tensor, dictionary: Tensor | None, pruning: Pruning, summaries: bool = False
+        self, pixels: Tensor, dictionary: Tensor | None, pruning: Pruning, alignment_features: bool = False
     ) -> VisionOutput:
         """Encode images.
 
         Args:
             pixels: ``[B, 3, S, S]`` normalised images.
-            dictionary: ``[M, sd_dim]`` cross-modal dictionary; may be None when the pruning is inactive.
-            pruning: temperature, groups, backend.
-            summaries: also sum up what each dictionary entry sees (training).
+            dictionary: ``[M, sd_dim]`` cross-modal dictionary; may be None where the rule needs none.
+            pruning: the rule.
+            alignment_features: also sum up what each dictionary entry sees (training).
 
         Raises:
-            ValueError: pixels of another size, or active pruning without a dictionary.
+            ValueError: pixels of another size, or no dictionary where one is needed.
         """
-        stream = Stream.start(self.embed(pixels), pruning.use_sizes)
         query_models = [self.img_query_model] * len(self.blocks)
-        stream, trace, summary = run_blocks(self.blocks, query_models, stream, dictionary, pruning, summaries)
-        return VisionOutput(stream.with_values(self.norm(stream.tokens.values, stream.tokens)), trace, summary)
+        tokens, *record = run_blocks(
+            self.blocks, query_models, self.embed(pixels), dictionary, pruning.on("vision"), alignment_features
+        )
+        return VisionOutput(tokens.with_values(self.norm(tokens)), *record)

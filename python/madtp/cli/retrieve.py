@@ -244,7 +244,7 @@ def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> i
         if rerank:
             _, output = embed_images(model, [item.inputs for item in items])
             pairs = [(image, text) for image, row in enumerate(found) for text in row[:rerank]]
-            matches = dict(zip(pairs, match(model, output.stream, ids, pairs), strict=True))
+            matches = dict(zip(pairs, match(model, output.tokens, ids, pairs), strict=True))
         return [
             {
                 "texts": _ranked(
@@ -300,7 +300,7 @@ def _match(args, model, images: Sequence[str], ids: list, pairs: list[tuple[int,
             _, output = embed_images(model, pixels)
             here = [pair for pair in pairs if pair[0] in numbers]
             local = [(numbers.index(image), text) for image, text in here]
-            logits |= zip(here, match(model, output.stream, ids, local), strict=True)
+            logits |= zip(here, match(model, output.tokens, ids, local), strict=True)
     return logits
 
 

@@ -35,7 +35,7 @@ def dictionary_from_examples(model: Model, task: Task, examples: Sequence, seed:
     drawn = []
     for numbers in np.array_split(chosen, -(-len(chosen) // TOGETHER)):
         batch = task.collate([task.instance(examples[number]) for number in numbers])
-        forward = partial(model, batch["pixels"], batch["texts"], 0.0, summaries=True)
+        forward = partial(model, batch["pixels"], batch["texts"], 0.0, alignment_features=True)
         drawn.append(dictionary_from_tokens(model, forward, generator))
     # Every dictionary has its layers in the same places: neighbours come from different batches.
     places = torch.arange(len(drawn[0]))
@@ -52,7 +52,7 @@ def dictionary_from_tokens(model: Model, forward: Callable[[], object], generato
 
     Args:
         model: its query models say how its tokens are compared with the dictionary.
-        forward: runs the model without pruning and with summaries on some samples.
+        forward: runs the model without pruning and with alignment features on some samples.
         generator: draws the tokens.
 
     Returns:
@@ -75,7 +75,7 @@ def dictionary_from_tokens(model: Model, forward: Callable[[], object], generato
         for hook in hooks:
             hook.remove()
     if not layers:
-        raise ValueError("forward: expected summaries, got none")
+        raise ValueError("forward: expected alignment features, got none")
     entries = []
     for number, tokens in enumerate(layers):
         share = count * (number + 1) // len(layers) - count * number // len(layers)

@@ -36,10 +36,10 @@ class Objective(nn.Module):
         ``dense`` are the states of :class:`Teacher` for the same batch, with distillation.
         """
         aligns = self.aligns and temperature > 0
-        output = self.task.forward(self.model, batch, temperature, summaries=aligns)
+        output = self.task.forward(self.model, batch, temperature, alignment_features=aligns)
         terms = self.task.loss(self.model, batch, output, temperature, seed) if self.labels else {}
         if aligns:
-            terms["alignment"] = self.alignment * alignment_loss(*self.task.summaries(output, batch))
+            terms["alignment"] = self.alignment * alignment_loss(*self.task.alignment_features(output, batch))
         if self.distill > 0:
             streams = zip(self.task.states(output), dense, strict=True)
             terms["distillation"] = self.distill * sum(distillation_loss(*state, target) for state, target in streams)

@@ -177,7 +177,7 @@ class Trainer:
         if self.task.auxiliary is not None:
             parts["auxiliary"] = self.task.auxiliary
         identity = {
-            **self.settings.to_dict(), **self.origin, "use_sizes": self.model.use_sizes, "processes": processes(),
+            **self.settings.to_dict(), **self.origin, "proportional_attention": self.model.pruning.proportional_attention, "processes": processes(),
             "steps": self.total,
         }  # fmt: skip
         options = {"save_every": math.inf, "defaults": Settings.defaults()}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,9 +14,26 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, checks
 
-from ..config import Config, VisionConfig, check_temperature
+from ..config import Config, VisionConfig
 from ..graphs import Captured, Graphs
-from ..pruning import Pruning
+from ..pruning import MADTP, Pruning
+from ..pruning.official import official
+
+_RENAMED = {"temperature": "pruning", "summaries": "alignment_features", "use_sizes": "proportional_attention"}
+
+
+def renamed(method: Callable) -> Callable:
+    """Decorator: keyword arguments of the release before go by their old names too."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        for old in _RENAMED.keys() & kwargs.keys():
+            warnings.warn(f"{old}: renamed to {_RENAMED[old]}", DeprecationWarning, stacklevel=2)
+            value = kwargs.pop(old)
+            kwargs.setdefault(_RENAMED[old], value)
+        return method(*args, **kwargs)
+
+    return call
 
 
 class Model(nn.Module):
@@ -21,10 +41,10 @@ class Model(nn.Module):
 
     Args:
         config: sizes.
-        temperature: pruning temperature; 0 runs dense.
+        pruning: the rule by which tokens are dropped; a number is MADTP at that temperature, 0 runs dense.
         grouping: "instance" prunes every sample by its own count; "batch" keeps equally many tokens of all samples of a batch,
             the official code's batch-maximum execution. A task may have more.
-        use_sizes: merged tokens weigh what they stand for (not in the paper).
+        proportional_attention: where ``pruning`` is a number: merged tokens weigh what they stand for (not in the paper).
         backend: force an implementation of the kernels.
 
     Raises:
@@ -35,21 +55,23 @@ class Model(nn.Module):
     capturable: ClassVar[tuple[str, ...]] = ("forward",)
     """Methods that :meth:`capture` takes: each sample's results are its own, so a CUDA graph serves smaller batches too."""
 
+    @renamed
     def __init__(
         self,
         config: Config,
-        temperature: float = 0.0,
+        pruning: Pruning | float = 0.0,
         grouping: str = "instance",
-        use_sizes: bool = False,
+        proportional_attention: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if grouping not in self.groupings:
             raise ValueError(f"grouping: expected one of {', '.join(self.groupings)}, got {grouping!r}")
         self.config = config
-        self.temperature = float(temperature)
+        if not isinstance(pruning, Pruning):
+            pruning = MADTP(pruning, proportional_attention=proportional_attention)
+        self.pruning = pruning
         self.grouping = grouping
-        self.use_sizes = use_sizes
         self.backend = backend
         self.processor = None
         self.graphs = Graphs()
@@ -57,21 +79,51 @@ class Model(nn.Module):
         entries = (vision.sd_num, vision.sd_dim) if vision else (VisionConfig.sd_num, config.text.hidden_size)
         self.space_dict = nn.Parameter(torch.randn(*entries))
 
+    @property
+    def temperature(self) -> float:
+        """MADTP's temperature, 0 for a dense model; setting it makes MADTP the model's rule.
+
+        Raises:
+            ValueError: the model is pruned by another rule.
+        """
+        if self.pruning.active and not isinstance(self.pruning, MADTP):
+            raise ValueError(f"temperature: {self.pruning.name!r} has none; see Model.pruning")
+        return self.pruning.strength
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.pruning = self.rule(value)
+
+    @property
+    def use_sizes(self) -> bool:
+        """Deprecated: `pruning.proportional_attention`."""
+        return self.pruning.proportional_attention
+
+    @use_sizes.setter
+    def use_sizes(self, value: bool) -> None:
+        self.pruning = replace(self.pruning, proportional_attention=value)
+
+    @property
+    def guided(self) -> bool:
+        """Whether tokens are compared with the dictionary."""
+        return self.pruning.active and self.pruning.needs_dictionary
+
     @contextlib.contextmanager
     def dense(self) -> Iterator[Model]:
         """Run without pruning inside the ``with`` block."""
-        temperature, self.temperature = self.temperature, 0.0
+        pruning, self.pruning = self.pruning, Pruning()
         try:
             yield self
         finally:
-            self.temperature = temperature
+            self.pruning = pruning
 
+    @renamed
     def capture(
         self,
         *inputs: Tensor | RaggedBatch | Sequence[Tensor],
         method: str = "forward",
         text_length: int | None = None,
-        temperature: float | None = None,
+        pruning: Pruning | float | None = None,
     ) -> Captured:
         """Record a forward as a CUDA graph for one batch size. (:mod:`madtp.predict` uses graphs automatically.)
 
@@ -85,7 +137,7 @@ class Model(nn.Module):
             inputs: inputs of the method, with the batch size to capture.
             method: one of :attr:`capturable`.
             text_length: tokens of the longest text that has to fit; by default that of ``inputs``.
-            temperature: for this graph, instead of the model's own.
+            pruning: for this graph, instead of the model's own.
 
         Returns:
             A replacement for the method that takes inputs of the same sizes, and shorter texts. Its results are not
@@ -98,7 +150,7 @@ class Model(nn.Module):
         """
         if method not in self.capturable:
             raise ValueError(f"method: expected one of {', '.join(self.capturable)}, got {method!r}")
-        return self.graphs.capture(getattr(self, method), *inputs, text_length=text_length, temperature=temperature)
+        return self.graphs.capture(getattr(self, method), *inputs, text_length=text_length, pruning=pruning)
 
     @property
     def longest_text(self) -> int:
@@ -113,16 +165,28 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.space_dict.dtype
 
-    def _temperature(self, temperature: float | None) -> float:
-        """The temperature of a call: its own, or the model's."""
-        return check_temperature(self.temperature if temperature is None else temperature)
+    def rule(self, pruning: Pruning | float | None) -> Pruning:
+        """The rule of a call: its own, MADTP at a temperature, or the model's.
 
-    def _pruning(self, temperature: float, batch: int) -> Pruning:
-        """Settings for a stream of ``batch`` samples."""
-        groups = None
-        if temperature > 0 and self.grouping == "batch":
-            groups = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        return Pruning(temperature, groups, self.use_sizes, self.backend)
+        Raises:
+            ValueError: a temperature that makes no sense.
+        """
+        if pruning is None:
+            return self.pruning
+        if isinstance(pruning, Pruning):
+            return pruning
+        if isinstance(self.pruning, MADTP):
+            return self.pruning.at(pruning)
+        return MADTP(pruning)
+
+    def _pruning(self, pruning: Pruning | float | None, batch: int, **settings: Tensor | bool) -> Pruning:
+        """The rule for ``batch`` samples, with this model's backend, grouping, and ``settings`` of official pruning."""
+        rule = self.rule(pruning)
+        if rule.backend != self.backend:
+            rule = replace(rule, backend=self.backend)
+        if rule.active and self.grouping == "batch":
+            settings["groups"] = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        return official(rule, f"grouping {self.grouping!r}", **settings) if settings else rule
 
     def _ids(self, input_ids: RaggedBatch | Sequence[Tensor], name: str = "input_ids") -> RaggedBatch:
         """Texts as a ragged batch ``[T]`` on the model's device; checked."""

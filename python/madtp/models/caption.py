@@ -11,24 +11,24 @@ from torch import Tensor
 from madtp_kernels import RaggedBatch
 
 from ..config import CaptionConfig
-from ..pruning import LayerTrace, Stream
+from ..pruning import LayerTrace, Pruning, Tokens
 from ..text import TextDecoder
 from ..vision import VisionTransformer
-from .base import Model
+from .base import Model, renamed
 
 
 @dataclass(frozen=True)
 class CaptionOutput:
     """Result of :class:`Caption`."""
 
-    images: Stream
+    images: Tokens
     """Final image tokens ``[T, D]`` of the B images, at which the decoder looks."""
     vision: list[LayerTrace]
     """Per vision layer."""
     logits: RaggedBatch | None = None
     """``[T, V]`` for each token of the texts, what comes after it; None where no texts were given."""
-    summary: Tensor | None = None
-    """``[B, M, sd_dim]`` alignment summary of the images, if asked for."""
+    alignment_features: Tensor | None = None
+    """``[B, M, sd_dim]`` of the images, if asked for."""
 
 
 class Caption(Model):
@@ -39,41 +39,41 @@ class Caption(Model):
         self.visual_encoder = VisionTransformer(config.vision)
         self.text_decoder = TextDecoder(config.text)
 
+    @renamed
     def forward(
         self,
         pixels: Tensor,
         input_ids: RaggedBatch | Sequence[Tensor] | None = None,
-        temperature: float | None = None,
-        summaries: bool = False,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> CaptionOutput:
         """Encode B images and, where there are texts, predict each of their tokens from the earlier ones.
 
         Args:
             pixels: ``[B, 3, S, S]`` normalised images.
             input_ids: B captions of int64 ids with [DEC] at position 0, as a ragged batch ``[T]`` or a list.
-            temperature: for this call instead of the model's own.
-            summaries: also return the alignment summary (training).
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            alignment_features: also return them (training).
 
         Raises:
             ValueError: sizes that do not fit the model or each other.
         """
-        temperature = self._temperature(temperature)
-        pruning = self._pruning(temperature, len(pixels))
+        rule = self._pruning(pruning, len(pixels))
         if input_ids is not None:
             input_ids = self._ids(input_ids)
             if len(input_ids) != len(pixels):
                 raise ValueError(f"input_ids: expected a text for each of {len(pixels)} images, got {len(input_ids)}")
-        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
+        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, rule, alignment_features)
         logits = None
         if input_ids is not None:
-            keys = self.text_decoder.keys(vision.stream)
+            keys = self.text_decoder.keys(vision.tokens)
             states = self.text_decoder(input_ids, keys, backend=self.backend)
-            logits = states.with_values(self.text_decoder.logits(states.values))
-        return CaptionOutput(vision.stream, vision.trace, logits, vision.summary)
+            logits = input_ids.with_values(self.text_decoder.logits(states.values))
+        return CaptionOutput(vision.tokens, vision.trace, logits, vision.alignment_features)
 
     def generate(
         self,
-        images: Stream,
+        images: Tokens,
         prompt_ids: Tensor,
         *,
         num_beams: int | None = None,
@@ -120,7 +120,7 @@ class Caption(Model):
             max_length = 20
         if min_length is None:
             min_length = min(5, len(prompt_ids) + options["max_new_tokens"] if max_length is None else max_length)
-        prompts = prompt_ids.to(self.device).expand(images.tokens.batch_size, -1)
+        prompts = prompt_ids.to(self.device).expand(images.batch_size, -1)
         return generate(
             self.text_decoder, images, prompts, backend=self.backend, num_beams=3 if num_beams is None else num_beams,
             max_length=max_length, min_length=min_length, repetition_penalty=repetition_penalty, **options,

@@ -4,10 +4,10 @@ Pruned text exists in two modes, which are different models (`CLIPConfig.text_mo
 
 * "clean": a text is its own tokens, nothing is padded. Kept tokens stay in order, and the end-of-text token (EOT), from
   whose state the feature is read, is never dropped. Merged tokens stand behind it, where it cannot see them; they count
-  for what later layers keep, and for the alignment summaries.
+  for what later layers keep, and for the alignment features.
 * "compat": what MADTP's official code computes on a GPU, and what its checkpoints were trained with. Texts are padded with
   zeros to the full context, and the padding is scored, kept and merged like words. The causal mask follows the order that the
-  official top-k leaves (:func:`madtp.pruning.weakest_last`), and the feature is read at EOT's original position, whichever
+  official top-k leaves (:func:`madtp.pruning.official.weakest_last`), and the feature is read at EOT's original position, whichever
   token is there by then. A layer is pruned only if more than that position + 2 tokens survive.
 
 At temperature 0 both give the same features.
@@ -15,7 +15,6 @@ At temperature 0 both give the same features.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch, checks
 
 from ..config import CLIPConfig
-from ..pruning import LayerTrace
+from ..pruning import LayerTrace, Pruning
 from ..towers import Features, ImageTower, Patches, TextTower
-from .base import Model
+from .base import Model, renamed
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class CLIPOutput:
     """Per vision layer; samples are the B images."""
     text: list[LayerTrace]
     """Per text layer; samples are the C texts."""
-    summaries: tuple[Tensor, Tensor] | None = None
-    """``(vision [B, M, sd_dim], text [C, M, sd_dim])`` alignment summaries, if asked for."""
+    alignment_features: tuple[Tensor, Tensor] | None = None
+    """``(vision [B, M, sd_dim], text [C, M, sd_dim])``, if asked for."""
 
 
 class CLIP(Model):
@@ -69,11 +68,12 @@ class CLIP(Model):
         if config.text:
             self.text = TextTower(config)
 
+    @renamed
     def encode_image(
         self,
         pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches,
-        temperature: float | None = None,
-        summaries: bool = False,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> Features:
         """Features of images, normalised pixels ``[B, 3, S, S]``, or B images ``[3, H, W]`` where the tower takes pictures of
         several shapes; see :meth:`madtp.towers.ImageTower.cut` and :meth:`forward`.
@@ -85,20 +85,21 @@ class CLIP(Model):
             raise ValueError("encode_image: this model has a text tower only")
         pixels = self._patches(pixels)
         batch = pixels.vectors.batch_size if isinstance(pixels, Patches) else len(pixels)
-        pruning = self._pruning(self._temperature(temperature), batch)
-        min_keep = torch.ones(batch, dtype=torch.int32, device=self.device)
-        pruning = dataclasses.replace(pruning, min_keep=min_keep)
-        return self.visual(pixels, self.space_dict, pruning, summaries)
+        return self.visual(pixels, self.space_dict, self._pruning(pruning, batch), alignment_features)
 
+    @renamed
     def encode_text(
-        self, input_ids: RaggedBatch | Sequence[Tensor], temperature: float | None = None, summaries: bool = False
+        self,
+        input_ids: RaggedBatch | Sequence[Tensor],
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> Features:
         """Features of texts of int64 ids, each from its start token to its end-of-text token. See :meth:`forward`."""
         if self.config.text is None:
             raise ValueError("encode_text: this model has an image tower only")
         input_ids = self._ids(input_ids)
-        pruning = self._pruning(self._temperature(temperature), input_ids.batch_size)
-        return self.text(input_ids, self.space_dict, pruning, summaries, compat=self.config.text_mode == "compat")
+        rule, compat = self._pruning(pruning, input_ids.batch_size), self.config.text_mode == "compat"
+        return self.text(input_ids, self.space_dict, rule, alignment_features, compat)
 
     def _check_ids(self, input_ids: RaggedBatch, name: str) -> None:
         super()._check_ids(input_ids, name)
@@ -118,12 +119,13 @@ class CLIP(Model):
             return self._pixels(pixels)
         return self.visual.cut([self._pixels(image) for image in pixels])
 
+    @renamed
     def forward(
         self,
         pixels: Tensor,
         input_ids: RaggedBatch | Sequence[Tensor],
-        temperature: float | None = None,
-        summaries: bool = False,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> CLIPOutput:
         """Compare every image with every text.
 
@@ -131,14 +133,14 @@ class CLIP(Model):
             pixels: ``[B, 3, S, S]`` normalised images.
             input_ids: C texts of int64 ids without padding, as a ragged batch ``[T]`` or a list; each ends with its
                 end-of-text token.
-            temperature: for this call instead of the model's own.
-            summaries: also return the alignment summaries (training).
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            alignment_features: also return them (training).
 
         Raises:
             ValueError: sizes or ids that do not fit the model.
         """
-        images = self.encode_image(pixels, temperature, summaries)
-        texts = self.encode_text(input_ids, temperature, summaries)
+        images = self.encode_image(pixels, pruning, alignment_features)
+        texts = self.encode_text(input_ids, pruning, alignment_features)
         image_embeds, text_embeds = F.normalize(images.features, dim=-1), F.normalize(texts.features, dim=-1)
         return CLIPOutput(
             logits_per_image=self.logit_scale.exp() * image_embeds @ text_embeds.mT + getattr(self, "logit_bias", 0.0),
@@ -148,7 +150,7 @@ class CLIP(Model):
             text_features=texts.features,
             vision=images.trace,
             text=texts.trace,
-            summaries=(images.summary, texts.summary) if summaries else None,
+            alignment_features=(images.alignment_features, texts.alignment_features) if alignment_features else None,
         )
 
 

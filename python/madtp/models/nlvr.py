@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch
 
 from ..config import NLVRConfig
-from ..pruning import LayerTrace, Stream
+from ..pruning import LayerTrace, Pruning, Tokens
 from ..rows import first_rows
 from ..text import TextEncoder
 from ..vision import VisionTransformer
-from .base import Model
+from .base import Model, renamed
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,12 @@ class NLVROutput:
     """Per vision layer; samples are the B left images, then the B right images."""
     text: list[LayerTrace]
     """Per text layer; samples are the B statements."""
-    image_embeds: RaggedBatch
+    image_embeds: Tokens
     """Final image tokens ``[T, D]`` of the 2B images."""
-    last_hidden_state: RaggedBatch
+    last_hidden_state: Tokens
     """Final text states ``[T, D]``; the first of each sample is what the head sees."""
-    summaries: tuple[Tensor, Tensor] | None = None
-    """``(vision [2B, M, sd_dim], text [B, M, sd_dim])`` alignment summaries, if asked for."""
+    alignment_features: tuple[Tensor, Tensor] | None = None
+    """``(vision [2B, M, sd_dim], text [B, M, sd_dim])``, if asked for."""
 
 
 class NLVR(Model):
@@ -53,20 +52,21 @@ class NLVR(Model):
         self.text_encoder = TextEncoder(config.text, config.vision.sd_dim, config.merge_from)
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
+    @renamed
     def forward(
         self,
         pixels: Tensor,
         input_ids: RaggedBatch | Sequence[Tensor],
-        temperature: float | None = None,
-        summaries: bool = False,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> NLVROutput:
         """Answer B statements.
 
         Args:
             pixels: ``[2B, 3, S, S]`` normalised images in the model's dtype: the B left ones, then the B right ones.
             input_ids: B texts of int64 ids with [ENC] at position 0, as a ragged batch ``[T]`` or a list.
-            temperature: for this call instead of the model's own.
-            summaries: also return the alignment summaries (training).
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            alignment_features: also return them (training).
 
         Raises:
             ValueError: sizes that do not fit the model or each other.
@@ -75,45 +75,40 @@ class NLVR(Model):
         batch = input_ids.batch_size
         if len(pixels) != 2 * batch:
             raise ValueError(f"pixels: expected two images for each of {batch} texts, got {len(pixels)} images")
-        temperature = self._temperature(temperature)
-        pruning = self._pruning(temperature, 2 * batch)
-        if pruning.active and self.grouping == "pair":
-            groups = torch.arange(2 * batch, dtype=torch.int32, device=self.device) % batch
-            pruning = dataclasses.replace(pruning, groups=groups)
-        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
-        images = split(vision.stream, batch)
+        paired = {}
+        if self.grouping == "pair":
+            paired["groups"] = torch.arange(2 * batch, dtype=torch.int32, device=self.device) % batch
+        vision = self.visual_encoder(
+            self._pixels(pixels), self.space_dict, self._pruning(pruning, 2 * batch, **paired), alignment_features
+        )
         text = self.text_encoder(
-            input_ids, images, self.space_dict, self._pruning(temperature, batch), summaries
+            input_ids, split(vision.tokens, batch), self.space_dict, self._pruning(pruning, batch), alignment_features
         )
         return NLVROutput(
-            logits=self.cls_head(first_rows(text.stream.tokens)),
+            logits=self.cls_head(first_rows(text.tokens)),
             vision=vision.trace,
             text=text.trace,
-            image_embeds=vision.stream.tokens,
-            last_hidden_state=text.stream.tokens,
-            summaries=(vision.summary, text.summary) if summaries else None,
+            image_embeds=vision.tokens,
+            last_hidden_state=text.tokens,
+            alignment_features=(vision.alignment_features, text.alignment_features) if alignment_features else None,
         )
 
 
-def split(stream: Stream, batch: int) -> tuple[Stream, Stream]:
-    """The left images (first ``batch`` samples) and the right images of a stream, without waiting for a device."""
-    tokens = stream.tokens
-    offset = tokens.cu_seqlens[batch]
-    left = RaggedBatch(tokens.values, tokens.cu_seqlens[: batch + 1], tokens.max_seqlen, bound=True)
-    left_sizes = right_sizes = stream.sizes
-    if tokens.device.type == "cpu" or not tokens.bound:
+def split(images: Tokens, batch: int) -> tuple[Tokens, Tokens]:
+    """The left images (first ``batch`` samples) and the right images, without waiting for a device."""
+    offset, rows = images.cu_seqlens[batch], images.values.shape[0]
+    parts = {name: getattr(images, name) for name in ("values", "ids", "sizes", "key_bias")}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if images.device.type == "cpu" or not images.bound:
         # On a GPU only images that were never pruned have an exact buffer, and those are all of one length.
-        cut = int(offset) if tokens.device.type == "cpu" else tokens.values.shape[0] // 2
-        left = RaggedBatch(tokens.values[:cut], left.cu_seqlens, left.max_seqlen)
-        right_values, right_ids, left_ids = tokens.values[cut:], stream.ids[cut:], stream.ids[:cut]
-        if stream.sizes is not None:
-            left_sizes, right_sizes = stream.sizes[:cut], stream.sizes[cut:]
+        cut = int(offset) if images.device.type == "cpu" else rows // 2
+        left, right = ({name: part[side] for name, part in parts.items()} for side in (slice(cut), slice(cut, None)))
     else:
         # The cut is known to the device only: move the right rows to the front of a buffer of the same capacity.
-        rows = torch.arange(tokens.values.shape[0], device=tokens.device) + offset
-        rows = rows.clamp(max=tokens.values.shape[0] - 1)
-        right_values, right_ids, left_ids = tokens.values[rows], stream.ids[rows], stream.ids
-        if stream.sizes is not None:
-            right_sizes = stream.sizes[rows]
-    right = RaggedBatch(right_values, tokens.cu_seqlens[batch:] - offset, tokens.max_seqlen, tokens.bound)
-    return Stream(left, left_ids, left_sizes), Stream(right, right_ids, right_sizes)
+        source = (torch.arange(rows, device=images.device) + offset).clamp(max=rows - 1)
+        left, right = parts, {name: part[source] for name, part in parts.items()}
+    shared = {"max_seqlen": images.max_seqlen, "bound": images.bound and images.device.type != "cpu", "prefix": images.prefix}
+    return (
+        Tokens.unchecked(cu_seqlens=images.cu_seqlens[: batch + 1], **left, **shared),
+        Tokens.unchecked(cu_seqlens=images.cu_seqlens[batch:] - offset, **right, **shared),
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
-from ..layers import Runs
+from ..layers import QueryGroups
+from ..pruning import Pruning
 from ..rows import first_rows
 from .nlvr import NLVR, NLVROutput, split
 
@@ -21,8 +22,8 @@ def forward_pairs(
     pixels: Tensor,
     input_ids: RaggedBatch | Sequence[Tensor],
     statements: Sequence[int],
-    temperature: float,
-    summaries: bool = False,
+    pruning: Pruning | float | None = None,
+    alignment_features: bool = False,
 ) -> NLVROutput:
     """Answer statements about each of P pairs, as `NLVR.forward` does if it is given every pair once per statement.
 
@@ -31,34 +32,33 @@ def forward_pairs(
         pixels: ``[2P, 3, S, S]``: the P left images, then the P right ones.
         input_ids: texts, pair by pair.
         statements: how many there are about each pair.
-        temperature: 0 runs dense.
-        summaries: also return the alignment summaries.
+        pruning, alignment_features: as of the model.
 
     Returns:
-        The output for all statements; `vision`, `image_embeds` and the vision summary ``[2P, M, sd_dim]`` are those of the
+        The output for all statements; `vision`, `image_embeds` and the vision features ``[2P, M, sd_dim]`` are those of the
         2P images.
 
     Raises:
         ValueError: numbers of images and texts that do not fit.
     """
     if all(count == 1 for count in statements):
-        return model(pixels, input_ids, temperature, summaries=summaries)
+        return model(pixels, input_ids, pruning, alignment_features)
     input_ids, pairs = model._ids(input_ids), len(statements)
     if len(pixels) != 2 * pairs or input_ids.batch_size != sum(statements):
         raise ValueError(
             f"input_ids: expected {sum(statements)} texts for {2 * pairs} images, got {input_ids.batch_size} for {len(pixels)}"
         )
-    pruning = model._pruning(temperature, 2 * pairs)
-    vision = model.visual_encoder(model._pixels(pixels), model.space_dict, pruning, summaries)
+    rule = model._pruning(pruning, 2 * pairs)
+    vision = model.visual_encoder(model._pixels(pixels), model.space_dict, rule, alignment_features)
     text = model.text_encoder(
-        input_ids, split(vision.stream, pairs), model.space_dict, model._pruning(temperature, sum(statements)), summaries,
-        runs=Runs.of(statements, model.device),
+        input_ids, split(vision.tokens, pairs), model.space_dict, model._pruning(pruning, sum(statements)),
+        alignment_features, query_groups=QueryGroups.of(statements, model.device),
     )  # fmt: skip
     return NLVROutput(
-        logits=model.cls_head(first_rows(text.stream.tokens)),
+        logits=model.cls_head(first_rows(text.tokens)),
         vision=vision.trace,
         text=text.trace,
-        image_embeds=vision.stream.tokens,
-        last_hidden_state=text.stream.tokens,
-        summaries=(vision.summary, text.summary) if summaries else None,
+        image_embeds=vision.tokens,
+        last_hidden_state=text.tokens,
+        alignment_features=(vision.alignment_features, text.alignment_features) if alignment_features else None,
     )

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch
 
 from ..config import RetrievalConfig
-from ..layers import Runs
-from ..pruning import LayerTrace, Stream
+from ..layers import QueryGroups
+from ..pruning import LayerTrace, Pruning, Tokens
+from ..pruning.official import official, padded
 from ..rows import first_rows
 from ..text import TextEncoder
 from ..vision import VisionTransformer
-from .base import Model
+from .base import Model, renamed
 from .vqa import gather_samples
 
 PADDED_LENGTH = 35
@@ -41,12 +42,17 @@ class Encoded(NamedTuple):
 
     features: Tensor
     """``[B, P]``, of length 1."""
-    stream: Stream
+    tokens: Tokens
     """Final tokens ``[T, D]``; those of images are what :meth:`Retrieval.match` looks at."""
     trace: list[LayerTrace]
     """Per layer."""
-    summary: Tensor | None
-    """``[B, M, sd_dim]`` alignment summary, if asked for."""
+    alignment_features: Tensor | None
+    """``[B, M, sd_dim]``, if asked for."""
+
+    @property
+    def stream(self) -> Tokens:
+        """Deprecated: ``tokens``."""
+        return self.tokens
 
 
 class Matches(NamedTuple):
@@ -70,14 +76,14 @@ class RetrievalOutput:
     """``[B, P]`` features of length 1."""
     text_embeds: Tensor
     """``[C, P]`` features of length 1."""
-    images: Stream
+    images: Tokens
     """Final image tokens ``[T, D]``."""
     vision: list[LayerTrace]
     """Per vision layer; samples are the B images."""
     text: list[LayerTrace]
     """Per text layer; samples are the C texts."""
-    summaries: tuple[Tensor, Tensor] | None = None
-    """``(vision [B, M, sd_dim], text [C, M, sd_dim])`` alignment summaries, if asked for."""
+    alignment_features: tuple[Tensor, Tensor] | None = None
+    """``(vision [B, M, sd_dim], text [C, M, sd_dim])``, if asked for."""
 
 
 class Retrieval(Model):
@@ -94,79 +100,88 @@ class Retrieval(Model):
         self.itm_head = nn.Linear(config.text.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))  # temperature of the contrastive loss; only training uses it
 
+    @renamed
     def forward(
         self,
         pixels: Tensor,
         input_ids: RaggedBatch | Sequence[Tensor],
-        temperature: float | None = None,
-        summaries: bool = False,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> RetrievalOutput:
         """Compare B images with C texts; arguments and errors as :meth:`encode_image` and :meth:`encode_text`."""
-        image = self.encode_image(pixels, temperature, summaries)
-        text = self.encode_text(input_ids, temperature, summaries)
+        image = self.encode_image(pixels, pruning, alignment_features)
+        text = self.encode_text(input_ids, pruning, alignment_features)
         return RetrievalOutput(
             similarity=image.features @ text.features.mT,
             image_embeds=image.features,
             text_embeds=text.features,
-            images=image.stream,
+            images=image.tokens,
             vision=image.trace,
             text=text.trace,
-            summaries=(image.summary, text.summary) if summaries else None,
+            alignment_features=(image.alignment_features, text.alignment_features) if alignment_features else None,
         )
 
-    def encode_image(self, pixels: Tensor, temperature: float | None = None, summaries: bool = False) -> Encoded:
+    @renamed
+    def encode_image(
+        self, pixels: Tensor, pruning: Pruning | float | None = None, alignment_features: bool = False
+    ) -> Encoded:
         """Features and tokens of images.
 
         Args:
             pixels: ``[B, 3, S, S]`` normalised images.
-            temperature: for this call instead of the model's own.
-            summaries: also return the alignment summary (training).
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            alignment_features: also return them (training).
 
         Raises:
             ValueError: pixels of another size, or a temperature that makes no sense.
         """
-        pruning = self._pruning(self._temperature(temperature), len(pixels))
-        stream, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
-        return Encoded(F.normalize(self.vision_proj(first_rows(stream.tokens)), dim=-1), stream, *record)
+        rule = self._pruning(pruning, len(pixels))
+        tokens, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, rule, alignment_features)
+        return Encoded(F.normalize(self.vision_proj(first_rows(tokens)), dim=-1), tokens, *record)
 
+    @renamed
     def encode_text(
-        self, input_ids: RaggedBatch | Sequence[Tensor], temperature: float | None = None, summaries: bool = False
+        self,
+        input_ids: RaggedBatch | Sequence[Tensor],
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> Encoded:
         """Features of texts on their own.
 
         Args:
             input_ids: C texts of int64 ids with [CLS] at position 0, as a ragged batch ``[T]`` or a list.
-            temperature: for this call instead of the model's own.
-            summaries: also return the alignment summary (training).
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            alignment_features: also return them (training).
 
         Raises:
             ValueError: ids that do not fit the model, or a temperature that makes no sense.
         """
-        input_ids, masked = self._padded(self._ids(input_ids))
-        pruning = self._pruning(self._temperature(temperature), input_ids.batch_size)
-        stream, *record = self.text_encoder(input_ids, (), self.space_dict, pruning, summaries, masked=masked)
-        return Encoded(F.normalize(self.text_proj(first_rows(stream.tokens)), dim=-1), stream, *record)
+        input_ids = self._ids(input_ids)
+        texts, rule = self._padded(input_ids, pruning)
+        tokens, *record = self.text_encoder(texts, (), self.space_dict, rule, alignment_features)
+        return Encoded(F.normalize(self.text_proj(first_rows(tokens)), dim=-1), tokens, *record)
 
+    @renamed
     def match(
         self,
-        images: Stream,
+        images: Tokens,
         input_ids: RaggedBatch | Sequence[Tensor],
         pairs: Sequence[tuple[int, int]],
-        temperature: float | None = None,
+        pruning: Pruning | float | None = None,
     ) -> Matches:
         """Does a text belong to an image? Keys and values of an image are computed once for all of its pairs.
 
         Args:
-            images: ``stream`` of :meth:`encode_image`.
+            images: ``tokens`` of :meth:`encode_image`.
             input_ids: texts as in :meth:`encode_text`.
             pairs: N pairs (image, text) of numbers, in any order.
-            temperature: for this call instead of the model's own.
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
 
         Raises:
             ValueError: no pairs, numbers beyond the images or texts, ids that do not fit the model.
         """
         input_ids = self._ids(input_ids)
-        batch = images.tokens.batch_size
+        batch = images.batch_size
         for image, text in pairs:
             if not (0 <= image < batch and 0 <= text < input_ids.batch_size):
                 raise ValueError(f"pairs: ({image}, {text}) is beyond {batch} images and {input_ids.batch_size} texts")
@@ -180,27 +195,22 @@ class Retrieval(Model):
         texts = gather_samples(input_ids, torch.tensor([text for _, text in pairs], device=self.device)[order])
         values = texts.values.clone()
         values[texts.cu_seqlens[:-1].long()] = self.config.text.enc_token_id
-        texts, masked = self._padded(texts.with_values(values))
-        pruning = self._pruning(self._temperature(temperature), len(pairs))
-        stream, trace, _ = self.text_encoder(
-            texts, (images,), self.space_dict, pruning, runs=Runs.of(counts, self.device), masked=masked
-        )
-        logits = self.itm_head(first_rows(stream.tokens))
+        texts, rule = self._padded(texts.with_values(values), pruning)
+        groups = QueryGroups.of(counts, self.device)
+        tokens, trace, _ = self.text_encoder(texts, (images,), self.space_dict, rule, query_groups=groups)
+        logits = self.itm_head(first_rows(tokens))
         return Matches(torch.empty_like(logits).index_copy(0, order, logits), trace, order)
 
-    def _padded(self, input_ids: RaggedBatch) -> tuple[RaggedBatch, Tensor | None]:
-        """Texts as the mode wants them, and which of their tokens are padding."""
+    def _padded(self, texts: RaggedBatch, pruning: Pruning | float | None) -> tuple[RaggedBatch, Pruning]:
+        """Texts as the mode wants them, and the rule that prunes them."""
         if self.config.text_mode == "clean":
-            return input_ids, None
-        if input_ids.max_seqlen > PADDED_LENGTH:
+            return texts, self._pruning(pruning, texts.batch_size)
+        if texts.max_seqlen > PADDED_LENGTH:
             raise ValueError(
-                f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the {PADDED_LENGTH} of text_mode 'compat'"
+                f"input_ids: a text of {texts.max_seqlen} tokens exceeds the {PADDED_LENGTH} of text_mode 'compat'"
             )
-        padded, mask = RaggedBatch(input_ids.values, input_ids.cu_seqlens, PADDED_LENGTH).to_padded(
-            self.config.text.pad_token_id
-        )
-        cu_seqlens = torch.arange(len(padded) + 1, dtype=torch.int32, device=padded.device) * PADDED_LENGTH
-        return RaggedBatch(padded.flatten(), cu_seqlens, PADDED_LENGTH), ~mask.flatten()
+        rule = official(self._pruning(pruning, texts.batch_size), "text_mode 'compat'")
+        return padded(texts, PADDED_LENGTH, self.config.text.pad_token_id, self.dtype), rule
 
     @property
     def longest_text(self) -> int:

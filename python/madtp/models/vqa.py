@@ -13,11 +13,11 @@ from torch import Tensor
 from madtp_kernels import RaggedBatch
 
 from ..config import VQAConfig
-from ..layers import Runs
-from ..pruning import LayerTrace, Stream
+from ..layers import QueryGroups
+from ..pruning import LayerTrace, Pruning, Tokens
 from ..text import TextDecoder, TextEncoder
 from ..vision import VisionTransformer
-from .base import Model
+from .base import Model, renamed
 
 # Rows of logits over the vocabulary that exist at a time while answers are ranked: 32 MB per 256 rows and 30524 words.
 LOGIT_ROWS = 1024
@@ -27,16 +27,16 @@ LOGIT_ROWS = 1024
 class VQAOutput:
     """Result of :class:`VQA`."""
 
-    questions: Stream
+    questions: Tokens
     """Final states ``[T, D]`` of the B questions, at which the decoder looks."""
     vision: list[LayerTrace]
     """Per vision layer; samples are the B images."""
     text: list[LayerTrace]
     """Per layer of the question encoder."""
-    image_embeds: RaggedBatch
+    image_embeds: Tokens
     """Final image tokens ``[T, D]``."""
-    summaries: tuple[Tensor, Tensor] | None = None
-    """``(vision, text)`` alignment summaries ``[B, M, sd_dim]``, if asked for."""
+    alignment_features: tuple[Tensor, Tensor] | None = None
+    """``(vision, text)`` of ``[B, M, sd_dim]``, if asked for."""
 
 
 class Ranking(NamedTuple):
@@ -64,20 +64,21 @@ class VQA(Model):
         self.text_encoder = TextEncoder(config.text, config.vision.sd_dim)
         self.text_decoder = TextDecoder(replace(config.text, encoder_width=config.text.hidden_size))
 
+    @renamed
     def forward(
         self,
         pixels: Tensor,
         input_ids: RaggedBatch | Sequence[Tensor],
-        temperature: float | None = None,
-        summaries: bool = False,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
     ) -> VQAOutput:
         """Encode B questions about B images; :meth:`generate` and :meth:`rank` answer them.
 
         Args:
             pixels: ``[B, 3, S, S]`` normalised images.
             input_ids: B questions of int64 ids with [ENC] at position 0, as a ragged batch ``[T]`` or a list.
-            temperature: for this call instead of the model's own.
-            summaries: also return the alignment summaries (training).
+            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            alignment_features: also return them (training).
 
         Raises:
             ValueError: sizes that do not fit the model or each other.
@@ -86,19 +87,19 @@ class VQA(Model):
         batch = input_ids.batch_size
         if len(pixels) != batch:
             raise ValueError(f"pixels: expected an image for each of {batch} questions, got {len(pixels)}")
-        pruning = self._pruning(self._temperature(temperature), batch)
-        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, pruning, summaries)
-        text = self.text_encoder(input_ids, (vision.stream,), self.space_dict, pruning, summaries)
+        rule = self._pruning(pruning, batch)
+        vision = self.visual_encoder(self._pixels(pixels), self.space_dict, rule, alignment_features)
+        text = self.text_encoder(input_ids, (vision.tokens,), self.space_dict, rule, alignment_features)
         return VQAOutput(
-            questions=text.stream,
+            questions=text.tokens,
             vision=vision.trace,
             text=text.trace,
-            image_embeds=vision.stream.tokens,
-            summaries=(vision.summary, text.summary) if summaries else None,
+            image_embeds=vision.tokens,
+            alignment_features=(vision.alignment_features, text.alignment_features) if alignment_features else None,
         )
 
     def generate(
-        self, questions: Stream, *, num_beams: int = 3, max_length: int | None = None, min_length: int = 1, **options
+        self, questions: Tokens, *, num_beams: int = 3, max_length: int | None = None, min_length: int = 1, **options
     ) -> list[Tensor]:
         """Answers in words.
 
@@ -118,13 +119,13 @@ class VQA(Model):
 
         if max_length is None and options.get("max_new_tokens") is None:
             max_length = 10
-        start = torch.full((questions.tokens.batch_size, 1), self.config.text.dec_token_id, device=self.device)
+        start = torch.full((questions.batch_size, 1), self.config.text.dec_token_id, device=self.device)
         return generate(
             self.text_decoder, questions, start, backend=self.backend, num_beams=num_beams, max_length=max_length,
             min_length=min_length, **options,
         )  # fmt: skip
 
-    def rank(self, questions: Stream, answers: RaggedBatch | Sequence[Tensor], k: int = 128) -> Ranking:
+    def rank(self, questions: Tokens, answers: RaggedBatch | Sequence[Tensor], k: int = 128) -> Ranking:
         """Score candidate answers, as the official code does by default.
 
         The k candidates with the most likely first token are scored by minus the summed loss of all their tokens. The loss is
@@ -142,7 +143,7 @@ class VQA(Model):
         lengths = answers.lengths
         if k < 1 or lengths.min() < 2:
             raise ValueError(f"answers: expected at least two tokens each and k >= 1, got {int(lengths.min())} and k = {k}")
-        batch, count = questions.tokens.batch_size, min(k, answers.batch_size)
+        batch, count = questions.batch_size, min(k, answers.batch_size)
         decoder, keys = self.text_decoder, self.text_decoder.keys(questions)
         start = torch.full((batch,), self.config.text.dec_token_id, device=self.device)
         states = decoder(RaggedBatch.from_lengths(start, [1] * batch), keys, backend=self.backend)
@@ -153,8 +154,8 @@ class VQA(Model):
 
         chosen = candidates.flatten()
         texts = gather_samples(answers, chosen)
-        runs = Runs.of([count] * batch, self.device)
-        states = decoder(texts, keys, runs=runs, backend=self.backend)
+        groups = QueryGroups.of([count] * batch, self.device)
+        states = decoder(texts, keys, query_groups=groups, backend=self.backend)
         row = torch.arange(texts.values.shape[0], device=self.device)
         last = torch.zeros_like(row, dtype=torch.bool).scatter_(0, texts.cu_seqlens[1:].long() - 1, True)
         inner = row[~last]  # the last token predicts nothing

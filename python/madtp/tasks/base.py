@@ -299,9 +299,9 @@ class Task:
     def at(self, step: int) -> None:
         """Training has come to this step; for tasks whose loss changes with it."""
 
-    def forward(self, model: Model, batch: dict, temperature: float, summaries: bool = False) -> Any:
+    def forward(self, model: Model, batch: dict, temperature: float, alignment_features: bool = False) -> Any:
         """The model's output for a batch."""
-        return model(batch["pixels"], batch["texts"], temperature, summaries=summaries)
+        return model(batch["pixels"], batch["texts"], temperature, alignment_features=alignment_features)
 
     def loss(
         self, model: Model, batch: dict, output: Any, temperature: float, seed: Sequence[int]
@@ -309,9 +309,9 @@ class Task:
         """Terms of the loss, each a mean over the batch. Random choices depend on ``seed``."""
         raise NotImplementedError
 
-    def summaries(self, output: Any, batch: dict) -> tuple[Tensor, Tensor]:
-        """``(vision, text)`` alignment summaries ``[B, M, sd_dim]``."""
-        return output.summaries
+    def alignment_features(self, output: Any, batch: dict) -> tuple[Tensor, Tensor]:
+        """``(vision, text)`` alignment features ``[B, M, sd_dim]``."""
+        return output.alignment_features
 
     def states(self, output: Any) -> list[tuple[RaggedBatch, Tensor]]:
         """Final states of the tokens of each pruned stream ``[T, D]``, and their ids ``[T]``."""
@@ -364,7 +364,7 @@ def not_finite(what: str, model: Model) -> FloatingPointError:
 
 def check_finite(model: Model, states) -> None:
     """Raise FloatingPointError if states that a model computed are no numbers."""
-    if not states.tokens.exact().values.isfinite().all():
+    if not states.exact().values.isfinite().all():
         raise not_finite("states", model)
 
 

@@ -126,7 +126,7 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
             captions = model.generate(output.images, prompt, **options)
         beams = options.get("num_beams") or (1 if options.get("top_p") else 3)
         streams, lengths = self.streams(output), [len(prompt) + len(ids) for ids in captions]
-        costs = self.costs(streams, model.temperature > 0, lengths, beams)
+        costs = self.costs(streams, model.guided, lengths, beams)
         columns = zip(costs, map(self.processor.decode, captions), *streams, strict=True)
         return [CaptionAnswer(*values) for values in columns], output
 
@@ -157,7 +157,7 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
         return {"caption": caption_loss(output.logits, texts, len(self.processor.prompt_ids))}
 
     def states(self, output):
-        return [(output.images.tokens, output.images.ids)]
+        return [(output.images, output.images.ids)]
 
     def streams(self, output, batch=None):
         return (flops.stream_lengths(output.vision),)

@@ -107,7 +107,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         if not all(0 <= probability <= 1 for probability in probabilities):
             raise not_finite("logits", model)
         streams = self.streams(output)
-        columns = zip(self.costs(streams, model.temperature > 0), probabilities, *streams, strict=True)
+        columns = zip(self.costs(streams, model.guided), probabilities, *streams, strict=True)
         return [NLVRAnswer(*values) for values in columns], output
 
     def samples(self, place, count):
@@ -191,16 +191,16 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         counts = zip(numbers, batch["statements"], strict=True)
         return [(number, statement) for number, count in counts for statement in range(count)]
 
-    def forward(self, model, batch, temperature, summaries=False):
+    def forward(self, model, batch, temperature, alignment_features=False):
         return forward_pairs(
-            model, batch["pixels"], batch["texts"], batch["statements"], temperature, summaries=summaries
+            model, batch["pixels"], batch["texts"], batch["statements"], temperature, alignment_features=alignment_features
         )
 
     def loss(self, model, batch, output, temperature, seed):
         return {"answer": F.cross_entropy(output.logits.float(), batch["labels"].to(model.device))}
 
-    def summaries(self, output, batch):
-        vision, text = output.summaries
+    def alignment_features(self, output, batch):
+        vision, text = output.alignment_features
         counts = torch.tensor(batch["statements"], device=vision.device)
         return vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(counts, 0), text
 

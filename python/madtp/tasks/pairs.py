@@ -64,7 +64,7 @@ class PairsTask(Task):
         if not features.isfinite().all():
             raise not_finite("features", model)
         return [
-            Embedding(self.cost(**{kind: lengths}, guided=model.temperature > 0), vector, lengths)
+            Embedding(self.cost(**{kind: lengths}, guided=model.guided), vector, lengths)
             for vector, lengths in zip(features, flops.stream_lengths(output.trace), strict=True)
         ]
 

@@ -79,15 +79,15 @@ class RetrievalTask(PairsTask):
     def _match(self, model: Retrieval, instances: list[tuple]) -> list[dict]:
         """Logits of each image with each of its texts, and what that cost beside the image."""
         pixels, texts = zip(*instances, strict=True)
-        guided, logits, costs = model.temperature > 0, [], []
+        guided, logits, costs = model.guided, [], []
         with torch.inference_mode():
             encoded = graphs.run(model.encode_image, torch.stack(pixels))
-            image_tokens = encoded.stream.tokens.lengths.tolist()
+            image_tokens = encoded.tokens.lengths.tolist()
             pairs = [(image, text) for image, own in enumerate(texts) for text in own]
             for start in range(0, len(pairs), _PAIRS):
                 part = pairs[start : start + _PAIRS]
                 numbered = [(image, n) for n, (image, _) in enumerate(part)]
-                matches = model.match(encoded.stream, [text for _, text in part], numbered)
+                matches = model.match(encoded.tokens, [text for _, text in part], numbered)
                 logits += matches.logits[:, 1].float().tolist()
                 lengths = dict(zip(matches.order.tolist(), flops.stream_lengths(matches.text), strict=True))
                 costs += [
@@ -138,7 +138,7 @@ class RetrievalTask(PairsTask):
         return {"contrast": itc, "match": F.cross_entropy(logits, labels)}
 
     def states(self, output):
-        return [(output.images.tokens, output.images.ids), single_tokens(output.text_embeds)]
+        return [(output.images, output.images.ids), single_tokens(output.text_embeds)]
 
 
 def shortlists(similarity: Tensor, rerank: int) -> tuple[list[list[int]], list[list[int]]]:

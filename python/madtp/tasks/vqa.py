@@ -16,7 +16,7 @@ from madtp_kernels import RaggedBatch
 from .. import flops, graphs
 from ..config import VQAConfig
 from ..inputs import read_texts
-from ..layers import Runs
+from ..layers import QueryGroups
 from ..models.vqa import VQA
 from ..options import UsageError, given, option, positive
 from ..processing import VQAProcessor
@@ -163,7 +163,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
                 lengths = [1 + sum(len(answers[c]) for c in chosen) for chosen in ranking.candidates.tolist()]
                 beams = 1
         streams = self.streams(output)
-        columns = zip(self.costs(streams, model.temperature > 0, lengths, beams), texts, *streams, scores, strict=True)
+        columns = zip(self.costs(streams, model.guided, lengths, beams), texts, *streams, scores, strict=True)
         return [VQAAnswer(*values) for values in columns], output
 
     # ---- evaluation
@@ -234,13 +234,13 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
 
     def loss(self, model, batch, output, temperature, seed):
         answers, decoder = batch["answers"].to(model.device), model.text_decoder
-        runs = Runs.of(batch["counts"], model.device)
-        states = decoder(answers, decoder.keys(output.questions), runs=runs, backend=model.backend)
+        groups = QueryGroups.of(batch["counts"], model.device)
+        states = decoder(answers, decoder.keys(output.questions), query_groups=groups, backend=model.backend)
         logits = states.with_values(decoder.logits(states.values))
         return {"answer": answer_loss(logits, answers, batch["weights"].to(model.device), len(batch["counts"]))}
 
     def states(self, output):
-        return [(output.image_embeds, output.vision[-1].ids), (output.questions.tokens, output.questions.ids)]
+        return [(output.image_embeds, output.vision[-1].ids), (output.questions, output.questions.ids)]
 
     def costs(self, streams, guided, written=(), beams=1):
         return [

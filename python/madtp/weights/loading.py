@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from madtp_kernels import backends
 
 from .. import hub
-from ..config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig, check_temperature
+from ..config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
 from ..files import replacing
 from ..image_transform import ImageTransform
 from ..models import MODELS, Model
 from ..processing import PROCESSORS
+from ..pruning import MADTP, Pruning
 from . import key_maps
 from .files import WEIGHTS, CheckpointError, read_file, read_json, read_parts
 from .key_maps.blip import from_ours as to_official
@@ -198,7 +199,7 @@ def load(
         if task not in (None, config.task):
             raise ValueError(f"config: sizes of a model for task {config.task!r}, not {task!r}")
         task = config.task
-    place = transform = None
+    place = transform = saved_rule = None
     if isinstance(source, Mapping):
         state, found_temperature, origin = dict(source), None, "the state dict"
     elif source == "random:base":
@@ -228,12 +229,19 @@ def load(
                 transform = _read_transform(place, "blip") or ImageTransform.squash(config.vision.image_size)
             found_temperature = settings.get("temperature")
             if use_sizes is None:
-                use_sizes = bool(settings.get("use_sizes"))
+                use_sizes = settings.get("use_sizes")
+            saved_rule = settings.get("pruning")
         else:
             state, found_temperature = read_file(place)
 
-    temperature = next((t for t in (temperature, found_temperature) if t is not None), 0.0)
-    temperature = check_temperature(temperature)
+    try:
+        pruning = MADTP(found_temperature or 0.0) if saved_rule is None else Pruning.from_dict(saved_rule)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    if temperature is not None:
+        pruning = MADTP(temperature, proportional_attention=pruning.proportional_attention)
+    if use_sizes is not None:
+        pruning = replace(pruning, proportional_attention=bool(use_sizes))
     if state is not None:
         layout, task = _recognise(state, task, origin)
         try:
@@ -259,7 +267,7 @@ def load(
         config = replace(config, text_mode=text_mode)
     # Parameters are allocated once, in the dtype asked for, and not initialised twice.
     with torch.device("meta"):
-        model = MODELS[task](config, temperature, grouping, bool(use_sizes), backend)
+        model = MODELS[task](config, pruning, grouping, backend=backend)
     model = model.to(dtype)
     if state is None:
         randomize(model.to_empty(device=device))
@@ -480,14 +488,14 @@ def randomize(model: nn.Module, seed: int = 0, qk_gain: float = 1.6) -> None:
 
 
 def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
-    """Write `model.safetensors`, `config.json` (sizes, temperature, `use_sizes`), `preprocessor_config.json` (how pictures
+    """Write `model.safetensors`, `config.json` (sizes, pruning), `preprocessor_config.json` (how pictures
     become pixels) and the tokenizer, each file atomically."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(directory / WEIGHTS) as file:
         file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
-    settings = {**model.config.to_dict(), "temperature": model.temperature, "use_sizes": model.use_sizes}
+    settings = {**model.config.to_dict(), "pruning": model.pruning.to_dict()}
     with replacing(directory / CONFIG) as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())
     if model.processor is not None:

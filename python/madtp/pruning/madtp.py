@@ -1,0 +1,46 @@
+"""MADTP's own rule (arXiv 2403.02991, section 3.3): importance from attention and the dictionary, a threshold per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from madtp_kernels import score_tokens
+
+from ..config import check_temperature
+from .base import ScoredPruning, register
+
+
+@register
+@dataclass(frozen=True)
+class MADTP(ScoredPruning):
+    """Dynamic token pruning under alignment guidance.
+
+    Args:
+        temperature: 0 is dense; a higher one prunes more. It is the strength of this rule.
+    """
+
+    name: ClassVar[str] = "madtp"
+    importance: ClassVar[str] = "max"
+    needs_dictionary: ClassVar[bool] = True
+
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "temperature", check_temperature(self.temperature))
+
+    @property
+    def strength(self) -> float:
+        return self.temperature
+
+    def at(self, strength: float) -> MADTP:
+        return replace(self, temperature=strength)
+
+    def decide(self, block_input, attention, dictionary, layer):
+        entries, bias = dictionary
+        importance, threshold = score_tokens(
+            block_input.values, entries, attention.attention_received, attention.cls_attention, block_input.cu_seqlens,
+            block_input.max_seqlen, self.temperature, bias=bias, backend=self.backend,
+        )  # fmt: skip
+        return importance, {"threshold": threshold}
