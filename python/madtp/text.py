@@ -50,7 +50,9 @@ class Embeddings(nn.Module):
         """Ids ``[T]`` int64 with their positions ``[T]``, to ``[T, D]``."""
         limit = self.position_embeddings.num_embeddings
         if input_ids.max_seqlen > limit:
-            raise ValueError(f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {limit} positions")
+            raise ValueError(
+                f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {limit} positions"
+            )
         if input_ids.bound:  # rows beyond the last token have positions as if they belonged to the last text
             positions = positions.clamp(max=limit - 1)
         x = self.word_embeddings(input_ids.values) + self.position_embeddings(positions)
@@ -67,9 +69,7 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, residual: Tokens) -> Tokens:
         """``x [T, inputs]`` and the tokens ``[T, D]`` that entered the sub-layer, to the tokens that leave it."""
-        return residual.with_values(
-            self.LayerNorm(self.dense(x, residual=residual.values, tokens=residual), residual)
-        )
+        return residual.with_values(self.LayerNorm(self.dense(x, residual=residual.values, tokens=residual), residual))
 
 
 class SingleCrossAttention(nn.Module):
@@ -206,9 +206,7 @@ class TextEncoder(nn.Module):
         tokens = self.embeddings(tokens, tokens.ids if positions is None else positions)
         layers = [partial(layer, others=others, query_groups=query_groups) for layer in self.encoder.layer]
         query_models = [self.encoder.txt_query_model] * len(layers)
-        return TextOutput(
-            *run_blocks(layers, query_models, tokens, dictionary, pruning.on("text"), alignment_features)
-        )
+        return TextOutput(*run_blocks(layers, query_models, tokens, dictionary, pruning.on("text"), alignment_features))
 
 
 class LMHead(nn.Module):

@@ -60,9 +60,7 @@ class Block(nn.Module):
         qkv = self.attn.qkv(self.norm1(x), tokens=x)
         attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
         y = x.with_values(self.attn.proj(attention.out, residual=x.values, tokens=x))
-        y, trace = pruning(
-            y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2
-        )
+        y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2)
         out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
         return y.with_values(out), trace
 

@@ -107,7 +107,11 @@ def split(images: Tokens, batch: int) -> tuple[Tokens, Tokens]:
         # The cut is known to the device only: move the right rows to the front of a buffer of the same capacity.
         source = (torch.arange(rows, device=images.device) + offset).clamp(max=rows - 1)
         left, right = parts, {name: part[source] for name, part in parts.items()}
-    shared = {"max_seqlen": images.max_seqlen, "bound": images.bound and images.device.type != "cpu", "prefix": images.prefix}
+    shared = {
+        "max_seqlen": images.max_seqlen,
+        "bound": images.bound and images.device.type != "cpu",
+        "prefix": images.prefix,
+    }
     return (
         Tokens.unchecked(cu_seqlens=images.cu_seqlens[: batch + 1], **left, **shared),
         Tokens.unchecked(cu_seqlens=images.cu_seqlens[batch:] - offset, **right, **shared),

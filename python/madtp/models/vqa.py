@@ -142,7 +142,9 @@ class VQA(Model):
         answers = self._ids(answers, "answers")
         lengths = answers.lengths
         if k < 1 or lengths.min() < 2:
-            raise ValueError(f"answers: expected at least two tokens each and k >= 1, got {int(lengths.min())} and k = {k}")
+            raise ValueError(
+                f"answers: expected at least two tokens each and k >= 1, got {int(lengths.min())} and k = {k}"
+            )
         batch, count = questions.batch_size, min(k, answers.batch_size)
         decoder, keys = self.text_decoder, self.text_decoder.keys(questions)
         start = torch.full((batch,), self.config.text.dec_token_id, device=self.device)

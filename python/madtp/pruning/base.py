@@ -53,7 +53,9 @@ class Tokens(RaggedBatch):
     def unchecked(cls, values: Tensor, cu_seqlens: Tensor, max_seqlen: int, bound: bool, **fields: Any) -> Tokens:
         """Tokens whose parts are known to fit, because an operation made them."""
         tokens = object.__new__(cls)
-        tokens.__dict__.update(_NOTHING, values=values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bound=bound, **fields)
+        tokens.__dict__.update(
+            _NOTHING, values=values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bound=bound, **fields
+        )
         return tokens
 
     def with_values(self, values: Tensor) -> Tokens:
@@ -108,7 +110,9 @@ class Tokens(RaggedBatch):
         return self
 
 
-_NOTHING = {field.name: field.default for field in dataclasses.fields(Tokens) if field.default is not dataclasses.MISSING}
+_NOTHING = {
+    field.name: field.default for field in dataclasses.fields(Tokens) if field.default is not dataclasses.MISSING
+}
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,10 @@ class Pruning:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON: its name under "method", and its settings."""
-        return {"method": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "backend"}}
+        return {
+            "method": self.name,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "backend"},
+        }
 
     @staticmethod
     def from_dict(settings: Mapping[str, Any]) -> Pruning:

@@ -33,7 +33,9 @@ def official(rule: Pruning, reason: str, **settings: Tensor | bool | None) -> Pr
     return Official(rule, backend=rule.backend, streams=rule.streams, **settings)
 
 
-def with_minimum(rule: Pruning, batch: int, device: torch.device, least: Tensor | None = None, **settings: bool) -> Pruning:
+def with_minimum(
+    rule: Pruning, batch: int, device: torch.device, least: Tensor | None = None, **settings: bool
+) -> Pruning:
     """MADTP as CLIP's code runs it: a sample is pruned only if more tokens survive than ``least [B]`` int32 says, by default 1.
 
     With a ``least``, other rules are refused; without, they stay as they are, and a batch whose samples are tied has one.
@@ -90,7 +92,9 @@ class Official(Pruning):
                 dataclasses.replace(tokens, ids=numbered), importance, limit, layer, None, **options
             )
             if len(left.ids):
-                left = _reordered(left, weakest_last(left.ids, importance, tokens.cu_seqlens, left.cu_seqlens), tokens.ids)
+                left = _reordered(
+                    left, weakest_last(left.ids, importance, tokens.cu_seqlens, left.cu_seqlens), tokens.ids
+                )
             trace = dataclasses.replace(trace, ids=left.ids)
         if isinstance(tokens, PaddedTokens):
             left = left.hiding(mask_after_pruning(tokens, left, importance, layer), importance.dtype)
