@@ -7,11 +7,9 @@ from madtp_kernels import Merged, RaggedBatch, merge_tokens, top_tokens
 
 def dynamicvit(x: RaggedBatch, predictor: torch.nn.Module, keep_rate: float = 0.7) -> Merged:
     """x ``[T, D]``; predictor: ``[T, D] -> [T]``. Token 0 of a sample stays; of the others ``int(keep_rate * N)`` do."""
-    row = torch.arange(x.values.shape[0], device=x.device)
-    class_token = torch.isin(row, x.cu_seqlens[:-1])
     count = ((x.lengths - 1).clamp(min=0).double() * keep_rate).int()
-    keep = top_tokens(predictor(x.values), count, x.cu_seqlens, protected=class_token)
-    return merge_tokens(x, torch.where(keep, row, -1).int())
+    keep = top_tokens(predictor(x.values), count, x.cu_seqlens, protected=1)
+    return merge_tokens(x, keep)
 
 
 if __name__ == "__main__":

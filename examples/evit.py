@@ -11,11 +11,9 @@ from madtp_kernels import Merged, RaggedBatch, attention, attention_received, me
 def evit(x: RaggedBatch, q, k, lse, keep_rate: float = 0.7) -> Merged:
     """x ``[T, D]`` after attention's residual sum, q, k and lse of that attention; token 0 of a sample is its class token."""
     scores = attention_received(q, k, lse, x.cu_seqlens, x.max_seqlen, heads="mean", queries=slice(0, 1))
-    row = torch.arange(len(scores), device=x.device)
-    class_token = torch.isin(row, x.cu_seqlens[:-1])
     count = ((x.lengths - 1).clamp(min=0).double() * keep_rate).ceil().int()
-    keep = top_tokens(scores, count, x.cu_seqlens, protected=class_token)
-    return merge_tokens(x, torch.where(keep, row, -1).int(), weights=scores, append="sum")
+    keep = top_tokens(scores, count, x.cu_seqlens, protected=1)
+    return merge_tokens(x, keep, weights=scores, append="sum")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ def fastv(x: RaggedBatch, q, k, lse, is_image, position_ids, drop_ratio: float =
     images = F.pad(is_image.cumsum(0), (1, 0))[bounds].diff()
     count = (images.double() * (1 - drop_ratio)).round().int()
     keep = top_tokens(scores, count, x.cu_seqlens, protected=~is_image)
-    row = torch.arange(len(keep), device=x.device)
-    return merge_tokens(x, torch.where(keep, row, -1).int(), carry=(position_ids,))
+    return merge_tokens(x, keep, carry=(position_ids,))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ def visionzip(x: RaggedBatch, q, k, lse, dominant: int = 53, contextual: int = 1
     """x ``[T, D]``: features of a layer; q, k and lse of its attention. Rows keep their order."""
     scores = attention_received(q, k, lse, x.cu_seqlens, x.max_seqlen, queries=slice(0, 1))
     row, starts = torch.arange(len(scores), device=x.device), x.cu_seqlens.long()
-    keep = top_tokens(scores, dominant, x.cu_seqlens, protected=torch.isin(row, starts[:-1]))
+    keep = top_tokens(scores, dominant, x.cu_seqlens, protected=1)
 
     # Of the other tokens of a sample every step-th is a target; the rest goes to the target with the most similar key.
     before = F.pad((~keep).cumsum(0), (1, 0))

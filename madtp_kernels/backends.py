@@ -153,3 +153,13 @@ def resolve(
     """
     name = _checked(requested) if requested else forced()
     return _resolve(op, package, name, leading.device.type, leading.dtype, cuda_lacks)
+
+
+def dispatch(op: str, package: str) -> Callable:
+    """What a registered operation runs: its arguments in the order of the schema, which ends with the backend's name."""
+
+    def run(*args):
+        *args, backend = args
+        return resolve(op, package, backend, args[0])[1](*args)
+
+    return run

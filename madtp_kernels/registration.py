@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._library import autograd as _autograd
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 _library = torch.library.Library("madtp_kernels", "DEF")
 _implementations: dict[str, Callable] = {}
@@ -69,7 +70,7 @@ def plain(args: tuple) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             if differentiates and arg.requires_grad:
                 return False
-        elif isinstance(arg, Tensor):
+        elif isinstance(arg, Tensor) or kind is tuple and arg and not plain(arg):
             return False
     return True
 
@@ -77,7 +78,7 @@ def plain(args: tuple) -> bool:
 def _refusing_tangents(name: str) -> Callable:
     def run(keyset, *args):
         if forward_ad._current_level >= 0:
-            for arg in args:
+            for arg in pytree.tree_leaves(args):
                 if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
                     raise NotImplementedError(
                         f"madtp_kernels.{name} has no forward-mode derivative (torch.func.jvp): differentiate in reverse mode"

@@ -118,7 +118,9 @@ def test_carried_tensors_follow_their_tokens(backend, generator):
     """Position ids, a rotary table, flags: what belongs to a kept token, zero for an appended row."""
     case = case_of(generator, backend)
     tokens = len(case["into"])
-    carry = (torch.arange(tokens, device=DEVICE), normal(generator, tokens, 3, 2), torch.ones(tokens, dtype=torch.bool, device=DEVICE))
+    wide = normal(generator, tokens, 5, 130)[:, 1:4].half()  # a view, in more than one step
+    flags = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
+    carry = (torch.arange(tokens, device=DEVICE), normal(generator, tokens, 3, 2), flags, wide, flags[:, None][:, :0])
     result = merge_tokens(**case, append="sum", carry=carry, backend=backend)
     for r, source in enumerate(result.source.tolist()):
         for before, after in zip(carry, result.carried, strict=True):
@@ -131,8 +133,15 @@ def test_as_an_operator(backend, generator):
     case = case_of(generator, backend, lengths=[4, 0, 1, 2, 5])
     x = case["x"].values.requires_grad_()
     rest = (case["weights"].requires_grad_(), case["sizes"], case["x"].cu_seqlens, 5)
-    torch.library.opcheck(torch.ops.madtp_kernels.merge_tokens.default, (x, case["into"], *rest, "mean", True, backend))
-    call = lambda x, into: merge_tokens(RaggedBatch(x, rest[2], 5), into, append="sum", exact=False, backend=backend)[1:4]  # noqa: E731
+    carry = [torch.arange(len(x), device=DEVICE), normal(generator, len(x), 3).requires_grad_()]
+    operator = torch.ops.madtp_kernels.merge_tokens.default
+    torch.library.opcheck(operator, (x, case["into"], *rest, "mean", True, carry, backend))
+
+    def call(x, into):
+        batch = RaggedBatch(x, rest[2], 5)
+        result = merge_tokens(batch, into, append="sum", carry=tuple(carry), exact=False, backend=backend)
+        return (*result[1:4], *result.carried)
+
     torch._dynamo.reset()
     rows = int(merge_tokens(**case, append="sum").tokens.cu_seqlens[-1])
     for ours, theirs in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(x, case["into"]), call(x, case["into"]), strict=True):
@@ -149,6 +158,38 @@ def test_gradcheck(append, generator):
         return merge_tokens(batch, case["into"], weights=weights, append=append).tokens.values
 
     assert torch.autograd.gradcheck(function, (x, weights), nondet_tol=0.0)
+
+
+@every_backend
+def test_gradient_of_carried_tensors(backend, generator):
+    """That of a row goes to its source, the others have none; integers beside them have none at all."""
+    case = case_of(generator, backend)
+    carry = torch.randn(len(case["into"]), 2, generator=generator).to(DEVICE).requires_grad_()
+    ids = torch.arange(len(carry), device=DEVICE)
+    result = merge_tokens(**case, append="sum", carry=(ids, carry), backend=backend)
+    seed = torch.arange(1.0, 1 + result.carried[1].numel(), device=DEVICE).reshape(result.carried[1].shape)
+    grad = torch.autograd.grad(result.carried[1], carry, seed)[0]
+    expected = torch.zeros_like(grad)
+    for r, source in enumerate(result.source.tolist()):
+        if source >= 0:
+            expected[source] = seed[r]
+    assert torch.equal(grad, expected) and not result.carried[0].requires_grad
+
+
+@pytest.mark.parametrize("append", [None, "sum", "mean"])
+@every_backend
+def test_a_mask_says_which_tokens_stay(backend, append, generator):
+    case = case_of(generator, backend)
+    case["x"] = RaggedBatch(spare_rows(case["x"].values, 4), case["x"].cu_seqlens, case["x"].max_seqlen)
+    case |= {name: spare_rows(case[name], 4) for name in ("weights", "sizes")}
+    mask = (torch.rand(len(case["sizes"]), generator=generator) < 0.4).to(DEVICE)
+    rows = torch.arange(len(mask), device=DEVICE).where(mask, -1).int()
+    expected = merge_tokens(**case | {"into": rows}, append=append, backend=backend)
+    got = merge_tokens(**case | {"into": mask}, append=append, backend=backend)
+    count = got.tokens.num_tokens
+    for ours, theirs in zip(got[1:4], expected[1:4], strict=True):
+        assert torch.equal(ours[:count], theirs[:count])
+    assert torch.equal(got.tokens.values[:count], expected.tokens.values[:count])
 
 
 @pytest.mark.parametrize("append", [None, "sum", "mean"])
@@ -212,7 +253,7 @@ def test_nothing_to_merge(backend, lengths, generator):
 @pytest.mark.skipif(DEVICE != "cpu", reason="values of a device are read in debug mode only")
 @pytest.mark.parametrize("change, message", [
     ({"x": torch.zeros(3, 4)}, "^x: expected a RaggedBatch"),
-    ({"into": torch.zeros(5)}, r"^into: expected \[T\] = int32\[5\]"),
+    ({"into": torch.zeros(5)}, r"^into: expected \[T\] = int32 or bool\[5\]"),
     ({"into": [0, 1, 2, 3, 5]}, "^into: expected -1 or a row of the same sample that stays, got 5 for token 4"),
     ({"into": [0, 1, 2, 3, -2]}, "^into: expected -1 or a row .* got -2 for token 4"),
     ({"into": [3, 1, 2, 3, 4]}, "^into: expected -1 or a row .* got 3 for token 0"),  # of another sample
@@ -241,7 +282,7 @@ def test_the_best_tokens(ties, generator):
     protected = (torch.rand(sum(lengths), generator=generator) < 0.2).to(DEVICE)
     for guard in (None, protected):
         for count in (counts, 2, 0):
-            got = top_tokens(spare_rows(scores, 4), count, offsets(lengths), protected=None if guard is None else spare_rows(guard, 4))
+            got = top_tokens(spare_rows(scores, 4), count, offsets(lengths), protected=0 if guard is None else spare_rows(guard, 4))
             assert not got[sum(lengths) :].any()
             start = 0
             for b, length in enumerate(lengths):
@@ -252,6 +293,34 @@ def test_the_best_tokens(ties, generator):
                 kept = got[start : start + length].nonzero()[:, 0].tolist()
                 assert kept == sorted(set(best) | set(range(length)) - set(free))
                 start += length
+
+
+def test_above_a_threshold(generator):
+    """For each sample its own, a number for all, and no more than so many of them."""
+    lengths = [9, 0, 1, 40]
+    scores = spare_rows(normal(generator, sum(lengths)), 3)
+    bounds = torch.tensor([0.5, 0.0, -9.0, 0.2], device=DEVICE)
+    rows = torch.repeat_interleave(bounds, torch.tensor(lengths, device=DEVICE))
+    own = top_tokens(scores, None, offsets(lengths), threshold=bounds)
+    assert own[:50].tolist() == (scores[:50] > rows).tolist() and not own[50:].any()
+    shared = top_tokens(scores, None, offsets(lengths), threshold=0.5)
+    assert shared[:50].tolist() == (scores[:50] > 0.5).tolist()
+    few = top_tokens(scores, 3, offsets(lengths), threshold=0.5)
+    assert (few == (shared & top_tokens(scores, 3, offsets(lengths)))).all()
+    assert top_tokens(scores, None, offsets(lengths), threshold=100.0, protected=1).nonzero()[:, 0].tolist() == [0, 9, 10]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 5])
+def test_first_tokens_stand_apart(first, generator):
+    """Class and register tokens are kept, whatever their score, and do not count."""
+    lengths = [9, 0, 3, 12]
+    scores, cu_seqlens = normal(generator, sum(lengths)), offsets(lengths)
+    place = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
+    scores[place < first] = -9.0
+    got = top_tokens(scores, 2, cu_seqlens, protected=first)
+    assert torch.equal(got, top_tokens(scores, 2, cu_seqlens, protected=place < first))
+    assert got[place < first].all()
+    assert [int(part.sum()) for part in got.split(lengths)] == [min(n, first + 2) for n in lengths]
 
 
 def test_units_stay_together(generator):
@@ -271,6 +340,10 @@ def test_units_stay_together(generator):
     ({"count": torch.tensor([-1, 0], dtype=torch.int32)}, "^count: expected >= 0, got -1"),
     ({"count": 0.5}, "^count: expected an int >= 0"),
     ({"protected": torch.zeros(5, dtype=torch.bool)}, r"^protected: expected \[T\] = bool\[6\]"),
+    ({"protected": -1}, "^protected: expected an int >= 0 or bool"),
+    ({"threshold": "high"}, "^threshold: expected a number or"),
+    ({"threshold": torch.zeros(3)}, r"^threshold: expected \[B\] = float32\[2\]"),
+    ({"count": None}, "^count, threshold: expected at least one of them, got neither"),
     ({"unit": 0}, "^unit: expected an int >= 1"),
     ({"unit": 4}, "^cu_seqlens: expected lengths that are multiples of the unit 4"),
 ])  # fmt: skip

@@ -165,7 +165,7 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         yield label
     normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
     rows = cu[:1].expand(tokens).contiguous()
-    merging.merge_tokens(x, rows, per_token, per_token, cu, tokens, "sum", False)
+    merging.merge_tokens(x, rows, per_token, per_token, cu, tokens, "sum", False, (rows, flags, q))
     unmerging.unmerge(x, rows, cu)
     yield "rows"
 

@@ -132,10 +132,7 @@ def compact(
     )
 
 
-def _run(*args):
-    *args, backend = args
-    _, implementation = backends.resolve("compact", "compaction", backend, args[0])
-    return implementation(*args)
+_run = backends.dispatch("compact", "compaction")
 
 
 def _fake(

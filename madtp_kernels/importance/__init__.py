@@ -64,18 +64,8 @@ def attention_importance(
     )  # fmt: skip
 
 
-def _run(*args):
-    *args, backend = args
-    _, implementation = backends.resolve("attention_importance", "importance", backend, args[0])
-    return implementation(*args)
-
-
 def _fake(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, backend):
     return lse.new_empty(q.shape[0]), lse.new_empty(q.shape[0])
-
-
-def _run_backward(*args):
-    return reference.attention_importance_backward(*args)
 
 
 def _fake_backward(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, d_received, d_cls):
@@ -102,13 +92,13 @@ _ARGUMENTS = (
 )
 define(
     f"attention_importance({_ARGUMENTS}, str backend) -> (Tensor received, Tensor cls)",
-    _run,
+    backends.dispatch("attention_importance", "importance"),
     _fake,
 )
 define(
     f"attention_importance_backward({_ARGUMENTS}, Tensor d_received, Tensor d_cls) "
     "-> (Tensor dq, Tensor dk, Tensor d_out, Tensor d_lse, Tensor d_key_bias)",
-    _run_backward,
+    reference.attention_importance_backward,
     _fake_backward,
 )
 differentiate("attention_importance", _setup_context, _backward)

@@ -76,10 +76,7 @@ def linear(
     )  # fmt: skip
 
 
-def _run(*args):
-    *args, backend = args
-    _, implementation = backends.resolve("linear", "linear", backend, args[0])
-    return implementation(*args)
+_run = backends.dispatch("linear", "linear")
 
 
 def _fake(x, weight, bias, cu_seqlens, activation, residual, backend):

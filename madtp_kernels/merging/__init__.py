@@ -1,7 +1,7 @@
 """Choosing tokens and merging them into others: public functions, checks, dispatch, registration, gradient.
 
-`compact` is MADTP's rule in one launch: one merged token per sample, its threshold, its exceptions. Here is what other pruners
-do: any choice of tokens, dropped, merged into one row each or into a row they name. The formula is in `reference.py`, the GPU
+`compact` is MADTP's rule in one launch: one merged token per sample, its threshold, its exceptions. Here is what other
+pruners do: any choice of tokens, dropped, merged into one row of a sample or into a row they name. The formula is in `reference.py`, the GPU
 kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/merging.cpp`.
 """
 
@@ -49,18 +49,18 @@ def merge_tokens(
     """Drop tokens, or merge them into others of their sample.
 
     ``into`` says where each token goes: its own row: it stays; another's: it is merged into that one; -1: it is dropped.
-    :func:`~madtp_kernels.nearest_kept` and :func:`~madtp_kernels.match_tokens` return such rows, and
-    ``torch.where(mask, torch.arange(T), -1).int()`` makes them of a mask. A kept token becomes the weighted mean
+    :func:`~madtp_kernels.nearest_kept` and :func:`~madtp_kernels.match_tokens` return such rows, and a mask, as
+    :func:`top_tokens` makes it, says which tokens stay: the others are dropped. A kept token becomes the weighted mean
     ``sum w x / sum w`` over itself and what is merged into it; alone, or without weight, it stays bit for bit.
 
     Args:
         x: tokens ``[T, D]``.
-        into: ``[T]`` int32 rows of the batch; a token that something is merged into has to stay.
+        into: ``[T]`` int32 rows of the batch; a token that something is merged into has to stay. Or ``[T]`` bool.
         weights: ``[T]`` float32 ``w``; by default the sizes. They need not be positive.
         sizes: ``[T]`` float32: originals that each token stands for, 1 by default; they add up.
         append: one more row, last, for the dropped tokens of each sample that has any: "sum", the weighted sum as it is
             (EViT), or "mean", divided by the sum of the weights + 1e-8 (MADTP). None: they are gone.
-        carry: tensors ``[T, ...]`` of any dtype that follow the kept tokens: position ids, rotary tables.
+        carry: tensors ``[T, ...]`` of any dtype that follow the kept tokens in the same launch: position ids, rotary tables.
         exact: result buffers without spare rows. This reads the new size on the host, hence the default: True on the CPU,
             False on a device and under torch.compile.
         backend: force an implementation.
@@ -77,7 +77,11 @@ def merge_tokens(
     values, cu_seqlens, device = x.values, x.cu_seqlens, x.device
     checks.floats("x.values", values, 2, "[T, D]")
     tokens = values.shape[0]
-    checks.tensor("into", into, (tokens,), "[T]", torch.int32, device)
+    checks.tensor("into", into, (tokens,), "[T]", (torch.int32, torch.bool), device)
+    if into.dtype == torch.bool:
+        into = torch.arange(tokens, dtype=torch.int32, device=device).masked_fill_(~into, -1)
+    elif checks.may_read(into):
+        _check_into(into, cu_seqlens)
     if append not in (None, "sum", "mean"):
         raise ValueError(f"append: expected None, 'sum' or 'mean', got {checks.describe(append)}")
     score_dtype = torch.promote_types(values.dtype, torch.float32)
@@ -88,22 +92,20 @@ def merge_tokens(
     for i, carried in enumerate(carry):
         if not isinstance(carried, Tensor) or carried.dim() < 1 or carried.shape[0] != tokens or carried.device != device:
             raise ValueError(f"carry[{i}]: expected [T, ...] = [{tokens}, ...] on {device}, got {checks.describe(carried)}")
-    if checks.may_read(into):
-        _check_into(into, cu_seqlens)
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
     sizes = values.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
     weights = sizes.to(score_dtype) if weights is None else weights
-    merged, cu_out, sizes_out, rows, source = call(
+    merged, cu_out, sizes_out, rows, source, carried = call(
         "merge_tokens",
         checks.unit_stride(values), *map(checks.unit_stride, (into, weights, sizes, cu_seqlens)), x.max_seqlen, append or "",
-        exact, backend or "",
+        exact, tuple(carry), backend or "",
     )  # fmt: skip
     longest = x.max_seqlen
     if exact and not torch.compiler.is_compiling() and device.type == "cpu":
-        longest = max(cu_out.diff().tolist(), default=0)
-    batch = RaggedBatch(merged, cu_out, longest, bound=not exact)
-    return Merged(batch, sizes_out, rows, source, tuple(_follow(c, source) for c in carry))
+        longest = checks.longest_sample(cu_out)
+    batch = RaggedBatch.unchecked(merged, cu_out, longest, not exact)
+    return Merged(batch, sizes_out, rows, source, tuple(carried))
 
 
 def _check_into(into: Tensor, cu_seqlens: Tensor) -> None:
@@ -118,31 +120,27 @@ def _check_into(into: Tensor, cu_seqlens: Tensor) -> None:
         raise ValueError(f"into: expected -1 or a row of the same sample that stays, got {int(into[first])} for token {first}")
 
 
-def _follow(carried: Tensor, source: Tensor) -> Tensor:
-    if carried.shape[0] == 0:
-        return carried[: source.shape[0]]
-    present = (source >= 0).reshape(-1, *[1] * (carried.dim() - 1))
-    return carried[source.clamp(min=0).long()].masked_fill(~present, 0)
-
-
 def top_tokens(
     scores: Tensor,
-    count: int | Tensor,
+    count: int | Tensor | None,
     cu_seqlens: Tensor,
     *,
-    protected: Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    protected: int | Tensor = 0,
     unit: int = 1,
 ) -> Tensor:
     """The tokens of highest score of every sample, as a mask; ties: the earlier token.
 
-    In PyTorch's own operators on every device (two stable sorts); nothing waits for it.
+    In PyTorch's own operators on every device (two stable sorts, none without a count); nothing waits for it.
 
     Args:
         scores: ``[T]`` floating point.
         count: how many tokens (of units: how many units) to keep in each sample: one number, or ``[B]`` int32. 0 is legal; more
-            than there are keeps all.
+            than there are keeps all. None: all above the threshold.
         cu_seqlens: ``[B+1]`` int32 offsets.
-        protected: ``[T]`` bool: tokens that are kept besides, and do not count. Of units: a unit with such a token.
+        threshold: keep tokens of higher score only: a number, or ``[B]`` in the dtype of the scores.
+        protected: tokens that are kept besides, and do not count: the first so many of each sample (class and register
+            tokens), or ``[T]`` bool. Of units: a unit with such a token.
         unit: runs of so many rows stay or go together, by their mean score (the 2 x 2 patches that Qwen-VL merges): every
             length is a multiple of it.
 
@@ -157,46 +155,57 @@ def top_tokens(
         raise ValueError(f"scores: expected floating-point [T], got {checks.describe(scores)}")
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
     checks.finite("scores", scores, cu_seqlens)
-    batch = cu_seqlens.shape[0] - 1
+    batch, capacity, device = cu_seqlens.shape[0] - 1, scores.shape[0], scores.device
     if isinstance(count, Tensor):
-        checks.tensor("count", count, (batch,), "[B]", torch.int32, scores.device)
+        checks.tensor("count", count, (batch,), "[B]", torch.int32, device)
         if checks.may_read(count) and batch and count.min() < 0:
             raise ValueError(f"count: expected >= 0, got {count.min()}")
-    elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
+    elif count is not None and not _is_number(count, 0):
         raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
-    if protected is not None:
-        checks.tensor("protected", protected, (scores.shape[0],), "[T]", torch.bool, scores.device)
-    if isinstance(unit, bool) or not isinstance(unit, int) or unit < 1:
+    if isinstance(threshold, Tensor):
+        checks.tensor("threshold", threshold, (batch,), "[B]", scores.dtype, device)
+    elif threshold is not None and not isinstance(threshold, (int, float)):
+        raise ValueError(f"threshold: expected a number or [B], got {checks.describe(threshold)}")
+    if count is None and threshold is None:
+        raise ValueError("count, threshold: expected at least one of them, got neither")
+    if isinstance(protected, Tensor):
+        checks.tensor("protected", protected, (capacity,), "[T]", torch.bool, device)
+    elif not _is_number(protected, 0):
+        raise ValueError(f"protected: expected an int >= 0 or bool [T], got {checks.describe(protected)}")
+    if not _is_number(unit, 1):
         raise ValueError(f"unit: expected an int >= 1, got {checks.describe(unit)}")
-    if unit > 1:
-        if checks.may_read(cu_seqlens) and (cu_seqlens % unit).any():
-            raise ValueError(f"cu_seqlens: expected lengths that are multiples of the unit {unit}, got {cu_seqlens.tolist()}")
-        whole = scores.shape[0] // unit * unit
-        shared = None if protected is None else protected[:whole].unflatten(0, (-1, unit)).any(1)
-        chosen = top_tokens(scores[:whole].unflatten(0, (-1, unit)).mean(1), count, cu_seqlens // unit, protected=shared)
-        return torch.cat([chosen.repeat_interleave(unit), chosen.new_zeros(scores.shape[0] - whole)])
-    row = torch.arange(scores.shape[0], device=scores.device)
+    row = torch.arange(capacity, device=device)
     valid = row < cu_seqlens[-1]
     if batch == 0:
         return valid
-    ranked = valid if protected is None else valid & ~protected
-    # By score, then by sample; what is not ranked goes behind the others of its sample.
+    sample = segments.sample_of(cu_seqlens, capacity)
+    guarded = valid & (protected if isinstance(protected, Tensor) else row - cu_seqlens[sample] < protected)
+    if unit > 1:
+        if checks.may_read(cu_seqlens) and (cu_seqlens % unit).any():
+            raise ValueError(f"cu_seqlens: expected lengths that are multiples of the unit {unit}, got {cu_seqlens.tolist()}")
+        units, shared = (t[: capacity // unit * unit].unflatten(0, (-1, unit)) for t in (scores, guarded))
+        chosen = top_tokens(
+            units.mean(1), count, cu_seqlens // unit, threshold=threshold, protected=shared.any(1)
+        )
+        return torch.cat([chosen.repeat_interleave(unit), chosen.new_zeros(capacity % unit)])
+    ranked = valid & ~guarded
+    if threshold is not None:
+        ranked &= scores > (threshold[sample] if isinstance(threshold, Tensor) else threshold)
+    if count is None:
+        return ranked | guarded
+    # By score, then by sample; what is not ranked stands behind the others of its sample.
     order = scores.where(ranked, float("-inf")).argsort(descending=True, stable=True)
-    order = order[(~ranked)[order].int().argsort(stable=True)]
-    sample = segments.sample_of(cu_seqlens, scores.shape[0])
     order = order[sample.where(valid, batch)[order].argsort(stable=True)]
     place = torch.empty_like(row).index_copy_(0, order, row) - cu_seqlens[sample]
     limit = count[sample] if isinstance(count, Tensor) else count
-    chosen = ranked & (place < limit)
-    return chosen if protected is None else chosen | (valid & protected)
+    return ranked & (place < limit) | guarded
 
 
-def _run(*args):
-    *args, backend = args
-    return backends.resolve("merge_tokens", "merging", backend, args[0])[1](*args)
+def _is_number(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _fake(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, backend):
+def _fake(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, carry, backend):
     rows = torch.library.get_ctx().new_dynamic_size() if exact else x.shape[0]
     return (
         x.new_empty(rows, x.shape[1]),
@@ -204,25 +213,33 @@ def _fake(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, backen
         sizes.new_empty(rows),
         into.new_empty(x.shape[0]),
         into.new_empty(rows),
+        [tensor.new_empty((rows, *tensor.shape[1:])) for tensor in carry],
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, weights, _, _, _, ctx.append, _, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weights, output[3], output[4])
+    x, _, weights, _, _, _, ctx.append, _, carry, _ = inputs
+    *_, rows, source, carried = output
+    ctx.mark_non_differentiable(*output[1:5], *(t for t in carried if not t.is_floating_point()))
+    ctx.save_for_backward(x, weights, rows, source)
+    ctx.floating = [tensor.is_floating_point() for tensor in carry]
 
 
-def _backward(ctx, d_values, *_):
+def _backward(ctx, d_values, _cu, _sizes, _rows, _source, d_carried):
     x, weights, rows, source = ctx.saved_tensors
     dx, d_weights = torch.ops.madtp_kernels.merge_tokens_backward(x, weights, rows, source, ctx.append, d_values)
-    return dx, None, d_weights, *[None] * 6
+    d_carry = [
+        reference.follow_backward(d, source, x.shape[0]) if floating else None
+        for floating, d in zip(ctx.floating, d_carried, strict=True)
+    ]
+    return dx, None, d_weights, None, None, None, None, None, d_carry, None
 
 
 define(
     "merge_tokens(Tensor x, Tensor into, Tensor weights, Tensor sizes, Tensor cu_seqlens, SymInt max_seqlen, str append, "
-    "bool exact, str backend) -> (Tensor values, Tensor cu_seqlens_out, Tensor sizes_out, Tensor rows, Tensor source)",
-    _run,
+    "bool exact, Tensor[] carry, str backend) "
+    "-> (Tensor values, Tensor cu_seqlens_out, Tensor sizes_out, Tensor rows, Tensor source, Tensor[] carried)",
+    backends.dispatch("merge_tokens", "merging"),
     _fake,
 )
 define(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,17 @@ def number_rows(into: Tensor, cu_seqlens: Tensor, append: bool) -> tuple[Tensor,
 
 
 def merge_tokens(
-    x: Tensor, into: Tensor, weights: Tensor, sizes: Tensor, cu_seqlens: Tensor, max_seqlen: int, append: str, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """values, cu_out, sizes_out, rows, source.
+    x: Tensor,
+    into: Tensor,
+    weights: Tensor,
+    sizes: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    append: str,
+    exact: bool,
+    carry: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """values, cu_out, sizes_out, rows, source, carried.
 
     A kept token becomes the mean of itself and the tokens merged into it; alone, or without any weight, it stays what it is. An
     appended row is sum w x ("sum") or sum w x / (sum w + eps) ("mean") over the dropped tokens.
@@ -59,7 +69,22 @@ def merge_tokens(
     values = torch.where(stays[:, None], copied, mean)
     sizes_out = segments.scatter_add(sizes.where(rows >= 0, 0), target, capacity + 1)[:-1]
     defined = int(cu_out[-1]) if exact else capacity
-    return values[:defined], cu_out, sizes_out[:defined], rows.int(), source[:defined].int()
+    carried = [follow(tensor, source[:defined]) for tensor in carry]
+    return values[:defined], cu_out, sizes_out[:defined], rows.int(), source[:defined].int(), carried
+
+
+def follow(carried: Tensor, source: Tensor) -> Tensor:
+    """The rows of a tensor ``[C, ...]`` that belong to the source of each row of the result; zeros for an appended row."""
+    if carried.shape[0] == 0:
+        return carried.clone()
+    present = (source >= 0).reshape(-1, *[1] * (carried.dim() - 1))
+    return carried[source.clamp(min=0).long()].masked_fill(~present, 0)
+
+
+def follow_backward(d_carried: Tensor, source: Tensor, capacity: int) -> Tensor:
+    """Each row's gradient to its source, which no other row has."""
+    target = source.long().where(source >= 0, capacity)  # of an appended row: a spare one
+    return d_carried.new_zeros(capacity + 1, *d_carried.shape[1:]).index_copy(0, target, d_carried)[:capacity]
 
 
 def merge_tokens_backward(

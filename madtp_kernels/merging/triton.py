@@ -6,6 +6,8 @@ of the tokens, and nothing is added atomically.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -14,13 +16,15 @@ from torch import Tensor
 from ..triton_utils import EPS, block, on_device_of_first
 from .reference import number_rows
 
+CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
+
 
 @triton.jit(do_not_specialize=["batch"])
 def _merge_kernel(
-    x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, batch, x_row, WIDTH,
-    BLOCK_D: tl.constexpr, SUM: tl.constexpr,
+    x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, carry, carried, batch, x_row, WIDTH,
+    CARRY_WIDTHS: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row of the result."""
+    """One program: one row of the result. `carry` and `carried` are tuples of contiguous rows of CARRY_WIDTHS elements."""
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < WIDTH
@@ -50,13 +54,27 @@ def _merge_kernel(
     tl.store(values + row * WIDTH + o_d, tl.where(stays, copied, result), mask=m_d)
     tl.store(sizes_out + row, total_size)
     tl.store(source + row, own.to(tl.int32))
+    for i in tl.static_range(len(CARRY_WIDTHS)):
+        for start in range(0, CARRY_WIDTHS[i], CARRY_BLOCK):
+            o_c = start + tl.arange(0, CARRY_BLOCK)
+            m_c = o_c < CARRY_WIDTHS[i]
+            element = tl.load(carry[i] + own * CARRY_WIDTHS[i] + o_c, mask=m_c & is_kept, other=0)
+            tl.store(carried[i] + row * CARRY_WIDTHS[i] + o_c, element, mask=m_c)
 
 
 @on_device_of_first
 def merge_tokens(
-    x: Tensor, into: Tensor, weights: Tensor, sizes: Tensor, cu_seqlens: Tensor, max_seqlen: int, append: str, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """values, cu_out, sizes_out, rows, source; see the public operation for the contract."""
+    x: Tensor,
+    into: Tensor,
+    weights: Tensor,
+    sizes: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    append: str,
+    exact: bool,
+    carry: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """values, cu_out, sizes_out, rows, source, carried; see the public operation for the contract."""
     capacity, width = x.shape
     cu_out, rows, _ = number_rows(into, cu_seqlens, append != "")
     target, order = rows.where(rows >= 0, capacity).sort(stable=True)
@@ -64,10 +82,22 @@ def merge_tokens(
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
     sizes_out = torch.empty(capacity, dtype=torch.float32, device=x.device)
     source = torch.empty(capacity, dtype=torch.int32, device=x.device)
+    carry = [tensor.contiguous() for tensor in carry]
+    carried = [torch.empty_like(tensor) for tensor in carry]
     if capacity:
         _merge_kernel[(capacity,)](
-            x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, cu_out.shape[0] - 1, x.stride(0), width,
+            x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, tuple(map(_as_numbers, carry)),
+            tuple(map(_as_numbers, carried)), cu_out.shape[0] - 1, x.stride(0), width,
+            CARRY_WIDTHS=tuple(tensor[0].numel() * (2 if tensor.is_complex() else 1) for tensor in carry),
             BLOCK_D=block(width), SUM=append == "sum", num_warps=4,
         )  # fmt: skip
     defined = int(cu_out[-1]) if exact else capacity  # the one wait for the device, asked for by `exact`
-    return values[:defined], cu_out, sizes_out[:defined], rows.int(), source[:defined]
+    results = (tensor[:defined] for tensor in carried)
+    return values[:defined], cu_out, sizes_out[:defined], rows.int(), source[:defined], list(results)
+
+
+def _as_numbers(tensor: Tensor) -> Tensor:
+    """A tensor of a type that Triton knows over the same memory."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor

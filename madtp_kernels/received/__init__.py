@@ -91,11 +91,6 @@ def attention_received(
     return received if per_key_head else received[0]
 
 
-def _run(*args):
-    *args, backend = args
-    return backends.resolve("attention_received", "received", backend, args[0])[1](*args)
-
-
 def _fake(q, k, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, heads, sets, first, last, queries, backend):
     return lse.new_empty(sets, q.shape[0])
 
@@ -124,7 +119,7 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, bool causal, Tensor? key_bias, "
     "str heads, int sets, int first, int last, Tensor? queries"
 )
-define(f"attention_received({_ARGUMENTS}, str backend) -> Tensor", _run, _fake)
+define(f"attention_received({_ARGUMENTS}, str backend) -> Tensor", backends.dispatch("attention_received", "received"), _fake)
 define(
     f"attention_received_backward({_ARGUMENTS}, Tensor d_received) "
     "-> (Tensor dq, Tensor dk, Tensor d_lse, Tensor d_key_bias)",

@@ -70,18 +70,8 @@ def score_tokens(
     )  # fmt: skip
 
 
-def _run(*args):
-    *args, backend = args
-    _, implementation = backends.resolve("score_tokens", "scoring", backend, args[0])
-    return implementation(*args)
-
-
 def _fake(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, backend):
     return received.new_empty(x.shape[0]), received.new_empty(cu_seqlens.shape[0] - 1)
-
-
-def _run_backward(*args):
-    return reference.score_tokens_backward(*args)
 
 
 def _fake_backward(x, dictionary, received, cls, cu_seqlens, bias, d_importance):
@@ -106,13 +96,13 @@ def _backward(ctx, d_importance, _):
 define(
     "score_tokens(Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, SymInt max_seqlen, "
     "float temperature, Tensor? bias, str backend) -> (Tensor importance, Tensor threshold)",
-    _run,
+    backends.dispatch("score_tokens", "scoring"),
     _fake,
 )
 define(
     "score_tokens_backward(Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, Tensor? bias, "
     "Tensor d_importance) -> (Tensor dx, Tensor d_dictionary, Tensor d_received, Tensor d_cls, Tensor d_bias)",
-    _run_backward,
+    reference.score_tokens_backward,
     _fake_backward,
 )
 differentiate("score_tokens", _setup_context, _backward)

@@ -131,14 +131,6 @@ def match_tokens(
     )  # fmt: skip
 
 
-def _runner(op):
-    def run(*args):
-        *args, backend = args
-        return backends.resolve(op, "similarity", backend, args[0])[1](*args)
-
-    return run
-
-
 def _per_token(keys, *dtypes):
     dtype = torch.promote_types(keys.dtype, torch.float32)
     return tuple(keys.new_empty(keys.shape[0], dtype=d or dtype) for d in dtypes)
@@ -156,13 +148,13 @@ def _backward(ctx, d_novelty, _):
 
 define(
     "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, str backend) -> Tensor",
-    _runner("nearest_kept"),
+    backends.dispatch("nearest_kept", "similarity"),
     lambda keys, *_: _per_token(keys, torch.int32)[0],
 )
 define(
     "novelty(Tensor keys, Tensor? rank, Tensor cu_seqlens, SymInt max_seqlen, str backend) "
     "-> (Tensor novelty, Tensor nearest)",
-    _runner("novelty"),
+    backends.dispatch("novelty", "similarity"),
     lambda keys, *_: _per_token(keys, None, torch.int32),
 )
 define(
@@ -173,7 +165,7 @@ define(
 define(
     "match_tokens(Tensor keys, Tensor cu_seqlens, SymInt max_seqlen, Tensor? count, float? threshold, int protected, "
     "str backend) -> (Tensor into, Tensor similarity)",
-    _runner("match_tokens"),
+    backends.dispatch("match_tokens", "similarity"),
     lambda keys, *_: _per_token(keys, torch.int32, None),
 )
 differentiate("novelty", _setup_context, _backward)

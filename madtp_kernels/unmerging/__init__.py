@@ -45,11 +45,6 @@ def unmerge(x: Tensor, rows: Tensor, cu_seqlens: Tensor, *, backend: str | None 
     )  # fmt: skip
 
 
-def _run(*args):
-    *args, backend = args
-    return backends.resolve("unmerge", "unmerging", backend, args[0])[1](*args)
-
-
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
 
@@ -60,7 +55,7 @@ def _backward(ctx, d_out):
 
 define(
     "unmerge(Tensor x, Tensor rows, Tensor cu_seqlens, str backend) -> Tensor",
-    _run,
+    backends.dispatch("unmerge", "unmerging"),
     lambda x, rows, *_: x.new_empty(rows.shape[0], x.shape[1]),
 )
 define(

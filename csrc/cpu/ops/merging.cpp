@@ -22,9 +22,9 @@ constexpr float kEps = 1e-8f;
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& into, const Tensor& weights,
-                                                                const Tensor& sizes, const Tensor& cu_seqlens, int64_t,
-                                                                const std::string& append, bool exact) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_tokens(
+    const Tensor& x, const Tensor& into, const Tensor& weights, const Tensor& sizes, const Tensor& cu_seqlens, int64_t,
+    const std::string& append, bool exact, const std::vector<Tensor>& carry) {
   const CpuKernels& kernels = cpu_kernels();
   const Type type = type_of("x", x);
   check_rows("x", x, 2);
@@ -32,6 +32,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x,
   check_operand("into", into, {x.size(0)}, at::kInt);
   check_operand("weights", weights, {x.size(0)}, at::kFloat);
   check_operand("sizes", sizes, {x.size(0)}, at::kFloat);
+  for (const Tensor& tensor : carry) {
+    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.dim() > 0 && tensor.size(0) == x.size(0), "carry: expected [",
+                      x.size(0), ", ...] on cpu, got ", tensor.sizes(), " on ", tensor.device());
+  }
   const Tensor into_dense = into.contiguous(), weights_dense = weights.contiguous(), sizes_dense = sizes.contiguous();
   const int32_t* const to = into_dense.const_data_ptr<int32_t>();
   const float* const weight = weights_dense.const_data_ptr<float>();
@@ -85,6 +89,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x,
   Tensor values = at::empty({rows_out, width}, x.options());
   Tensor sizes_out = at::empty({rows_out}, sizes.options());
   float* const sizes_to = sizes_out.mutable_data_ptr<float>();
+  // Carried rows are moved as bytes.
+  struct Carried {
+    Tensor source;
+    const std::byte* from;
+    std::byte* to;
+    size_t row_bytes;
+  };
+  std::vector<Carried> followers;
+  std::vector<Tensor> carried;
+  for (const Tensor& tensor : carry) {
+    const Tensor dense = tensor.contiguous();
+    auto sizes_carried = dense.sizes().vec();
+    sizes_carried[0] = rows_out;
+    carried.push_back(at::empty(sizes_carried, dense.options()));
+    const size_t row_bytes = capacity == 0 ? 0 : dense.nbytes() / static_cast<size_t>(capacity);
+    followers.push_back({dense, static_cast<const std::byte*>(dense.const_data_ptr()),
+                         static_cast<std::byte*>(carried.back().mutable_data_ptr()), row_bytes});
+  }
   const auto* const from = static_cast<const std::byte*>(x.const_data_ptr());
   auto* const result = static_cast<std::byte*>(values.mutable_data_ptr());
   const int64_t from_stride = x.stride(0) * x.element_size(), row_bytes = width * x.element_size();
@@ -99,6 +121,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x,
           total_size += size[members[m]];
         }
         sizes_to[r] = total_size;
+        for (const Carried& follower : followers) {
+          std::byte* const to_row = follower.to + static_cast<size_t>(r) * follower.row_bytes;
+          if (own[r] < 0) {
+            std::memset(to_row, 0, follower.row_bytes);
+          } else {
+            std::memcpy(to_row, follower.from + static_cast<size_t>(own[r]) * follower.row_bytes, follower.row_bytes);
+          }
+        }
         if (own[r] >= 0 && (first[r + 1] - first[r] == 1 || total == 0.0f)) {
           std::memcpy(result + r * row_bytes, from + own[r] * from_stride, static_cast<size_t>(row_bytes));
           continue;
@@ -112,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x,
       }
     }
   });
-  return {values, cu_out, sizes_out, rows, source};
+  return {values, cu_out, sizes_out, rows, source, carried};
 }
 
 }  // namespace madtp::cpu

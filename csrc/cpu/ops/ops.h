@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace madtp::cpu {
 
@@ -58,11 +59,11 @@ Tensor attention_received(const Tensor& q, const Tensor& k, const Tensor& lse, c
                           double scale, bool causal, const OptionalTensor& key_bias, const std::string& heads, int64_t sets,
                           int64_t first, int64_t last, const OptionalTensor& queries);
 
-// x [C, D], into [C]: rows, weights and sizes [C]; append: "", "sum" or "mean" -> values, cu_out [B+1], sizes_out, rows [C],
-// source.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& into, const Tensor& weights,
-                                                                const Tensor& sizes, const Tensor& cu_seqlens,
-                                                                int64_t max_seqlen, const std::string& append, bool exact);
+// x [C, D], into [C]: rows, weights and sizes [C], carry [C, ...]; append: "", "sum" or "mean" -> values, cu_out [B+1],
+// sizes_out, rows [C], source, carried.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_tokens(
+    const Tensor& x, const Tensor& into, const Tensor& weights, const Tensor& sizes, const Tensor& cu_seqlens,
+    int64_t max_seqlen, const std::string& append, bool exact, const std::vector<Tensor>& carry);
 
 // x [C, D], weight and bias [D] -> [C, D].
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& cu_seqlens, double eps);
