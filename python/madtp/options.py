@@ -1,4 +1,4 @@
-"""Options of commands as dataclasses: a field is an option, and its metadata is what argparse is told about it."""
+"""Command-line options declared as dataclass fields; argparse is set up from their metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["UsageError", "add_options", "argument", "given", "option", "parsed",
 
 
 class UsageError(ValueError):
-    """Options that do not go together; the command ends as with an option that does not exist."""
+    """Options that exclude each other; the command ends like one with an unknown option."""
 
 
 def positive(text: str) -> int:
@@ -23,15 +23,16 @@ def positive(text: str) -> int:
 
 
 def option(help: str, default: Any = None, *, group: str = "", exclusive: str = "", flag: str = "", **settings) -> Any:
-    """A dataclass field that is an option; its name with dashes is the option's.
+    """A dataclass field that is an option; ``batch_size`` becomes ``--batch-size``.
 
     Args:
-        help: text; a default that is neither None nor a boolean is added to it.
-        default: of the field. A boolean makes a switch.
-        group: title of the group that the help shows it in.
-        exclusive: at most one of the options with this name may be given.
-        flag: the option's name, if it is not the field's.
-        settings: of :meth:`argparse.ArgumentParser.add_argument`: type, choices, metavar, nargs, required, ...
+        help: text; a default that is neither None nor a boolean is appended.
+        default: value of the field; a boolean makes a switch.
+        group: section of the help.
+        exclusive: options with the same value here exclude each other.
+        flag: name of the option, if not that of the field.
+        settings: arguments of :meth:`argparse.ArgumentParser.add_argument`: type, choices, metavar, nargs, required,
+            ...
     """
     metadata = {"help": help, "group": group, "exclusive": exclusive, "flag": flag, "settings": settings}
     return dataclasses.field(default=default, metadata=metadata)
@@ -42,11 +43,11 @@ def argument(help: str, **settings) -> Any:
     return option(help, (), **settings, positional=True)
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type, only: Iterable[str] | None = None) -> None:
-    """Add the options that a dataclass describes to a parser; with ``only``, the fields with these names."""
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """Add the options of a dataclass to a parser."""
     groups: dict[tuple[str, ...], Any] = {("",): parser}
     for field in dataclasses.fields(kind):
-        if "help" not in field.metadata or (only is not None and field.name not in only):
+        if "help" not in field.metadata:
             continue
         title, exclusive = field.metadata["group"], field.metadata["exclusive"]
         if (title,) not in groups:
@@ -73,11 +74,11 @@ def _add(target, field: dataclasses.Field) -> None:
 
 
 def parsed(kind: type, namespace: argparse.Namespace) -> Any:
-    """The dataclass with what was given on the command line."""
+    """An instance of the dataclass, filled from the command line."""
     values = vars(namespace)
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
 
 
 def given(options: Any, names: Iterable[str]) -> str:
-    """Those of the options that were given, as they are written: "--top-p, --seed"; empty if none was."""
+    """Those options that were given, such as "--top-p, --seed"; empty if none was."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None)

@@ -1,4 +1,4 @@
-"""`madtp nlvr`, `vqa`, `caption`: a command for each task that gives answers, made of what the task says of itself."""
+"""`madtp nlvr`, `madtp vqa`, `madtp caption`: one command per task, built from its declaration."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOpti
 
 @dataclass(kw_only=True)
 class OutputOptions(BatchOptions):
-    """Where records and pictures go."""
+    """Output options."""
 
     output: str | None = option("where the records go (default, or -: standard output)", metavar="JSONL")
     save_overlay: str | None = option(
-        "draw the surviving patches of each layer over the image: a picture file for a single image, or a folder",
+        "draw the patches that survive each layer over the image; a picture file for a single image, else a folder",
         metavar="PATH",
     )
 
@@ -43,7 +43,7 @@ class _Row(NamedTuple):
 
 @dataclass(kw_only=True)
 class Answer(Command):
-    """Answers to all rows, each a record."""
+    """Answer every row and write a record for each."""
 
     task: ClassVar[type[Task]]
 
@@ -94,7 +94,7 @@ class Answer(Command):
 
 
 def command_of(task: type[Task]) -> type[Command]:
-    """`madtp TASK`."""
+    """The command of a task."""
     text_modes = (TextOptions,) * any(field.name == "text_mode" for field in dataclasses.fields(task.Config))
     bases = (Answer, *text_modes, RunOptions, PruningOptions, task.Options, OutputOptions, task.Inputs, ModelSource)
     about = {

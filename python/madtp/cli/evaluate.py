@@ -127,7 +127,8 @@ class Evaluate(Command):
     def _begin(self) -> Path | None:
         """Where answers are kept until all are there, if at all.
 
-        What cannot be read or written, or would replace something unasked, is found out here, before the model is loaded.
+        What cannot be read or written, or would replace something unasked, is found out here, before the model is
+        loaded.
         """
         from ..files import check_output, open_regular
 

@@ -1,4 +1,4 @@
-"""What commands with a model have in common: their options, and the model that these describe."""
+"""Options shared by commands that run a model, and loading that model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GROUPINGS = {
 
 @dataclass(kw_only=True)
 class Command:
-    """A subcommand: a dataclass whose fields are its options. `madtp` adds ``--quiet`` and ``--debug`` to each."""
+    """A subcommand; its fields are its options. `madtp` adds ``--quiet`` and ``--debug``."""
 
     name: ClassVar[str]
     help: ClassVar[str]
@@ -34,10 +34,10 @@ class Command:
     debug: bool = False
 
     def run(self) -> int:
-        """Do it; the exit code.
+        """Run the command; returns the exit code.
 
         Raises:
-            UsageError: options that do not go together.
+            UsageError: options that exclude each other.
         """
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ def register(commands, kind: type[Command]) -> None:
 
 @dataclass(kw_only=True)
 class ModelSource:
-    """Which model."""
+    """The model."""
 
     model: str = option(
         "checkpoint file, model directory, hub id, demo or demo-dense (small, bundled, for pictures of shapes), or "
@@ -69,7 +69,7 @@ class ModelSource:
 
 @dataclass(kw_only=True)
 class PruningOptions:
-    """How much is pruned."""
+    """How much to prune."""
 
     temperature: float | None = option(
         "pruning temperature, higher prunes more (default: the checkpoint's)",
@@ -78,35 +78,34 @@ class PruningOptions:
         group=_HOW,
         exclusive="pruning",
     )
-    dense: bool = option("do not prune (the same as --temperature 0)", False, group=_HOW, exclusive="pruning")
+    dense: bool = option("do not prune (same as --temperature 0)", False, group=_HOW, exclusive="pruning")
 
 
 def grouping(choices: Sequence[str]) -> Any:
-    """The option that says what is pruned together, where models have these choices."""
-    text = "what keeps equally many tokens: " + "; ".join(f"{name}: {_GROUPINGS[name]}" for name in choices)
+    """The option ``--grouping`` with these choices."""
+    text = "what has to keep equally many tokens: " + "; ".join(f"{name}: {_GROUPINGS[name]}" for name in choices)
     return option(text, "instance", choices=choices, group=_HOW)
 
 
 @dataclass(kw_only=True)
 class RunOptions:
-    """Where and how a model computes."""
+    """Device, precision and the like."""
 
     device: str = option("cpu, cuda, cuda:1, ...", "cpu", group=_HOW)
     dtype: str = option("precision", "float32", choices=["float32", "bfloat16", "float16"], group=_HOW)
     backend: str | None = option(
-        "force an implementation of the kernels (default: the best there is)",
+        "force an implementation of the kernels (default: the best available)",
         choices=["reference", "cpu", "triton", "cuda"],
         group=_HOW,
     )
     grouping: str = grouping(("instance", "batch"))
     tokenizer: str | None = option(
-        "directory, vocabulary file or hub id (default: the saved model's, or from the hub the one that models of its kind "
-        "were trained with)",
+        "directory, vocabulary file or hub id (default: the saved model's, or the usual one from the hub)",
         metavar="SOURCE",
         group=_HOW,
     )
     threads: int | None = option(
-        "CPU threads (default: torch's choice; on a machine that is busy, 1 is often the fastest by far)",
+        "CPU threads (default: torch's choice; 1 is often fastest on a busy machine)",
         type=positive,
         metavar="N",
         group=_HOW,
@@ -115,11 +114,11 @@ class RunOptions:
 
 @dataclass(kw_only=True)
 class TextOptions:
-    """How texts are pruned, for models that have two ways."""
+    """For models that prune texts in two ways."""
 
     text_mode: str | None = option(
-        "how texts are pruned: as they are, or padded as in the official code, with which its checkpoints were trained "
-        "(default: the saved model's, or clean)",
+        "prune texts as they are, or padded as in the official code, whose checkpoints were trained that way (default: the "
+        "saved model's, or clean)",
         choices=["clean", "compat"],
         group=_HOW,
     )
@@ -127,10 +126,10 @@ class TextOptions:
 
 @dataclass(kw_only=True)
 class BatchOptions:
-    """How many rows the model gets at a time, and what to do with an output that is there."""
+    """Batch size, and what to do with existing output."""
 
     batch_size: int = option("rows per batch", 8, type=positive, metavar="N")
-    overwrite: bool = option("begin anew, whatever is there", False)
+    overwrite: bool = option("start anew, whatever is there", False)
 
 
 def check_device(name: str) -> None:
@@ -155,8 +154,8 @@ def only_with(options, condition: bool, what: str, *names: str) -> None:
 
 
 def load_model(options, tasks: Sequence[str], *, words: bool = True):
-    """The model that options describe, which has to be for one of ``tasks``. With ``words``, a missing tokenizer is found out
-    now.
+    """The model that options describe, which has to be for one of ``tasks``. With ``words``, a missing tokenizer is
+    found out now.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""Everything that differs from task to task: a file each, with what is asked and answered, evaluated and learnt.
+"""The tasks, one file each: inputs and answers, evaluation, cost, loss and score.
 
-What they share: annotation files, metrics, losses, augmentation. A new task is a file with a subclass of :class:`Task`, and its
-class among :data:`TASKS`.
+Shared by them: annotation files, metrics, losses, augmentation. To add a task, write a file with a subclass of
+:class:`Task` and list its class in :data:`TASKS`.
 """
 
 from ..models.base import Model
@@ -16,9 +16,9 @@ from .vqa import VQATask
 __all__ = ["TASKS", "Answer", "ImageInputs", "Inputs", "Options", "PairsTask", "Prepared", "Recipe", "Task", "task_of"]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (NLVRTask, VQATask, CaptionTask, RetrievalTask, CLIPTask)}
-"""By name; the only registry of tasks."""
+"""All tasks by name; the only registry."""
 
 
 def task_of(model: Model) -> Task:
-    """The task of a model, with its processor and sizes."""
+    """The task of a model."""
     return TASKS[model.config.task](model)

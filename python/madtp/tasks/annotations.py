@@ -62,8 +62,8 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class NLVRExample:
-    """A statement about a left and a right picture (its path, or the picture itself), and whether it is true. BLIP's files
-    have no `identifier`; `template` is the kind of the statement, where a file of theirs has one."""
+    """A statement about a left and a right picture (its path, or the picture itself), and whether it is true. BLIP's
+    files have no `identifier`; `template` is the kind of the statement, where a file of theirs has one."""
 
     left: Path | Image.Image
     right: Path | Image.Image

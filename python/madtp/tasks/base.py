@@ -1,4 +1,4 @@
-"""What a task is to the rest of the package. `predict`, `evaluate`, `compress` and the commands know nothing else of it."""
+"""The interface of a task: all that `predict`, `evaluate`, `compress` and the commands know of one."""
 
 from __future__ import annotations
 
@@ -27,63 +27,62 @@ from .augment import augment
 Streams = tuple[list[list[int]], ...]
 """Token counts of each instance before the first layer and after each, per pruned stream of the model."""
 Run = Callable[[str, list[dict], Callable[[dict], object], Callable[[list], list[dict]]], list[dict]]
-"""A pass over a split: its name, rows, how a row is prepared, how prepared ones are answered; gives all rows' records."""
+"""One pass over a split: (name, rows, prepare a row, answer a batch of prepared rows) -> a record for each row."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says about one instance, and what that cost."""
+    """A model's answer to one instance, and its cost."""
 
     flops: flops.Flops
 
     columns: ClassVar[tuple[str, ...]] = ()
-    """Attributes that a record has, in this order; those that are None are left out."""
+    """Attributes to record, in this order; None is left out."""
 
     def record(self) -> dict:
-        """The answer as JSON values, with its cost in GFLOPs."""
+        """The answer as JSON values, with its GFLOPs."""
         values = {name: getattr(self, name) for name in self.columns if getattr(self, name) is not None}
         return {**values, "gflops": self.flops.official, "gflops_full": self.flops.full}
 
 
 class Prepared(NamedTuple):
-    """A row, ready for the model."""
+    """A row that is ready for the model."""
 
     images: tuple[Path, ...]
     inputs: Any
-    """What the model's processor made of it."""
+    """The processor's result."""
     text: str | None = None
 
 
 @dataclass(kw_only=True)
 class Inputs:
-    """What `madtp TASK` is asked about; subclasses name it by options of their own, too."""
+    """The inputs of `madtp TASK`; a task adds options that name them directly."""
 
     input: str | None = option(
-        "instead: rows such as those below, one per line (-: from standard input); paths are relative to the file, those of "
-        "a pipe to the current folder; other fields of a row are passed on to its record",
+        "read rows like the one below instead, one per line (-: standard input); paths start from the folder of the file, or "
+        "from the current one for a pipe; other fields of a row are copied to its record",
         metavar="JSONL",
     )
 
     def rows(self) -> list[dict] | None:
-        """The rows that other options than ``--input`` name, with paths from the current folder; None: that option names
-        them.
+        """The rows that options name directly, with paths from the current folder; None if ``--input`` names them.
 
         Raises:
-            UsageError: both, or neither.
+            UsageError: both are given, or neither.
         """
         raise NotImplementedError
 
     def defaults(self) -> dict:
-        """Fields that rows of ``--input`` may leave out."""
+        """Values for fields that rows of ``--input`` leave out."""
         return {}
 
 
 @dataclass(kw_only=True)
 class ImageInputs(Inputs):
-    """Images: files, folders, patterns."""
+    """Images, by files, folders or patterns."""
 
     images: Sequence[str] = argument(
-        "image files, folders (with all their subfolders), or patterns such as 'photos/**/*.jpg'",
+        "image files, folders (searched recursively), or patterns such as 'photos/**/*.jpg'",
         nargs="*",
         metavar="IMAGE",
     )
@@ -96,42 +95,42 @@ class ImageInputs(Inputs):
 
 @dataclass(kw_only=True)
 class Options:
-    """How a task is answered; a field is an option of `madtp TASK` and of `madtp evaluate`."""
+    """How answers are found; each field is an option of `madtp TASK` and `madtp evaluate`."""
 
     def arguments(self) -> dict:
-        """Arguments of :meth:`Task.answer`, defaults included. With "seed", each row gets a number in "seeds".
+        """Arguments for :meth:`Task.answer`, defaults included; "seed" becomes "seeds", one per row.
 
         Raises:
-            UsageError: options that do not go together.
-            ValueError, OSError: a file that an option names and that cannot be used.
+            UsageError: options that exclude each other.
+            ValueError, OSError: an option names a file that cannot be used.
         """
         return {}
 
 
 class Recipe(NamedTuple):
-    """Of MADTP's script for a task: what `madtp compress` does by default."""
+    """Defaults of `madtp compress`, from MADTP's script for the task."""
 
     epochs: int
     batch_size: int
-    """Of each of 8 processes."""
+    """Per process; the scripts use 8."""
     lr: float
     weight_decay: float
     temperature: float = 1.0
-    """Where the official controller begins."""
+    """Initial temperature of the official controller."""
     steps: tuple[tuple[float, float], ...] = (
         (50, 0.5), (30, 0.3), (20, 0.2), (10, 0.1), (5, 0.05), (2, 0.02), (-float("inf"), 0.01),
     )  # fmt: skip
-    """(GFLOPs by which the target is missed, step of the temperature): the first row that is exceeded counts."""
+    """Its steps: (miss, change of the temperature); the first row whose miss in GFLOPs is exceeded applies."""
 
 
 class Task:
-    """One task; subclasses say what is its own.
+    """One task. Subclasses override what is specific to it.
 
-    An *instance* is what the processor made of one input; a *batch*, in training, is a dict with ``pixels``, ``texts`` (one
-    int64 id tensor each), and what the loss needs.
+    An *instance* is what the processor returns for one input. In training, a *batch* is a dict with ``pixels``, ``texts`` (one
+    int64 id tensor each), and whatever the loss needs.
 
     Args:
-        model: whose processor and sizes are used.
+        model: provides the processor and the configuration.
     """
 
     name: ClassVar[str]
@@ -149,21 +148,21 @@ class Task:
     usage: ClassVar[str] = ""
     """Examples of the command, and of its rows."""
     passed_on: ClassVar[tuple[str, ...]] = ("image",)
-    """Fields of a row that its record begins with, also where it failed."""
+    """Fields of a row that its record starts with, even if the row fails."""
 
     # ---- evaluation
 
     unit: ClassVar[str]
-    """What one instance is."""
+    """Noun for one instance."""
     step: ClassVar[str]
-    """What a row of the evaluation is."""
+    """Noun for a row of the evaluation."""
     headline: ClassVar[str]
-    """The figure of quality that stands for the others."""
+    """The metric to plot."""
     streams_of_records: ClassVar[dict[str, tuple[str, tuple[str, ...]]]]
-    """Stream -> step, and the fields of its records with token counts; the first stream is that of the images."""
+    """Stream -> (step, fields of its records that hold token counts); images come first."""
     EvaluationOptions: ClassVar[type[Options]] = Options
     separate_answers: ClassVar[bool] = False
-    """Whether :meth:`read` takes ``answers``, a file of their own."""
+    """Whether :meth:`read` takes ``answers``, a separate file."""
 
     # ---- training
 
@@ -171,9 +170,9 @@ class Task:
     score_name: ClassVar[str]
     smallest_batch: ClassVar[int] = 1
     auxiliary: nn.Module | None = None
-    """What learns beside the model for the sake of the loss, and is not part of it."""
+    """Heads that only the loss needs; trained with the model, not saved with it."""
     aligned: ClassVar[bool] = True
-    """Whether the model reads texts with pruning, to which images can be aligned."""
+    """Whether the model prunes texts, so that images can be aligned with them."""
     images_per_example: ClassVar[int] = 1
 
     def __init__(self, model: Model) -> None:
@@ -182,24 +181,24 @@ class Task:
     # ---- answers
 
     def prepare(self, row: dict, folder: Path = Path()) -> Prepared:
-        """What the model is given of a row.
+        """Turn a row into an instance.
 
         Raises:
-            ValueError: a row that is wrong; ImageError, TextError: one that cannot be used.
+            ValueError: the row is malformed; ImageError, TextError: its image or text cannot be used.
         """
         image = self.image_path(row, folder)
         return Prepared((image,), self.processor(image))
 
     @staticmethod
     def image_path(row: dict, folder: Path) -> Path:
-        """The image of a row."""
+        """The path of a row's image."""
         image = row.get("image")
         if not isinstance(image, str):
             raise ValueError(f"'image' must be a path, got {image!r}")
         return folder / image
 
     def answer(self, model: Model, instances: Sequence, **options) -> tuple[list[Answer], Any]:
-        """Answers to instances, and the model's output for all of them.
+        """Answer a batch of instances; also returns the model's output.
 
         Raises:
             FloatingPointError: the model's dtype cannot hold its activations.
@@ -207,11 +206,11 @@ class Task:
         raise NotImplementedError
 
     def samples(self, place: int, count: int) -> tuple[int, ...]:
-        """Which samples of the vision layers are the images of one of ``count`` instances."""
+        """Which samples of the vision traces are the images of instance ``place`` of ``count``."""
         return (place,)
 
     def title(self, prepared: Prepared, answer: Answer) -> str:
-        """A line above a picture of the instance."""
+        """Title for a picture of the instance."""
         return ""
 
     # ---- evaluation
@@ -234,17 +233,17 @@ class Task:
         return (example.image,)
 
     def rows(self, examples: Sequence) -> list[dict]:
-        """Examples as rows with labels, which :meth:`prepare` takes; "sample" numbers them from 0.
+        """Rows with labels for :meth:`prepare`; "sample" counts them from 0.
 
         Raises:
-            ValueError: an example without a label.
+            ValueError: an example has no label.
         """
         raise NotImplementedError
 
     def steps(self, run: Run, model: Model, examples: Sequence, **options) -> dict[str, list[dict]]:
-        """Ask a model about every example: step -> records, which begin with the row.
+        """Ask a model about every example: step -> records, each of which starts with its row.
 
-        A task has one step or several; figures are computed from records alone.
+        Figures are computed from these records alone.
         """
 
         def answer(prepared: list[Prepared]) -> list[dict]:
@@ -253,25 +252,25 @@ class Task:
         return {self.step: run(self.step, self.rows(examples), self.prepare, answer)}
 
     def quality(self, steps: dict[str, list[dict]], options: dict) -> dict:
-        """Figures of quality, {"quality": metric -> value, ...}, from the records of all steps, run with these options."""
+        """Metrics, as {"quality": {metric: value}, ...}, from the records of all steps and the options of the run."""
         raise NotImplementedError
 
     # ---- training
 
     @staticmethod
     def example(images: Sequence[Path], text: str, number: int) -> Any:
-        """An example without a label, for calibration."""
+        """An unlabelled example, for calibration."""
         raise NotImplementedError
 
     def split(self, path: str | Path, image_root: str | Path, training: bool) -> list:
-        """Examples that a model is trained on, or (``training`` false) scored on between epochs; errors as :meth:`read`."""
+        """Examples to train on or, if not ``training``, to score on between epochs; raises as :meth:`read`."""
         return self.read(path, image_root, strict=True)
 
     def instance(self, example: Any, random: np.random.Generator | None = None) -> dict:
-        """What a model is given of an example; with ``random``, of a random view of it, for training.
+        """Turn an example into an instance; with ``random``, a random view of it, for training.
 
         Raises:
-            ImageError, TextError: an example that cannot be used.
+            ImageError, TextError: its image or text cannot be used.
         """
         raise NotImplementedError
 
@@ -283,21 +282,21 @@ class Task:
         }
 
     def grouped(self, examples: Sequence, texts: int) -> Sequence:
-        """Examples of up to ``texts`` texts about the same image or images, which are then encoded once.
+        """Group up to ``texts`` texts about the same images into one example, so that the images are encoded once.
 
         Raises:
-            ValueError: a task whose examples are of one text each.
+            ValueError: the task has one text per image.
         """
         if texts > 1:
             raise ValueError(f"texts: this task has one text per image, got {texts}")
         return examples
 
     def places(self, batch: dict, numbers: Sequence[int]) -> list:
-        """What tells the instances of a batch apart and puts them in order, from the numbers of its examples."""
+        """Sort keys of the instances of a batch, from the numbers of its examples."""
         return list(numbers)
 
     def at(self, step: int) -> None:
-        """Training has come to this step; for tasks whose loss changes with it."""
+        """Called at each step of training, for losses that change with it."""
 
     def forward(self, model: Model, batch: dict, temperature: float, alignment_features: bool = False) -> Any:
         """The model's output for a batch."""
@@ -337,11 +336,11 @@ class Task:
         return []
 
     def records(self, model: Model, batch: dict, output: Any) -> list:
-        """What the score needs of each instance of a batch of the dev split."""
+        """What :meth:`score` needs to know of each instance of a batch."""
         raise NotImplementedError
 
     def score(self, records: Sequence) -> float:
-        """The score of the dev split, higher is better, from the records of all instances in their order."""
+        """The score of the dev split (higher is better) from all records, in order."""
         return sum(records) / len(records)
 
     def image(self, path: Path, random: np.random.Generator | None) -> Tensor:
@@ -353,7 +352,7 @@ class Task:
 
 
 def not_finite(what: str, model: Model) -> FloatingPointError:
-    """The error of a model whose results are no numbers, with what helps."""
+    """The error for results that are not finite, with a remedy."""
     why = (
         "float32 or bfloat16 have the range"
         if model.dtype == torch.float16
@@ -363,11 +362,11 @@ def not_finite(what: str, model: Model) -> FloatingPointError:
 
 
 def check_finite(model: Model, states) -> None:
-    """Raise FloatingPointError if states that a model computed are no numbers."""
+    """Raise FloatingPointError unless all states are finite."""
     if not states.exact().values.isfinite().all():
         raise not_finite("states", model)
 
 
 def digested(value: Any) -> str:
-    """A digest of JSON values that stands for them among a run's settings."""
+    """A digest of JSON values, to record them among a run's settings."""
     return f"sha256 {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]}"

@@ -79,7 +79,7 @@ class CaptionOptions(BeamOptions):
 
 
 class CaptionTask(Task):
-    """Trained on the label-smoothed loss of the words after the prompt; scored by minus that of dev images' first captions."""
+    """Trained on the label-smoothed loss of the words after the prompt; scored by its negative on first captions."""
 
     name = "caption"
     Config, Processor, Model = CaptionConfig, CaptionProcessor, Caption

@@ -40,8 +40,8 @@ class RetrievalOptions(Options):
 class RetrievalTask(PairsTask):
     """Trained on the contrast of images and texts (ITC), and on the classification of pairs with hard negatives (ITM).
 
-    Simpler than the official recipe: no momentum encoders, no soft targets, no queue; negatives of the contrast come from the
-    batch of all processes, those of the classification from that of the process.
+    Simpler than the official recipe: no momentum encoders, no soft targets, no queue; negatives of the contrast come
+    from the batch of all processes, those of the classification from that of the process.
     """
 
     name = "retrieval"

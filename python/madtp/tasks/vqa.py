@@ -87,7 +87,7 @@ class VQAOptions(Options):
 
 
 class VQATask(Task):
-    """Trained on the weighted label-smoothed loss of all answers to a question; scored by those that a greedy search writes."""
+    """Trained on the weighted label-smoothed loss of all answers to a question; scored by greedy answers."""
 
     name = "vqa"
     Config, Processor, Model = VQAConfig, VQAProcessor, VQA
