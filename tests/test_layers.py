@@ -9,9 +9,9 @@ import madtp_kernels
 # From the bottom up; a module may import those of its own row and of the rows above this one in the list.
 LAYERS = {
     "machinery": "files hub image_transform index inputs jsonl options processes search",
-    "nn": "config fingerprint flops generation graphs guidance layers linear models processing pruning rows text towers vision",
+    "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers vision",
     "tasks": "tasks",
-    "weights": "checkpoints weights",
+    "weights": "checkpoints models weights",
     "use": "bulk compress data evaluate patch predict varlen",
     "commands": "__main__ cli report",
 }

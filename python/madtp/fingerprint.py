@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from .models import Model
+from .model import Model
 
 __all__ = ["fingerprint"]
 

@@ -64,7 +64,8 @@ from .config import check_temperature
 from .generation import CACHE
 from .layers import Keys, QueryGroups
 from .linear import Linear
-from .models import MODELS, Model
+from .model import Model
+from .models import MODELS
 from .pruning import LayerTrace, Tokens
 from .rows import first_rows, rows_of
 from .weights import key_maps

@@ -1,8 +1,9 @@
-"""Which rows of a ragged batch answer for its samples. Nothing here waits for a device."""
+"""Rows and samples of a ragged batch."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch
@@ -23,3 +24,12 @@ def rows_of(tokens: Tokens, ids: Tensor) -> Tensor:
     sample = sample_of(tokens.cu_seqlens, len(rows))
     found = (tokens.ids == ids[sample]) & (rows < tokens.cu_seqlens[-1])
     return rows.new_zeros(len(ids) + 1).scatter_(0, sample.where(found, len(ids)), rows)[:-1]
+
+
+def gather_samples(batch: RaggedBatch, samples: Tensor) -> RaggedBatch:
+    """The samples of a ragged batch with these numbers ``[S]``, in that order. Waits for a device: the result is exact."""
+    lengths = batch.lengths[samples]
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    start = (batch.cu_seqlens[:-1][samples] - cu_seqlens[:-1]).repeat_interleave(lengths)
+    rows = torch.arange(len(start), device=batch.device) + start
+    return RaggedBatch(batch.values[rows], cu_seqlens, batch.max_seqlen)

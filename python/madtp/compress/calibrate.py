@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import open_regular
-from ..models import Model
+from ..model import Model
 from ..tasks import TASKS
 from ..tasks.annotations import AnnotationError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..guidance import QueryModel
-from ..models import Model
+from ..model import Model
 from ..tasks import Task
 
 EXAMPLES, TOGETHER = 64, 16  # how many are looked at, and at most at a time

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..models import Model
+from ..model import Model
 from ..processes import gathered_lists
 from ..search import find_strength
 from ..tasks import Task

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch
 
 from ..guidance import alignment_loss
-from ..models import Model
+from ..model import Model
 from ..tasks import Task
 from ..tasks.losses import distillation_loss
 from .settings import Settings

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..files import locked, replacing
-from ..models import Model
+from ..model import Model
 from ..processes import from_first, mean_over_processes, processes, rank, wait
 from ..tasks import Task
 from ..weights import save_pretrained

@@ -1,11 +1,20 @@
-"""The task models, one file each, on shared ragged layers."""
+"""Where the networks were before each task had a folder: other names for ``madtp.model`` and ``madtp.tasks.*.model``."""
 
-from .base import Model
-from .caption import Caption
-from .clip import CLIP
-from .nlvr import NLVR
-from .retrieval import Retrieval
-from .vqa import VQA
+import sys
 
-# One entry per task.
-MODELS: dict[str, type[Model]] = {"nlvr": NLVR, "vqa": VQA, "caption": Caption, "retrieval": Retrieval, "clip": CLIP}
+from .. import model as base
+from ..model import Model
+from ..tasks import TASKS, caption, clip, nlvr, retrieval, vqa
+
+MODELS: dict[str, type[Model]] = {name: task.Model for name, task in TASKS.items()}
+
+for _name, _module in {
+    "base": base,
+    "nlvr": nlvr.model,
+    "pairs": nlvr.statements,
+    "vqa": vqa.model,
+    "caption": caption.model,
+    "retrieval": retrieval.model,
+    "clip": clip.model,
+}.items():
+    sys.modules[f"{__name__}.{_name}"] = _module

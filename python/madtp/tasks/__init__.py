@@ -4,7 +4,7 @@ Shared by them: annotation files, metrics, losses, augmentation. To add a task, 
 :class:`Task` and list its class in :data:`TASKS`.
 """
 
-from ..models.base import Model
+from ..model import Model
 from .base import Answer, ImageInputs, Inputs, Options, Prepared, Recipe, Task
 from .caption import CaptionTask
 from .clip import CLIPTask

@@ -18,7 +18,7 @@ from madtp_kernels import RaggedBatch
 from .. import flops
 from ..config import Config
 from ..inputs import find_images
-from ..models.base import Model
+from ..model import Model
 from ..options import UsageError, argument, option
 from ..processing import Processor, load_image
 from .annotations import read_captions

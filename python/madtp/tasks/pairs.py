@@ -16,7 +16,7 @@ from madtp_kernels import RaggedBatch
 
 from .. import flops, graphs
 from ..index import from_text, to_text
-from ..models.base import Model
+from ..model import Model
 from .annotations import CaptionExample
 from .base import Answer, Task, not_finite
 from .caption import images_with_captions, single_captions

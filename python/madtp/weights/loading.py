@@ -29,7 +29,8 @@ from .. import hub
 from ..config import CONFIGS, Config, NLVRConfig, TextConfig, VisionConfig
 from ..files import replacing
 from ..image_transform import ImageTransform
-from ..models import MODELS, Model
+from ..model import Model
+from ..models import MODELS
 from ..processing import PROCESSORS
 from ..pruning import MADTP, Pruning
 from . import key_maps

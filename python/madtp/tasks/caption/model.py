@@ -10,11 +10,11 @@ from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
-from ..config import CaptionConfig
-from ..pruning import LayerTrace, Pruning, Tokens
-from ..text import TextDecoder
-from ..vision import VisionTransformer
-from .base import Model, renamed
+from ...config import CaptionConfig
+from ...model import Model, renamed
+from ...pruning import LayerTrace, Pruning, Tokens
+from ...text import TextDecoder
+from ...vision import VisionTransformer
 
 
 @dataclass(frozen=True)

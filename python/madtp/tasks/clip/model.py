@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, checks
 
-from ..config import CLIPConfig
-from ..pruning import LayerTrace, Pruning
-from ..towers import Features, ImageTower, Patches, TextTower
-from .base import Model, renamed
+from ...config import CLIPConfig
+from ...model import Model, renamed
+from ...pruning import LayerTrace, Pruning
+from ...towers import Features, ImageTower, Patches, TextTower
 
 
 @dataclass(frozen=True)

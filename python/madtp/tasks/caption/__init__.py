@@ -10,15 +10,15 @@ import torch
 
 from madtp_kernels import RaggedBatch
 
-from .. import flops, graphs
-from ..config import CaptionConfig
-from ..models.caption import Caption
-from ..options import UsageError, given, option, positive
-from ..processing import CaptionProcessor
-from .annotations import CaptionExample
-from .base import Answer, ImageInputs, Options, Recipe, Task, check_finite
-from .caption_metrics import caption_scores
-from .losses import caption_loss, token_loss
+from ... import flops, graphs
+from ...config import CaptionConfig
+from ...options import UsageError, given, option, positive
+from ...processing import CaptionProcessor
+from ..annotations import CaptionExample
+from ..base import Answer, ImageInputs, Options, Recipe, Task, check_finite
+from ..caption_metrics import caption_scores
+from ..losses import caption_loss, token_loss
+from .model import Caption
 
 HOW = "how captions are written"
 
@@ -114,7 +114,7 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
 
         Args:
             prompt_ids: ``[P]`` int64 that the captions begin with (by default "a picture of "); no part of the answer.
-            options: of :meth:`madtp.models.caption.Caption.generate`.
+            options: of :meth:`madtp.tasks.caption.model.Caption.generate`.
 
         Raises:
             FloatingPointError: the model's dtype cannot hold its activations.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from ..config import NLVRConfig
-from ..pruning import LayerTrace, Pruning, Tokens
-from ..rows import first_rows
-from ..text import TextEncoder
-from ..vision import VisionTransformer
-from .base import Model, renamed
+from ...config import NLVRConfig
+from ...model import Model, renamed
+from ...pruning import LayerTrace, Pruning, Tokens
+from ...rows import first_rows
+from ...text import TextEncoder
+from ...vision import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, checks
 
-from ..config import Config, VisionConfig
-from ..graphs import Captured, Graphs
-from ..pruning import MADTP, Pruning
-from ..pruning.official import official
+from .config import Config, VisionConfig
+from .graphs import Captured, Graphs
+from .pruning import MADTP, Pruning
+from .pruning.official import official
 
 _RENAMED = {"temperature": "pruning", "summaries": "alignment_features", "use_sizes": "proportional_attention"}
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
-from ..layers import QueryGroups
-from ..pruning import Pruning
-from ..rows import first_rows
-from .nlvr import NLVR, NLVROutput, split
+from ...layers import QueryGroups
+from ...pruning import Pruning
+from ...rows import first_rows
+from .model import NLVR, NLVROutput, split
 
 
 def forward_pairs(

@@ -13,17 +13,17 @@ import torch
 
 from madtp_kernels import RaggedBatch
 
-from .. import flops, graphs
-from ..config import VQAConfig
-from ..inputs import read_texts
-from ..layers import QueryGroups
-from ..models.vqa import VQA
-from ..options import UsageError, given, option, positive
-from ..processing import VQAProcessor
-from .annotations import VQAExample, first_object, read_blip_vqa, read_vqa_v2
-from .base import Answer, ImageInputs, Options, Prepared, Recipe, Task, check_finite
-from .losses import answer_loss
-from .metrics import vqa_accuracy, vqa_score
+from ... import flops, graphs
+from ...config import VQAConfig
+from ...inputs import read_texts
+from ...layers import QueryGroups
+from ...options import UsageError, given, option, positive
+from ...processing import VQAProcessor
+from ..annotations import VQAExample, first_object, read_blip_vqa, read_vqa_v2
+from ..base import Answer, ImageInputs, Options, Prepared, Recipe, Task, check_finite
+from ..losses import answer_loss
+from ..metrics import vqa_accuracy, vqa_score
+from .model import VQA
 
 HOW = "how answers are found"
 
@@ -135,7 +135,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
 
         Args:
             candidates: rank these, by scoring the ``k`` (128 by default) that begin most likely; by default answers are written.
-            options: of :meth:`madtp.models.vqa.VQA.generate`, for answers that are written.
+            options: of :meth:`madtp.tasks.vqa.model.VQA.generate`, for answers that are written.
 
         Raises:
             ValueError: ``k`` without candidates, or options beside them.

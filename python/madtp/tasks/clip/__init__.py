@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .. import flops
-from ..config import CLIPConfig
-from ..models.clip import CLIP
-from ..processing import CLIPProcessor, clean_sentence
-from .base import Recipe
-from .losses import contrastive_loss
-from .pairs import PairsTask, single_tokens
+from ... import flops
+from ...config import CLIPConfig
+from ...processing import CLIPProcessor, clean_sentence
+from ..base import Recipe
+from ..losses import contrastive_loss
+from ..pairs import PairsTask, single_tokens
+from .model import CLIP
 
 
 class CLIPTask(PairsTask):

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
-from ..config import VQAConfig
-from ..layers import QueryGroups
-from ..pruning import LayerTrace, Pruning, Tokens
-from ..text import TextDecoder, TextEncoder
-from ..vision import VisionTransformer
-from .base import Model, renamed
+from ...config import VQAConfig
+from ...layers import QueryGroups
+from ...model import Model, renamed
+from ...pruning import LayerTrace, Pruning, Tokens
+from ...rows import gather_samples
+from ...text import TextDecoder, TextEncoder
+from ...vision import VisionTransformer
 
 # Rows of logits over the vocabulary that exist at a time while answers are ranked: 32 MB per 256 rows and 30524 words.
 LOGIT_ROWS = 1024
@@ -167,12 +168,3 @@ class VQA(Model):
             loss[rows] = F.cross_entropy(logits, texts.values[rows + 1], reduction="none", label_smoothing=0.1)
         scores = -torch.segment_reduce(loss, "sum", offsets=texts.cu_seqlens.long())
         return Ranking(candidates, probabilities, scores.unflatten(0, (batch, count)))
-
-
-def gather_samples(batch: RaggedBatch, samples: Tensor) -> RaggedBatch:
-    """The samples of a ragged batch with these numbers ``[S]``, in that order. Waits for a device: the result is exact."""
-    lengths = batch.lengths[samples]
-    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    start = (batch.cu_seqlens[:-1][samples] - cu_seqlens[:-1]).repeat_interleave(lengths)
-    rows = torch.arange(len(start), device=batch.device) + start
-    return RaggedBatch(batch.values[rows], cu_seqlens, batch.max_seqlen)

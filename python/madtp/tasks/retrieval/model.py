@@ -24,15 +24,14 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from ..config import RetrievalConfig
-from ..layers import QueryGroups
-from ..pruning import LayerTrace, Pruning, Tokens
-from ..pruning.official import official, padded
-from ..rows import first_rows
-from ..text import TextEncoder
-from ..vision import VisionTransformer
-from .base import Model, renamed
-from .vqa import gather_samples
+from ...config import RetrievalConfig
+from ...layers import QueryGroups
+from ...model import Model, renamed
+from ...pruning import LayerTrace, Pruning, Tokens
+from ...pruning.official import official, padded
+from ...rows import first_rows, gather_samples
+from ...text import TextEncoder
+from ...vision import VisionTransformer
 
 PADDED_LENGTH = 35
 

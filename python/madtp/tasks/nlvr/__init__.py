@@ -13,15 +13,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from .. import flops, graphs
-from ..config import NLVRConfig
-from ..models.nlvr import NLVR
-from ..models.pairs import forward_pairs
-from ..options import UsageError, option
-from ..processing import NLVRProcessor
-from .annotations import NLVRExample, first_object, read_blip_nlvr, read_nlvr2
-from .base import Answer, Inputs, Prepared, Recipe, Task, not_finite
-from .metrics import accuracy
+from ... import flops, graphs
+from ...config import NLVRConfig
+from ...options import UsageError, option
+from ...processing import NLVRProcessor
+from ..annotations import NLVRExample, first_object, read_blip_nlvr, read_nlvr2
+from ..base import Answer, Inputs, Prepared, Recipe, Task, not_finite
+from ..metrics import accuracy
+from .model import NLVR
+from .statements import forward_pairs
 
 
 @dataclass(frozen=True)

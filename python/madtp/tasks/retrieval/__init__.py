@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import flops, graphs
-from ..config import RetrievalConfig
-from ..models.retrieval import Retrieval
-from ..options import UsageError, option
-from ..processing import RetrievalProcessor
-from .base import Options, Recipe, not_finite
-from .losses import contrastive_loss, hard_negatives
-from .pairs import PairsTask, similarities, single_tokens
+from ... import flops, graphs
+from ...config import RetrievalConfig
+from ...options import UsageError, option
+from ...processing import RetrievalProcessor
+from ..base import Options, Recipe, not_finite
+from ..losses import contrastive_loss, hard_negatives
+from ..pairs import PairsTask, similarities, single_tokens
+from .model import Retrieval
 
 RERANK = 256
 """Candidates that BLIP scores again in both directions, on COCO (128 on Flickr30k)."""
