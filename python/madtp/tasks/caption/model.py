@@ -102,7 +102,7 @@ class Caption(Model):
             ValueError: lengths beyond the model's positions, a prompt that is not ``[P]`` int64, a ``top_p`` beyond 0..1 or beside
                 ``num_beams``, or an option that is not served.
         """
-        from ..generation import generate
+        from ...generation import generate
 
         if prompt_ids.dim() != 1 or prompt_ids.dtype != torch.int64 or not len(prompt_ids):
             raise ValueError(f"prompt_ids: expected int64 [P], got {prompt_ids.dtype} {list(prompt_ids.shape)}")

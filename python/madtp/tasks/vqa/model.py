@@ -116,7 +116,7 @@ class VQA(Model):
         Raises:
             ValueError: lengths beyond the model's positions, or an option that is not served.
         """
-        from ..generation import generate
+        from ...generation import generate
 
         if max_length is None and options.get("max_new_tokens") is None:
             max_length = 10
