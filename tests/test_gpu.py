@@ -10,7 +10,18 @@ import pytest
 import test_graphs
 import torch
 from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, spare_rows, total, with_spare_rows
-from madtp_kernels import RaggedBatch, attention, backends, linear, prune
+from madtp_kernels import (
+    RaggedBatch,
+    attention,
+    backends,
+    layer_norm,
+    linear,
+    merge_tokens,
+    nearest_kept,
+    prune,
+    top_tokens,
+    unmerge,
+)
 
 from madtp import graphs
 from madtp.weights.loading import randomize
@@ -133,6 +144,64 @@ def test_operation_in_a_graph_follows_new_data_and_lengths(op, backend, dtype, g
             defined = ours.shape.index(400) if 400 in ours.shape else None
             if defined is not None:
                 ours, theirs = ours.narrow(defined, 0, rows), theirs.narrow(defined, 0, rows)
+            assert torch.equal(ours, theirs), lengths
+
+
+def merging_case(generator, lengths, capacity, dtype, width=128):
+    """Scores, keys, values and what they carry, in a buffer of ``capacity`` rows."""
+    return dict(
+        x=RaggedBatch(normal(generator, capacity, width, dtype=dtype), offsets(lengths), 150),
+        keys=normal(generator, capacity, 2, 16, dtype=dtype),
+        scores=normal(generator, capacity),
+        sizes=torch.randint(1, 5, (capacity,), generator=generator).float().cuda(),
+        ids=torch.randint(0, 99, (capacity, 3), generator=generator).cuda(),
+        norm=normal(generator, width, dtype=dtype),
+    )
+
+
+def merge_and_back(x, keys, scores, sizes, ids, norm, backend):
+    """What training-free pruners are made of, of every kind: offsets, then tensors with a row per token that is left, then
+    one with a row per token that there was."""
+    keep = top_tokens(scores, 20, x.cu_seqlens, protected=1)
+    into = nearest_kept(keys, keep, x.cu_seqlens, x.max_seqlen, backend=backend)
+    merged = merge_tokens(x, into, sizes=sizes, carry=(ids,), exact=False, backend=backend)
+    normed = layer_norm(merged.tokens.values, norm, None, merged.tokens.cu_seqlens, backend=backend)
+    back = unmerge(merged.tokens.values, merged.rows, x.cu_seqlens, backend=backend)
+    return merged.tokens.cu_seqlens, merged.tokens.values, merged.sizes, merged.carried[0], normed, back
+
+
+def defined(case, results):
+    cu_out, *rows, back = results
+    return [cu_out, *(t[: int(cu_out[-1])] for t in rows), back[: case["x"].num_tokens]]
+
+
+@each_dtype
+def test_merging_agrees_with_the_reference(dtype, generator):
+    case = merging_case(generator, [0, 1, 2, 3, 0, 17, 64, 65, 129, 0], 300, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    ours, exact = (defined(case, merge_and_back(**case, backend=name)) for name in ("triton", "reference"))
+    for got, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@each_dtype
+def test_merging_does_not_wait_for_the_device(dtype, generator, as_in_use):
+    case = merging_case(generator, [70, 0, 33, 1, 128], 400, dtype)
+    merge_and_back(**case, backend="triton")  # compiles
+    with no_synchronisation():
+        merge_and_back(**case, backend="triton")
+
+
+@each_dtype
+def test_merging_in_a_graph_follows_new_data_and_lengths(dtype, generator, as_in_use):
+    case = merging_case(generator, [70, 0, 33, 1, 128], 400, dtype)
+    replay = captured(lambda: merge_and_back(**case, backend="triton"))
+    for lengths in ([3, 150, 0, 90, 20], [0, 0, 1, 0, 0], [80, 80, 80, 80, 80]):
+        fresh = merging_case(generator, lengths, 400, dtype)
+        expected = defined(fresh, merge_and_back(**fresh, backend="triton"))
+        for (_, target), (_, source) in zip(tensors_of(case), tensors_of(fresh), strict=True):
+            target.copy_(source)
+        for ours, theirs in zip(defined(case, replay()), expected, strict=True):
             assert torch.equal(ours, theirs), lengths
 
 
