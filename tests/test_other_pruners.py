@@ -5,6 +5,7 @@ are in test_varlen.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from madtp_kernels import (
     RaggedBatch,
     attention,
     attention_received,
+    attention_with_importance,
     linear,
     merge_tokens,
     nearest_kept,
+    novelty,
     top_tokens,
     unmerge,
 )
@@ -189,6 +192,35 @@ def test_no_bias_is_a_bias_of_zero(backend, generator):
             torch.testing.assert_close(ours, biased, atol=2e-6, rtol=2e-6)
         else:
             assert torch.equal(ours, biased)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the largest memory can be reset on Linux only")
+def test_scores_need_no_matrix(generator):
+    """At 16,384 tokens one head's matrix is 1 GiB; the operations stay below a tenth of it."""
+    tokens = 16384
+    q, k, v = torch.randn(3, tokens, 1, 16, generator=generator)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+
+    def memory(kind):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(kind))  # KiB
+
+    def peak(call):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = memory("VmRSS")
+        call()
+        return (memory("VmHWM") - before) / 2**10
+
+    _, lse = attention(q, k, v, cu_seqlens, cu_seqlens, tokens, tokens)
+    calls = [
+        lambda: attention_with_importance(q, k, v, cu_seqlens, tokens),
+        lambda: attention_received(q, k, lse, cu_seqlens, tokens),
+        lambda: novelty(k, cu_seqlens, tokens),
+    ]
+    for call in calls:
+        assert peak(call) < 100
+    assert peak(lambda: torch.zeros(2**25).add_(1)) > 100  # a tenth of a matrix would be noticed
 
 
 def rotate(t, position):

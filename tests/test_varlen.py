@@ -81,6 +81,25 @@ def test_qwen_towers_make_one_call_a_layer(kind, generator, monkeypatch):
 
 
 @every_qwen
+def test_a_bound_that_the_caller_knows_is_used(kind, generator, monkeypatch):
+    """Nothing has to be read from the device then."""
+    ours = both(tower_of(kind, generator))[1]
+    pixels, grids = images(generator)
+    expected, bounds = run(ours, pixels, grids), []
+
+    def noting(*args, **options):
+        bounds.append(args[5:7])
+        return attention(*args, **options)
+
+    monkeypatch.setattr(varlen, "attention", noting)
+    known = {"max_seqlen": 80} | ({"max_window_seqlen": 70} if kind is Qwen25Tower else {})
+    with torch.no_grad():
+        got = ours(pixels, grid_thw=grids, **known)[0]
+    assert torch.equal(got, expected[0])
+    assert {bound for pair in bounds for bound in pair} == set(known.values())
+
+
+@every_qwen
 def test_qwen_images_do_not_see_each_other(kind, generator):
     ours = both(tower_of(kind, generator))[1]
     pixels, grids = images(generator)
