@@ -128,6 +128,9 @@ def test_runs_as_a_module():
             "a.jsonl",
         ],
         ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--dense", "--temperature", "2"],
+        ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--strength", "2", "--temperature", "2"],
+        ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--method", "nonsense"],
+        ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--method", "topk", "--temperature", "2"],
         ["nlvr", *MODEL, "--input", "pairs.jsonl", "--output", "a.jsonl", "--batch-size", "0"],
         ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--dtype", "int8"],
     ],
@@ -177,6 +180,14 @@ def one(madtp_command, *options):
 def test_dense_keeps_every_token(madtp_command):
     for option in (["--dense"], ["--temperature", "0"]):
         assert one(madtp_command, *option)["left_tokens"] == [37] * 4 != one(madtp_command)["left_tokens"]
+
+
+def test_another_rule_of_pruning(madtp_command):
+    weak, strong = (one(madtp_command, "--method", "topk", "--strength", share) for share in ("0.2", "0.5"))
+    assert weak["left_tokens"] == weak["right_tokens"] == [37, 31, 26, 22]
+    assert strong["left_tokens"][-1] < weak["left_tokens"][-1]
+    same = one(madtp_command, "--method", "madtp", "--strength", "2")
+    assert same == one(madtp_command, "--temperature", "2") == one(madtp_command)
 
 
 def test_grouping_ties_the_two_images(madtp_command):

@@ -30,6 +30,7 @@ from madtp.config import (
 from madtp.evaluate.run import _Gate
 from madtp.index import from_text
 from madtp.processing import clean_sentence
+from madtp.pruning import TopK
 from madtp.report.plots import quality_plot
 from madtp.tasks.metrics import vqa_score
 from madtp.tasks.nlvr import NLVRTask
@@ -343,6 +344,22 @@ def test_retrieval(command, load, data, tmp_path, task, rerank):
         assert found["steps"]["match"]["count"] == len(costs)
         assert_costs(found["steps"]["match"], costs.values())
         assert "matching: GFLOPs per pair" in out
+
+
+def test_another_rule_of_pruning(command, load, data, tmp_path):
+    output, records = tmp_path / "out.json", tmp_path / "records.jsonl"
+    options = ["--method", "topk", "--strength", 0, 0.4, "--output", output, "--records", records, "--limit", 5]
+    code, out, err = command("nlvr", *options)
+    assert (code, err) == (0, "") and "topk 0.4" in out
+    dense, pruned = json.loads(output.read_text())["results"]
+    assert (dense["method"], dense["strength"], pruned["strength"]) == ("topk", 0, 0.4)
+    model = load("nlvr")
+    model.pruning = TopK(drop=0.4)
+    rows = json.loads((data / "nlvr.json").read_text())[:5]
+    answers = predict.nlvr(model, [(*(data / name for name in row["images"]), row["sentence"]) for row in rows])
+    assert_costs(pruned, [answer.flops for answer in answers])
+    assert pruned["gflops"] < dense["gflops"]
+    assert [record["strength"] for record in read(records)] == [0] * 5 + [0.4] * 5
 
 
 # ---- batches, processes, interruptions

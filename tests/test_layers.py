@@ -51,6 +51,19 @@ def test_arrows_point_down():
     assert not wrong, wrong
 
 
+def test_imports_within_functions_find_their_module():
+    """Those at the top of a module are tried by whoever imports it."""
+    for package in (madtp, madtp_kernels):
+        root = Path(package.__file__).parent
+        for path, _, _ in edges(package):
+            inside = ".".join((package.__name__, *path.parts[:-1]))
+            for name in imported(root / path, inside):
+                parts = name.split(".")[1:]
+                if name.startswith(f"{package.__name__}.") and len(parts) > 1:
+                    place = root.joinpath(*parts[:-1])
+                    assert place.is_dir() or place.with_suffix(".py").exists(), f"{path} imports {name}"
+
+
 def test_every_module_has_a_place():
     modules = {path.stem for path in Path(madtp.__file__).parent.iterdir() if path.suffix == ".py" or path.is_dir()}
     placed = [module for names in LAYERS.values() for module in names.split()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..options import UsageError, add_options
+from ..pruning import MADTP
 from ..tasks import ImageInputs
 from ..tasks.base import digested
 from .options import BatchOptions
@@ -214,10 +216,13 @@ def settings_of(args: argparse.Namespace, model, *, texts: bool = True, **more) 
     """What determines a command's records; with `texts`, the tokenizer too."""
     from ..fingerprint import fingerprint
 
+    pruning = {"temperature": model.pruning.strength}
+    if not isinstance(model.pruning, MADTP):
+        pruning = {"pruning": json.loads(json.dumps(model.pruning.to_dict()))}  # as it is read again: lists for tuples
     return {
         "task": model.config.task,
         "model": str(args.model),
-        "temperature": model.temperature,
+        **pruning,
         **{name: getattr(args, name) for name in ("dtype", "device", "backend", "grouping", "tokenizer")},
         **shown(more),
         "fingerprint": fingerprint(model, texts=texts),

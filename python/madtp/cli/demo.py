@@ -119,7 +119,7 @@ class Demo(Command, RunOptions, _DemoOptions):
     def _models(self, trained: bool) -> tuple:
         """The dense model and the pruned one."""
         pruned = load_model(self, ["nlvr"])
-        if not pruned.temperature:
+        if not pruned.pruning.active:
             raise ValueError(f"{self.model} comes without a pruning temperature: give one, for example --temperature 5")
         if self.model == "demo":
             dense = load_model(dataclasses.replace(self, model="demo-dense", temperature=0.0), ["nlvr"])

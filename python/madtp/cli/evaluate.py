@@ -15,7 +15,17 @@ from ..options import UsageError, given, option, positive
 from ..processes import joined, processes, rank
 from ..tasks import TASKS, Task
 from .batch import refuse_inputs, settings_of, shown
-from .options import BatchOptions, Command, ModelSource, RunOptions, TextOptions, grouping, load_model
+from .options import (
+    BatchOptions,
+    Command,
+    ModelSource,
+    RunOptions,
+    TextOptions,
+    grouping,
+    load_model,
+    method,
+    strengths_of,
+)
 
 _EXAMPLES = """\
 examples:
@@ -52,12 +62,22 @@ class _Split(BatchOptions):
     )
     image_root: str | None = option("what image paths start from (default: the annotations' folder)", metavar="DIR")
     limit: int | None = option("only the first N of the annotations", type=positive, metavar="N")
+    method: str | None = method()
+    strengths: list[float] | None = option(
+        "how much the rule prunes, 0 is dense (default: 0 and the model's)",
+        type=float,
+        nargs="+",
+        metavar="S",
+        flag="--strength",
+        exclusive="strength",
+    )
     temperatures: list[float] | None = option(
-        "pruning temperatures, 0 is dense (default: 0 and the checkpoint's)",
+        "MADTP's temperatures, which are its strengths (default: 0 and the checkpoint's)",
         type=float,
         nargs="+",
         metavar="T",
         flag="--temperature",
+        exclusive="strength",
     )
     output: str | None = option("all figures, with settings and versions", metavar="JSON", group=_RESULTS)
     records: str | None = option(
@@ -88,7 +108,7 @@ class Evaluate(Command):
         from ..report import results as report
         from ..tasks import task_of
 
-        device = self.device
+        device, (_, asked) = self.device, strengths_of(self)
         if device == "cuda" and processes() > 1:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         model = load_model(self, [self.task] if self.task else list(TASKS))
@@ -99,7 +119,7 @@ class Evaluate(Command):
             results, records = evaluate(
                 model,
                 examples,
-                self.temperatures,
+                None if asked == [None] else asked,
                 batch_size=self.batch_size,
                 folder=parts,
                 settings=settings,
@@ -195,7 +215,7 @@ class Evaluate(Command):
             examples=samples,
             options=shown(options),
         )
-        del settings["temperature"]  # there are several
+        settings.pop("temperature", None)  # there are several
         return settings
 
 

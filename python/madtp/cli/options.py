@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..options import UsageError, add_options, given, option, parsed, positive
+from ..pruning import MADTP, METHODS, Pruning
 
 _log = logging.getLogger("madtp")
 
@@ -67,12 +68,26 @@ class ModelSource:
     )
 
 
+def method() -> Any:
+    """The option ``--method``."""
+    text = f"rule of pruning, one of {', '.join(METHODS)} (default: the model's)"
+    return option(text, None, metavar="NAME", group=_HOW)
+
+
 @dataclass(kw_only=True)
 class PruningOptions:
     """How much to prune."""
 
+    method: str | None = method()
+    strength: float | None = option(
+        "how much it prunes: 0 is dense, higher prunes more (default: the model's)",
+        type=float,
+        metavar="S",
+        group=_HOW,
+        exclusive="pruning",
+    )
     temperature: float | None = option(
-        "pruning temperature, higher prunes more (default: the checkpoint's)",
+        "MADTP's temperature, which is its strength (default: the checkpoint's)",
         type=float,
         metavar="T",
         group=_HOW,
@@ -153,6 +168,41 @@ def only_with(options, condition: bool, what: str, *names: str) -> None:
         raise UsageError(f"{useless}: of no use {what}")
 
 
+def strengths_of(options) -> tuple[str, list[float | None]]:
+    """Which dial the options turn, "temperature" or "strength", and where to; [None]: where it is.
+
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+    if getattr(options, "dense", False):
+        return "temperature", [0.0]
+    for dial in ("temperature", "strength"):
+        found = getattr(options, f"{dial}s", None) or getattr(options, dial, None)
+        if found is not None:
+            found = found if isinstance(found, list) else [found]
+            for value in found:
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"{dial}: expected a number >= 0, got {value}")
+            return dial, found
+    return "temperature", [None]
+
+
+def rule_of(options) -> Pruning | None:
+    """The rule that ``--method`` names.
+
+    Raises:
+        UsageError: there is no such rule, or it has no temperature.
+    """
+    name = getattr(options, "method", None)
+    if name is None:
+        return None
+    if name not in METHODS:
+        raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {name}")
+    if name != MADTP.name and (getattr(options, "temperature", None) or getattr(options, "temperatures", None)):
+        raise UsageError(f"--temperature: of no use with --method {name}; give --strength")
+    return METHODS[name]()
+
+
 def load_model(options, tasks: Sequence[str], *, words: bool = True):
     """The model that options describe, which has to be for one of ``tasks``. With ``words``, a missing tokenizer is
     found out now.
@@ -164,17 +214,14 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
     check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    temperature = 0.0 if getattr(options, "dense", False) else getattr(options, "temperature", None)
-    asked = getattr(options, "temperatures", None) or [temperature]
-    for value in asked:
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"temperature: expected a number >= 0, got {value}")
+    dial, asked = strengths_of(options)
+    rule, strength = rule_of(options), None if None in asked else max(asked)
     # Random weights are of any task, files tell theirs.
     task = tasks[0] if len(tasks) == 1 or options.model == "random:base" else None
     model = madtp.load(
         options.model,
         task=task,
-        temperature=None if None in asked else max(asked),
+        temperature=strength if rule is None and dial == "temperature" else None,
         text_mode=getattr(options, "text_mode", None),
         device=options.device,
         dtype=getattr(torch, options.dtype),
@@ -185,7 +232,11 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
     if model.config.task not in tasks:
         expected = " or ".join(map(repr, tasks))
         raise ValueError(f"{options.model}: holds a model for task {model.config.task!r}, not {expected}")
-    if model.temperature == 0 and asked == [None]:
+    if rule is not None:
+        model.pruning = rule
+    if strength is not None and (rule is not None or dial == "strength"):
+        model.pruning = model.pruning.at(strength)
+    if not model.pruning.active and asked == [None]:
         _log.warning(
             "%s has no pruning temperature, so nothing is pruned: give --temperature%s",
             options.model,

@@ -13,7 +13,7 @@ Steps = dict[str, list[dict]]
 
 
 def figures(task: Task, steps: Steps, processes: int = 1, options: dict | None = None) -> dict:
-    """Figures of one temperature, as JSON values.
+    """Figures of one strength, as JSON values.
 
     Args:
         task: whose records they are.

@@ -1,4 +1,4 @@
-"""Every sample once: a model's answers to a test split, at several temperatures, on several processes.
+"""Every sample once: a model's answers to a test split, at several strengths of pruning, on several processes.
 
 Process r of k takes samples r, r + k, r + 2k, ...; there is no padding, so nothing is counted twice. Answers
 are collected in files (:mod:`madtp.jsonl`), and a run that was stopped goes on where it stopped. What a task
@@ -20,6 +20,7 @@ import torch
 
 from .. import jsonl
 from ..processes import gathered_lists, processes, rank, wait
+from ..pruning import MADTP, Pruning
 from ..tasks import task_of
 from .figures import figures
 
@@ -37,7 +38,7 @@ TIMING = (
 def evaluate(
     model,
     examples: Sequence,
-    temperatures: Sequence[float] | None = None,
+    strengths: Sequence[float] | None = None,
     *,
     batch_size: int = 8,
     folder: str | os.PathLike | None = None,
@@ -46,12 +47,12 @@ def evaluate(
     progress: bool | None = None,
     **options,
 ) -> tuple[list[dict], dict[float, dict[str, list[dict]]]]:
-    """Answer every example at every temperature.
+    """Answer every example at every strength of the model's rule of pruning (of MADTP: at every temperature).
 
     Args:
         model: of any task, with a processor.
         examples: what the reader of `annotations` for the task gives; labels are needed.
-        temperatures: each once; by default dense and, where it has one, the model's own.
+        strengths: each once; by default 0 (dense) and the model's own.
         batch_size: samples that the model gets at a time; times depend on it, figures with grouping "batch".
         folder: where answers are kept while the run goes on, so that it can be stopped and started again; it
             is left there. By default nothing is kept.
@@ -62,8 +63,8 @@ def evaluate(
         options: of the task's steps, see :mod:`madtp.tasks`.
 
     Returns:
-        Figures per temperature, as :func:`madtp.evaluate.figures.figures` has them (only the first process
-        computes them; the list is empty in others), and the records they are computed from: temperature ->
+        Figures per strength, as :func:`madtp.evaluate.figures.figures` has them (only the first process
+        computes them; the list is empty in others), and the records they are computed from: strength ->
         step -> one per instance, in order.
 
     Raises:
@@ -71,20 +72,20 @@ def evaluate(
         madtp.jsonl.ResumeError: a folder of another run.
     """
     task = task_of(model)
-    if temperatures is None:
-        temperatures = dict.fromkeys((0.0, model.temperature))
-    temperatures = list(temperatures)
-    if len(set(temperatures)) != len(temperatures) or not all(0 <= t < float("inf") for t in temperatures):
-        raise ValueError(f"temperatures: expected different numbers >= 0, got {temperatures}")
+    own = model.pruning
+    strengths = list(dict.fromkeys((0.0, own.strength)) if strengths is None else strengths)
+    dial = dial_of(own)
+    if len(set(strengths)) != len(strengths) or not all(0 <= strength < float("inf") for strength in strengths):
+        raise ValueError(f"{dial}s: expected different numbers >= 0, got {strengths}")
     if not examples:
         raise ValueError("examples: expected at least one, got none")
     header = {
         **(settings or {}),
-        "temperatures": temperatures,
+        f"{dial}s": strengths,
         "batch_size": batch_size,
         "processes": processes(),
     }
-    results, records, own = [], {}, model.temperature
+    results, records = [], {}
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -98,16 +99,21 @@ def evaluate(
                 _clear(folder)
             wait()
         try:
-            for number, temperature in enumerate(temperatures):
-                model.temperature = temperature
+            for number, strength in enumerate(strengths):
+                model.pruning = own.at(strength)
                 steps = _Steps(model, folder, number, batch_size, progress)
-                records[temperature] = task.steps(steps.run, model, examples, **options)
+                records[strength] = task.steps(steps.run, model, examples, **options)
                 if rank() == 0:
-                    found = figures(task, records[temperature], processes(), options)
-                    results.append({"temperature": temperature, **found})
+                    found = figures(task, records[strength], processes(), options)
+                    results.append({"method": own.name, dial: strength, **found})
         finally:
-            model.temperature = own
+            model.pruning = own
     return results, records
+
+
+def dial_of(rule: Pruning) -> str:
+    """What the strength of a rule is called: "temperature" for MADTP, else "strength"."""
+    return "temperature" if isinstance(rule, MADTP) else "strength"
 
 
 def _clear(folder: Path) -> None:
@@ -119,7 +125,7 @@ def _clear(folder: Path) -> None:
 
 
 class _Steps:
-    """The passes over the samples at one temperature."""
+    """The passes over the samples at one strength."""
 
     def __init__(self, model, folder: Path, number: int, batch_size: int, progress: bool | None) -> None:
         self.model, self.folder, self.number, self.batch_size = model, folder, number, batch_size
@@ -191,7 +197,7 @@ class _Steps:
             batch_size=self.batch_size,
             keep=list(rows[0]),
             unit=f"{name}s",
-            note=lambda: f"T = {self.model.temperature:g}",
+            note=lambda: f"{dial_of(self.model.pruning)} {self.model.pruning.strength:g}",
             progress=self.progress,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-__all__ = ["quality_plot", "require_matplotlib", "save_png", "tokens_plot"]
+__all__ = ["name_of", "quality_plot", "require_matplotlib", "save_png", "strength_of", "tokens_plot"]
 
 
 def require_matplotlib():
@@ -21,15 +21,24 @@ def _figure(width: float, height: float):
     return require_matplotlib()(figsize=(width, height), layout="constrained")
 
 
-def _name(result: dict) -> str:
-    return f"T = {result['temperature']:g}" if result["temperature"] else "dense"
+def name_of(result: dict) -> str:
+    """How a result of an evaluation is labelled."""
+    strength = strength_of(result)
+    if not strength:
+        return "dense"
+    return f"T = {strength:g}" if "temperature" in result else f"{result['method']} {strength:g}"
+
+
+def strength_of(result: dict) -> float:
+    """The strength of pruning of a result; MADTP's is its temperature."""
+    return result["temperature"] if "temperature" in result else result["strength"]
 
 
 def quality_plot(results: Sequence[dict], metric: str, unit: str):
-    """A matplotlib figure of a metric against GFLOPs, official and full, one point per temperature.
+    """A matplotlib figure of a metric against GFLOPs, official and full, one point per strength.
 
     Args:
-        results: figures as :func:`madtp.evaluate.figures.figures` gives them, with "temperature".
+        results: figures as :func:`madtp.evaluate.figures.figures` gives them, with "temperature" or "strength".
         metric: a key of their "quality".
         unit: what one instance is.
 
@@ -45,7 +54,7 @@ def quality_plot(results: Sequence[dict], metric: str, unit: str):
         axes.plot([result[key] for result in results], quality, style, label=label)
     axes.margins(x=0.08, y=0.25)
     axes.set_xlim(left=0)
-    _label(axes, [(_name(result), result["gflops"], result["quality"][metric]) for result in results])
+    _label(axes, [(name_of(result), result["gflops"], result["quality"][metric]) for result in results])
     axes.set_xlabel(f"GFLOPs per {unit}")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
@@ -79,7 +88,7 @@ def tokens_plot(results: Sequence[dict]):
     for axes, stream in zip(figure.subplots(1, len(streams), squeeze=False)[0], streams, strict=True):
         for result in results:
             layers = result["tokens"][stream]
-            (line,) = axes.plot([layer["mean"] for layer in layers], "o-", markersize=3, label=_name(result))
+            (line,) = axes.plot([layer["mean"] for layer in layers], "o-", markersize=3, label=name_of(result))
             band = ([layer[key] for layer in layers] for key in ("min", "max"))
             axes.fill_between(range(len(layers)), *band, alpha=0.2, color=line.get_color(), linewidth=0)
         axes.set_title(stream)

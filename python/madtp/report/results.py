@@ -15,6 +15,7 @@ from ..evaluate.run import TIMING
 from ..files import replacing
 from ..jsonl import to_line
 from ..tasks import Task
+from .plots import name_of, quality_plot, save_png, strength_of, tokens_plot
 
 __all__ = ["table", "write"]
 
@@ -24,11 +25,12 @@ def write(command, task: Task, settings: dict, results: list[dict], records: dic
     written = []
     if command.records:
         with replacing(command.records) as file:
-            for temperature, steps in records.items():
+            dial = "temperature" if "temperature" in results[0] else "strength"
+            for strength, steps in records.items():
                 for step, rows in steps.items():
                     for row in rows:
                         kept = {key: value for key, value in row.items() if key != "row"}  # of a process
-                        file.write(to_line({"temperature": temperature, "step": step, **kept}))
+                        file.write(to_line({dial: strength, "step": step, **kept}))
         written.append(f"records: {command.records}")
     if command.output:
         document = {
@@ -62,8 +64,6 @@ def _versions(device: str) -> dict[str, str]:
 
 
 def _plot(folder: Path, task: Task, results: list[dict]) -> list[str]:
-    from .plots import quality_plot, save_png, tokens_plot
-
     metric = task.headline
     plots = {"tokens.png": tokens_plot(results)}
     if metric in results[0]["quality"]:
@@ -74,10 +74,10 @@ def _plot(folder: Path, task: Task, results: list[dict]) -> list[str]:
 
 
 def table(results: Sequence[dict], task: Task, settings: dict) -> list[str]:
-    """Lines for the terminal, one column per temperature."""
+    """Lines for the terminal, one column per strength."""
     table, first = _Table(results), results[0]
     table.lines += [*_heading(first, task, settings), ""]
-    table.add("", [f"T = {result['temperature']:g}" if result["temperature"] else "dense" for result in results])
+    table.add("", map(name_of, results))
     for metric in first["quality"]:
         table.add(metric.replace("_to_", " to "), [f"{result['quality'][metric]:.4f}" for result in results])
     table.add_cost("GFLOPs, official count", "gflops")
@@ -116,7 +116,7 @@ class _Table:
     def __init__(self, results: Sequence[dict]) -> None:
         self.lines: list[str] = []
         self.results = results
-        self.dense = next((result for result in results if not result["temperature"]), None)
+        self.dense = next((result for result in results if not strength_of(result)), None)
 
     def add(self, label: str, cells: Sequence[str]) -> None:
         self.lines.append(f"{label:28}" + "".join(f"{cell:>20}" for cell in cells).rstrip())
