@@ -4,8 +4,8 @@
     madtp.varlen.apply(model)
 
 Qwen-VL towers put all images, frames and windows of a batch into one sequence and, without flash-attn, call their
-attention once for each of them, after reading the lengths on the host. SigLIP 2 NaFlex pads images of different sizes to the
-longest and gives every layer a mask ``[B, 1, N, N]``. Both get one call over offsets here,
+attention once for each of them, after reading the lengths on the host. SigLIP 2 NaFlex pads images of different sizes
+to the longest and gives each layer a mask ``[B, 1, N, N]``. Both get one call over offsets here,
 :func:`madtp_kernels.attention`. The rest of the model, its weights and its decoder stay as they are.
 """
 
@@ -88,7 +88,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """query ``[B, H, N, d]``, key and value ``[B, Hk, N, d]`` -> ``[B, N, H, d]`` and no weights.
 
-    With offsets B is 1 and N all tokens. With a mask of padding, rows of padded tokens are zero.
+    With offsets B is 1 and N all tokens.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     for name, value_given in {"is_causal": causal, "dropout": dropout, **options}.items():
@@ -96,37 +96,40 @@ def _attend(
             raise ValueError(f"{name}: attention {NAME!r} of {type(module).__name__} has none, got {value_given!r}")
     batch, _, length, _ = query.shape
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [B * N, H, d]: views where the model packed
-    if cu_seq_lens_q is not None:
-        cu_q, cu_k = cu_seq_lens_q.int(), cu_seq_lens_q.int() if cu_seq_lens_k is cu_seq_lens_q else cu_seq_lens_k.int()
-        out, _ = attention(*rows, cu_q, cu_k, int(max_length_q), int(max_length_k), scale=scaling)
-    elif attention_mask is None:
-        cu_q = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
-        cu_k = torch.arange(0, len(rows[1]) + 1, key.shape[2], dtype=torch.int32, device=query.device)
-        out, _ = attention(*rows, cu_q, cu_k, length, key.shape[2], scale=scaling)
-    else:
-        order, cu_seqlens = _packing(attention_mask, query)
-        packed, _ = attention(*(t[order] for t in rows), cu_seqlens, cu_seqlens, length, length, scale=scaling)
-        # Rows beyond the last token are undefined: they belong to the padding.
-        valid = torch.arange(len(order), device=order.device) < cu_seqlens[-1]
-        out = torch.zeros_like(packed).index_copy(0, order, packed.masked_fill(~valid[:, None, None], 0))
+    bias = None if attention_mask is None else _key_bias(attention_mask, query, key)
+    if cu_seq_lens_q is None:
+        max_length_q, max_length_k = length, key.shape[2]
+        cu_seq_lens_q = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * max_length_q
+        cu_seq_lens_k = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * max_length_k
+    out, _ = attention(
+        *rows,
+        cu_seq_lens_q.int(),
+        cu_seq_lens_k.int(),
+        int(max_length_q),
+        int(max_length_k),
+        scale=scaling,
+        key_bias=bias,
+    )
     return out.unflatten(0, (batch, length)), None
 
 
 _REFUSED = ("is_causal", "dropout", "sliding_window", "softcap", "s_aux", "output_attentions")
 
 
-def _packing(mask: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the padded batch ``[B * N]``, tokens first, and the offsets of the tokens; waits for nothing."""
-    batch, _, length, _ = query.shape
-    shape = (batch, 1, length, length)
+def _key_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """``[B * N]``: 0 for the keys that a mask of padding lets pass, -inf for the others; waits for nothing.
+
+    Padded batches are not packed: NaFlex pads by few per cent, and copying all queries, keys and values costs more.
+    """
+    shape = (query.shape[0], 1, query.shape[2], key.shape[2])
     if mask.dtype != torch.bool or mask.shape != shape or mask.stride(2) != 0:
         raise ValueError(
             f"attention_mask: expected padding, bool {list(shape)} that is the same for all queries, "
             f"got {mask.dtype} {list(mask.shape)} of strides {mask.stride()}"
         )
-    tokens = mask[:, 0, 0]
-    order = (~tokens).flatten().int().argsort(stable=True)
-    return order, nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0)).int()
+    seen = mask[:, 0, 0].flatten()
+    zero = torch.zeros((), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    return zero.where(seen, float("-inf"))
 
 
 def _mask(
