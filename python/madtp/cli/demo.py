@@ -8,7 +8,7 @@ import json
 import shlex
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -45,23 +45,6 @@ class _Question:
     sentence: str
     truth: bool
     instance: tuple
-
-
-@dataclass
-class _Tally:
-    """Answers of one model, with their costs."""
-
-    right: int = 0
-    gflops: list[float] = field(default_factory=list)
-    image_tokens: list[list[int]] = field(default_factory=list)
-    text_tokens: list[list[int]] = field(default_factory=list)
-
-    def add(self, questions, answers) -> None:
-        for question, answer in zip(questions, answers, strict=True):
-            self.right += answer.answer == question.truth
-            self.gflops.append(answer.flops.official)
-            self.image_tokens += [answer.left_tokens, answer.right_tokens]
-            self.text_tokens.append(answer.text_tokens)
 
 
 @dataclass(kw_only=True)
@@ -103,17 +86,15 @@ class Demo(Command, RunOptions, _DemoOptions):
         samples = [_question(pruned, split, index, [template]) for index, template in enumerate(TEMPLATES)]
         answers, outputs = zip(*(_ask(model, samples) for model in models), strict=True)
         _print_answers(samples, answers)
+        first = answers[1][0]
+        questions = samples
         if trained:
-            questions, tallies = _answer(models, split, self.pairs, self.quiet)
-        else:
-            questions, tallies = samples, [_Tally() for _ in models]
-            for tally, mine in zip(tallies, answers, strict=True):
-                tally.add(samples, mine)
-        _print_costs(tallies, len(questions), accuracy=trained)
+            questions, answers = _answer(models, split, self.pairs, self.quiet)
+        _print_costs(questions, answers, accuracy=trained)
         _print_times(models, [question.instance for question in questions], self.dtype)
         if self.model == "demo":
             print(_REAL_SIZE)
-        self._write(directory, samples, pruned, outputs[1], answers[1][0])
+        self._write(directory, samples, pruned, outputs[1], first)
         return 0
 
     def _models(self, trained: bool) -> tuple:
@@ -168,23 +149,23 @@ def _question(model, split, index: int, templates) -> _Question:
     return _Question(images, statement.sentence, statement.label, model.processor(*images, statement.sentence))
 
 
-def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], list[_Tally]]:
+def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], list[list]]:
     """What the models answer to one statement about each of so many pairs, or fewer if it takes too long."""
     from tqdm import tqdm
 
     from ..data.synthetic import TEMPLATES
 
-    questions, tallies = [], [_Tally() for _ in models]
+    questions, answers = [], [[] for _ in models]
     begin = time.perf_counter()
     with tqdm(total=pairs, desc="held-out pairs", unit=" pairs", leave=False, disable=quiet or None) as bar:
         while len(questions) < pairs and time.perf_counter() - begin < _ANSWER_SECONDS:
             indices = range(len(questions), min(len(questions) + _BATCH, pairs))
             batch = [_question(models[0], split, index, TEMPLATES) for index in indices]
-            for model, tally in zip(models, tallies, strict=True):
-                tally.add(batch, _ask(model, batch)[0])
+            for model, mine in zip(models, answers, strict=True):
+                mine += _ask(model, batch)[0]
             questions += batch
             bar.update(len(batch))
-    return questions, tallies
+    return questions, answers
 
 
 def _print_answers(questions: list[_Question], answers) -> None:
@@ -203,19 +184,22 @@ def _row(label: str, dense: str, pruned: str, remark: str = "") -> None:
     print(f"{label:{_LABEL}}{dense:{_COLUMN}}{pruned:{_COLUMN}}{remark}".rstrip(), flush=True)
 
 
-def _print_costs(tallies: list[_Tally], pairs: int, *, accuracy: bool) -> None:
+def _print_costs(questions: list[_Question], answers, *, accuracy: bool) -> None:
     """Accuracy, if the models know anything, GFLOPs, and tokens before the first layer and after each."""
+    pairs = len(questions)
     _row(f"{pairs} held-out pairs", "dense", "pruned")
     if accuracy:
-        shares = [tally.right / pairs for tally in tallies]
+        right = [sum(a.answer == q.truth for a, q in zip(mine, questions, strict=True)) for mine in answers]
+        shares = [count / pairs for count in right]
         error = max((share * (1 - share) / pairs) ** 0.5 for share in shares)
         _row("right answers", *(f"{share:.1%}" for share in shares), f"give or take {100 * error:.1f} points")
-    before, after = (statistics.mean(tally.gflops) for tally in tallies)
+    before, after = (statistics.mean(answer.flops.official for answer in mine) for mine in answers)
     remark = f"{1 - after / before:.0%} fewer: {before / after:.2f}x"
     _row("GFLOPs per pair", f"{before:.4g}", f"{after:.4g}", remark)
-    streams = {"tokens of an image, layer by layer": "image_tokens", "tokens of a statement": "text_tokens"}
-    for label, name in streams.items():
-        first, *layers = (statistics.mean(layer) for layer in zip(*getattr(tallies[1], name), strict=True))
+    images = [tokens for answer in answers[1] for tokens in (answer.left_tokens, answer.right_tokens)]
+    texts = [answer.text_tokens for answer in answers[1]]
+    for label, counts in (("tokens of an image, layer by layer", images), ("tokens of a statement", texts)):
+        first, *layers = (statistics.mean(layer) for layer in zip(*counts, strict=True))
         _row(label, f"{first:.1f}", " ".join(f"{count:.1f}" for count in layers))
     print(flush=True)
 
