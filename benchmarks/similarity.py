@@ -2,7 +2,8 @@
 
     python benchmarks/similarity.py --batch 8 --tokens 577 --dtype float32
 
-Keys of a ViT-B/16, heads concatenated or averaged; one token in ten is dropped. Candidates take turns, the time of each is its least.
+Keys of a ViT-B/16, heads concatenated or averaged; one token in ten is dropped. Candidates take turns, the time of each is its
+least.
 Rates are of the pairs that count, a multiply-add as 2; the ceiling is PyTorch's own matrix product in the same run.
 """
 

@@ -223,6 +223,29 @@ def test_scores_need_no_matrix(generator):
     assert peak(lambda: torch.zeros(2**25).add_(1)) > 100  # a tenth of a matrix would be noticed
 
 
+@every_backend
+def test_dropped_tokens_have_gradients_of_zero(backend, generator):
+    """Zero and not missing, whatever a sample keeps: only what is protected, nothing, or all."""
+    lengths = [5, 3, 0, 4]
+    x, q, k, v = inputs(generator, lengths)
+    leaves = [t.detach().clone().requires_grad_() for t in (x.values, q, k, v)]
+    cu, most = x.cu_seqlens, x.max_seqlen
+    out, lse = attention(*leaves[1:], cu, cu, most, most, backend=backend)
+    scores = attention_received(*leaves[1:3], lse, cu, most, backend=backend)
+    bounds = torch.tensor([9.0, 9.0, 9.0, -9.0], device=DEVICE)
+    keep = top_tokens(scores.detach(), None, cu, threshold=bounds, protected=(torch.arange(12, device=DEVICE) == 0))
+    merged = merge_tokens(RaggedBatch(leaves[0] + out.flatten(1), cu, most), keep, weights=scores, backend=backend)
+    assert merged.tokens.lengths.tolist() == [1, 0, 0, 4]
+    count = merged.tokens.num_tokens
+    grads = torch.autograd.grad(merged.tokens.values[:count].square().sum(), leaves)
+    assert all(grad.isfinite().all() for grad in grads)
+    dropped = torch.arange(12, device=DEVICE)
+    dropped = (dropped > 0) & (dropped < 8)
+    assert (grads[0][dropped] == 0).all() and (grads[0][~dropped] != 0).any(1).all()
+    assert (grads[1][dropped] == 0).all()  # as queries; as keys and values the kept token of their sample saw them
+    assert (grads[3][5:8] == 0).all()
+
+
 def rotate(t, position):
     """Rotary position embedding of [T, H, d] in float64."""
     angle = position[:, None].double() / 10.0 ** torch.arange(
