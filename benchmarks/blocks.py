@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.config import VisionConfig
 from madtp.pruning import MADTP, Tokens
 from madtp.vision import Block, VisionTransformer

@@ -597,7 +597,7 @@ def dry_run() -> None:
 
 
 def _small_model(dtype: str):
-    from madtp.weights.loading import randomize
+    from madtp.weights import randomize
     from madtp.config import NLVRConfig, TextConfig, VisionConfig
     from madtp.models.nlvr import NLVR
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import madtp
 from madtp import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.models import MODELS
 from madtp.processing import PROCESSORS
 

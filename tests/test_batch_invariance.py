@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import CASES, DEVICE, OPERATIONS, SIMILARITY, backends_here, clearance, interpreted, normal, run, take_samples
 
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
 from madtp.models.nlvr import NLVR
 

@@ -22,7 +22,8 @@ from madtp import (
     VQAConfig,
 )
 from madtp.weights import key_maps
-from madtp.weights.loading import from_official, interpolate_positions, randomize, to_official
+from madtp.towers import interpolate_positions
+from madtp.weights import from_official, randomize, to_official
 from madtp.config import CONFIGS
 from madtp.data.synthetic import token_ids
 from madtp.models import MODELS
@@ -216,7 +217,7 @@ def interpolation_matrix(old, new):
 @pytest.mark.parametrize("old, new", [(4, 6), (6, 4), (24, 30), (3, 3)])
 def test_position_interpolation_is_separable_cubic_convolution(old, new, generator):
     positions = torch.randn(1, old * old + 1, 5, generator=generator)
-    ours = interpolate_positions(positions, new * new)
+    ours = interpolate_positions(positions, (new, new))
     assert ours.shape == (1, new * new + 1, 5)
     assert torch.equal(ours[:, 0], positions[:, 0]), "the CLS position stays"
     matrix = interpolation_matrix(old, new)
@@ -229,7 +230,7 @@ def test_position_embedding_of_another_image_size(model):
     state = state_of(model)
     loaded = madtp.load(state, image_size=96)
     assert loaded.config.vision.image_size == 96
-    assert torch.equal(loaded.state_dict()[POSITIONS], interpolate_positions(state[POSITIONS], 36))
+    assert torch.equal(loaded.state_dict()[POSITIONS], interpolate_positions(state[POSITIONS], (6, 6)))
     with torch.inference_mode():
         out = loaded(torch.randn(2, 3, 96, 96), [torch.tensor([5, 6, 7])])
     assert out.vision[0].lengths_in.tolist() == [37, 37] and out.logits.isfinite().all()
@@ -636,7 +637,7 @@ def test_original_blip_files_of_the_other_tasks(other, tmp_path, caplog):
     assert "has no space_dict: initialised at random" in caplog.text
     assert loaded.temperature == 0.0 and loaded.config.vision.image_size == 96
     ours, theirs = loaded.state_dict(), other.state_dict()
-    assert torch.equal(ours[POSITIONS], interpolate_positions(theirs[POSITIONS], 36))
+    assert torch.equal(ours[POSITIONS], interpolate_positions(theirs[POSITIONS], (6, 6)))
     for key in set(theirs) - {POSITIONS, "space_dict"}:
         assert torch.equal(ours[key], theirs[key]), key
 

@@ -24,9 +24,9 @@ from madtp.models.clip import CLIP
 from madtp.processing import CLIPProcessor, TextError
 from madtp.pruning import MADTP, Tokens
 from madtp.pruning.official import official, weakest_last
+from madtp.weights import randomize
+from madtp.weights.key_maps import FAMILIES
 from madtp.weights.key_maps import clip as official_layout
-from madtp.weights.key_maps import clip_hugging_face
-from madtp.weights.loading import randomize
 from madtp_kernels import RaggedBatch, compact
 from madtp_kernels.attention import reference
 
@@ -469,7 +469,7 @@ def test_hugging_face_files_and_state_dicts(generator, tmp_path):
     check_like_hugging_face(from_bin, theirs, generator)
     from_state = madtp.load(theirs.state_dict(), config=from_bin.config, device=DEVICE)
     check_like_hugging_face(from_state, theirs, generator)
-    back = clip_hugging_face.from_ours(from_bin.state_dict())
+    back = FAMILIES["clip"].from_ours(from_bin.state_dict())
     assert back.keys() == theirs.state_dict().keys()
     for key, value in theirs.state_dict().items():
         assert torch.equal(back[key].cpu(), value), key

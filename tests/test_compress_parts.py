@@ -22,7 +22,7 @@ from madtp.tasks.annotations import AnnotationError
 from madtp.tasks.nlvr import swap_sides
 from madtp.text import Layer
 from madtp.vision import Block
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
 SETTINGS = Settings(reduction=0.3, epochs=1, batch_size=4, lr=1e-3, weight_decay=0.05)

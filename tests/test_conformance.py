@@ -19,7 +19,7 @@ from madtp_kernels import RaggedBatch, attention_importance, compact, score_toke
 from safetensors.torch import load_file
 
 import madtp
-from madtp.weights.loading import from_official
+from madtp.weights import from_official
 from madtp.config import (
     CaptionConfig,
     CLIPConfig,

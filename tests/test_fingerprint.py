@@ -8,7 +8,7 @@ import torch
 from test_huggingface import hugging_face
 
 import madtp
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.config import CaptionConfig, TextConfig, VisionConfig
 from madtp.fingerprint import fingerprint
 from madtp.models import MODELS

@@ -24,7 +24,7 @@ from madtp_kernels import (
 )
 
 from madtp import graphs
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
 from madtp.models.nlvr import NLVR
 from madtp.pruning import MADTP, Tokens

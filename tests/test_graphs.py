@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import madtp
 from madtp import graphs, predict
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.graphs import Graphs, batch_bucket, text_bucket
 from madtp.models import MODELS
 from madtp.pruning import LayerTrace, Tokens

@@ -11,7 +11,7 @@ from PIL import Image
 
 import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.data.synthetic import Shapes
 from madtp.layers import CrossAttention, self_attention
 from madtp.models.nlvr import NLVR, split

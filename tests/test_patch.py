@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
-from madtp.weights.key_maps import clip_hugging_face
+from madtp.weights.key_maps import FAMILIES
 from madtp.patch import attention_mask
 from madtp.processing import PROCESSORS
 
@@ -538,7 +538,7 @@ def test_dictionary_of_a_saved_model(make, generator, tmp_path):
     ours = our_model("caption", model, {"space_dict": dictionary}, 2.0)
     ours.processor = PROCESSORS["caption"](64, 200, 40, "demo")
     madtp.save_pretrained(ours, tmp_path / "ours")
-    torch.save({"model": madtp.weights.loading.to_official(ours.state_dict()), "epoch": 1}, tmp_path / "madtp.pth")
+    torch.save({"model": madtp.weights.to_official(ours.state_dict()), "epoch": 1}, tmp_path / "madtp.pth")
     save_file({"space_dict": dictionary.cpu()}, tmp_path / "alone.safetensors")
     for path in ("ours/model.safetensors", "madtp.pth", "alone.safetensors"):
         madtp.apply_patch(model, temperature=2.0, dictionary=tmp_path / path)
@@ -553,7 +553,7 @@ def test_dictionary_of_a_saved_model(make, generator, tmp_path):
 def test_clip_keys_have_a_place_or_none(make):
     model = make("clip")
     ours = our_model("clip", model, {}, 0.0)
-    names = [name for key in ours.state_dict() for name in clip_hugging_face.parts_of(key)]
+    names = [name for key in ours.state_dict() for name in FAMILIES["clip"].parts_of(key)]
     assert sorted(names) == sorted(model.state_dict())
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import madtp
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp.config import CLIPConfig, CLIPTextConfig, NLVRConfig, TextConfig, VisionConfig
 from madtp.models import MODELS
 from madtp.processing import PROCESSORS

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, backends_here, interpreted, normal
 
 from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, predict
+from madtp.weights import randomize
 from madtp.generation import generate
 from madtp.layers import CrossAttention, QueryGroups
 from madtp.models import MODELS

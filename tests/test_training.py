@@ -17,7 +17,7 @@ from madtp.models.pairs import forward_pairs
 from madtp.pruning import MADTP
 from madtp.search import find_strength
 from madtp.tasks.nlvr import NLVRTask
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 
 CONFIG = NLVRConfig(
     vision=VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, sd_num=8, sd_dim=32),

@@ -203,6 +203,8 @@ class CLIPVisionConfig(VisionConfig):
     registers: int = 0
     """Tokens between the class token and the patches that hold nothing of the picture (DINOv2). Never pruned."""
     patch_bias: bool = False
+    layer_scale: bool = False
+    """What each sub-layer adds is multiplied by learned factors (DINOv2)."""
     norm_pre: bool = True
     """LayerNorm before the first block."""
     pool: str = "class"
@@ -252,7 +254,6 @@ class CLIPTextConfig:
     padded: bool = False
     """Texts are filled up to the last position, as they were in training, and padding is read like words (SigLIP). Otherwise a
     text ends with its end-of-text token."""
-    pad_token_id: int = 0
     clean: str = ""
     """What is done to a text before it is cut into tokens: "" (nothing), "lower", or "canonicalize" (lower case without
     punctuation, SigLIP's evaluation in open_clip)."""

@@ -29,13 +29,29 @@ _DEFAULTS = {
     "do_normalize": True,
     "image_mean": _MEAN,
     "image_std": _STD,
+    "half_to_even": False,  # ours, in files that we write
     "do_convert_rgb": True,  # where it is false theirs fails for all but RGB pictures, with which it makes no difference
 }
-_FAMILIES = {
-    "clip": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "default_to_square": False},
-    "blip": {"size": {"height": 384, "width": 384}, "do_center_crop": False, "crop_size": None, "default_to_square": True},
-}
-_TYPE = re.compile(r"(CLIP|Blip)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+_HALF, _IMAGENET = (0.5, 0.5, 0.5), {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_WHOLE = {"do_center_crop": False, "crop_size": None, "default_to_square": True}
+_CENTRE = {"do_center_crop": True, "crop_size": 224, "default_to_square": False}
+_FAMILIES: dict[str, dict] = {
+    "clip": {"size": {"shortest_edge": 224}, **_CENTRE},
+    "blip": {"size": {"height": 384, "width": 384}, **_WHOLE},
+    "siglip": {"size": {"height": 224, "width": 224}, **_WHOLE, "image_mean": _HALF, "image_std": _HALF},
+    "siglip2": {
+        "size": None, **_WHOLE, "image_mean": _HALF, "image_std": _HALF, "resample": int(Image.Resampling.BILINEAR),
+        "patch_size": 16, "max_num_patches": 256,
+    },
+    "dinov2": {"size": {"shortest_edge": 256}, **_CENTRE, **_IMAGENET},
+    "vit": {
+        "size": {"height": 224, "width": 224}, **_WHOLE, "image_mean": _HALF, "image_std": _HALF,
+        "resample": int(Image.Resampling.BILINEAR),
+    },
+}  # fmt: skip
+# Classes of transformers' image processors -> family.
+_TYPES = {"CLIP": "clip", "Blip": "blip", "Siglip": "siglip", "Siglip2": "siglip2", "Bit": "dinov2", "ViT": "vit"}
+_TYPE = re.compile(rf"({'|'.join(_TYPES)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 # Settings that change no pixel, or are about what a processor returns.
 _INERT = frozenset(
     "image_processor_type feature_extractor_type processor_class _valid_processor_keys auto_map return_tensors data_format "
@@ -61,6 +77,35 @@ class ImageTransform:
     scale: float | None = _DEFAULTS["rescale_factor"]
     mean: tuple[float, float, float] | None = _MEAN
     std: tuple[float, float, float] | None = _STD
+    half_to_even: bool = False
+    """Where an odd number of pixels is cut off: torchvision's rounding, which open_clip has, instead of transformers'."""
+    patch: int | None = None
+    """With ``max_patches``: sides become multiples of this many pixels (SigLIP 2 NaFlex)."""
+    max_patches: int | None = None
+    """Pictures keep their proportions, as large as this many patches allow."""
+
+    @classmethod
+    def open_clip(cls, size: int, mode: str, filter_: str, mean=None, std=None) -> ImageTransform:
+        """open_clip's transform for evaluation, without torchvision.
+
+        Args:
+            size: side of the square.
+            mode: "shortest" (and the middle) or "squash".
+            filter_: "bicubic" or "bilinear".
+            mean, std: three numbers each; None for OpenAI's.
+
+        Raises:
+            ValueError: a mode, a filter or numbers that are not among these.
+        """
+        if mode not in ("shortest", "squash"):
+            raise ValueError(f"resize_mode: expected 'shortest' or 'squash', got {mode!r}")
+        if filter_ not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation: expected 'bicubic' or 'bilinear', got {filter_!r}")
+        mean, std = _numbers("mean", _MEAN if mean is None else mean, 3), _numbers("std", _STD if std is None else std, 3)
+        resample = int(getattr(Image.Resampling, filter_.upper()))
+        if mode == "squash":
+            return cls((size, size), resample=resample, mean=mean, std=std)
+        return cls(size, (size, size), resample=resample, mean=mean, std=std, half_to_even=True)
 
     @classmethod
     def squash(cls, size: int) -> ImageTransform:
@@ -80,7 +125,7 @@ class ImageTransform:
         """Of a `preprocessor_config.json`, or of the image processor's part of a `processor_config.json`.
 
         Args:
-            family: "clip" or "blip", whose defaults hold where the file names no processor.
+            family: whose defaults hold where the file names no processor: "clip", "blip", "siglip", "siglip2", "dinov2", "vit".
 
         Raises:
             ValueError: a setting that is not known, or cannot be honoured, or makes no sense; the message names it.
@@ -89,8 +134,9 @@ class ImageTransform:
         if named is not None:
             known = _TYPE.fullmatch(str(named))
             if known is None:
-                raise ValueError(f"image_processor_type: expected CLIPImageProcessor or BlipImageProcessor, got {named!r}")
-            family = known[1].lower()
+                expected = ", ".join(f"{kind}ImageProcessor" for kind in _TYPES)
+                raise ValueError(f"image_processor_type: expected one of {expected}, got {named!r}")
+            family = _TYPES[known[1]]
         values = _DEFAULTS | _FAMILIES[family]
         unknown = sorted(
             name
@@ -109,19 +155,31 @@ class ImageTransform:
         scaled, normalised = values["do_rescale"], values["do_normalize"]
         if resized and (isinstance(values["resample"], bool) or values["resample"] not in list(Image.Resampling)):
             raise ValueError(f"resample: expected one of PIL's filters, 0 to 5, got {values['resample']!r}")
+        naflex = {}
+        if "max_num_patches" in values:
+            naflex = {name: _side(key, values[key]) for name, key in (("patch", "patch_size"), ("max_patches", "max_num_patches"))}
+            if not resized:
+                raise ValueError("do_resize: expected true, since sides have to be multiples of patches, got false")
         return cls(
-            _size("size", values["size"], values["default_to_square"]) if resized else None,
+            _size("size", values["size"], values["default_to_square"]) if resized and not naflex else None,
             _size("crop_size", values["crop_size"], True) if cropped else None,
             int(values["resample"]) if resized else _DEFAULTS["resample"],
             _numbers("rescale_factor", values["rescale_factor"], 1)[0] if scaled else None,
             _numbers("image_mean", values["image_mean"], 3) if normalised else None,
             _numbers("image_std", values["image_std"], 3) if normalised else None,
+            half_to_even=values["half_to_even"] is True,
+            **naflex,
         )
 
     def settings(self) -> dict:
         """What `from_settings` reads, and transformers' image processors."""
-        size = self.resize
-        given: dict = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": size is not None}
+        size, naflex = self.resize, self.max_patches is not None
+        kind = "Siglip2ImageProcessor" if naflex else "CLIPImageProcessor"
+        given: dict = {"image_processor_type": kind, "do_convert_rgb": True, "do_resize": size is not None or naflex}
+        if naflex:
+            given |= {"patch_size": self.patch, "max_num_patches": self.max_patches}
+        if self.half_to_even:
+            given["half_to_even"] = True
         if size is not None:
             given["size"] = {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
         given |= {"resample": self.resample, "do_center_crop": self.crop is not None}
@@ -162,7 +220,7 @@ class ImageTransform:
         if self.crop is None:
             return 0, 0, width, height
         wide, high = self._resized(width, height)
-        left, top = (wide - self.crop[1]) // 2, (high - self.crop[0]) // 2
+        left, top = self._cut(wide, self.crop[1]), self._cut(high, self.crop[0])
         across, down = width / wide, height / high
         right, bottom = left + self.crop[1], top + self.crop[0]
         return round(left * across), round(top * down), round(right * across), round(bottom * down)
@@ -176,18 +234,38 @@ class ImageTransform:
         size = self._resized(*image.size)
         if math.prod(size) > max(_MOST_PIXELS, math.prod(image.size)):
             raise ValueError(f"too narrow: {image.width} x {image.height} pixels would become {size[0]} x {size[1]}")
-        if self.resize is not None:
+        if size != image.size or self.resize is not None:
             # transformers converts to an array and back before it resizes: 9 times slower on a 12-megapixel photo.
             image = image.resize(size, self.resample)
         if self.crop is not None:
             high, wide = self.crop
-            left, top = (image.width - wide) // 2, (image.height - high) // 2
+            left, top = self._cut(image.width, wide), self._cut(image.height, high)
             image = image.crop((left, top, left + wide, top + high))
         pixels = np.asarray(image)
         return torch.from_numpy(np.stack([levels.take(pixels[..., c]) for c, levels in enumerate(self.levels())]))
 
+    def _cut(self, length: int, kept: int) -> int:
+        """Pixels that are cut off at the left or top, so that of ``length`` the middle ``kept`` stay."""
+        return round((length - kept) / 2) if self.half_to_even and length >= kept else (length - kept) // 2
+
+    def _patched(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of as many whole patches as are allowed; the search is that of transformers (5.24)."""
+
+        def sides(scale: float) -> tuple[int, int]:
+            return tuple(max(self.patch, math.ceil(side * scale / self.patch) * self.patch) for side in (width, height))
+
+        low, high = 1e-6, 100.0
+        while high - low >= 1e-5:
+            middle = (low + high) / 2
+            wide, tall = sides(middle)
+            fits = (wide / self.patch) * (tall / self.patch) <= self.max_patches
+            low, high = (middle, high) if fits else (low, middle)
+        return sides(low)
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing."""
+        if self.max_patches is not None:
+            return self._patched(width, height)
         if self.resize is None:
             return width, height
         if not isinstance(self.resize, int):

@@ -49,6 +49,26 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias, activation=activation, residual=residual, tokens=tokens)
 
 
+class ScaledLinear(Linear):
+    """A linear layer whose outputs are multiplied by learned factors before the residual is added (LayerScale)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.ones(out_features))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        tokens: RaggedBatch | None = None,
+    ) -> Tensor:
+        """``residual + scale * (x W^T + b)``, as :meth:`Linear.forward`."""
+        y = super().forward(x, activation=activation, tokens=tokens) * self.scale
+        return y if residual is None else y + residual
+
+
 def project(
     x: Tensor,
     weight: Tensor,

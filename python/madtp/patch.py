@@ -70,7 +70,7 @@ from .pruning import LayerTrace, Tokens
 from .rows import first_rows, rows_of
 from .weights import key_maps
 from .weights.files import read_file
-from .weights.loading import initial_weight
+from .weights.made_up import initial_weight
 
 __all__ = ["Patch", "Step", "apply_patch", "attention_mask", "remove_patch"]
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import string
 import sys
 import threading
 import warnings
@@ -81,8 +82,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 _TOKENIZER_FILES = tuple(
-    "tokenizer.json vocab.txt vocab.json merges.txt tokenizer_config.json special_tokens_map.json added_tokens.json".split()
+    "tokenizer.json vocab.txt vocab.json merges.txt spiece.model tokenizer.model tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json".split()
 )
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 _DEMO_VOCABULARY = Path(__file__).parent / "data" / "demo" / "vocab.txt"
 
@@ -307,6 +310,19 @@ def load_clip_tokenizer(source: str | os.PathLike):
     return tokenizer
 
 
+def load_padded_tokenizer(source: str | os.PathLike):
+    """The tokenizer of a model whose texts are padded, SigLIP's or SigLIP 2's: whatever class its files name.
+
+    Raises ValueError if it cannot be loaded; SigLIP's needs the package sentencepiece.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_vocabulary(source))
+    except Exception as error:  # file and format errors of several libraries, and packages that are not installed
+        raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
+
+
 def _vocabulary(source: str | os.PathLike) -> Path:
     """The file or directory of a tokenizer that is a path or a hub id; transformers, given an id, tries again for minutes."""
     path = Path(source)
@@ -365,11 +381,17 @@ class Processor:
         transform: ImageTransform | None = None,
     ):
         self.image_size, self.vocab_size, self.max_tokens = image_size, vocab_size, max_tokens
-        self.transform = transform or ImageTransform.squash(image_size)
-        if self.transform.output != (image_size, image_size):
+        self.transform = transform or (image_size and ImageTransform.squash(image_size))
+        if self.transform is not None and self.transform.output != (image_size, image_size):
             made = "pixels of any size" if self.transform.output is None else "{} x {} pixels".format(*self.transform.output)
             raise ValueError(f"transform: makes {made}, but the model takes {image_size} x {image_size}")
         self._source, self._tokenizer = tokenizer, None
+
+    @classmethod
+    def of(cls, config, tokenizer=None, transform: ImageTransform | None = None):
+        """The processor of a model with this configuration; without a tokenizer, with the one that is usual."""
+        sizes = config.vision.image_size, config.text.vocab_size, config.text.max_position_embeddings
+        return cls(*sizes, tokenizer or cls.default_tokenizer, transform)
 
     @property
     def tokenizer(self):
@@ -397,7 +419,7 @@ class Processor:
         """What decides pixels and, unless ``texts`` is false, token ids, as JSON values (see `madtp.fingerprint`)."""
         return {
             "kind": type(self).__name__,
-            "pixels": self.transform.settings(),
+            "pixels": self.transform and self.transform.settings(),
             "max_tokens": self.max_tokens,
             "tokenizer": _rules(self.tokenizer) if texts else None,
         }
@@ -535,43 +557,110 @@ class RetrievalProcessor(Processor):
 
 
 class CLIPProcessor(Processor):
-    """Images and texts for CLIP, each on its own.
+    """Images and texts for CLIP and its kin, each on its own.
 
     By default images are resized to a square like BLIP's, as MADTP's CLIP does; a model from elsewhere brings its own
-    `transform` (the original CLIP's is `ImageTransform.centre`). Texts are not cleaned; for MADTP's results on captions
-    use `clean_sentence` first.
+    `transform` (the original CLIP's is `ImageTransform.centre`). Texts of CLIP are not cleaned; for MADTP's results on
+    captions use `clean_sentence` first.
 
-    tokenizer: anything `load_clip_tokenizer` takes, or a tokenizer object.
+    tokenizer: anything `load_clip_tokenizer` takes, or a tokenizer object; for texts that are padded, anything that
+    transformers' AutoTokenizer takes. padded: texts are filled up to `max_tokens`, as SigLIP's were in training. clean: what
+    is done to texts first ("", "lower", "canonicalize"). patch: pictures may be of any size in multiples of this.
     """
 
     default_tokenizer = "openai/clip-vit-large-patch14"
 
+    def __init__(
+        self,
+        image_size: int | None = 336,
+        vocab_size: int | None = 49408,
+        max_tokens: int = 77,
+        tokenizer="openai/clip-vit-large-patch14",
+        transform: ImageTransform | None = None,
+        *,
+        padded: bool = False,
+        clean: str = "",
+        patch: int | None = None,
+    ):
+        sides = transform.output if transform is not None and patch is not None else None
+        if patch is not None and transform is not None and transform.patch is None and sides is None:
+            raise ValueError(f"transform: makes pixels of any size, but the model takes multiples of {patch}")
+        if patch is not None and ((sides or (0,))[0] % patch or transform.patch not in (None, patch)):
+            raise ValueError(f"transform: makes {sides or f'patches of {transform.patch}'}, but the model takes patches of {patch}")
+        super().__init__(image_size, vocab_size, max_tokens, tokenizer, None if patch is not None else transform)
+        if patch is not None:
+            self.transform = transform
+        self.padded, self.clean = padded, clean
+
+    @classmethod
+    def of(cls, config, tokenizer=None, transform: ImageTransform | None = None):
+        vision, text = config.vision, config.text
+        padded = text is not None and text.padded
+        return cls(
+            vision and vision.image_size,
+            text and text.vocab_size,
+            text.max_position_embeddings if text else 0,
+            tokenizer or (None if padded else cls.default_tokenizer),
+            transform,
+            padded=padded,
+            clean=text.clean if text else "",
+            patch=vision.patch_size if vision and vision.positions != "fixed" else None,
+        )
+
+    def facts(self, texts: bool = True) -> dict:
+        """As :meth:`Processor.facts`, with what is done to texts where anything is."""
+        facts = super().facts(texts and self.vocab_size is not None)
+        return facts | ({"padded": self.padded, "clean": self.clean} if self.padded or self.clean else {})
+
+    def image(self, source) -> torch.Tensor:
+        """Pixels of a picture, float32 [3, height, width]; sources and errors as in :meth:`Processor.image`."""
+        if self.image_size is None:
+            raise ImageError(str(source)[:80], "the model has a text tower only")
+        return super().image(source)
+
     def _load(self):
+        if self.vocab_size is None:
+            raise ValueError("tokenizer: the model has an image tower only")
+        if self._source is None:
+            raise ValueError("tokenizer: none lies with the model; give its directory or hub id")
         named = isinstance(self._source, (str, os.PathLike))
-        tokenizer = load_clip_tokenizer(self._source) if named else self._source
+        load = load_padded_tokenizer if self.padded and self._source != "demo" else load_clip_tokenizer
+        tokenizer = load(self._source) if named else self._source
         size = len(tokenizer)
         # The bundled vocabulary may serve a larger model: one with random weights, which knows no words.
         if size != self.vocab_size and (self._source != "demo" or size > self.vocab_size):
             raise ValueError(
                 f"tokenizer {str(self._source)!r}: {size} entries, but the model is made for {self.vocab_size}"
             )
+        if self.padded and tokenizer.pad_token_id is None:
+            raise ValueError(f"tokenizer {str(self._source)!r}: it has no token for padding, which the model was trained with")
         return _settled(tokenizer)
 
-    @staticmethod
-    def _clean(text: str, max_words: int) -> str:
-        return text
+    def _clean(self, text: str, max_words: int) -> str:
+        if self.clean == "canonicalize":
+            text = " ".join(text.replace("_", " ").translate(_NO_PUNCTUATION).split())
+        return text.lower() if self.clean else text
 
     def text(self, text: str) -> torch.Tensor:
-        """Token ids int64 [L] of a text: start, as many word pieces as the model has positions for, end. Raises
-        TextError if the text is not a string or spells out a start or end token."""
+        """Token ids int64 [L] of a text: start, as many word pieces as the model has positions for, end; then padding up to
+        the last position where the model was trained so. Raises TextError if the text is not a string or spells out a start
+        or end token."""
+        if self.vocab_size is None:
+            raise TextError("the model has an image tower only")
         if not isinstance(text, str):
             raise TextError(f"text must be a string, got {type(text).__name__}")
         tokenizer = self.tokenizer
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) > self.max_tokens:
-            ids = [*ids[: self.max_tokens - 1], ids[-1]]
-        if {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1]):
-            raise TextError(f"text contains {tokenizer.bos_token} or {tokenizer.eos_token}, or a piece not in the vocabulary")
+        ids = tokenizer(self._clean(text, sys.maxsize), verbose=False)["input_ids"]
+        if len(ids) > self.max_tokens:  # not by the tokenizer, see above
+            ends = ids[-1] in tokenizer.all_special_ids
+            ids = [*ids[: self.max_tokens - ends], *ids[len(ids) - ends :]]
+        if self.padded:
+            padding = [tokenizer.pad_token_id] * (self.max_tokens - len(ids))
+            ids = padding + ids if tokenizer.padding_side == "left" else ids + padding
+        elif {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1]):
+            raise TextError(
+                f"text contains {tokenizer.bos_token} or {tokenizer.eos_token}, or a piece not in the vocabulary"
+            )
         return torch.tensor(ids, dtype=torch.int64)
 
 

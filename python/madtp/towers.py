@@ -18,7 +18,7 @@ from madtp_kernels import RaggedBatch, attention
 from .config import CLIPConfig
 from .guidance import QueryModel
 from .layers import LayerNorm
-from .linear import Linear, mlp, project
+from .linear import Linear, ScaledLinear, mlp, project
 from .pruning import LayerTrace, Pruning, Tokens
 from .pruning.official import fill_up, with_minimum
 from .rows import first_rows, rows_of
@@ -105,7 +105,7 @@ def pooled_attention(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, backend: str | None, bias: Tensor | None = None
 ) -> Tensor:
     """One query ``q [B, H, d]`` for each sample over its keys and values ``[T, H, d]``, sizes counted: ``[B, H * d]``."""
-    sizes = tokens.key_bias
+    sizes = None if tokens.sizes is None else tokens.sizes.log()
     starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
     bias = sizes if bias is None else bias if sizes is None else bias + sizes
     options = {"key_bias": bias, "backend": backend}
@@ -144,6 +144,9 @@ class ImageTower(nn.Module):
         self.patch_embed.proj = flat or nn.Conv2d(3, width, size, size, bias=bias)
         self.norm_pre = nn.LayerNorm(width, eps=eps) if vision.norm_pre else None
         self.blocks = nn.ModuleList(Block(width, vision.num_heads, hidden, **options) for _ in range(vision.depth))
+        if vision.layer_scale:
+            for block in self.blocks:
+                block.attn.proj, block.mlp.fc2 = ScaledLinear(width, width), ScaledLinear(hidden, width)
         self.query_models = nn.ModuleList(
             QueryModel(width, vision.sd_dim, vision.map_func) for _ in range(vision.depth)
         )

@@ -49,8 +49,9 @@ class PairsTask(Task):
 
     def embed_images(self, model: Model, pixels: Sequence[Tensor]) -> tuple[list[Embedding], Any]:
         """Embeddings of images that `model.processor.image` prepared, and the encoder's output."""
+        one_shape = len({image.shape for image in pixels}) == 1
         with torch.inference_mode():
-            output = graphs.run(model.encode_image, torch.stack(list(pixels)))
+            output = graphs.run(model.encode_image, torch.stack(list(pixels))) if one_shape else model.encode_image(pixels)
         return self._embeddings(model, output, "image"), output
 
     def embed_texts(self, model: Model, ids: Sequence[Tensor]) -> tuple[list[Embedding], Any]:

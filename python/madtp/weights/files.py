@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +17,8 @@ from ..files import open_regular
 
 __all__ = ["CheckpointError", "read_file", "read_json", "read_parts"]
 
-WEIGHTS = "model.safetensors"
+CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer"
+WEIGHTS, OPEN_CLIP = "model.safetensors", "open_clip_config.json"
 _MOST_TENSORS = 50_000  # the largest models that are loaded here have 2,000
 
 # What a file begins with that somebody took for a checkpoint.
@@ -170,13 +171,13 @@ def read_json(path: Path) -> dict:
     return settings
 
 
-def read_parts(directory: Path) -> dict[str, Tensor]:
-    """Weights in one of transformers' files, or in several that an index lists.
+def read_parts(directory: Path, names: Sequence[str] = (WEIGHTS, "pytorch_model.bin")) -> dict[str, Tensor]:
+    """Weights in the first of these files that is there, or in several that its index lists; by default transformers' files.
 
     Raises:
         CheckpointError: none there, or one that cannot be read.
     """
-    for name in (WEIGHTS, "pytorch_model.bin"):
+    for name in names:
         if (directory / name).exists():
             return read_file(directory / name)[0]
         index = directory / f"{name}.index.json"
@@ -192,4 +193,4 @@ def read_parts(directory: Path) -> dict[str, Tensor]:
         if lost:
             raise CheckpointError(f"{index}: its files lack {', '.join(lost)}")
         return state
-    raise CheckpointError(f"{directory}: no weights; expected {WEIGHTS} or pytorch_model.bin, or the index of their parts")
+    raise CheckpointError(f"{directory}: no weights; expected {' or '.join(names)}, or the index of their parts")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .stacking import stacked
+from .base import stacked
 
 __all__ = ["IGNORED", "TASKS", "from_ours", "parts_of", "task_of", "to_ours"]
 

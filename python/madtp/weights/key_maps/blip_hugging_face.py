@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...config import CONFIGS, Config, TextConfig, VisionConfig
 from . import blip
-from .clip import renamed
+from .base import renamed
 
 __all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ...config import CLIPConfig, CLIPTextConfig, VisionConfig
+from ...config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from .base import KeyMap
 
-__all__ = ["IGNORED", "TASKS", "from_ours", "infer_config", "renamed", "task_of", "to_ours"]
-
-_log = logging.getLogger("madtp")
+__all__ = ["IGNORED", "MAP", "TASKS", "from_ours", "infer_config", "task_of", "to_ours"]
 
 TASKS = {"clip": {"visual", "text", "logit_scale"}}
 
@@ -26,7 +24,7 @@ IGNORED = {
     r"^(input_resolution|context_length|vocab_size)$": "sizes that the other tensors tell",
 }
 
-# Both official loaders hold these in float16 before the weights are copied in: linear layers, convolutions and attention with
+# MADTP's loader holds these in float16 before the weights are copied in: linear layers, convolutions and attention with
 # their biases (so the query maps too), and the two projections. Not rounded: LayerNorms, embeddings of tokens, positions and
 # the class, the dictionary, the scale.
 ROUNDED = re.compile(
@@ -60,21 +58,14 @@ for _theirs, _ours in (("visual.transformer.resblocks.{}", "visual"), ("transfor
         f"{_theirs}.query_model": f"{_ours}.query_models.{{}}",
     }
 
-# Ours that the official code keeps as matrices [in, out], and those with axes of length 1 in front that it does without.
-_TRANSPOSED = ("visual.proj.weight", "text.proj.weight")
-_EXPANDED = {"visual.cls_token": 2, "visual.pos_embed": 1}
-
-
-def renamed(key: str, names: Mapping[str, str]) -> str:
-    """The key with its longest known beginning replaced."""
-    number = re.search(r"(?<=\.)\d+(?=\.)", key)
-    general = key if number is None else f"{key[: number.start()]}{{}}{key[number.end() :]}"
-    head = general
-    while head:
-        if head in names:
-            return (names[head] + general[len(head) :]).replace("{}", "" if number is None else number.group())
-        head = head.rpartition(".")[0]
-    return key
+MAP = KeyMap(
+    names=NAMES,
+    leading={"visual.cls_token": 2, "visual.pos_embed": 1},
+    transposed=frozenset({"visual.proj.weight", "text.proj.weight"}),
+    ignored=IGNORED,
+    own=r"^$",
+)
+from_ours = MAP.from_ours
 
 
 def task_of(keys: Iterable[str]) -> str | None:
@@ -85,43 +76,27 @@ def task_of(keys: Iterable[str]) -> str | None:
 
 
 def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
-    """Official key names to ours, with weights rounded as the official loaders round them. What is left out is listed by name
-    in the log (INFO).
+    """Official key names to ours. What is left out is listed by name in the log (INFO).
+
+    Weights of MADTP's checkpoints are rounded as its loader rounds them; OpenAI's are in float16 already.
 
     Raises:
         ValueError: a CLIP whose image tower is a ResNet.
     """
     if any(key.startswith("visual.layer1.") for key in state):
         raise ValueError("the image tower is a ResNet, which has no tokens to prune")
-    dropped = set()
-    for pattern, reason in IGNORED.items():
-        keys = [key for key in state if re.search(pattern, key)]
-        if keys:
-            _log.info("ignored as %s: %s", reason, ", ".join(keys))
-            dropped.update(keys)
-    state = {key: value for key, value in state.items() if key not in dropped}
+    state = MAP.drop(state)
     if "visual.cls_token" in state:
         return state
-    ours = {}
-    for key, value in state.items():
-        name = renamed(key, NAMES)
-        value = value.half().float() if ROUNDED.search(key) and value.is_floating_point() else value
-        value = value.mT if name in _TRANSPOSED and value.dim() == 2 else value
-        ours[name] = value[(None,) * _EXPANDED.get(name, 0)]
-    return ours
+    if "space_dict" in state:  # a checkpoint of MADTP
+        state = {
+            key: value.half().float() if ROUNDED.search(key) and value.is_floating_point() else value
+            for key, value in state.items()
+        }
+    return MAP.to_ours(state)
 
 
-def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our key names to MADTP's. No two tensors share memory."""
-    names = {ours: theirs for theirs, ours in NAMES.items()}
-    official = {}
-    for key, value in state.items():
-        value = value.flatten(0, _EXPANDED[key]) if key in _EXPANDED else value
-        official[renamed(key, names)] = value.mT.contiguous() if key in _TRANSPOSED else value
-    return official
-
-
-def infer_config(state: Mapping[str, Tensor]) -> CLIPConfig:
+def infer_config(state: Mapping[str, Tensor], hidden_act: str = "quick_gelu") -> CLIPConfig:
     """Sizes of a state dict with our key names. Heads are 64 wide, as in every CLIP of OpenAI's; pass a config where not.
 
     Raises:
@@ -146,7 +121,7 @@ def infer_config(state: Mapping[str, Tensor]) -> CLIPConfig:
     sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, 768)
     vocab, hidden = shape("text.token_embeddings.weight", 2)
     return CLIPConfig(
-        vision=VisionConfig(
+        vision=CLIPVisionConfig(
             image_size=side * patch,
             patch_size=patch,
             embed_dim=width,
@@ -166,4 +141,5 @@ def infer_config(state: Mapping[str, Tensor]) -> CLIPConfig:
             max_position_embeddings=shape("text.position_embeddings.weight", 2)[0],
         ),
         embed_dim=shape("text.proj.weight", 2)[0],
+        hidden_act=hidden_act,
     )

@@ -1,0 +1,130 @@
+"""What all key maps have in common: a table of names, weights that are stacked or shaped differently, and both directions."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["KeyMap", "renamed", "stacked"]
+
+_log = logging.getLogger("madtp")
+
+
+def renamed(key: str, names: Mapping[str, str]) -> str:
+    """The key with its longest known beginning replaced; {} in the table is the number of a block."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", key)
+    general = key if number is None else f"{key[: number.start()]}{{}}{key[number.end() :]}"
+    head = general
+    while head:
+        if head in names:
+            return (names[head] + general[len(head) :]).replace("{}", "" if number is None else number.group())
+        head = head.rpartition(".")[0]
+    return key
+
+
+def stacked(state: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
+    """These weights on top of each other.
+
+    Raises:
+        ValueError: they differ in shape or dtype, or are no floating-point numbers; the message names them.
+    """
+    parts = [state[key] for key in keys]
+    facts = [(list(part.shape), str(part.dtype)) for part in parts]
+    if not parts[0].dim() or not parts[0].is_floating_point() or any(fact != facts[0] for fact in facts):
+        told = ", ".join(f"{key} {shape} {dtype}" for key, (shape, dtype) in zip(keys, facts))
+        raise ValueError(f"weights that belong together: expected one shape and one floating-point type, got {told}")
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How one code base names and shapes the weights.
+
+    Where it has two names for a weight of ours (releases differ), :meth:`parts_of` and :meth:`from_ours` give the first.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of their names -> of ours."""
+    fused: tuple[tuple[str, tuple[str, ...], str], ...] = ()
+    """Modules (an expression), their parts that ours stacks along the first axis, and what the stack is called among their
+    names (``names`` may then say what it is among ours)."""
+    leading: Mapping[str, int] = field(default_factory=dict)
+    """Ours -> axes of length 1 in front that theirs has not."""
+    transposed: frozenset[str] = frozenset()
+    """Ours that are matrices [in, out] there."""
+    scalars: frozenset[str] = frozenset()
+    """Ours without an axis that have one of length 1 there."""
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Their keys without a counterpart (expressions) -> what they are."""
+    own: str = r"^space_dict$|^temp$|_query_model\.|\.query_models\."
+    """Ours that have no place there (an expression)."""
+
+    def drop(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state without what is ignored, which is listed by name in the log (INFO)."""
+        left_out: dict[str, list[str]] = {}
+        for key in state:
+            reason = next((reason for pattern, reason in self.ignored.items() if re.search(pattern, key)), None)
+            if reason is not None:
+                left_out.setdefault(reason, []).append(key)
+        for reason, keys in left_out.items():
+            _log.info("ignored as %s: %s", reason, ", ".join(keys))
+        dropped = {key for keys in left_out.values() for key in keys}
+        return {key: value for key, value in state.items() if key not in dropped}
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their keys to ours; keys that are ours already stay.
+
+        Raises:
+            ValueError: weights that belong together and differ in shape or dtype.
+        """
+        state = self.drop(state)
+        for module, parts, whole in self.fused:
+            first = re.compile(rf"^((?:.*\.)?{module})\.{re.escape(parts[0])}\.(weight|bias)$")
+            for lead, kind in [match.groups() for match in map(first.match, list(state)) if match]:
+                sources = [f"{lead}.{part}.{kind}" for part in parts]
+                if all(source in state for source in sources):
+                    state[f"{lead}.{whole}.{kind}"] = stacked(state, sources)
+                    for source in sources:
+                        del state[source]
+        ours = {}
+        for key, value in state.items():
+            name = renamed(key, self.names)
+            if name != key or key in self.scalars:
+                value = value.mT if name in self.transposed and value.dim() == 2 else value
+                value = value[(None,) * self.leading.get(name, 0)]
+                value = value.reshape(()) if name in self.scalars and value.numel() == 1 else value
+            ours[name] = value
+        return ours
+
+    def parts_of(self, key: str) -> list[str]:
+        """The names of their weights that one of ours is stacked of; none where they have no such weight."""
+        if re.search(self.own, key):
+            return []
+        theirs: dict[str, str] = {}
+        for name, ours in self.names.items():
+            theirs.setdefault(ours, name)
+        name = renamed(key, theirs)
+        for module, parts, whole in self.fused:
+            lead, found, kind = name.rpartition(f".{whole}.")
+            if found and re.search(rf"(^|\.){module}$", lead):
+                return [f"{lead}.{part}.{kind}" for part in parts]
+        return [name]
+
+    def from_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ours to theirs. No two tensors share memory."""
+        theirs = {}
+        for key, value in state.items():
+            names = self.parts_of(key)
+            if names and names != [key]:
+                value = value.flatten(0, self.leading[key]) if key in self.leading else value
+                value = value.mT.contiguous() if key in self.transposed else value
+            value = value.reshape(1) if key in self.scalars else value
+            if names:
+                chunks = [value] if len(names) == 1 else [chunk.clone() for chunk in value.chunk(len(names))]
+                theirs.update(zip(names, chunks))
+        return theirs

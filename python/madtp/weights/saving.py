@@ -1,0 +1,38 @@
+"""From models to files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import safetensors.torch
+
+from ..files import replacing
+from ..models import Model
+from .files import CONFIG, PREPROCESSOR, TOKENIZER, WEIGHTS
+
+_log = logging.getLogger("madtp")
+
+
+def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
+    """Write `model.safetensors`, `config.json` (sizes, pruning), `preprocessor_config.json` (how pictures
+    become pixels) and the tokenizer, each file atomically."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(directory / WEIGHTS) as file:
+        file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+    settings = {**model.config.to_dict(), "pruning": model.pruning.to_dict()}
+    with replacing(directory / CONFIG) as file:
+        file.write((json.dumps(settings, indent=2) + "\n").encode())
+    if model.processor is not None and model.processor.transform is not None:
+        with replacing(directory / PREPROCESSOR) as file:
+            file.write((json.dumps(model.processor.transform.settings(), indent=2) + "\n").encode())
+    if model.config.text is None:
+        return
+    try:
+        model.processor.tokenizer.save_pretrained(directory / TOKENIZER)
+    except (OSError, ValueError) as error:
+        _log.warning("%s: saved without a tokenizer, because the model's could not be opened: %s", directory, error)

@@ -1,0 +1,334 @@
+"""The first step of loading: what a source is, whose names its weights have, and everything that it says about itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import hub
+from ..config import CONFIGS, CLIPConfig, Config, NLVRConfig, TextConfig, VisionConfig
+from ..image_transform import ImageTransform
+from ..models import MODELS
+from . import key_maps
+from .files import CONFIG, OPEN_CLIP, PREPROCESSOR, TOKENIZER, WEIGHTS, CheckpointError, read_file, read_json, read_parts
+
+__all__ = ["Source", "infer_config", "locate"]
+
+_BUNDLED = {"demo": "pruned", "demo-dense": "dense"}  # names of models in the package, and their folders
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+class Source(NamedTuple):
+    """A model before it is built."""
+
+    origin: str
+    """Its name in errors."""
+    state: dict[str, Tensor] | None
+    """Weights under our names; None: to be drawn at random."""
+    config: Config
+    transform: ImageTransform | None
+    """How pictures become pixels; None for a model of texts alone."""
+    settings: Mapping[str, Any] = {}
+    """What a saved model says beside its sizes, such as how it is pruned."""
+    tokenizer: Path | None = None
+    """The one that lies with the model."""
+
+
+def locate(
+    source: str | os.PathLike | Mapping[str, Tensor], task: str | None, config: Config | None, hidden_act: str | None
+) -> Source:
+    """Find and read a source.
+
+    Args:
+        source, task, config, hidden_act: as :func:`madtp.load` takes them; a task and a configuration that agree.
+
+    Raises:
+        CheckpointError: nothing there, a file that cannot be opened safely, keys or settings that do not tell what is needed.
+        ValueError: ``hidden_act`` for a source that says something else.
+    """
+    if isinstance(source, Mapping):
+        return _of_state("the state dict", dict(source), task, config, hidden_act)
+    if source == "random:base":
+        config = config or CONFIGS[task or "nlvr"]()
+        return Source(source, None, _activated(config, hidden_act), _usual(config, "clip", centred=True))
+    place, origin = _place(source), str(source)
+    if not place.is_dir():
+        state, temperature = read_file(place)
+        found = _of_state(origin, state, task, config, hidden_act, {"temperature": temperature})
+        return found._replace(tokenizer=_tokenizer(place.parent))
+    settings = _settings(place)
+    if "model_type" in settings:
+        found = _of_transformers(origin, place, settings, task, config)
+    elif "model_cfg" in settings:
+        found = _of_open_clip(origin, place, settings, task, config)
+    else:
+        found = _of_ours(origin, place, settings, task, config)
+    return found._replace(config=_activated(found.config, hidden_act, found), tokenizer=_tokenizer(place))
+
+
+def _place(source: str | os.PathLike) -> Path:
+    """File or directory of a source that is a path, a bundled model or a hub id."""
+    if source in _BUNDLED:
+        return Path(str(resources.files("madtp") / "data" / "shapes" / _BUNDLED[source]))
+    path = Path(source)
+    if path.exists():
+        return path
+    name = str(source)
+    if "/" not in name or not hub.is_id(name) or path.suffix in (".pth", ".pt", ".safetensors", ".bin"):
+        raise CheckpointError(f"{source}: no such file or directory")
+    try:
+        found = hub.download(name, ["*.json", "*.txt", "*.model", "*.safetensors"])
+        if not list(found.glob("*.safetensors")):  # older repositories; those of today hold the same weights twice
+            found = hub.download(name, ["*.json", "*.txt", "*.model", "*.bin"])
+        return found
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _settings(place: Path) -> dict:
+    """What the directory of a model says about it: transformers', open_clip's or our own file."""
+    own = read_json(place / CONFIG) if (place / CONFIG).exists() else {}
+    if (place / OPEN_CLIP).exists() and own.get("model_type") not in key_maps.HUGGING_FACE and "task" not in own:
+        return read_json(place / OPEN_CLIP)
+    if not (place / CONFIG).exists():
+        raise CheckpointError(f"{place / CONFIG}: no such file; a model directory holds {CONFIG} and {WEIGHTS}")
+    return own
+
+
+def _tokenizer(place: Path) -> Path | None:
+    """The tokenizer that lies with a model: in a folder of its own, or beside the weights."""
+    folders = (place / TOKENIZER, place)
+    return next((folder for folder in folders if any((folder / name).exists() for name in _VOCABULARIES)), None)
+
+
+# ---- kinds of sources ---------------------------------------------------------------------------------------------
+
+
+def _of_state(
+    origin: str,
+    state: dict[str, Tensor],
+    task: str | None,
+    config: Config | None,
+    hidden_act: str | None,
+    settings: Mapping[str, Any] | None = None,
+) -> Source:
+    """A state dict, whose keys have to tell."""
+    layout, task = _recognise(state, task, origin)
+    own = state.keys() & {"input_resolution", "space_dict", "visual.cls_token"}
+    if config is not None:
+        config = _activated(config, hidden_act)
+    elif task == "clip" and hidden_act is None and not own:
+        raise CheckpointError(
+            f"{origin}: its keys do not tell the activation of its MLPs: give hidden_act (--hidden-act), 'quick_gelu' (weights of "
+            "OpenAI, and models of open_clip that are called so) or 'gelu' (others, as LAION's), or load the directory with its "
+            f"{OPEN_CLIP} or {CONFIG}"
+        )
+    try:
+        state = layout.to_ours(state, task)
+        if config is None and task == "clip":
+            config = key_maps.clip.infer_config(state, hidden_act or "quick_gelu")
+        elif config is None:
+            eps = getattr(layout, "LAYER_NORM_EPS", VisionConfig.layer_norm_eps)
+            config = infer_config(state, task, eps)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    # MADTP trains its CLIP, which has a dictionary, with squashed pictures.
+    centred = layout is key_maps.FAMILIES["clip"] or "space_dict" not in state
+    return Source(origin, state, config, _usual(config, "clip", centred), settings or {})
+
+
+def _of_transformers(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
+    """A directory that transformers wrote."""
+    layout = key_maps.HUGGING_FACE.get(settings["model_type"])
+    if layout is None:
+        known = ", ".join(key_maps.HUGGING_FACE)
+        raise CheckpointError(f"{place / CONFIG}: 'model_type' is {settings['model_type']!r}, not one of {known}")
+    state = read_parts(place)
+    try:
+        config = config or layout.config_of(settings, state, task)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{place / CONFIG}: {error}") from error
+    _check_task(origin, config.task, task)
+    family = getattr(layout, "pixels", "blip")
+    try:
+        state = layout.to_ours(state, config.task)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    beside = {"temperature": settings.get("temperature")} if "space_dict" in state else {}
+    transform = _read_transform(place, family) if config.vision is not None else None
+    return Source(origin, state, config, transform or _usual(config, family, centred=True), beside)
+
+
+def _of_open_clip(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
+    """A directory as open_clip pushes it to the hub."""
+    _check_task(origin, "clip", task)
+    state, layout = read_parts(place, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")), key_maps.open_clip
+    try:
+        config = config or layout.config_of(settings, state, task)
+        transform = layout.transform_of(settings, config.vision.image_size)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{place / OPEN_CLIP}: {reason}") from error
+    try:
+        return Source(origin, layout.to_ours(state), config, transform)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _of_ours(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
+    """A directory that :func:`madtp.save_pretrained` wrote."""
+    saved = settings.get("task", task)
+    _check_task(origin, saved, task)
+    if saved not in CONFIGS:
+        raise CheckpointError(f"{place / CONFIG}: 'task' is {saved!r}, not one of {', '.join(CONFIGS)}")
+    try:
+        config = config or CONFIGS[saved].from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{place / CONFIG}: {error}") from error
+    state, _ = read_file(place / WEIGHTS)
+    layout, _ = _recognise(state, saved, origin)
+    # Models that were saved without the file of a processor were made with squashed pictures.
+    transform = None
+    if config.vision is not None:
+        transform = _read_transform(place, "blip") or ImageTransform.squash(config.vision.image_size)
+    return Source(origin, layout.to_ours(state, saved), config, transform, settings)
+
+
+def _check_task(origin: str, found: str | None, task: str | None) -> None:
+    if task not in (None, found):
+        raise CheckpointError(f"{origin}: holds a model for task {found!r}, not {task!r}")
+
+
+def _recognise(state: Mapping[str, Tensor], task: str | None, origin: str) -> tuple[Any, str]:
+    """Layout and task of a state dict. Keys decide; a task that the caller names has to agree where they tell."""
+    found = key_maps.recognise(state)
+    if found is None and task is None:
+        modules = sorted({key.split(".")[0] for key in state})
+        some = ", ".join(modules[:8]) + (", ..." if len(modules) > 8 else "")
+        raise CheckpointError(
+            f"{origin}: its keys ({some or 'there are none'}) do not tell what it is for; give the task (task=, --task), one of "
+            + ", ".join(MODELS)
+        )
+    if found is None:
+        return key_maps.for_task(task), task
+    _check_task(origin, found[1], task)
+    return found
+
+
+def _activated(config: Config, hidden_act: str | None, source: Source | None = None) -> Config:
+    """The configuration, with the activation that the caller names where the source does not tell."""
+    if hidden_act is None:
+        return config
+    if not isinstance(config, CLIPConfig):
+        raise ValueError(f"hidden_act: models for task {config.task!r} have only one, got {hidden_act!r}")
+    if source is not None and config.hidden_act != hidden_act:
+        raise ValueError(f"hidden_act: {source.origin} says {config.hidden_act!r}, got {hidden_act!r}")
+    return replace(config, hidden_act=hidden_act)
+
+
+# ---- sizes and pixels ---------------------------------------------------------------------------------------------
+
+
+def _usual(config: Config, family: str, centred: bool) -> ImageTransform | None:
+    """How pictures become pixels where no file tells: as models of its kind were trained."""
+    if config.vision is None:
+        return None
+    size = config.vision.image_size
+    if config.task != "clip" or not centred:
+        return ImageTransform.squash(size)
+    if family in ("clip", "blip"):
+        return ImageTransform.centre(size)
+    transform = ImageTransform.from_settings({}, family)
+    if family == "siglip" and config.text is not None and config.text.clean == "lower":
+        transform = replace(transform, resample=2)  # SigLIP 2: bilinear
+    return transform.at(size) if config.vision.positions == "fixed" else transform
+
+
+def _read_transform(directory: Path, family: str) -> ImageTransform | None:
+    """The model's own way from pictures to pixels, where a file tells; transformers 5 has one file for all processors."""
+    for name, part in (("processor_config.json", "image_processor"), (PREPROCESSOR, None)):
+        path = directory / name
+        if not path.exists():
+            continue
+        settings = read_json(path)
+        if part is not None and part not in settings:
+            continue
+        settings = settings if part is None else settings[part]
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{path}: {part}: expected an object, got {type(settings).__name__}")
+        try:
+            return ImageTransform.from_settings(settings, family)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return None
+
+
+def _side(patches: int) -> int:
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise CheckpointError(f"visual_encoder.pos_embed: {patches} patches do not form a square grid")
+    return side
+
+
+def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float = VisionConfig.layer_norm_eps) -> Config:
+    """Sizes of a BLIP state dict (our keys). Heads are 64 wide, as in every BLIP; pass a config where they are not.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing, or of another shape.
+    """
+
+    def shape(key: str, dims: int) -> torch.Size:
+        if key not in state:
+            raise CheckpointError(f"not a BLIP-{task.upper()} checkpoint: {key} is missing")
+        if state[key].dim() != dims or not state[key].numel():
+            raise CheckpointError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
+        return state[key].shape
+
+    def numbers(pattern: str) -> list[int]:
+        return [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
+
+    def count(pattern: str) -> int:
+        return max(numbers(pattern), default=-1) + 1
+
+    text = "text_decoder.bert." if task == "caption" else "text_encoder."
+    layer = re.escape(text) + r"encoder\.layer\.(\d+)\."
+    width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight", 4)
+    side = _side(shape("visual_encoder.pos_embed", 3)[1] - 1)
+    vocab, hidden = shape(f"{text}embeddings.word_embeddings.weight", 2)
+    sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, hidden)
+    sizes = {
+        "vision": VisionConfig(
+            image_size=side * patch,
+            patch_size=patch,
+            embed_dim=width,
+            depth=count(r"visual_encoder\.blocks\.(\d+)\."),
+            num_heads=max(1, width // 64),
+            mlp_ratio=shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
+            sd_num=sd_num,
+            sd_dim=sd_dim,
+            map_func="visual_encoder.img_query_model.q_map.0.weight" in state or width != sd_dim,
+            layer_norm_eps=layer_norm_eps,
+        ),
+        "text": TextConfig(
+            hidden_size=hidden,
+            num_hidden_layers=count(layer),
+            num_attention_heads=max(1, hidden // 64),
+            intermediate_size=shape(f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
+            vocab_size=vocab,
+            max_position_embeddings=shape(f"{text}embeddings.position_embeddings.weight", 2)[0],
+            encoder_width=width,
+        ),
+    }
+    if task == "nlvr":
+        sizes["merge_from"] = min(numbers(layer + r"crossattention\.output\.merge_layer"), default=NLVRConfig.merge_from)
+    if task == "retrieval":
+        sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]
+    return CONFIGS[task](**sizes)
