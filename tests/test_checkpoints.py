@@ -21,13 +21,12 @@ from madtp import (
     VisionConfig,
     VQAConfig,
 )
-from madtp.weights import key_maps
-from madtp.towers import interpolate_positions
-from madtp.weights import from_official, randomize, to_official
 from madtp.config import CONFIGS
 from madtp.data.synthetic import token_ids
 from madtp.models import MODELS
 from madtp.models.nlvr import NLVR
+from madtp.towers import interpolate_positions
+from madtp.weights import from_official, key_maps, randomize, to_official
 
 VOCABULARY = 200  # of the bundled tokenizer
 SIZES = NLVRConfig(

@@ -101,7 +101,9 @@ def load(
     # Random weights know no words: the small bundled vocabulary serves, and needs no download.
     usual = "demo" if found.state is None else None
     try:
-        model.processor = PROCESSORS[found.config.task].of(found.config, tokenizer or found.tokenizer or usual, found.transform)
+        model.processor = PROCESSORS[found.config.task].of(
+            found.config, tokenizer or found.tokenizer or usual, found.transform
+        )
     except ValueError as error:
         raise CheckpointError(f"{found.origin}: {error}") from error
     return model.eval()
@@ -133,7 +135,11 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch without CUDA, no GPU, no such number or name
+    except (
+        AssertionError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # torch without CUDA, no GPU, no such number or name
         raise ValueError(f"device: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return found
 
@@ -207,7 +213,9 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.dev
         if keys
     ]
     if problems:
-        raise CheckpointError(f"{origin}: weights do not fit a model for task {model.config.task!r}; " + "; ".join(problems))
+        raise CheckpointError(
+            f"{origin}: weights do not fit a model for task {model.config.task!r}; " + "; ".join(problems)
+        )
     model.to_empty(device=device)
     own = model.state_dict()
     with torch.no_grad():

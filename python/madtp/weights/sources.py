@@ -18,7 +18,17 @@ from ..config import CONFIGS, CLIPConfig, Config, NLVRConfig, TextConfig, Vision
 from ..image_transform import ImageTransform
 from ..models import MODELS
 from . import key_maps
-from .files import CONFIG, OPEN_CLIP, PREPROCESSOR, TOKENIZER, WEIGHTS, CheckpointError, read_file, read_json, read_parts
+from .files import (
+    CONFIG,
+    OPEN_CLIP,
+    PREPROCESSOR,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointError,
+    read_file,
+    read_json,
+    read_parts,
+)
 
 __all__ = ["Source", "infer_config", "locate"]
 
@@ -170,7 +180,10 @@ def _of_transformers(origin: str, place: Path, settings: dict, task: str | None,
 def _of_open_clip(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
     """A directory as open_clip pushes it to the hub."""
     _check_task(origin, "clip", task)
-    state, layout = read_parts(place, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")), key_maps.open_clip
+    state, layout = (
+        read_parts(place, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+        key_maps.open_clip,
+    )
     try:
         config = config or layout.config_of(settings, state, task)
         transform = layout.transform_of(settings, config.vision.image_size)
@@ -249,6 +262,8 @@ def _usual(config: Config, family: str, centred: bool) -> ImageTransform | None:
     transform = ImageTransform.from_settings({}, family)
     if family == "siglip" and config.text is not None and config.text.clean == "lower":
         transform = replace(transform, resample=2)  # SigLIP 2: bilinear
+    if transform.max_patches is not None:
+        return replace(transform, patch=config.vision.patch_size)
     return transform.at(size) if config.vision.positions == "fixed" else transform
 
 
@@ -328,7 +343,9 @@ def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float =
         ),
     }
     if task == "nlvr":
-        sizes["merge_from"] = min(numbers(layer + r"crossattention\.output\.merge_layer"), default=NLVRConfig.merge_from)
+        sizes["merge_from"] = min(
+            numbers(layer + r"crossattention\.output\.merge_layer"), default=NLVRConfig.merge_from
+        )
     if task == "retrieval":
         sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]
     return CONFIGS[task](**sizes)

@@ -85,7 +85,9 @@ def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to theirs; a model whose image tower has no class token becomes one with a trunk of timm."""
     linear, timm = "text.proj.bias" in state, "visual.cls_token" not in state
     names = {name: ours for name, ours in (LINEAR_MAP if linear else MAP).names.items()}
-    names = {name: ours for name, ours in names.items() if name.startswith(_TRUNK) == timm or not ours.startswith("visual")}
+    names = {
+        name: ours for name, ours in names.items() if name.startswith(_TRUNK) == timm or not ours.startswith("visual")
+    }
     leading = {} if timm else MAP.leading
     if linear:
         names = {name: ours for name, ours in names.items() if name != "text_projection"}
@@ -121,7 +123,9 @@ def _activation(values: Mapping, quick: bool, section: str) -> str:
     options = dict(values.get("act_kwargs") or {})
     approximate = options.pop("approximate", "none")
     if options or approximate not in ("none", "tanh") or (quick and approximate == "tanh"):
-        raise ValueError(f"model_cfg.{section}.act_kwargs: expected 'approximate' to be 'none' or 'tanh', got {values['act_kwargs']!r}")
+        raise ValueError(
+            f"model_cfg.{section}.act_kwargs: expected 'approximate' to be 'none' or 'tanh', got {values['act_kwargs']!r}"
+        )
     return "quick_gelu" if quick else "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
@@ -154,7 +158,9 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
         "text_cfg", text, _KNOWN_TEXT, pool_type=("argmax", "last", "eos"), proj_type=("linear",)
     )  # fmt: skip
     cleaning = dict(text.get("tokenizer_kwargs") or {})
-    clean = {None: "", "whitespace": "", "lower": "lower", "canonicalize": "canonicalize"}.get(cleaning.pop("clean", None))
+    clean = {None: "", "whitespace": "", "lower": "lower", "canonicalize": "canonicalize"}.get(
+        cleaning.pop("clean", None)
+    )
     if cleaning or clean is None:
         raise ValueError(f"model_cfg.text_cfg.tokenizer_kwargs: not supported here, got {text['tokenizer_kwargs']!r}")
     last = text.get("pool_type", "argmax") == "last"
@@ -188,12 +194,18 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
             "norm_after_pool": bool(vision.get("final_ln_after_pool", False)),
         }
     if _eps(text, "text_cfg") != eps:
-        raise ValueError(f"model_cfg.text_cfg.norm_kwargs: expected eps {eps} as in the image tower, got {_eps(text, 'text_cfg')}")
+        raise ValueError(
+            f"model_cfg.text_cfg.norm_kwargs: expected eps {eps} as in the image tower, got {_eps(text, 'text_cfg')}"
+        )
     entries = state["space_dict"].shape if "space_dict" in state else (100, sizes["embed_dim"])
     text_act = _activation(text, quick, "text_cfg")
     return CLIPConfig(
         vision=CLIPVisionConfig(
-            image_size=image_size, sd_num=entries[0], sd_dim=entries[1], map_func=entries[1] != sizes["embed_dim"], **sizes
+            image_size=image_size,
+            sd_num=entries[0],
+            sd_dim=entries[1],
+            map_func=entries[1] != sizes["embed_dim"],
+            **sizes,
         ),
         text=CLIPTextConfig(
             hidden_size=width,

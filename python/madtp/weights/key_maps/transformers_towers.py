@@ -109,7 +109,8 @@ VIT = KeyMap(
         f"{_VIT_BLOCK}.attention.qkv": f"{_BLOCK}.attn.qkv",
         f"{_VIT_BLOCK}.attention.o_proj": f"{_BLOCK}.attn.proj",
         f"{_VIT_BLOCK}.layernorm_after": f"{_BLOCK}.norm2",
-        f"{_VIT_BLOCK}.mlp": f"{_BLOCK}.mlp",
+        f"{_VIT_BLOCK}.mlp.fc1": f"{_BLOCK}.mlp.fc1",
+        f"{_VIT_BLOCK}.mlp.fc2": f"{_BLOCK}.mlp.fc2",
         f"{_OLD_BLOCK}.layernorm_before": f"{_BLOCK}.norm1",
         f"{_OLD_BLOCK}.attention.attention.qkv": f"{_BLOCK}.attn.qkv",
         f"{_OLD_BLOCK}.attention.output.dense": f"{_BLOCK}.attn.proj",
@@ -153,7 +154,10 @@ def _vision(vision: Any, state: Mapping[str, Tensor], sd: bool = False, **option
     if not hidden:
         hidden = int(width * vision.mlp_ratio)
     entries = state["space_dict"].shape if "space_dict" in state else (100, CLIPVisionConfig.sd_dim if sd else width)
-    options = {"image_size": _side(getattr(vision, "image_size", 0), "image_size"), "map_func": sd or entries[1] != width} | options
+    options = {
+        "image_size": _side(getattr(vision, "image_size", 0), "image_size"),
+        "map_func": sd or entries[1] != width,
+    } | options
     return CLIPVisionConfig(
         patch_size=_side(vision.patch_size, "patch_size"),
         embed_dim=width,
@@ -216,6 +220,12 @@ def _siglip(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig
     vision, text = _towers(theirs)
     shared, sizes = _shared(vision, text), {}
     naflex = theirs.model_type.startswith("siglip2")
+    patches = next((value for key, value in state.items() if key.endswith("embeddings.patch_embedding.weight")), None)
+    if patches is not None and (patches.dim() == 2) != naflex:
+        kinds = ("a convolution", "siglip") if patches.dim() == 4 else ("a linear layer", "siglip2")
+        raise ValueError(
+            f"model_type: {theirs.model_type!r}, but its patches go through {kinds[0]}, as those of {kinds[1]!r}"
+        )
     if vision is not None:
         pool = "attention" if getattr(vision, "vision_use_head", True) else "mean"
         options = {"class_token": False, "patch_bias": True, "norm_pre": False, "pool": pool, "projection": False}
@@ -294,7 +304,7 @@ class Family:
         return self.key_map.from_ours(state)
 
     def task_of(self, keys: Iterable[str]) -> str | None:
-        """"clip" for the keys of a whole model of two towers, whose keys tell."""
+        """ "clip" for the keys of a whole model of two towers, whose keys tell."""
         signs = {
             "clip": {"visual_projection.weight", "text_projection.weight"},
             "siglip": {"vision_model.head.probe", "text_model.head.weight"},
@@ -309,7 +319,9 @@ class Family:
         """
         from transformers import AutoConfig
 
-        theirs = AutoConfig.for_model(**{**settings, "model_type": self.model_type})  # fills in what the file leaves out
+        theirs = AutoConfig.for_model(
+            **{**settings, "model_type": self.model_type}
+        )  # fills in what the file leaves out
         return self.sizes(theirs, state, not self.prefix)
 
 
