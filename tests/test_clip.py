@@ -478,7 +478,7 @@ def test_hugging_face_files_and_state_dicts(generator, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps: expected 1e-05, got 1e-06 and 1e-05"),
+        ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps: expected the same in both towers, got 1e-06 and 1e-05"),
         ({"text_config": {"hidden_act": "gelu"}}, "hidden_act: expected the same in both towers, got quick_gelu and gelu"),
         (
             {"vision_config": {"hidden_act": "relu"}, "text_config": {"hidden_act": "relu"}},

@@ -15,11 +15,9 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_families
 from helpers import DEVICE, backends_here, interpreted
-from madtp_kernels import RaggedBatch, attention_importance, compact, score_tokens
 from safetensors.torch import load_file
 
 import madtp
-from madtp.weights import from_official
 from madtp.config import (
     CaptionConfig,
     CLIPConfig,
@@ -34,6 +32,8 @@ from madtp.guidance import QueryModel, alignment_features
 from madtp.pruning import MADTP
 from madtp.pruning import official as official_rules
 from madtp.vision import VisionTransformer
+from madtp.weights import from_official
+from madtp_kernels import RaggedBatch, attention_importance, compact, score_tokens
 
 # The official float32 run differs from its own float64 run by up to 3e-5; the golden README calls 1e-4 ample.
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)

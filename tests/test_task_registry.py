@@ -19,7 +19,7 @@ from madtp.rows import first_rows
 from madtp.tasks import TASKS, ImageInputs, Options, Recipe, Task, task_of
 from madtp.tasks.annotations import CaptionExample
 from madtp.tasks.base import Answer
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 
 # ---- the file
 

@@ -101,7 +101,10 @@ class ImageTransform:
             raise ValueError(f"resize_mode: expected 'shortest' or 'squash', got {mode!r}")
         if filter_ not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation: expected 'bicubic' or 'bilinear', got {filter_!r}")
-        mean, std = _numbers("mean", _MEAN if mean is None else mean, 3), _numbers("std", _STD if std is None else std, 3)
+        mean, std = (
+            _numbers("mean", _MEAN if mean is None else mean, 3),
+            _numbers("std", _STD if std is None else std, 3),
+        )
         resample = int(getattr(Image.Resampling, filter_.upper()))
         if mode == "squash":
             return cls((size, size), resample=resample, mean=mean, std=std)
@@ -157,7 +160,10 @@ class ImageTransform:
             raise ValueError(f"resample: expected one of PIL's filters, 0 to 5, got {values['resample']!r}")
         naflex = {}
         if "max_num_patches" in values:
-            naflex = {name: _side(key, values[key]) for name, key in (("patch", "patch_size"), ("max_patches", "max_num_patches"))}
+            naflex = {
+                name: _side(key, values[key])
+                for name, key in (("patch", "patch_size"), ("max_patches", "max_num_patches"))
+            }
             if not resized:
                 raise ValueError("do_resize: expected true, since sides have to be multiples of patches, got false")
         return cls(

@@ -278,7 +278,9 @@ def load_tokenizer(source: str | os.PathLike):
     except Exception as error:  # file and format errors of several libraries
         raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
     if len(tokenizer) <= 5:  # transformers makes up a vocabulary of special tokens where it finds no file
-        raise ValueError(f"tokenizer {str(source)!r}: no vocabulary found; give a directory with a vocab.txt or tokenizer.json")
+        raise ValueError(
+            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with a vocab.txt or tokenizer.json"
+        )
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
@@ -383,7 +385,11 @@ class Processor:
         self.image_size, self.vocab_size, self.max_tokens = image_size, vocab_size, max_tokens
         self.transform = transform or (image_size and ImageTransform.squash(image_size))
         if self.transform is not None and self.transform.output != (image_size, image_size):
-            made = "pixels of any size" if self.transform.output is None else "{} x {} pixels".format(*self.transform.output)
+            made = (
+                "pixels of any size"
+                if self.transform.output is None
+                else "{} x {} pixels".format(*self.transform.output)
+            )
             raise ValueError(f"transform: makes {made}, but the model takes {image_size} x {image_size}")
         self._source, self._tokenizer = tokenizer, None
 
@@ -551,9 +557,7 @@ class RetrievalProcessor(Processor):
     def text(self, sentence: str) -> torch.Tensor:
         """Token ids int64 [L] of a sentence of at most 30 words: [CLS], word pieces, [SEP]; at most 35, as in
         BLIP. Raises TextError if the sentence is not a string or is empty."""
-        return self._ids(
-            sentence, lambda text: clean_sentence(text, 30), "[CLS]", truncate=min(35, self.max_tokens)
-        )
+        return self._ids(sentence, lambda text: clean_sentence(text, 30), "[CLS]", truncate=min(35, self.max_tokens))
 
 
 class CLIPProcessor(Processor):
@@ -586,7 +590,9 @@ class CLIPProcessor(Processor):
         if patch is not None and transform is not None and transform.patch is None and sides is None:
             raise ValueError(f"transform: makes pixels of any size, but the model takes multiples of {patch}")
         if patch is not None and ((sides or (0,))[0] % patch or transform.patch not in (None, patch)):
-            raise ValueError(f"transform: makes {sides or f'patches of {transform.patch}'}, but the model takes patches of {patch}")
+            raise ValueError(
+                f"transform: makes {sides or f'patches of {transform.patch}'}, but the model takes patches of {patch}"
+            )
         super().__init__(image_size, vocab_size, max_tokens, tokenizer, None if patch is not None else transform)
         if patch is not None:
             self.transform = transform
@@ -633,7 +639,9 @@ class CLIPProcessor(Processor):
                 f"tokenizer {str(self._source)!r}: {size} entries, but the model is made for {self.vocab_size}"
             )
         if self.padded and tokenizer.pad_token_id is None:
-            raise ValueError(f"tokenizer {str(self._source)!r}: it has no token for padding, which the model was trained with")
+            raise ValueError(
+                f"tokenizer {str(self._source)!r}: it has no token for padding, which the model was trained with"
+            )
         return _settled(tokenizer)
 
     def _clean(self, text: str, max_words: int) -> str:

@@ -82,7 +82,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
 
 
 def _kind(path: Path) -> str:
-    """"safetensors", "archive" (torch since 1.6) or "pickle" (before).
+    """ "safetensors", "archive" (torch since 1.6) or "pickle" (before).
 
     Raises:
         CheckpointError: nothing there, nothing that can be read, or something else.
@@ -96,7 +96,9 @@ def _kind(path: Path) -> str:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if not head:
         raise CheckpointError(f"{path}: an empty file")
-    header = int.from_bytes(head[:8], "little")  # first of all: the length of a header may look like another format's sign
+    header = int.from_bytes(
+        head[:8], "little"
+    )  # first of all: the length of a header may look like another format's sign
     if head[8:9] == b"{" and header < 100_000_000:  # the format's own limit
         if 8 + header > size:
             raise CheckpointError(f"{path}: damaged or cut off: its header alone should have {header} of {size} bytes")

@@ -133,19 +133,19 @@ def _of_state(
     """A state dict, whose keys have to tell."""
     layout, task = _recognise(state, task, origin)
     own = state.keys() & {"input_resolution", "space_dict", "visual.cls_token"}
-    if config is not None:
-        config = _activated(config, hidden_act)
-    elif task == "clip" and hidden_act is None and not own:
-        raise CheckpointError(
-            f"{origin}: its keys do not tell the activation of its MLPs: give hidden_act (--hidden-act), 'quick_gelu' (weights of "
-            "OpenAI, and models of open_clip that are called so) or 'gelu' (others, as LAION's), or load the directory with its "
-            f"{OPEN_CLIP} or {CONFIG}"
-        )
     try:
         state = layout.to_ours(state, task)
-        if config is None and task == "clip":
+        if config is not None:
+            config = _activated(config, hidden_act)
+        elif task == "clip" and hidden_act is None and not own:
+            raise ValueError(
+                "its keys do not tell the activation of its MLPs: give hidden_act (--hidden-act), 'quick_gelu' (weights of OpenAI, "
+                "and models of open_clip that are called so) or 'gelu' (others, as LAION's), or load the directory with its "
+                f"{OPEN_CLIP} or {CONFIG}"
+            )
+        elif task == "clip":
             config = key_maps.clip.infer_config(state, hidden_act or "quick_gelu")
-        elif config is None:
+        else:
             eps = getattr(layout, "LAYER_NORM_EPS", VisionConfig.layer_norm_eps)
             config = infer_config(state, task, eps)
     except ValueError as error:
@@ -162,6 +162,8 @@ def _of_transformers(origin: str, place: Path, settings: dict, task: str | None,
         known = ", ".join(key_maps.HUGGING_FACE)
         raise CheckpointError(f"{place / CONFIG}: 'model_type' is {settings['model_type']!r}, not one of {known}")
     state = read_parts(place)
+    if (told := layout.task_of(state)) is not None:
+        _check_task(origin, told, task)
     try:
         config = config or layout.config_of(settings, state, task)
     except (TypeError, ValueError) as error:

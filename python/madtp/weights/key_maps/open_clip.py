@@ -78,21 +78,25 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
         if query is not None and rest is not None:
             parts = {"q": query, "k": rest[: len(rest) // 2], "v": rest[len(rest) // 2 :]}
             state[f"{pool}.qkv.{kind}"] = stacked(parts, ["q", "k", "v"])
-    return (LINEAR_MAP if "text_projection.weight" in state else MAP).to_ours(state)
+    return _map(f"{_TRUNK}.pos_embed" in state, "text_projection.weight" in state).to_ours(state)
+
+
+def _map(timm: bool, linear: bool) -> KeyMap:
+    """Names of a model with timm's or with open_clip's own image tower, and with a linear layer or a matrix for its texts."""
+    chosen = LINEAR_MAP if linear else MAP
+    names = {
+        name: ours
+        for name, ours in chosen.names.items()
+        if (name.startswith(_TRUNK) == timm or not ours.startswith("visual"))
+        and not (linear and name == "text_projection")
+    }
+    return replace(chosen, names=names, leading={} if timm else chosen.leading)
 
 
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to theirs; a model whose image tower has no class token becomes one with a trunk of timm."""
-    linear, timm = "text.proj.bias" in state, "visual.cls_token" not in state
-    names = {name: ours for name, ours in (LINEAR_MAP if linear else MAP).names.items()}
-    names = {
-        name: ours for name, ours in names.items() if name.startswith(_TRUNK) == timm or not ours.startswith("visual")
-    }
-    leading = {} if timm else MAP.leading
-    if linear:
-        names = {name: ours for name, ours in names.items() if name != "text_projection"}
-    chosen = replace(LINEAR_MAP if linear else MAP, names=names, leading=leading)
-    theirs = chosen.from_ours(state)
+    timm = "visual.cls_token" not in state
+    theirs = _map(timm, "text.proj.bias" in state).from_ours(state)
     pool = f"{_TRUNK}.attn_pool"
     for kind in ("weight", "bias"):
         whole = theirs.pop(f"{pool}.qkv.{kind}", None)
