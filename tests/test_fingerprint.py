@@ -8,12 +8,12 @@ import torch
 from test_huggingface import hugging_face
 
 import madtp
-from madtp.weights import randomize
 from madtp.config import CaptionConfig, TextConfig, VisionConfig
 from madtp.fingerprint import fingerprint
 from madtp.models import MODELS
-from madtp.pruning import MADTP
 from madtp.processing import PROCESSORS
+from madtp.pruning import MADTP
+from madtp.weights import randomize
 
 SIZES = CaptionConfig(
     vision=VisionConfig(image_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=1, sd_num=10, sd_dim=64),

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import madtp
 from madtp import graphs, predict
-from madtp.weights import randomize
 from madtp.graphs import Graphs, batch_bucket, text_bucket
 from madtp.models import MODELS
 from madtp.pruning import LayerTrace, Tokens
+from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
 SIZE = 64  # of the pictures

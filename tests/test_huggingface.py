@@ -19,9 +19,9 @@ from transformers import (
 
 import madtp
 from madtp import CheckpointError, generation
-from madtp.weights.key_maps import blip_hugging_face
 from madtp.processing import load_tokenizer
 from madtp.pruning import Tokens
+from madtp.weights.key_maps import blip_hugging_face
 from madtp_kernels import RaggedBatch
 
 VOCABULARY = 200  # of the bundled tokenizer

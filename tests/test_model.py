@@ -11,11 +11,11 @@ from PIL import Image
 
 import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig
-from madtp.weights import randomize
 from madtp.data.synthetic import Shapes
 from madtp.layers import CrossAttention, self_attention
 from madtp.models.nlvr import NLVR, split
 from madtp.pruning import MADTP, Tokens
+from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
 SIZES = NLVRConfig(

@@ -14,9 +14,9 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
-from madtp.weights.key_maps import FAMILIES
 from madtp.patch import attention_mask
 from madtp.processing import PROCESSORS
+from madtp.weights.key_maps import FAMILIES
 
 TASKS = [*sorted(CLASSES), "clip"]
 EOT = 119

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from helpers import DEVICE, backends_here, interpreted, normal
 
 from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, predict
-from madtp.weights import randomize
 from madtp.generation import generate
 from madtp.layers import CrossAttention, QueryGroups
 from madtp.models import MODELS
@@ -16,7 +15,7 @@ from madtp.processing import PROCESSORS, ImageError, TextError
 from madtp.pruning import Tokens
 from madtp.pruning.official import PaddedTokens, mask_after_pruning
 from madtp.rows import gather_samples
-from madtp.weights.loading import randomize
+from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
 VOCABULARY, SEP = 200, 3  # of the bundled tokenizer

@@ -15,8 +15,8 @@ from test_checkpoints import SIZES, state_of
 
 import madtp
 from madtp import CheckpointError
-from madtp.weights import randomize, to_official
 from madtp.models.nlvr import NLVR
+from madtp.weights import randomize, to_official
 from madtp.weights.files import read_file
 
 

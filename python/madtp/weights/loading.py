@@ -17,7 +17,8 @@ from torch import Tensor
 from madtp_kernels import backends
 
 from ..config import CONFIGS, Config
-from ..models import MODELS, Model
+from ..model import Model
+from ..models import MODELS
 from ..processing import PROCESSORS
 from ..pruning import MADTP, Pruning
 from ..towers import interpolate_positions

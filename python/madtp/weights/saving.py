@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 
 from ..files import replacing
-from ..models import Model
+from ..model import Model
 from .files import CONFIG, PREPROCESSOR, TOKENIZER, WEIGHTS
 
 _log = logging.getLogger("madtp")
