@@ -104,7 +104,7 @@ def gflops_per_image(dtype: str, images: Tensor, temperature: float) -> float:
     net = model(dtype)
     with torch.inference_mode():
         lengths = flops.stream_lengths(net(images, pruning=temperature).vision)
-    costs = [flops.caption(net.config, row, COUNTED_TOKENS, guided=temperature > 0) for row in lengths]
+    costs = [flops.caption(net.config, row, COUNTED_TOKENS, pruning=temperature > 0) for row in lengths]
     return sum(cost.official for cost in costs) / len(costs)
 
 

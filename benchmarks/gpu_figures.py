@@ -358,7 +358,7 @@ def forwards(log: Log, count: int) -> None:
         call = functools.partial(nlvr.answer, "bfloat16", pairs, temperature)
         with log.guarding(name, **facts):
             if not log.rehearsal:
-                facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), guided=temperature > 0)
+                facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), pruning=temperature > 0)
         log.time(name, call, **facts)
         if ON_GPU and not log.rehearsal:
             with log.guarding(f"{name}, model.capture", **facts):
@@ -394,7 +394,7 @@ def agreement(log: Log) -> None:
     for name, temperature in list(TEMPERATURES.items())[1:]:
         with log.guarding(f"{name} against the reference"):
             ours, exact = (nlvr.answer("bfloat16", sample, temperature, backend=b) for b in (None, "reference"))
-            costs = [nlvr.gflops_per_pair("bfloat16", output, guided=True) for output in (ours, exact)]
+            costs = [nlvr.gflops_per_pair("bfloat16", output, pruning=True) for output in (ours, exact)]
             error = relative_error(ours.logits, exact.logits)
             log.write(f"{name} against the reference", relative_error=error, gflops_per_pair=costs)
 

@@ -9,6 +9,7 @@ import madtp
 import torch
 from madtp import flops, graphs
 from madtp.models.nlvr import NLVR, NLVROutput
+from madtp.pruning import Pruning
 from madtp_kernels import RaggedBatch
 from torch import Tensor
 
@@ -85,9 +86,9 @@ def plain_answer(dtype: str, batch: Pairs) -> Tensor:
     return plain(dtype)(batch.pixels, batch.padded_ids, batch.mask)
 
 
-def gflops_per_pair(dtype: str, output: NLVROutput, *, guided: bool) -> float:
+def gflops_per_pair(dtype: str, output: NLVROutput, *, pruning: Pruning | bool) -> float:
     """Mean official GFLOPs (one multiply-add = 1) of the pairs of a forward."""
-    costs = flops.from_output(model(dtype).config, output, guided=guided)
+    costs = flops.from_output(model(dtype).config, output, pruning=pruning)
     return sum(cost.official for cost in costs) / len(costs)
 
 
@@ -96,7 +97,7 @@ def dense_gflops_per_pair(dtype: str, batch: Pairs) -> float:
     config = model(dtype).config
     image = [[config.vision.num_patches + 1] * 2] * (config.vision.depth + 1)
     layers = config.text.num_hidden_layers + 1
-    costs = [flops.nlvr(config, image, [length] * layers, guided=False) for length in batch.input_ids.lengths.tolist()]
+    costs = [flops.nlvr(config, image, [length] * layers, pruning=False) for length in batch.input_ids.lengths.tolist()]
     return sum(cost.official for cost in costs) / len(costs)
 
 
@@ -113,6 +114,6 @@ def temperature_for(reduction: float, count: int = 8) -> float:
         dense = dense_gflops_per_pair(dtype, sample)
 
         def saved(temperature: float) -> float:
-            return 1 - gflops_per_pair(dtype, answer(dtype, sample, temperature), guided=True) / dense
+            return 1 - gflops_per_pair(dtype, answer(dtype, sample, temperature), pruning=True) / dense
 
         return inputs.temperature_that_saves(reduction, saved, {0.5: 5.5, 0.8: 16.3}.get(reduction))

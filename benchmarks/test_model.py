@@ -41,7 +41,7 @@ def check(dtype: str) -> None:
                 require(ours.logits, exact.logits, 1e-3, name_of(reduction))
             else:
                 # Borderline tokens may go either way in bfloat16, and later layers follow them.
-                costs = [nlvr.gflops_per_pair(dtype, output, guided=True) for output in (ours, exact)]
+                costs = [nlvr.gflops_per_pair(dtype, output, pruning=True) for output in (ours, exact)]
                 if not abs(costs[0] / costs[1] - 1) < 0.05:
                     raise WrongAnswer(f"{name_of(reduction)}: {costs[0]:.1f} GFLOPs, the reference {costs[1]:.1f}")
                 require(ours.logits, exact.logits, 0.3, name_of(reduction))
@@ -74,7 +74,7 @@ def test_nlvr(run, dtype, batch):
 
     def finish(comparison: Comparison) -> None:
         gflops = {
-            name: nlvr.gflops_per_pair(dtype, output, guided=name != "dense") for name, output in outputs.items()
+            name: nlvr.gflops_per_pair(dtype, output, pruning=name != "dense") for name, output in outputs.items()
         }
         comparison.facts["gflops_per_pair"] = gflops
         comparison.gflop = 2 * batch * gflops["dense"]

@@ -831,9 +831,9 @@ def test_embeddings_of_pictures_and_texts(generator):
 def test_dense_cost_gives_the_published_constant():
     """395.70 is a training step: two towers, their momentum copies, four products with 57601 queued features."""
     config = CLIPConfig()
-    both = flops.clip(config, image=[577] * 25, text=[77] * 13, guided=False)
+    both = flops.clip(config, image=[577] * 25, text=[77] * 13, pruning=False)
     assert 2 * both.official + 4 * 768 * 57601 / 1e9 == pytest.approx(395.7007, abs=5e-5)
-    apart = flops.clip(config, image=[577] * 25, guided=False), flops.clip(config, text=[77] * 13, guided=False)
+    apart = flops.clip(config, image=[577] * 25, pruning=False), flops.clip(config, text=[77] * 13, pruning=False)
     assert apart[0].official == pytest.approx(191.1047, abs=5e-5)
     # Before the first block, two in each, and CLS at the end; all tokens of a text at the end.
     norms = 5 * 1024 * (577 + 48 * 577 + 1), 5 * 768 * (24 * 77 + 77)
@@ -842,7 +842,7 @@ def test_dense_cost_gives_the_published_constant():
 
 
 def test_pruned_cost():
-    dense = flops.clip(SIZES, image=[65] * 4, text=[30] * 4, guided=False)
+    dense = flops.clip(SIZES, image=[65] * 4, text=[30] * 4, pruning=False)
     pruned = flops.clip(SIZES, image=[65, 40, 20, 10], text=[30, 30, 12, 8])
     assert pruned.official < dense.official
     assert pruned.parts["merge"] == pytest.approx((26 + 21 + 11) * 64e-9 + (19 + 5) * 48e-9)
@@ -862,7 +862,7 @@ def test_matrix_products_agree_with_torchs_flop_counter(generator, monkeypatch):
     model, lengths = make(temperature=0.0), [9, 30]
     with FlopCounterMode(display=False) as counter:
         out = model(pictures(generator, 2), texts_of(generator, lengths))
-    counts = [flops.clip(SIZES, image=[TOKENS] * 4, text=[length] * 4, guided=False) for length in lengths]
+    counts = [flops.clip(SIZES, image=[TOKENS] * 4, text=[length] * 4, pruning=False) for length in lengths]
     expected = sum(count.parts["linear"] + count.parts["attention"] for count in counts)
     similarities = out.logits_per_image.numel() * 32 / 1e9
     assert counter.get_total_flops() / 2e9 == pytest.approx(expected + similarities)

@@ -48,7 +48,7 @@ PRUNED = {
 
 
 def dense(text_tokens):
-    return flops.nlvr(BASE, [[577, 577]] * 13, [text_tokens] * 13, guided=False)
+    return flops.nlvr(BASE, [[577, 577]] * 13, [text_tokens] * 13, pruning=False)
 
 
 @pytest.mark.parametrize("text_tokens, gflops", [(36, 132.5407), (20, 130.2564)])
@@ -70,12 +70,12 @@ def test_pruned_pair_agrees_with_the_official_counter(gflops):
 
 
 def test_vision_tower_alone():
-    assert flops.vit(VISION, [577] * 13, guided=False).official == pytest.approx(55.539, abs=5e-4)
+    assert flops.vit(VISION, [577] * 13, pruning=False).official == pytest.approx(55.539, abs=5e-4)
 
 
 def test_consulting_the_dictionary_without_pruning_is_full_cost_only():
     lengths = ([[577, 577]] * 13, [20] * 13)
-    plain, guided = flops.nlvr(BASE, *lengths, guided=False), flops.nlvr(BASE, *lengths, guided=True)
+    plain, guided = flops.nlvr(BASE, *lengths, pruning=False), flops.nlvr(BASE, *lengths, pruning=True)
     assert guided.official == plain.official
     extra = guided.full - plain.full
     assert extra == pytest.approx(sum(guided.parts[k] for k in ("alignment", "importance", "threshold")))
@@ -150,7 +150,7 @@ def test_matrix_products_agree_with_torchs_flop_counter(source, text_tokens, mon
     ids = [torch.arange(max(text_tokens - 3 * b, 1)) for b in range(pairs)]
     with model.dense(), FlopCounterMode(display=False) as counter:
         output = model(torch.randn(2 * pairs, 3, size, size), ids)
-    counts = flops.from_output(model.config, output, guided=False)
+    counts = flops.from_output(model.config, output, pruning=False)
     assert counter.get_total_flops() / 2e9 == pytest.approx(
         sum(c.parts["linear"] + c.parts["attention"] for c in counts)
     )
@@ -162,12 +162,12 @@ def test_matrix_products_agree_with_torchs_flop_counter(source, text_tokens, mon
 
 
 def test_dense_caption_gives_the_published_constant():
-    counted = flops.caption(CaptionConfig(), [577] * 13, 15, guided=False)
+    counted = flops.caption(CaptionConfig(), [577] * 13, 15, pruning=False)
     assert counted.official == pytest.approx(65.72, abs=5e-3)
 
 
 def test_beams_share_the_image_and_count_in_full_only():
-    one, three = (flops.caption(CaptionConfig(), [577] * 13, 10, beams=n, guided=False) for n in (1, 3))
+    one, three = (flops.caption(CaptionConfig(), [577] * 13, 10, beams=n, pruning=False) for n in (1, 3))
     assert three.official == pytest.approx(one.official)
     # 10 tokens through the decoder cost about a GFLOP, the keys and values of the image another eight.
     assert 1.9 < three.full - one.full < 2.9
@@ -214,7 +214,7 @@ def test_caption_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts):
     model = madtp.load("random:base", "caption", config=CaptionConfig(**SMALL))
     total, output = measured(lambda: model(pictures, texts))
     images = flops.stream_lengths(output.vision)
-    counts = [flops.caption(model.config, i, len(t), guided=False) for i, t in zip(images, texts, strict=True)]
+    counts = [flops.caption(model.config, i, len(t), pruning=False) for i, t in zip(images, texts, strict=True)]
     assert total == products(counts)
 
 
@@ -231,21 +231,21 @@ def test_vqa_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts):
 
     total, output = measured(run)
     streams = zip(flops.stream_lengths(output.vision), flops.stream_lengths(output.text), texts, strict=True)
-    assert total == products([flops.vqa(model.config, i, q, len(t), guided=False) for i, q, t in streams])
+    assert total == products([flops.vqa(model.config, i, q, len(t), pruning=False) for i, q, t in streams])
 
 
 def test_retrieval_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts):
     monkeypatch.setattr(layers, "attention", in_the_open)
     model = madtp.load("random:base", "retrieval", config=RetrievalConfig(**SMALL, proj_dim=16))
     total, image = measured(lambda: model.encode_image(pictures))
-    counts = [flops.retrieval(model.config, image=i, guided=False) for i in flops.stream_lengths(image.trace)]
+    counts = [flops.retrieval(model.config, image=i, pruning=False) for i in flops.stream_lengths(image.trace)]
     assert total == products(counts)
     total, text = measured(lambda: model.encode_text(texts))
-    counts = [flops.retrieval(model.config, text=t, guided=False) for t in flops.stream_lengths(text.trace)]
+    counts = [flops.retrieval(model.config, text=t, pruning=False) for t in flops.stream_lengths(text.trace)]
     assert total == products(counts)
     total, matches = measured(lambda: model.match(image.tokens, texts, [(2, 0), (0, 1), (1, 1)]))
     counts = [
-        flops.retrieval(model.config, match=(10, t), guided=False) for t in flops.stream_lengths(matches.text)
+        flops.retrieval(model.config, match=(10, t), pruning=False) for t in flops.stream_lengths(matches.text)
     ]
     assert total == products(counts)
     # Two texts of one image cost less than twice one: the image's keys and values are computed once.

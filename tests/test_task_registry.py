@@ -83,8 +83,8 @@ class RedTask(Task):
     def streams(self, output, batch=None):
         return (flops.stream_lengths(output.vision),)
 
-    def costs(self, streams, guided, written=(), beams=1):
-        return [flops.vit(self.config.vision, lengths, guided=guided) for lengths in streams[0]]
+    def costs(self, streams, pruning, written=(), beams=1):
+        return [flops.vit(self.config.vision, lengths, pruning=pruning) for lengths in streams[0]]
 
     def rows(self, examples):
         return [{"sample": n, "image": str(one.image), "label": one.captions[0]} for n, one in enumerate(examples)]

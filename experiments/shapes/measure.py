@@ -61,7 +61,7 @@ def one(pairs: Pairs, number: int) -> Pairs:
 
 def gflops(model: NLVR, output: NLVROutput) -> float:
     """Mean official GFLOPs of a statement."""
-    costs = flops.from_output(model.config, output, guided=output.vision[0].importance is not None)
+    costs = flops.from_output(model.config, output, pruning=output.vision[0].importance is not None)
     return sum(cost.official for cost in costs) / len(costs)
 
 

@@ -80,9 +80,9 @@ def costs(model: NLVR, output: NLVROutput, per_pair: int) -> list[flops.Flops]:
     and the text.
     """
     vision, text = flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
-    pairs, guided = len(vision) // 2, output.vision[0].importance is not None
+    pairs, pruning = len(vision) // 2, output.vision[0].importance is not None
     images = [list(zip(vision[p], vision[pairs + p], strict=True)) for p in range(pairs)]
     return [
-        flops.nlvr(model.config, images[i // per_pair], lengths, guided=guided)
+        flops.nlvr(model.config, images[i // per_pair], lengths, pruning=pruning)
         for i, lengths in enumerate(text)
     ]

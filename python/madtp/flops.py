@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .pruning import MADTP, Pruning
+
 _LAYER_NORM = 5
 _SOFTMAX = 5
 _GELU = 5
@@ -34,7 +36,7 @@ class Flops:
     """Cost of one instance in GFLOPs (1e9 operations, one multiply-add = 1).
 
     `parts` splits `full` by kind: "linear" and "attention" (matrix products of the dense network), "norm"
-    (LayerNorm), "alignment", "importance", "threshold", "merge" (pruning), "elementwise" (softmax, GELU,
+    (LayerNorm), "alignment", "importance", "threshold", "merge" (pruning; other rules have kinds of their own), "elementwise" (softmax, GELU,
     sums). Kinds that cost nothing are absent.
     """
 
@@ -43,25 +45,25 @@ class Flops:
     parts: dict[str, float]
 
 
-def vit(config, lengths: Sequence[int], *, guided: bool = True) -> Flops:
+def vit(config, lengths: Sequence[int], *, pruning: Pruning | bool = True) -> Flops:
     """Cost of the vision tower for one image.
 
     `config` has image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, sd_num, sd_dim and map_func.
     `lengths` are depth + 1 token counts, [CLS] included: before the first block, then after each block.
-    `guided` says whether the dictionary was consulted (temperature > 0). Raises ValueError if `lengths` does
+    `pruning` is the rule that was active; True: MADTP, False: none. Raises ValueError if `lengths` does
     not fit `config`. Source: the per-image formula verified against fvcore on the official vision tower.
     """
-    return _total(_vit_cost(config, _checked("lengths", lengths, config.depth), guided))
+    return _total(_vit_cost(config, _checked("lengths", lengths, config.depth), pruning))
 
 
 def nlvr(
-    config, vision_lengths: Sequence[Sequence[int]], text_lengths: Sequence[int], *, guided: bool = True
+    config, vision_lengths: Sequence[Sequence[int]], text_lengths: Sequence[int], *, pruning: Pruning | bool = True
 ) -> Flops:
     """Cost of one BLIP-NLVR instance: two images, the text encoder with twin cross-attention, the head.
 
     `config` has `.vision`, `.text` and `.merge_from`. `vision_lengths` is [depth + 1][2] (left, right),
     `text_lengths` [num_hidden_layers + 1]: tokens before the first layer, then after each layer; lists or
-    integer tensors. `guided` says whether the dictionary was consulted (temperature > 0). Raises ValueError
+    integer tensors. `pruning` is the rule that was active; True: MADTP, False: none. Raises ValueError
     if the lengths do not fit `config`.
     """
     rows = [list(row) for row in _as_list(vision_lengths)]
@@ -72,16 +74,16 @@ def nlvr(
     text = _checked("text_lengths", text_lengths, config.text.num_hidden_layers)
     cost = Counter()
     for lengths in streams:
-        cost += _vit_cost(config.vision, lengths, guided)
+        cost += _vit_cost(config.vision, lengths, pruning)
     images = [lengths[-1] for lengths in streams]
-    cost += _text_cost(config.text, config.vision, text, images, guided, config.merge_from)
+    cost += _text_cost(config.text, config.vision, text, images, pruning, config.merge_from)
     hidden = config.text.hidden_size
     cost["linear"] += hidden * hidden + 2 * hidden
     return _total(cost)
 
 
 def caption(
-    config, vision_lengths: Sequence[int], text_tokens: int, *, beams: int = 1, guided: bool = True
+    config, vision_lengths: Sequence[int], text_tokens: int, *, beams: int = 1, pruning: Pruning | bool = True
 ) -> Flops:
     """Cost of one BLIP caption: the image, and the decoder that writes `text_tokens` tokens, [DEC] and prompt
     included.
@@ -91,7 +93,7 @@ def caption(
     per beam, with the image's keys and values computed once. Raises ValueError if the lengths do not fit.
     """
     lengths = _checked("vision_lengths", vision_lengths, config.vision.depth)
-    cost = _vit_cost(config.vision, lengths, guided)
+    cost = _vit_cost(config.vision, lengths, pruning)
     return _total(cost + _decoder_cost(config, text_tokens, lengths[-1], config.text.encoder_width, beams))
 
 
@@ -102,7 +104,7 @@ def vqa(
     answer_tokens: int,
     *,
     beams: int = 1,
-    guided: bool = True,
+    pruning: Pruning | bool = True,
 ) -> Flops:
     """Cost of one BLIP-VQA answer: the image, the question, and the decoder that writes `answer_tokens` tokens,
     [DEC] included; of a ranking, the tokens of all candidates.
@@ -111,8 +113,8 @@ def vqa(
     """
     vision = _checked("vision_lengths", vision_lengths, config.vision.depth)
     text = _checked("text_lengths", text_lengths, config.text.num_hidden_layers)
-    cost = _vit_cost(config.vision, vision, guided)
-    cost += _text_cost(config.text, config.vision, text, vision[-1:], guided)
+    cost = _vit_cost(config.vision, vision, pruning)
+    cost += _text_cost(config.text, config.vision, text, vision[-1:], pruning)
     return _total(cost + _decoder_cost(config, answer_tokens, text[-1], config.text.hidden_size, beams))
 
 
@@ -122,7 +124,7 @@ def retrieval(
     image: Sequence[int] | None = None,
     text: Sequence[int] | None = None,
     match: tuple[int, Sequence[int]] | None = None,
-    guided: bool = True,
+    pruning: Pruning | bool = True,
 ) -> Flops:
     """Cost of BLIP retrieval's parts at inference: the feature of an image, that of a text, a pair's match.
 
@@ -133,25 +135,25 @@ def retrieval(
     """
     cost, layers = Counter(), config.text.num_hidden_layers
     if image is not None:
-        cost += _vit_cost(config.vision, _checked("image", image, config.vision.depth), guided)
+        cost += _vit_cost(config.vision, _checked("image", image, config.vision.depth), pruning)
         cost["linear"] += config.vision.embed_dim * config.proj_dim
     if text is not None:
-        cost += _text_cost(config.text, config.vision, _checked("text", text, layers), [], guided)
+        cost += _text_cost(config.text, config.vision, _checked("text", text, layers), [], pruning)
         cost["linear"] += config.text.hidden_size * config.proj_dim
     if match is not None:
         tokens, lengths = match
-        cost += _text_cost(config.text, config.vision, _checked("match", lengths, layers), [tokens], guided)
+        cost += _text_cost(config.text, config.vision, _checked("match", lengths, layers), [tokens], pruning)
         cost["linear"] += 2 * config.text.hidden_size
     return _total(cost)
 
 
 def clip(
-    config, *, image: Sequence[int] | None = None, text: Sequence[int] | None = None, guided: bool = True
+    config, *, image: Sequence[int] | None = None, text: Sequence[int] | None = None, pruning: Pruning | bool = True
 ) -> Flops:
     """Cost of CLIP's feature of an image and of that of a text.
 
     `config` has `.vision`, `.text` and `.embed_dim`; `image` and `text` are token counts before the first block and
-    after each. `guided` says whether the dictionary was consulted (temperature > 0). Attention of text is counted
+    after each. `pruning` is the rule that was active; True: MADTP, False: none. Attention of text is counted
     as if it were not causal, as the official counter does. MADTP's own figure (395.70) is that of a training step:
     both towers at 336 px and 77 tokens twice, for the momentum copies, and the queues. Raises ValueError if the
     lengths do not fit `config`.
@@ -163,23 +165,23 @@ def clip(
         width, hidden = vision.embed_dim, round(vision.embed_dim * vision.mlp_ratio)
         cost["linear"] += (lengths[0] - 1) * 3 * vision.patch_size**2 * width + width * config.embed_dim
         cost["norm"] += _LAYER_NORM * (lengths[0] + 1) * width  # before the first block; CLS after the last
-        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, guided)
+        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision"))
     if text is not None:
         lengths = _checked("text", text, config.text.num_hidden_layers)
         width, heads = config.text.hidden_size, config.text.num_attention_heads
-        cost += _blocks_cost(config.vision, lengths, width, heads, config.text.intermediate_size, guided)
+        cost += _blocks_cost(config.vision, lengths, width, heads, config.text.intermediate_size, _rule(pruning, "text"))
         cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["linear"] += width * config.embed_dim
     return _total(cost)
 
 
-def from_output(config, output, *, guided: bool = True) -> list[Flops]:
+def from_output(config, output, *, pruning: Pruning | bool = True) -> list[Flops]:
     """Cost of each instance of a BLIP-NLVR forward, read off the traces in `output.vision` and
     `output.text`."""
     vision, text = stream_lengths(output.vision), stream_lengths(output.text)
     pairs = len(text)
     return [
-        nlvr(config, list(zip(vision[b], vision[pairs + b], strict=True)), text[b], guided=guided)
+        nlvr(config, list(zip(vision[b], vision[pairs + b], strict=True)), text[b], pruning=pruning)
         for b in range(pairs)
     ]
 
@@ -199,45 +201,43 @@ def _total(cost: Counter) -> Flops:
     return Flops(official / 1e9, sum(cost.values()) / 1e9, parts)
 
 
-def _vit_cost(config, lengths: list[int], guided: bool) -> Counter:
+def _vit_cost(config, lengths: list[int], pruning: Pruning | bool) -> Counter:
     width, hidden = config.embed_dim, round(config.embed_dim * config.mlp_ratio)
     patches = (config.image_size // config.patch_size) ** 2
     cost = Counter()
     cost["linear"] += patches * 3 * config.patch_size**2 * width
-    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, guided)
+    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, _rule(pruning, "vision"))
     cost["norm"] += _LAYER_NORM * lengths[-1] * width
     return cost
 
 
-def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int, guided: bool) -> Counter:
+def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int, rule: Pruning) -> Counter:
     """Pre-norm blocks; `config` has sd_num, sd_dim and map_func."""
     cost = Counter()
     alignment = config.sd_num * config.sd_dim + (width * config.sd_dim if config.map_func else 0)  # per token
-    for before, after in zip(lengths, lengths[1:]):
+    for layer, (before, after) in enumerate(zip(lengths, lengths[1:])):
         cost["norm"] += _LAYER_NORM * (before + after) * width
         _self_attention(cost, before, width, heads)
-        if guided:
-            _pruning(cost, before, after, width, heads, config.sd_num, alignment)
+        rule.count(cost, layer, before, after, width=width, heads=heads, entries=config.sd_num, alignment=alignment)
         _feed_forward(cost, after, width, hidden)
     return cost
 
 
 def _text_cost(
-    text, vision, lengths: list[int], others: list[int], guided: bool, merge_from: int | None = None
+    text, vision, lengths: list[int], others: list[int], pruning: Pruning | bool, merge_from: int | None = None
 ) -> Counter:
     """Text encoder whose words look at `others` (token counts), twice where `merge_from` is given."""
-    width = text.hidden_size
+    width, heads, rule = text.hidden_size, text.num_attention_heads, _rule(pruning, "text")
     alignment = vision.sd_num * vision.sd_dim + (width * vision.sd_dim if width != vision.sd_dim else 0)
     cost = Counter()
     cost["norm"] += _LAYER_NORM * lengths[0] * width
     for layer, (before, after) in enumerate(zip(lengths, lengths[1:])):
-        _self_attention(cost, before, width, text.num_attention_heads)
+        _self_attention(cost, before, width, heads)
         cost["norm"] += _LAYER_NORM * before * width
-        if guided:
-            _pruning(cost, before, after, width, text.num_attention_heads, vision.sd_num, alignment)
+        rule.count(cost, layer, before, after, width=width, heads=heads, entries=vision.sd_num, alignment=alignment)
         for tokens in others:  # queries and output per text token, keys and values per token looked at
             cost["linear"] += 2 * after * width * width + 2 * tokens * text.encoder_width * width
-            _attend(cost, after, tokens, width, text.num_attention_heads)
+            _attend(cost, after, tokens, width, heads)
         if merge_from is not None and layer >= merge_from:
             cost["linear"] += after * 2 * width * width
         elif merge_from is not None:
@@ -281,17 +281,10 @@ def _feed_forward(cost: Counter, tokens: int, width: int, hidden: int) -> None:
     cost["elementwise"] += _GELU * tokens * hidden + tokens * width
 
 
-def _pruning(
-    cost: Counter, before: int, after: int, width: int, heads: int, codes: int, alignment: int
-) -> None:
-    prunable = max(before - 1, 0)
-    cost["alignment"] += alignment * prunable
-    cost["importance"] += before * before * width + 4 * heads * before * before + before * width
-    cost["threshold"] += 7 * codes * prunable
-    if after < before:
-        cost["merge"] += (before - after + 1) * width  # one row replaces the dropped ones
-    else:
-        cost["unofficial"] += alignment * prunable
+def _rule(pruning: Pruning | bool, stream: str) -> Pruning:
+    if isinstance(pruning, bool):
+        return MADTP(1.0) if pruning else Pruning()
+    return pruning.on(stream)
 
 
 def _as_list(values) -> list:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, backends, checks
 
-from .pruning import LayerTrace, Pruning
+from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 
 __all__ = ["Captured", "Graphs", "run"]
 
@@ -208,8 +208,13 @@ class _Recording:
                 return pixels
             return RaggedBatch(pixels, torch.zeros(images + 1, dtype=torch.int32, device=device), 1, bound=True)
         length = self.text_length if _is_text(value) else value.max_seqlen
-        values = torch.zeros(self.batch * length, *value.values.shape[1:], dtype=value.dtype, device=device)
-        return RaggedBatch(values, torch.zeros(self.batch + 1, dtype=torch.int32, device=device), length, bound=True)
+        rows = {
+            name: torch.zeros(self.batch * length, *part.shape[1:], dtype=part.dtype, device=device)
+            for name, part in _per_token(value).items()
+        }
+        starts = torch.zeros(self.batch + 1, dtype=torch.int32, device=device)
+        fields = {"prefix": value.prefix} if isinstance(value, Tokens) else {}
+        return type(value)(cu_seqlens=starts, max_seqlen=length, bound=True, **rows, **fields)
 
     def _load(self, inputs: Sequence[Tensor | RaggedBatch], samples: int) -> None:
         """Copy a batch into the buffers and fill it up. Does not wait for the device."""
@@ -238,7 +243,8 @@ class _Recording:
                 else:
                     # Tokens fill at most these rows; a bound buffer may have more.
                     rows = min(len(value.values), samples * value.max_seqlen)
-                    buffer.values[:rows].copy_(value.values[:rows])
+                    for name, part in _per_token(value).items():
+                        getattr(buffer, name)[:rows].copy_(part[:rows])
         self.loaded = samples
 
     def launch(self, inputs: Sequence[Tensor | RaggedBatch]) -> Any:
@@ -327,6 +333,11 @@ class _Results:
         return torch.cat([self._per_sample(value[:-1]), value[-1:]])
 
 
+def _per_token(value: RaggedBatch) -> dict[str, Tensor]:
+    """What a batch of tokens holds for each of them."""
+    return {name: part for name in PER_TOKEN if isinstance(part := getattr(value, name, None), Tensor)}
+
+
 def _is_text(value: RaggedBatch) -> bool:
     return not value.dtype.is_floating_point
 
@@ -348,7 +359,7 @@ def _shapes(inputs: Sequence[Tensor | RaggedBatch], samples: int) -> tuple:
     return tuple(
         (len(value) // samples, value.shape[1:])
         if isinstance(value, Tensor)
-        else (0 if _is_text(value) else value.max_seqlen, value.dtype, value.values.shape[1:])
+        else (0 if _is_text(value) else value.max_seqlen, value.dtype, value.values.shape[1:], *_per_token(value))
         for value in inputs
     )
 

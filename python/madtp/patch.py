@@ -66,7 +66,7 @@ from .layers import Keys, QueryGroups
 from .linear import Linear
 from .model import Model
 from .models import MODELS
-from .pruning import LayerTrace, Tokens
+from .pruning import PER_TOKEN, LayerTrace, Tokens
 from .rows import first_rows, rows_of
 from .weights import key_maps
 from .weights.files import read_file
@@ -439,7 +439,7 @@ class _Engine:
     @property
     def pads(self) -> bool:
         """Whether its towers return tensors with padding."""
-        return self.task == "vqa" or self.model.temperature > 0
+        return self.task == "vqa" or self.model.pruning.active
 
     def images(self, pixel_values: Tensor) -> tuple[Tokens, list[LayerTrace]]:
         """Final tokens and what every layer did, of ``[B, 3, S, S]``."""
@@ -473,7 +473,7 @@ class _Engine:
         """What a temperature keeps and costs."""
         if "pixel_values" not in samples:
             raise ValueError(f"samples: expected 'pixel_values', got {', '.join(samples) or 'nothing'}")
-        ids, guided, model = samples.get("input_ids"), temperature > 0, self.model
+        ids, pruning, model = samples.get("input_ids"), temperature > 0, self.model
         if self.task != "caption" and ids is not None and len(ids) != len(samples["pixel_values"]):
             raise ValueError(f"samples: expected a text for each of {len(samples['pixel_values'])} images, got {len(ids)}")
         model.temperature = temperature
@@ -483,23 +483,23 @@ class _Engine:
             shares = [length / lengths[0] for lengths in vision for length in lengths[1:]]
             keep_ratio = sum(shares) / len(shares)
             if self.task == "caption":
-                costs = [flops.caption(model.config, lengths, _CAPTION_TOKENS, guided=guided) for lengths in vision]
+                costs = [flops.caption(model.config, lengths, _CAPTION_TOKENS, pruning=pruning) for lengths in vision]
             elif ids is None:
                 return Step(temperature, keep_ratio, None)
             elif self.task == "clip":
                 texts = flops.stream_lengths(model.encode_text(_clip_texts(model, ids.to(model.device))[0]).trace)
-                costs = [flops.clip(model.config, image=i, text=t, guided=guided) for i, t in zip(vision, texts, strict=True)]
+                costs = [flops.clip(model.config, image=i, text=t, pruning=pruning) for i, t in zip(vision, texts, strict=True)]
             else:
                 mask = samples.get("attention_mask")
                 ragged, _ = _ragged(ids.to(model.device), None if mask is None else mask.to(model.device), None)
                 looking = flops.stream_lengths(self.texts(ragged, images)[1])
                 pairs = list(zip(vision, looking, strict=True))
                 if self.task == "vqa":
-                    costs = [flops.vqa(model.config, i, t, _ANSWER_TOKENS, guided=guided) for i, t in pairs]
+                    costs = [flops.vqa(model.config, i, t, _ANSWER_TOKENS, pruning=pruning) for i, t in pairs]
                 else:
                     alone = flops.stream_lengths(self.texts(ragged, None)[1])
                     costs = [
-                        flops.retrieval(model.config, image=i, text=a, match=(i[-1], t), guided=guided)
+                        flops.retrieval(model.config, image=i, text=a, match=(i[-1], t), pruning=pruning)
                         for (i, t), a in zip(pairs, alone, strict=True)
                     ]
         return Step(temperature, keep_ratio, sum(cost.official for cost in costs) / len(costs))
@@ -513,13 +513,12 @@ def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Tokens, 
 
 
 def _encode_texts(
-    model: Model, input_ids: RaggedBatch, positions: RaggedBatch, *images: RaggedBatch, query_groups: QueryGroups | None = None
+    model: Model, input_ids: RaggedBatch, positions: RaggedBatch, *images: Tokens, query_groups: QueryGroups | None = None
 ) -> tuple[Tokens, list[LayerTrace]]:
     """BLIP's texts, with images in view or none."""
     pruning = model._pruning(None, len(input_ids))
-    others = [Tokens.start(tokens) for tokens in images]
     stream, trace, _ = model.text_encoder(
-        input_ids, others, model.space_dict, pruning, query_groups=query_groups, positions=positions.values
+        input_ids, images, model.space_dict, pruning, query_groups=query_groups, positions=positions.values
     )
     return stream, trace
 
@@ -687,7 +686,7 @@ def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, **unsupport
 def _padded(stream: Tokens) -> Tensor:
     """Tokens as ``[B, L, D]`` with zeros behind them, which are recognised."""
     padded, _ = stream.to_padded()
-    _streams[padded] = RaggedBatch.unchecked(stream.ids, stream.cu_seqlens, stream.max_seqlen, stream.bound)
+    _streams[padded] = stream.with_values(stream.ids)
     return padded
 
 
@@ -706,7 +705,7 @@ def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Tok
             sample = sample_of(ids.cu_seqlens, len(row))
             place = sample * ids.max_seqlen + row - ids.cu_seqlens[sample]
             values = hidden_states.flatten(0, 1)[place.clamp(0, max(hidden_states.shape[:2].numel() - 1, 0))]
-            return Tokens.unchecked(values, ids.cu_seqlens, ids.max_seqlen, ids.bound, ids=ids.values)
+            return ids.with_values(values)
         mask = mask & attention_mask(hidden_states).bool()
     mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask
     if ids is None and padding and (mask & (hidden_states == 0).all(-1)).any():
@@ -716,7 +715,11 @@ def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Tok
         )
     if not mask.any(1).all():
         raise ValueError("encoder_attention_mask: expected at least one token of each sample")
-    return Tokens.start(RaggedBatch.from_padded(hidden_states, mask))
+    tokens, parts = Tokens.start(RaggedBatch.from_padded(hidden_states, mask)), {}
+    if ids is not None:  # what a tower said of its tokens holds for those that are left
+        known = {name: getattr(ids, name) for name in PER_TOKEN[1:]}
+        parts = {n: ids.with_values(p).to_padded()[0][mask] for n, p in known.items() if p is not None}
+    return replace(tokens, **parts)
 
 
 def _integers(input_ids: Tensor | None) -> Tensor:

@@ -3,8 +3,8 @@
 `base` holds what every rule and every model shares, `official` what only reproduces quirks of MADTP's own code.
 """
 
-from .base import METHODS, LayerTrace, Pruning, ScoredPruning, Tokens, register
+from .base import METHODS, PER_TOKEN, LayerTrace, Pruning, ScoredPruning, Tokens, register
 from .madtp import MADTP
 from .topk import Random, TopK
 
-__all__ = ["METHODS", "MADTP", "LayerTrace", "Pruning", "Random", "ScoredPruning", "Tokens", "TopK", "register"]
+__all__ = ["METHODS", "MADTP", "PER_TOKEN", "LayerTrace", "Pruning", "Random", "ScoredPruning", "Tokens", "TopK", "register"]

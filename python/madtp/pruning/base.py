@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..layers import Attention, LayerNorm
 
 STREAMS = ("vision", "text")
+PER_TOKEN = ("values", "ids", "sizes", "key_bias")
+"""Fields of :class:`Tokens` with one row for each token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +239,29 @@ class Pruning:
         """
         return tokens, LayerTrace(tokens.cu_seqlens, tokens.cu_seqlens, tokens.ids)
 
+    def count(
+        self,
+        cost: Counter,
+        layer: int,
+        before: int,
+        after: int,
+        *,
+        width: int,
+        heads: int,
+        entries: int,
+        alignment: int,
+    ) -> None:
+        """Add what pruning one sample in one layer costs, beside the network's own work; see :mod:`madtp.flops`.
+
+        Args:
+            cost: kind of work -> operations.
+            layer: number of the layer.
+            before, after: tokens that enter and that leave.
+            width, heads: of the tokens, of the attention.
+            entries: of the dictionary.
+            alignment: cost of comparing one token with the dictionary.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON: its name under "method", and its settings."""
         return {
@@ -282,6 +308,12 @@ class ScoredPruning(Pruning):
             )
         importance, limit = self.decide(block_input, attention, dictionary, layer)
         return self.compact(tokens, importance, limit, layer, norm)
+
+    def count(self, cost, layer, before, after, *, width, heads, entries, alignment):
+        if self.importance and self.active:
+            cost["importance"] += before * before * width + 4 * heads * before * before + before * width
+        if after < before:
+            cost["merge"] += (before - after + 1) * width  # one row replaces the dropped ones
 
     def compact(
         self,

@@ -44,3 +44,13 @@ class MADTP(ScoredPruning):
             block_input.max_seqlen, self.temperature, bias=bias, backend=self.backend,
         )  # fmt: skip
         return importance, {"threshold": threshold}
+
+    def count(self, cost, layer, before, after, *, width, heads, entries, alignment):
+        if not self.active:
+            return
+        super().count(cost, layer, before, after, width=width, heads=heads, entries=entries, alignment=alignment)
+        prunable = max(before - 1, 0)
+        cost["alignment"] += alignment * prunable
+        cost["threshold"] += 7 * entries * prunable
+        if after == before:  # what fvcore takes for dead code
+            cost["unofficial"] += alignment * prunable

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
+from madtp_kernels.segments import sums
 
 from .base import ScoredPruning, register
 
@@ -37,8 +40,11 @@ class _FixedShare(ScoredPruning):
         raise NotImplementedError
 
     def decide(self, block_input, attention, dictionary, layer):
-        keep = ((block_input.lengths - block_input.prefix) * (1 - self.drop)).round().clamp(min=1).int()
-        return self.score(block_input, attention, layer), {"keep_count": keep}
+        own: Tensor | int = 1  # protected tokens of a sample; token 0, which always stays, is not in the count
+        if block_input.prefix > 1 or block_input.protected_ids is not None:
+            own = sums(block_input.protected.float(), block_input.cu_seqlens)
+        keep = ((block_input.lengths - own) * (1 - self.drop)).round() + own - 1
+        return self.score(block_input, attention, layer), {"keep_count": keep.clamp(min=1).int()}
 
 
 @register

@@ -21,6 +21,7 @@ from ..inputs import find_images
 from ..model import Model
 from ..options import UsageError, argument, option
 from ..processing import Processor, load_image
+from ..pruning import Pruning
 from .annotations import read_captions
 from .augment import augment
 
@@ -320,12 +321,12 @@ class Task:
         """Token counts of each instance of a model's output, for a batch in training."""
         return flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
 
-    def costs(self, streams: Streams, guided: bool, written: Sequence[int] = (), beams: int = 1) -> list[flops.Flops]:
+    def costs(self, streams: Streams, pruning: Pruning | bool, written: Sequence[int] = (), beams: int = 1) -> list[flops.Flops]:
         """Cost of each instance at inference.
 
         Args:
             streams: token counts.
-            guided: whether the dictionary was consulted.
+            pruning: the rule that was active; True: MADTP, False: none.
             written: tokens that a decoder, where there is one, writes for each instance.
             beams: of its search.
         """

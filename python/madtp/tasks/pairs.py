@@ -17,6 +17,7 @@ from madtp_kernels import RaggedBatch
 from .. import flops, graphs
 from ..index import from_text, to_text
 from ..model import Model
+from ..pruning import Pruning
 from .annotations import CaptionExample
 from .base import Answer, Task, not_finite
 from .caption import images_with_captions, single_captions
@@ -65,11 +66,11 @@ class PairsTask(Task):
         if not features.isfinite().all():
             raise not_finite("features", model)
         return [
-            Embedding(self.cost(**{kind: lengths}, guided=model.guided), vector, lengths)
+            Embedding(self.cost(**{kind: lengths}, pruning=model.pruning), vector, lengths)
             for vector, lengths in zip(features, flops.stream_lengths(output.trace), strict=True)
         ]
 
-    def cost(self, image: list[int] | None = None, text: list[int] | None = None, guided: bool = True) -> flops.Flops:
+    def cost(self, image: list[int] | None = None, text: list[int] | None = None, pruning: Pruning | bool = True) -> flops.Flops:
         """Cost of an image's features, or a text's, or both."""
         raise NotImplementedError
 
@@ -147,8 +148,8 @@ class PairsTask(Task):
         images, texts = super().streams(output)
         return images, [texts[first] for first in accumulate([0, *batch["counts"][:-1]])]
 
-    def costs(self, streams, guided, written=(), beams=1):
-        return [self.cost(image, text, guided) for image, text in zip(*streams, strict=True)]
+    def costs(self, streams, pruning, written=(), beams=1):
+        return [self.cost(image, text, pruning) for image, text in zip(*streams, strict=True)]
 
     def records(self, model, batch, output):
         texts = output.text_embeds.float().cpu().split(batch["counts"])

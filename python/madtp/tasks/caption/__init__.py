@@ -126,7 +126,7 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
             captions = model.generate(output.images, prompt, **options)
         beams = options.get("num_beams") or (1 if options.get("top_p") else 3)
         streams, lengths = self.streams(output), [len(prompt) + len(ids) for ids in captions]
-        costs = self.costs(streams, model.guided, lengths, beams)
+        costs = self.costs(streams, model.pruning, lengths, beams)
         columns = zip(costs, map(self.processor.decode, captions), *streams, strict=True)
         return [CaptionAnswer(*values) for values in columns], output
 
@@ -162,9 +162,9 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
     def streams(self, output, batch=None):
         return (flops.stream_lengths(output.vision),)
 
-    def costs(self, streams, guided, written=(), beams=1):
+    def costs(self, streams, pruning, written=(), beams=1):
         return [
-            flops.caption(self.config, image, length, beams=beams, guided=guided)
+            flops.caption(self.config, image, length, beams=beams, pruning=pruning)
             for image, length in zip(*streams, written, strict=True)
         ]
 

@@ -107,7 +107,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         if not all(0 <= probability <= 1 for probability in probabilities):
             raise not_finite("logits", model)
         streams = self.streams(output)
-        columns = zip(self.costs(streams, model.guided), probabilities, *streams, strict=True)
+        columns = zip(self.costs(streams, model.pruning), probabilities, *streams, strict=True)
         return [NLVRAnswer(*values) for values in columns], output
 
     def samples(self, place, count):
@@ -213,9 +213,9 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         pairs = [pair for pair, count in enumerate(statements) for _ in range(count)]
         return [vision[pair] for pair in pairs], [vision[len(statements) + pair] for pair in pairs], text
 
-    def costs(self, streams, guided, written=(), beams=1):
+    def costs(self, streams, pruning, written=(), beams=1):
         return [
-            flops.nlvr(self.config, list(zip(left, right, strict=True)), text, guided=guided)
+            flops.nlvr(self.config, list(zip(left, right, strict=True)), text, pruning=pruning)
             for left, right, text in zip(*streams, strict=True)
         ]
 

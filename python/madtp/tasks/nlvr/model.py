@@ -12,7 +12,7 @@ from madtp_kernels import RaggedBatch
 
 from ...config import NLVRConfig
 from ...model import Model, renamed
-from ...pruning import LayerTrace, Pruning, Tokens
+from ...pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from ...rows import first_rows
 from ...text import TextEncoder
 from ...vision import VisionTransformer
@@ -97,7 +97,7 @@ class NLVR(Model):
 def split(images: Tokens, batch: int) -> tuple[Tokens, Tokens]:
     """The left images (first ``batch`` samples) and the right images, without waiting for a device."""
     offset, rows = images.cu_seqlens[batch], images.values.shape[0]
-    parts = {name: getattr(images, name) for name in ("values", "ids", "sizes", "key_bias")}
+    parts = {name: getattr(images, name) for name in PER_TOKEN}
     parts = {name: part for name, part in parts.items() if part is not None}
     if images.device.type == "cpu" or not images.bound:
         # On a GPU only images that were never pruned have an exact buffer, and those are all of one length.

@@ -50,8 +50,8 @@ class RetrievalTask(PairsTask):
     recipe = Recipe(5, 32, 1e-7, 0.05)
     matches = True
 
-    def cost(self, image=None, text=None, guided=True, match: tuple[int, list[int]] | None = None):
-        return flops.retrieval(self.config, image=image, text=text, match=match, guided=guided)
+    def cost(self, image=None, text=None, pruning=True, match: tuple[int, list[int]] | None = None):
+        return flops.retrieval(self.config, image=image, text=text, match=match, pruning=pruning)
 
     def match(self, model: Retrieval, images, ids: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[float]:
         """How well do the texts belong to the images of these pairs? See :func:`madtp.predict.match`."""
@@ -79,7 +79,7 @@ class RetrievalTask(PairsTask):
     def _match(self, model: Retrieval, instances: list[tuple]) -> list[dict]:
         """Logits of each image with each of its texts, and what that cost beside the image."""
         pixels, texts = zip(*instances, strict=True)
-        guided, logits, costs = model.guided, [], []
+        pruning, logits, costs = model.pruning, [], []
         with torch.inference_mode():
             encoded = graphs.run(model.encode_image, torch.stack(pixels))
             image_tokens = encoded.tokens.lengths.tolist()
@@ -91,7 +91,7 @@ class RetrievalTask(PairsTask):
                 logits += matches.logits[:, 1].float().tolist()
                 lengths = dict(zip(matches.order.tolist(), flops.stream_lengths(matches.text), strict=True))
                 costs += [
-                    self.cost(match=(image_tokens[image], lengths[n]), guided=guided)
+                    self.cost(match=(image_tokens[image], lengths[n]), pruning=pruning)
                     for n, (image, _) in enumerate(part)
                 ]
         if not all(torch.tensor(logits).isfinite()):

@@ -163,7 +163,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
                 lengths = [1 + sum(len(answers[c]) for c in chosen) for chosen in ranking.candidates.tolist()]
                 beams = 1
         streams = self.streams(output)
-        columns = zip(self.costs(streams, model.guided, lengths, beams), texts, *streams, scores, strict=True)
+        columns = zip(self.costs(streams, model.pruning, lengths, beams), texts, *streams, scores, strict=True)
         return [VQAAnswer(*values) for values in columns], output
 
     # ---- evaluation
@@ -242,9 +242,9 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
     def states(self, output):
         return [(output.image_embeds, output.vision[-1].ids), (output.questions, output.questions.ids)]
 
-    def costs(self, streams, guided, written=(), beams=1):
+    def costs(self, streams, pruning, written=(), beams=1):
         return [
-            flops.vqa(self.config, image, question, length, beams=beams, guided=guided)
+            flops.vqa(self.config, image, question, length, beams=beams, pruning=pruning)
             for image, question, length in zip(*streams, written, strict=True)
         ]
 
