@@ -8,8 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from helpers import DEVICE, normal, offsets
-from test_tasks import COUNT, make, with_processor
-from test_tasks import pixels, texts  # noqa: F401 -- fixtures
+from test_tasks import COUNT, make, pixels, texts, with_processor  # noqa: F401 -- fixtures
 
 import madtp
 from madtp import flops
@@ -43,9 +42,7 @@ class EveryOther(Pruning):
             )
         row = torch.arange(len(tokens.ids), dtype=torch.int32, device=tokens.device)
         goes = (tokens.ids % 4 == 2) & ~tokens.protected
-        left, merged = tokens.merged(
-            row - goes.int(), proportional=self.proportional_attention, backend=self.backend
-        )
+        left, merged = tokens.merged(row - goes.int(), proportional=self.proportional_attention, backend=self.backend)
         return left, LayerTrace(tokens.cu_seqlens, left.cu_seqlens, left.ids, rows=merged.rows)
 
 
@@ -59,10 +56,10 @@ def test_topk_keeps_a_share_of_the_best_and_one_token_of_the_others(generator):
     tokens = Tokens.start(RaggedBatch(normal(generator, sum(lengths), width), offsets(lengths), 30))
     attention = attended(generator, tokens)
     norm = LayerNorm(width).to(DEVICE)
-    left, trace = TopK(0.5)(
-        tokens, block_input=tokens, attention=attention, dictionary=None, layer=2, norm=norm
+    left, trace = TopK(0.5)(tokens, block_input=tokens, attention=attention, dictionary=None, layer=2, norm=norm)
+    torch.testing.assert_close(
+        norm(left), torch.nn.functional.layer_norm(left.values, (width,), norm.weight, norm.bias)
     )
-    torch.testing.assert_close(norm(left), torch.nn.functional.layer_norm(left.values, (width,), norm.weight, norm.bias))
     scores = RaggedBatch(attention.attention_received, tokens.cu_seqlens, 30).to_list()
     ids = RaggedBatch(left.ids, left.cu_seqlens, 30).to_list()
     for x, score, kept, rows in zip(tokens.to_list(), scores, ids, left.to_list(), strict=True):
@@ -70,7 +67,7 @@ def test_topk_keeps_a_share_of_the_best_and_one_token_of_the_others(generator):
         if len(x) - 1 - count < 2:
             assert kept.tolist() == list(range(len(x)))
             continue
-        best = sorted(sorted(range(1, len(x)), key=lambda i: -score[i])[:count])  # noqa: B023
+        best = sorted(sorted(range(1, len(x)), key=lambda i: -score[i])[:count])
         gone = [i for i in range(1, len(x)) if i not in best]
         assert kept.tolist() == [0, *best, -3]
         weights, values = score[gone].double(), x[gone].double()
@@ -85,7 +82,9 @@ def test_lots_depend_on_place_layer_and_seed_alone(generator):
     assert torch.equal(first[:15], first[25:]) and first.unique().numel() == 25 and 0 <= first.min() <= first.max() <= 1
     assert not torch.equal(first, Random(0.5).score(tokens, None, 4))
     assert not torch.equal(first, Random(0.5, seed=1).score(tokens, None, 3))
-    spread = Random(0.5).score(Tokens.start(RaggedBatch(torch.zeros(4000, 1, device=DEVICE), offsets([4000]), 4000)), None, 0)
+    spread = Random(0.5).score(
+        Tokens.start(RaggedBatch(torch.zeros(4000, 1, device=DEVICE), offsets([4000]), 4000)), None, 0
+    )
     assert abs(float(spread.mean()) - 0.5) < 0.03 and abs(float(spread.std()) - 0.2887) < 0.02
 
 
@@ -160,7 +159,9 @@ def test_a_rule_is_saved_with_its_model(rule, tmp_path):
     model.pruning = rule
     madtp.save_pretrained(model, tmp_path)
     assert madtp.load(tmp_path).pruning == rule
-    assert madtp.load(tmp_path, temperature=0.5).pruning == MADTP(0.5, proportional_attention=rule.proportional_attention)
+    assert madtp.load(tmp_path, temperature=0.5).pruning == MADTP(
+        0.5, proportional_attention=rule.proportional_attention
+    )
 
 
 def test_models_that_were_saved_before_load(tmp_path):

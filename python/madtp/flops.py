@@ -169,7 +169,9 @@ def clip(
     if text is not None:
         lengths = _checked("text", text, config.text.num_hidden_layers)
         width, heads = config.text.hidden_size, config.text.num_attention_heads
-        cost += _blocks_cost(config.vision, lengths, width, heads, config.text.intermediate_size, _rule(pruning, "text"))
+        cost += _blocks_cost(
+            config.vision, lengths, width, heads, config.text.intermediate_size, _rule(pruning, "text")
+        )
         cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["linear"] += width * config.embed_dim
     return _total(cost)

@@ -7,4 +7,15 @@ from .base import METHODS, PER_TOKEN, LayerTrace, Pruning, ScoredPruning, Tokens
 from .madtp import MADTP
 from .topk import Random, TopK
 
-__all__ = ["METHODS", "MADTP", "PER_TOKEN", "LayerTrace", "Pruning", "Random", "ScoredPruning", "Tokens", "TopK", "register"]
+__all__ = [
+    "MADTP",
+    "METHODS",
+    "PER_TOKEN",
+    "LayerTrace",
+    "Pruning",
+    "Random",
+    "ScoredPruning",
+    "Tokens",
+    "TopK",
+    "register",
+]
