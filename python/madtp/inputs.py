@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from .files import read_text
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "read_lines", "read_texts"]
+__all__ = ["IMAGE_SUFFIXES", "find_images", "read_lines", "read_texts", "stream_images"]
 
 _log = logging.getLogger("madtp")
 
@@ -106,12 +106,31 @@ def _images_below(folder: str) -> list[str]:
     return [os.path.join(folder, *parts) for parts in found]
 
 
-def _walk(folder: str) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
-    """Each folder from this one down once: its place below, names of its files, whether it can be read.
+def stream_images(sources: Sequence[str | os.PathLike]) -> Iterator[str]:
+    """The same paths one by one, for folders of any size: files are in the same order, but those of folders behind links come
+    after all others of their source, and what two sources have in common comes twice where a file is named before its folder.
+    """
+    seen: set[tuple[int, int]] = set()
+    for source in map(os.fspath, sources):
+        if not os.path.isdir(source):
+            yield source
+            continue
+        os.listdir(source)
+        for parts, names, readable in _walk(source, seen):
+            if not readable:
+                yield os.path.join(source, *parts)
+            for name in names:
+                if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                    yield os.path.join(source, *parts, name)
+
+
+def _walk(folder: str, seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
+    """Each folder from this one down once, in the order of names: its place below, names of its files, whether it can be read.
+    Folders in ``seen`` are left out, and those that were visited are added.
 
     Links to folders are followed last: by then all that were there under their own names have been seen.
     """
-    seen: set[tuple[int, int]] = set()
+    seen = set() if seen is None else seen
     waiting, links = [()], []
     while waiting or links:
         parts = waiting.pop() if waiting else links.pop(0)
@@ -125,14 +144,15 @@ def _walk(folder: str) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
         except OSError:
             yield parts, [], False
             continue
-        names = []
+        names, below = [], []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                (links if entry.is_symlink() else waiting).append((*parts, entry.name))
+                (links if entry.is_symlink() else below).append((*parts, entry.name))
             else:
                 names.append(entry.name)
+        waiting += reversed(below)
         yield parts, names, True
 
 

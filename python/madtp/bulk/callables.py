@@ -1,0 +1,370 @@
+"""Callables for engines that bring rows and take results: Ray Data's `map_batches`, Daft's classes, a loop of one's own.
+
+    embedder = madtp.Embedder("openai/clip-vit-base-patch32")
+    embedder({"image": ["a.jpg", "b.jpg"]})["embedding"]     # float32 [2, 512]
+
+An object is small and can be pickled: the model is loaded at the first call, in the process that makes it. A row that cannot
+be answered has its reason in the column "error", and the others of its batch are answered.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .readers import IMAGE_KEYS, Row, Span
+from .workers import Failure, attempt
+
+__all__ = ["Answerer", "Captioner", "Embedder", "answer_all", "to_image"]
+
+_TEXT_KEYS = ("text", "caption", "txt")
+_QUESTION_KEYS = ("question", "text", "txt")
+
+
+def to_image(value) -> str | bytes | Image.Image:
+    """Something that `load_image` takes: a path, the bytes of a file, a PIL image, or an array of uint8 [H, W, 3], [H, W, 4]
+    or [H, W]; a dictionary with "bytes" or "path", as Hugging Face's datasets have it.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Span):
+        return value.read()
+    if isinstance(value, (str, os.PathLike, Image.Image)):
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, torch.Tensor):
+        value = value.numpy()
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.size:
+        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3, 4)):
+            return Image.fromarray(np.array(value[..., 0] if value.shape[2:] == (1,) else value))  # a copy: it may be read-only
+    if value is None or (isinstance(value, float) and value != value):
+        raise ValueError("no image: the field is empty")
+    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise ValueError(f"image: expected a path, bytes, a PIL image or uint8 [H, W, 3], got {got}")
+
+
+def answer_all(answer: Callable[[list], list[dict]], instances: list, *, done: bool = False) -> list[dict | Failure]:
+    """What a model answers to prepared instances. A batch that it cannot take is halved until the instance is found that
+    is to blame, or all fit in memory.
+
+    Args:
+        done: whether anything was answered before; where not, and nothing is now, the model is to blame.
+
+    Raises:
+        FloatingPointError: none of the first instances has finite results.
+    """
+    try:
+        return answer(instances)
+    except (torch.OutOfMemoryError, FloatingPointError) as error:
+        if len(instances) > 1:
+            # The error's traceback holds the tensors that did not fit.
+            error.__traceback__ = None
+            half = len(instances) // 2
+            found = [part for rows in (instances[:half], instances[half:]) for part in answer_all(answer, rows, done=True)]
+        else:
+            found = [Failure("model", type(error).__name__, str(error).splitlines()[0])]
+        if not done and isinstance(error, FloatingPointError) and all(isinstance(one, Failure) for one in found):
+            raise
+        return found
+
+
+class Prepare:
+    """Turns a row into an instance; picklable, for processes that have no model.
+
+    Args:
+        processor: of the model.
+        kind: "image", "text" (embedded), or "question" (about an image).
+        text: name of the field with the text or question.
+        question: for all rows, where they have none of their own.
+    """
+
+    def __init__(self, processor, kind: str, text: str | None = None, question: str | None = None) -> None:
+        self.processor, self.kind, self.text, self.question = processor, kind, text, question
+
+    def __call__(self, row: Row):
+        if self.kind == "image":
+            return self.processor.image(to_image(row.image))
+        if self.kind == "text":
+            return self.processor.text(self._text(row, _TEXT_KEYS))
+        question = self.question if self.question is not None else self._text(row, _QUESTION_KEYS)
+        return self.processor.image(to_image(row.image)), self.processor.text(question)
+
+    def _text(self, row: Row, names: Sequence[str]) -> str:
+        name = self.text or next((name for name in names if name in row.fields), None)
+        value = row.fields.get(name)
+        if not isinstance(value, str):
+            missing = f"no {self.text or names[0]!r} in this row" if value is None else f"{name}: must be a string"
+            raise ValueError(missing)
+        return value
+
+
+class Answering:
+    """What the callables share: a model that is loaded when it is needed, and batches of columns.
+
+    Args:
+        model: as :func:`madtp.load` takes it.
+        device: "cpu", "cuda", "cuda:1".
+        dtype: "float32", "bfloat16" or "float16".
+        image: name of the column with images: bytes of files, paths, PIL images, arrays of uint8, dictionaries with "bytes"
+            or "path". By default the first of "image", "image_path", "path", "jpg", "png", ... that a batch has.
+        batch_size: the most rows that the model gets at a time; by default as many as a call has.
+        threads: that decode; by default 8.
+        options: of :func:`madtp.load`, such as ``temperature``.
+
+    A call takes columns (arrays or lists, by name) and returns the same ones, without images that are no paths, and the
+    results. Arrays that it is given are not written to.
+    """
+
+    tasks: tuple[str, ...] = ()
+    _kind = "image"
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        image: str | None = None,
+        batch_size: int | None = None,
+        threads: int = 8,
+        **options,
+    ) -> None:
+        self._source, self._device, self._dtype, self._options = model, str(device), str(dtype), options
+        self._image, self._batch_size, self._threads = image, batch_size, threads
+        self._model, self._answered = None, False
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}
+
+    @property
+    def model(self):
+        """The model; loaded now if it was not.
+
+        Raises:
+            ValueError: a device that is not there, or a model for another task.
+        """
+        if self._model is None:
+            from ..checkpoints import load
+
+            if self._device.startswith("cuda") and not torch.cuda.is_available():
+                raise ValueError(f"device: {self._device!r}, but this process sees no GPU (an actor of Ray's does with num_gpus=1)")
+            task = self.tasks[0] if self._source == "random:base" else None
+            options = {"task": task, **self._options}
+            model = load(self._source, device=self._device, dtype=getattr(torch, self._dtype.removeprefix("torch.")), **options)
+            if model.config.task not in self.tasks:
+                expected = " or ".join(map(repr, self.tasks))
+                raise ValueError(f"{self._source}: holds a model for task {model.config.task!r}, not {expected}")
+            self._model = model
+        return self._model
+
+    def prepare(self) -> Prepare:
+        """What turns a row into an instance for :meth:`answer`, in any process."""
+        return Prepare(self.model.processor, self._kind)
+
+    def answer(self, instances: list) -> list[dict]:
+        """Results of prepared instances, as JSON values and arrays."""
+        raise NotImplementedError
+
+    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
+        """The results of a batch, as columns of its length."""
+        raise NotImplementedError
+
+    def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, np.ndarray]:
+        columns = {name: values if isinstance(values, np.ndarray) else list(values) for name, values in batch.items()}
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns: expected the same length, got {lengths}")
+        count = next(iter(lengths.values()), 0)
+        key = self._image_column(columns)
+        others = [name for name in columns if name != key]
+        rows = [
+            Row(n, str(n), columns[key][n] if key else None, {name: _plain(columns[name][n]) for name in others})
+            for n in range(count)
+        ]
+        prepare = self.prepare()
+        with ThreadPoolExecutor(self._threads) as pool:
+            instances = list(pool.map(lambda row: attempt(prepare, row), rows))
+        usable = [n for n, instance in enumerate(instances) if not isinstance(instance, Failure)]
+        answers, step = list(instances), self._batch_size or max(1, count)
+        for start in range(0, len(usable), step):
+            places = usable[start : start + step]
+            found = answer_all(self.answer, [instances[n] for n in places], done=self._answered)
+            self._answered = True
+            for n, one in zip(places, found, strict=True):
+                answers[n] = one
+        errors = [f"{one.kind}: {one.reason}" if isinstance(one, Failure) else None for one in answers]
+        kept = {name: np.asarray(columns[name]) if _is_flat(columns[name]) else _objects(columns[name]) for name in others}
+        if key and all(value is None or isinstance(value, (str, os.PathLike)) for value in columns[key]):
+            kept = {key: _objects(columns[key]), **kept}
+        return {**kept, **self.columns(answers), "error": _objects(errors)}
+
+    def _image_column(self, columns: Mapping[str, Sequence]) -> str | None:
+        if self._kind == "text":
+            return self._image if self._image in columns else None
+        key = self._image or next((name for name in IMAGE_KEYS if name in columns), None)
+        if key not in columns:
+            wanted = f"no column {key!r}" if key else "no column with images is known"
+            raise ValueError(f"image: {wanted}, the batch has {', '.join(columns) or 'none'}")
+        return key
+
+
+def _plain(value):
+    """A value as Python has it: texts of numpy's are strings, too."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_flat(values) -> bool:
+    return isinstance(values, np.ndarray)
+
+
+def _objects(values: Sequence) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = list(values)
+    return array
+
+
+def _token_columns(answers: list[dict | Failure], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Counts [N, layers + 1] int32, zeros where there is no result."""
+    columns = {}
+    for name in names:
+        width = max((len(one[name]) for one in answers if not isinstance(one, Failure)), default=0)
+        empty = [0] * width
+        columns[name] = np.array([empty if isinstance(one, Failure) else one[name] for one in answers], dtype=np.int32).reshape(-1, width)
+    return columns
+
+
+class Embedder(Answering):
+    """Images, or texts, as vectors of length 1 (CLIP, BLIP retrieval).
+
+    Adds the columns "embedding" (float32 [N, D], NaN in rows without a result), "image_tokens" or "text_tokens" (int32 [N,
+    layers + 1], tokens before the first layer and after each) and "error".
+
+    Args:
+        text: name of a column of texts, which are embedded instead of images.
+        others: see :class:`Answering`.
+    """
+
+    tasks = ("clip", "retrieval")
+
+    def __init__(self, model: str | os.PathLike, *, text: str | None = None, **options) -> None:
+        super().__init__(model, **options)
+        self._text = text
+        self._kind = "image" if text is None else "text"
+        self._width: int | None = None
+
+    def prepare(self) -> Prepare:
+        return Prepare(self.model.processor, self._kind, self._text)
+
+    def answer(self, instances: list) -> list[dict]:
+        from .. import predict
+
+        embeddings, _ = (predict.embed_images if self._kind == "image" else predict.embed_texts)(self.model, instances)
+        return [
+            {f"{self._kind}_tokens": one.tokens, "flops": one.flops, "embedding": one.features.numpy()} for one in embeddings
+        ]
+
+    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
+        vectors = np.full((len(answers), self.width), np.nan, dtype=np.float32)
+        for n, one in enumerate(answers):
+            if not isinstance(one, Failure):
+                vectors[n] = one["embedding"]
+        return {"embedding": vectors, **_token_columns(answers, [f"{self._kind}_tokens"])}
+
+    @property
+    def width(self) -> int:
+        """D, of the model's vectors."""
+        if self._width is None:
+            processor = self.model.processor
+            blank = processor.image(Image.new("RGB", (8, 8))) if self._kind == "image" else processor.text("a")
+            self._width = len(self.answer([blank])[0]["embedding"])
+        return self._width
+
+
+class Captioner(Answering):
+    """Captions of images (BLIP). Adds "caption", "image_tokens" and "error"; see :class:`Answering`.
+
+    Args:
+        generation: options of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}``.
+        seed: of captions that are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its caption
+            depends on it and the seed alone.
+    """
+
+    tasks = ("caption",)
+
+    def __init__(self, model: str | os.PathLike, *, generation: Mapping | None = None, seed: int = 0, **options) -> None:
+        super().__init__(model, **options)
+        self._generation, self._seed = dict(generation or {}), seed
+
+    def answer(self, instances: list) -> list[dict]:
+        from .. import predict
+
+        options = dict(self._generation)
+        if options.get("top_p") is not None:
+            options["seeds"] = [zlib.crc32(pixels.numpy().tobytes(), self._seed) for pixels in instances]
+        captions, _ = predict.caption_batch(self.model, instances, **options)
+        return [{"caption": one.caption, "image_tokens": one.image_tokens, "flops": one.flops} for one in captions]
+
+    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
+        texts = [None if isinstance(one, Failure) else one["caption"] for one in answers]
+        return {"caption": _objects(texts), **_token_columns(answers, ["image_tokens"])}
+
+
+class Answerer(Answering):
+    """Answers to questions about images (BLIP). Adds "answer", "image_tokens", "question_tokens" and "error"; see
+    :class:`Answering`.
+
+    Args:
+        text: name of the column with questions; by default "question" or "text".
+        question: one for all images, instead of a column.
+        candidates: answers to choose from; by default answers are written.
+        generation: options of :meth:`madtp.models.vqa.VQA.generate`.
+    """
+
+    tasks = ("vqa",)
+    _kind = "question"
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        text: str | None = None,
+        question: str | None = None,
+        candidates: Sequence[str] | None = None,
+        generation: Mapping | None = None,
+        **options,
+    ) -> None:
+        super().__init__(model, **options)
+        self._text, self._question, self._candidates = text, question, candidates
+        self._generation = dict(generation or {})
+
+    def prepare(self) -> Prepare:
+        return Prepare(self.model.processor, self._kind, self._text, self._question)
+
+    def answer(self, instances: list) -> list[dict]:
+        from .. import predict
+
+        answers, _ = predict.vqa_batch(self.model, instances, candidates=self._candidates, **self._generation)
+        return [
+            {
+                "answer": one.answer,
+                **({} if one.score is None else {"score": one.score}),
+                "image_tokens": one.image_tokens,
+                "question_tokens": one.question_tokens,
+                "flops": one.flops,
+            }
+            for one in answers
+        ]
+
+    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
+        texts = [None if isinstance(one, Failure) else one["answer"] for one in answers]
+        return {"answer": _objects(texts), **_token_columns(answers, ["image_tokens", "question_tokens"])}

@@ -1,0 +1,356 @@
+"""Where results go: for each shard files of its own, which appear whole, and a marker that is written last.
+
+    OUTPUT/run.json                         what the results depend on
+    OUTPUT/stats/000000.json                marker of a shard that is done: its source, how many rows, how many failed
+    OUTPUT/errors/errors_000000.jsonl       rows without a result, if there are any: key, stage, kind, error
+
+and of embeddings, in the layout of clip-retrieval, which its index tools read:
+
+    OUTPUT/img_emb/img_emb_000000.npy       vectors [n, D] (text_emb/text_emb_000000.npy of texts)
+    OUTPUT/metadata/metadata_000000.parquet row j is about vector j
+
+or of captions and answers `captions_000000.jsonl` (or `.parquet`), with every row in it. Files that are being written are in
+`OUTPUT/.unfinished`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..files import replacing
+from ..jsonl import ResumeError, to_line
+from .readers import Row, Shard
+from .workers import Failure
+
+__all__ = ["FORMATS", "Results", "ShardFiles"]
+
+FORMATS = ("parquet", "jsonl")
+_DIGITS = 6  # of shards' numbers: sorted as text they are in order
+_PATIENCE = 10.0  # seconds for a process that was stopped to let go of a shard
+
+
+class Results:
+    """The folder of a run's results.
+
+    Args:
+        folder: made if it is not there.
+        settings: what determines the results, as JSON values; a folder with others is refused.
+        vectors: "img" or "text" for embeddings; None for records.
+        name: of the files with records ("captions").
+        format: of records, and of what is known about vectors.
+        dtype: of vectors, "float32" or "float16".
+        versions: of software; only a change is noticed.
+
+    Raises:
+        ResumeError: a folder of another run, or with other files.
+        ImportError: parquet without pyarrow.
+        OSError: a folder that cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: Mapping,
+        *,
+        vectors: str | None = None,
+        name: str = "records",
+        format: str = "parquet",
+        dtype: str = "float32",
+    ) -> None:
+        if format == "parquet":
+            require_pyarrow()
+        self.folder, self.vectors, self.name, self.format, self.dtype = Path(folder), vectors, name, format, dtype
+        self.settings = {**settings, "format": format, **({"vectors": vectors, "npy_dtype": dtype} if vectors else {})}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._unfinished = self.folder / ".unfinished"
+        self._agree()
+        for part in ("stats", "errors", ".unfinished", *([f"{vectors}_emb", "metadata"] if vectors else [])):
+            (self.folder / part).mkdir(exist_ok=True)
+
+    def _agree(self) -> None:
+        """Be the first to say what the run is, or compare with what was said."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            others = sorted(entry.name for entry in self.folder.iterdir() if entry.name not in (".unfinished",))
+            if others:
+                raise ResumeError(f"{self.folder}: holds other files ({', '.join(others[:3])}); name another folder")
+            self._unfinished.mkdir(exist_ok=True)
+            draft = self._unfinished / f"run-{os.getpid()}.json"
+            draft.write_bytes(json.dumps(self.settings, indent=1).encode() + b"\n")
+            with contextlib.suppress(FileExistsError):  # another process of the same run was faster
+                os.link(draft, path)
+            draft.unlink()
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ResumeError(f"{path} was not written by a run like this one; name another folder")
+        now = json.loads(json.dumps(self.settings))
+        changed = [key for key in {**now, **found} if now.get(key) != found.get(key)]
+        if changed:
+            pairs = "; ".join(f"{key}: {found.get(key)} then, {now.get(key)} now" for key in changed)
+            raise ResumeError(f"{self.folder} is of another run ({pairs}); name another folder, or give --overwrite")
+
+    @staticmethod
+    def clear(folder: str | os.PathLike) -> None:
+        """Remove a run's results; whatever else is in the folder stays. Raises ResumeError if it is none of ours."""
+        folder = Path(folder)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+        if not (folder / "run.json").is_file():
+            raise ResumeError(f"{folder}: no results of a run, so nothing in it is overwritten; name another folder")
+        for marker in sorted((folder / "stats").glob("*.json")):
+            for name in json.loads(marker.read_bytes())["files"]:
+                (folder / name).unlink(missing_ok=True)
+            marker.unlink()
+        shutil.rmtree(folder / ".unfinished", ignore_errors=True)
+        (folder / "run.json").unlink()
+        for part in ("stats", "errors", "metadata", "img_emb", "text_emb"):
+            with contextlib.suppress(OSError):
+                (folder / part).rmdir()
+
+    # ---- shards ----
+
+    def marker(self, shard: Shard) -> dict | None:
+        """What was said of a shard when it was done; None if it is not.
+
+        Raises:
+            ResumeError: its rows are other ones now, or a file of its results has another size.
+        """
+        try:
+            found = json.loads((self.folder / self._marker(shard.number)).read_bytes())
+        except FileNotFoundError:
+            return None
+        if found["digest"] != shard.digest:
+            raise ResumeError(
+                f"{self.folder}: shard {shard.number} was made of {found['source']}, and now is {shard.name}, or its rows have "
+                f"changed ({found['digest'][:15]} then, {shard.digest[:15]} now); name another folder, or give --overwrite"
+            )
+        for name, size in found["files"].items():
+            path = self.folder / name
+            if path.exists() and path.stat().st_size != size:  # files that were moved elsewhere are done, too
+                raise ResumeError(f"{path} was changed: {path.stat().st_size} bytes, {size} were written; remove {self._marker(shard.number)}")
+        return found
+
+    @staticmethod
+    def _marker(number: int) -> str:
+        return f"stats/{number:0{_DIGITS}}.json"
+
+    @contextlib.contextmanager
+    def locked(self, shard: Shard) -> Iterator[None]:
+        """Keep other processes away from a shard. Raises ResumeError if one has it for longer than a while."""
+        path = self._unfinished / f"{shard.number:0{_DIGITS}}.lock"
+        until = time.monotonic() + _PATIENCE
+        with open(path, "ab") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if time.monotonic() > until:
+                        raise ResumeError(f"{self.folder}: shard {shard.number} is being written by another process") from error
+                    time.sleep(0.1)
+            yield
+            path.unlink(missing_ok=True)
+
+    def files(self, shard: Shard) -> ShardFiles:
+        """Files to write a shard's results to."""
+        return ShardFiles(self, shard)
+
+    def failures(self, shard: Shard) -> list[dict]:
+        """The rows of a shard that is done that failed; none where the file with them is gone."""
+        path = self.folder / f"errors/errors_{shard.number:0{_DIGITS}}.jsonl"
+        return read_records(path) if path.exists() else []
+
+    def old(self, shard: Shard, marker: Mapping) -> dict[int, dict]:
+        """The results of a shard that is done, by row; rows that failed are not among them. Vectors are "embedding".
+
+        Raises:
+            ResumeError: files that are gone.
+        """
+        names = list(marker["files"])
+        gone = [name for name in names if not (self.folder / name).exists()]
+        if gone:
+            raise ResumeError(f"{self.folder / gone[0]} is gone, so its failed rows cannot be added to it")
+        vectors, records = None, []
+        for name in names:
+            if name.endswith(".npy"):
+                vectors = np.load(self.folder / name, mmap_mode="r")
+            elif not name.startswith("errors"):
+                records += read_records(self.folder / name)
+        found = {record["row"]: record for record in records if not record.get("error")}
+        if vectors is not None:
+            for vector, record in zip(vectors, found.values(), strict=True):
+                record["embedding"] = vector
+        return found
+
+
+class ShardFiles:
+    """Results of one shard on their way to disk. Vectors and lines are written as they come, tables are held until the end."""
+
+    def __init__(self, results: Results, shard: Shard) -> None:
+        self._results, self._shard = results, shard
+        self._stem = f"{shard.number:0{_DIGITS}}"
+        self._records: list[dict] = []
+        self._failures: list[dict] = []
+        self._rows = self._vectors = 0
+        self._npy = self._width = None
+
+    def __enter__(self) -> ShardFiles:
+        for left in self._results._unfinished.glob(f"{self._stem}-*"):
+            left.unlink()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._npy is not None:
+            self._npy.close()
+        for left in self._results._unfinished.glob(f"{self._stem}-*"):
+            left.unlink()
+
+    def add(self, row: Row, result: dict | Failure, fields: Mapping) -> None:
+        """A row with its result, or why it has none; rows come in their order.
+
+        Args:
+            fields: what else its record says, before the result.
+        """
+        self._rows += 1
+        start = {"row": row.number, **fields}
+        if isinstance(result, Failure):
+            self._failures.append({"row": row.number, "key": row.key, "stage": result.stage, "kind": result.kind, "error": result.reason})
+            if not self._results.vectors:
+                self._records.append({**start, "error": result.reason})
+            return
+        result = dict(result)
+        if self._results.vectors:
+            self._write(np.asarray(result.pop("embedding")))
+        self._records.append({**start, **result})
+
+    def _write(self, vector: np.ndarray) -> None:
+        if self._npy is None:
+            self._npy = open(self._draft("npy"), "wb")
+            self._width = len(vector)
+            self._header(0)
+        self._npy.write(np.ascontiguousarray(vector, dtype=self._type).tobytes())
+        self._vectors += 1
+
+    @property
+    def _type(self) -> np.dtype:
+        return np.dtype(self._results.dtype).newbyteorder("<")
+
+    def _header(self, rows: int) -> None:
+        """At the beginning of the file; it leaves room for any number of rows."""
+        self._npy.seek(0)
+        descr = np.lib.format.dtype_to_descr(self._type)
+        np.lib.format.write_array_header_1_0(self._npy, {"descr": descr, "fortran_order": False, "shape": (rows, self._width)})
+
+    def _draft(self, suffix: str) -> Path:
+        return self._results._unfinished / f"{self._stem}-{suffix}"
+
+    def finish(self) -> dict:
+        """Put everything under its own name, on the disk, and the marker after it; returns the marker.
+
+        A shard without a single vector has no file of them, since tools that read pairs of files pass over empty ones.
+        """
+        results, files = self._results, {}
+        (results.folder / results._marker(self._shard.number)).unlink(missing_ok=True)
+        if results.vectors:
+            kind = f"{results.vectors}_emb"
+            if self._npy is not None:
+                self._header(self._vectors)
+                files[f"{kind}/{kind}_{self._stem}.npy"] = self._npy
+            records = f"metadata/metadata_{self._stem}.{results.format}"
+        else:
+            records = f"{results.name}_{self._stem}.{results.format}"
+        if self._records:
+            files[records] = self._records
+        errors = f"errors/errors_{self._stem}.jsonl"
+        if self._failures:
+            files[errors] = self._failures
+        for name in (*([f"{kind}/{kind}_{self._stem}.npy"] if results.vectors else []), records, errors):
+            if name not in files:
+                (results.folder / name).unlink(missing_ok=True)  # of a run before this one
+        sizes = {}
+        for name, content in files.items():
+            draft = self._draft(Path(name).suffix[1:])
+            if content is self._npy and self._npy is not None:
+                file = content
+            else:
+                file = open(draft, "wb")
+                write_records(file, content, results.format if name == records else "jsonl")
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            sizes[name] = draft.stat().st_size
+            os.replace(draft, results.folder / name)
+        for folder in {(results.folder / name).parent for name in files}:
+            _sync(folder)
+        marker = {
+            "shard": self._shard.number,
+            "source": self._shard.name,
+            "digest": self._shard.digest,
+            "rows": self._rows,
+            "failed": len(self._failures),
+            "files": sizes,
+        }
+        with replacing(results.folder / results._marker(self._shard.number)) as file:
+            file.write(to_line(marker))
+        self._npy = None
+        return marker
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def require_pyarrow() -> None:
+    """Raises ImportError, with what helps, where pyarrow is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ImportError("parquet needs pyarrow (pip install pyarrow); --format jsonl needs nothing") from error
+
+
+def write_records(file, records: Iterable[Mapping], format: str) -> None:
+    """Records as JSON Lines, or as a parquet table with a column for every field that any of them has."""
+    if format == "jsonl":
+        file.writelines(map(to_line, records))
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = list(records)
+    names = dict.fromkeys(name for record in records for name in record)
+    table = pa.table({name: _column([record.get(name) for record in records]) for name in names})
+    pq.write_table(table, file)
+
+
+def _column(values: list):
+    """An Arrow array of JSON values; of those that have no common type, their JSON."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError):
+        return pa.array([None if value is None else to_line(value).decode().rstrip("\n") for value in values])
+
+
+def read_records(path: str | os.PathLike) -> list[dict]:
+    """The records of a file that :func:`write_records` wrote."""
+    if str(path).endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path).to_pylist()
+    with open(path, "rb") as file:
+        return [json.loads(line) for line in file]
