@@ -19,6 +19,10 @@ from .weights import CheckpointError, load, save_pretrained
 
 
 def __getattr__(name: str):
+    if name in ("Answerer", "Captioner", "Embedder"):
+        from .bulk import callables
+
+        return getattr(callables, name)
     if name in ("apply_patch", "remove_patch"):  # not before they are needed: transformers takes seconds to import
         from . import patch
 
@@ -27,10 +31,13 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "Answerer",
     "CLIPConfig",
     "CLIPTextConfig",
     "CaptionConfig",
+    "Captioner",
     "CheckpointError",
+    "Embedder",
     "NLVRConfig",
     "RetrievalConfig",
     "TextConfig",

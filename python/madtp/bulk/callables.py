@@ -1,10 +1,11 @@
-"""Callables for engines that bring rows and take results: Ray Data's `map_batches`, Daft's classes, a loop of one's own.
+"""Callables for engines that bring rows and take results: Ray Data's `map_batches`, Daft's classes, a loop of one's
+own.
 
     embedder = madtp.Embedder("openai/clip-vit-base-patch32")
     embedder({"image": ["a.jpg", "b.jpg"]})["embedding"]     # float32 [2, 512]
 
-An object is small and can be pickled: the model is loaded at the first call, in the process that makes it. A row that cannot
-be answered has its reason in the column "error", and the others of its batch are answered.
+An object is small and can be pickled: the model is loaded at the first call, in the process that makes it. A row that
+cannot be answered has its reason in the column "error", and the others of its batch are answered.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _QUESTION_KEYS = ("question", "text", "txt")
 
 
 def to_image(value) -> str | bytes | Image.Image:
-    """Something that `load_image` takes: a path, the bytes of a file, a PIL image, or an array of uint8 [H, W, 3], [H, W, 4]
-    or [H, W]; a dictionary with "bytes" or "path", as Hugging Face's datasets have it.
+    """Something that `load_image` takes: a path, the bytes of a file, a PIL image, or an array of uint8 [H, W, 3], [H,
+    W, 4] or [H, W]; a dictionary with "bytes" or "path", as Hugging Face's datasets have it.
 
     Raises:
         ValueError: anything else.
@@ -44,9 +45,9 @@ def to_image(value) -> str | bytes | Image.Image:
         return bytes(value)
     if isinstance(value, torch.Tensor):
         value = value.numpy()
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.size:
-        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3, 4)):
-            return Image.fromarray(np.array(value[..., 0] if value.shape[2:] == (1,) else value))  # a copy: it may be read-only
+    shape = value.shape if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.size else ()
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)):
+        return Image.fromarray(np.array(value[..., 0] if shape[2:] == (1,) else value))  # a copy: it may be read-only
     if value is None or (isinstance(value, float) and value != value):
         raise ValueError("no image: the field is empty")
     got = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
@@ -54,8 +55,8 @@ def to_image(value) -> str | bytes | Image.Image:
 
 
 def answer_all(answer: Callable[[list], list[dict]], instances: list, *, done: bool = False) -> list[dict | Failure]:
-    """What a model answers to prepared instances. A batch that it cannot take is halved until the instance is found that
-    is to blame, or all fit in memory.
+    """What a model answers to prepared instances. A batch that it cannot take is halved until the instance is found
+    that is to blame, or all fit in memory.
 
     Args:
         done: whether anything was answered before; where not, and nothing is now, the model is to blame.
@@ -70,7 +71,9 @@ def answer_all(answer: Callable[[list], list[dict]], instances: list, *, done: b
             # The error's traceback holds the tensors that did not fit.
             error.__traceback__ = None
             half = len(instances) // 2
-            found = [part for rows in (instances[:half], instances[half:]) for part in answer_all(answer, rows, done=True)]
+            found = [
+                part for rows in (instances[:half], instances[half:]) for part in answer_all(answer, rows, done=True)
+            ]
         else:
             found = [Failure("model", type(error).__name__, str(error).splitlines()[0])]
         if not done and isinstance(error, FloatingPointError) and all(isinstance(one, Failure) for one in found):
@@ -112,11 +115,12 @@ class Answering:
     """What the callables share: a model that is loaded when it is needed, and batches of columns.
 
     Args:
-        model: as :func:`madtp.load` takes it.
+        model: as :func:`madtp.load` takes it; or a model that is loaded, for use in this process only.
         device: "cpu", "cuda", "cuda:1".
         dtype: "float32", "bfloat16" or "float16".
-        image: name of the column with images: bytes of files, paths, PIL images, arrays of uint8, dictionaries with "bytes"
-            or "path". By default the first of "image", "image_path", "path", "jpg", "png", ... that a batch has.
+        image: name of the column with images: bytes of files, paths, PIL images, arrays of uint8, dictionaries with
+            "bytes" or "path". By default the first of "image", "image_path", "path", "jpg", "png", ... that a batch
+            has.
         batch_size: the most rows that the model gets at a time; by default as many as a call has.
         threads: that decode; by default 8.
         options: of :func:`madtp.load`, such as ``temperature``.
@@ -141,9 +145,13 @@ class Answering:
     ) -> None:
         self._source, self._device, self._dtype, self._options = model, str(device), str(dtype), options
         self._image, self._batch_size, self._threads = image, batch_size, threads
-        self._model, self._answered = None, False
+        self._model, self._answered = model if isinstance(model, torch.nn.Module) else None, False
 
     def __getstate__(self) -> dict:
+        if isinstance(self._source, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__}: made of a loaded model, which stays in its process; name its source instead"
+            )
         return {**self.__dict__, "_model": None}
 
     @property
@@ -154,13 +162,17 @@ class Answering:
             ValueError: a device that is not there, or a model for another task.
         """
         if self._model is None:
-            from ..checkpoints import load
+            from .. import load
 
             if self._device.startswith("cuda") and not torch.cuda.is_available():
-                raise ValueError(f"device: {self._device!r}, but this process sees no GPU (an actor of Ray's does with num_gpus=1)")
+                raise ValueError(
+                    f"device: {self._device!r}, but this process sees no GPU (an actor of Ray's does with num_gpus=1)"
+                )
             task = self.tasks[0] if self._source == "random:base" else None
             options = {"task": task, **self._options}
-            model = load(self._source, device=self._device, dtype=getattr(torch, self._dtype.removeprefix("torch.")), **options)
+            model = load(
+                self._source, device=self._device, dtype=getattr(torch, self._dtype.removeprefix("torch.")), **options
+            )
             if model.config.task not in self.tasks:
                 expected = " or ".join(map(repr, self.tasks))
                 raise ValueError(f"{self._source}: holds a model for task {model.config.task!r}, not {expected}")
@@ -174,6 +186,13 @@ class Answering:
     def answer(self, instances: list) -> list[dict]:
         """Results of prepared instances, as JSON values and arrays."""
         raise NotImplementedError
+
+    def tokens(self, instance) -> int:
+        """How many tokens an instance has at the first layer: what fills a batch."""
+        pixels, *texts = instance if isinstance(instance, tuple) else (instance,)
+        vision = self.model.config.vision
+        count = vision.num_patches + 1 if pixels.dim() > 1 else len(pixels)
+        return count + sum(len(ids) for ids in texts)
 
     def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
         """The results of a batch, as columns of its length."""
@@ -203,7 +222,9 @@ class Answering:
             for n, one in zip(places, found, strict=True):
                 answers[n] = one
         errors = [f"{one.kind}: {one.reason}" if isinstance(one, Failure) else None for one in answers]
-        kept = {name: np.asarray(columns[name]) if _is_flat(columns[name]) else _objects(columns[name]) for name in others}
+        kept = {
+            name: np.asarray(columns[name]) if _is_flat(columns[name]) else _objects(columns[name]) for name in others
+        }
         if key and all(value is None or isinstance(value, (str, os.PathLike)) for value in columns[key]):
             kept = {key: _objects(columns[key]), **kept}
         return {**kept, **self.columns(answers), "error": _objects(errors)}
@@ -239,15 +260,17 @@ def _token_columns(answers: list[dict | Failure], names: Sequence[str]) -> dict[
     for name in names:
         width = max((len(one[name]) for one in answers if not isinstance(one, Failure)), default=0)
         empty = [0] * width
-        columns[name] = np.array([empty if isinstance(one, Failure) else one[name] for one in answers], dtype=np.int32).reshape(-1, width)
+        columns[name] = np.array(
+            [empty if isinstance(one, Failure) else one[name] for one in answers], dtype=np.int32
+        ).reshape(-1, width)
     return columns
 
 
 class Embedder(Answering):
     """Images, or texts, as vectors of length 1 (CLIP, BLIP retrieval).
 
-    Adds the columns "embedding" (float32 [N, D], NaN in rows without a result), "image_tokens" or "text_tokens" (int32 [N,
-    layers + 1], tokens before the first layer and after each) and "error".
+    Adds the columns "embedding" (float32 [N, D], NaN in rows without a result), "image_tokens" or "text_tokens" (int32
+    [N, layers + 1], tokens before the first layer and after each) and "error".
 
     Args:
         text: name of a column of texts, which are embedded instead of images.
@@ -270,7 +293,8 @@ class Embedder(Answering):
 
         embeddings, _ = (predict.embed_images if self._kind == "image" else predict.embed_texts)(self.model, instances)
         return [
-            {f"{self._kind}_tokens": one.tokens, "flops": one.flops, "embedding": one.features.numpy()} for one in embeddings
+            {f"{self._kind}_tokens": one.tokens, "flops": one.flops, "embedding": one.features.numpy()}
+            for one in embeddings
         ]
 
     def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
@@ -295,13 +319,15 @@ class Captioner(Answering):
 
     Args:
         generation: options of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}``.
-        seed: of captions that are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its caption
-            depends on it and the seed alone.
+        seed: of captions that are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its
+            caption depends on it and the seed alone.
     """
 
     tasks = ("caption",)
 
-    def __init__(self, model: str | os.PathLike, *, generation: Mapping | None = None, seed: int = 0, **options) -> None:
+    def __init__(
+        self, model: str | os.PathLike, *, generation: Mapping | None = None, seed: int = 0, **options
+    ) -> None:
         super().__init__(model, **options)
         self._generation, self._seed = dict(generation or {}), seed
 

@@ -31,7 +31,7 @@ from ..jsonl import row_of, to_line
 __all__ = ["Row", "Shard", "Source", "Span", "expand_braces"]
 
 SHARD_SIZE = 10_000
-IMAGE_KEYS = ("image", "image_path", "path", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "file_name", "filename", "file")
+IMAGE_KEYS = tuple("image image_path path jpg jpeg png webp bytes image_bytes file_name filename file".split())
 """Where rows have their image unless it is said: the first of these that there is."""
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -67,7 +67,7 @@ class Row(NamedTuple):
     key: str
     """What names it in the shard: a path, the key of a tar's member, or the place in a file."""
     image: str | bytes | Span | None = None
-    fields: dict = {}
+    fields: dict = {}  # noqa: RUF012
     """Everything else: what its result is accompanied by."""
     error: str | None = None
     """Why there is nothing to answer."""
@@ -93,7 +93,8 @@ class Source:
         image_key: column, field or suffix of tar members that holds the image; by default the first of
             :data:`IMAGE_KEYS` that a table has, and whatever is an image in a tar.
         shard_size: rows of a shard that is not a tar. Row groups of parquet are never cut.
-        images: whether rows need an image; where not (texts), a table without one will do.
+        images: whether rows need an image; where not, a table without one will do, and files of another kind have a
+            text in every line.
 
     Raises:
         FileNotFoundError: a source that is not there.
@@ -120,12 +121,11 @@ class Source:
                     _parquet(path, image_key, images)
 
     def _add(self, source: str) -> None:
-        if source == STANDARD or os.path.isdir(source):
-            paths = [source]
-        else:
-            paths = find_images([source])
-        for path in paths:
-            kind = "lines" if path == STANDARD else _kind(path)
+        listed = source == STANDARD or os.path.isdir(source)
+        for path in [source] if listed else find_images([source]):
+            kind = _kind(path) if path != STANDARD else "lines" if self.images else "texts"
+            if not self.images and kind == "images" and not os.path.isdir(path):
+                kind = "texts"
             if self._parts and self._parts[-1][0] == kind:
                 self._parts[-1][1].append(path)
             else:
@@ -152,7 +152,9 @@ class Source:
             for path in paths:
                 if kind == "tar":
                     digest = _digest([_size(path)])
-                    yield Shard(next(numbers), path, digest, lambda path=path: read_tar(path, self.image_key, self.images))
+                    yield Shard(
+                        next(numbers), path, digest, lambda path=path: read_tar(path, self.image_key, self.images)
+                    )
                 elif kind == "parquet":
                     yield from self._parquet(numbers, path)
                 else:
@@ -162,11 +164,19 @@ class Source:
         images = stream_images(paths)
         while chunk := list(itertools.islice(images, self.shard_size)):
             digest = _digest(chunk)
-            yield Shard(next(numbers), chunk[0], digest, lambda chunk=chunk: (Row(n, path, path) for n, path in enumerate(chunk)))
+            yield Shard(
+                next(numbers),
+                chunk[0],
+                digest,
+                lambda chunk=chunk: (Row(n, path, path) for n, path in enumerate(chunk)),
+            )
 
     def _lines(self, numbers: Iterator[int], path: str, kind: str) -> Iterator[Shard]:
         """Of files whose rows are read one after the other; a row is its line and fields, or an error."""
-        found = _json_rows(path) if kind == "lines" else _csv_rows(path, _TABLES[kind])
+        if kind == "texts":
+            found = _text_rows(path)
+        else:
+            found = _json_rows(path) if kind == "lines" else _csv_rows(path, _TABLES[kind])
         while chunk := list(itertools.islice(found, self.shard_size)):
             name = f"{path}:{chunk[0][0]}"
             digest = _digest(to_line(fields).decode() if error is None else error for _, fields, error in chunk)
@@ -184,7 +194,9 @@ class Source:
         fields = dict(fields)
         key = self.image_key or next((name for name in IMAGE_KEYS if name in fields), None)
         if key is None or key not in fields:
-            missing = f"no {key!r} in this row" if key else f"no image in this row (it has {', '.join(fields) or 'nothing'})"
+            missing = (
+                f"no {key!r} in this row" if key else f"no image in this row (it has {', '.join(fields) or 'nothing'})"
+            )
             return Row(number, place, None, fields, missing if self.images else None)
         image = fields.pop(key)
         if isinstance(image, dict):  # datasets of Hugging Face
@@ -196,7 +208,11 @@ class Source:
             return Row(number, path, path, fields)
         if isinstance(image, (bytes, bytearray)):
             return Row(number, place, bytes(image), fields)
-        reason = "no image: the field is empty" if image in (None, "") else f"{key!r} must be a path or bytes, got {type(image).__name__}"
+        reason = (
+            "no image: the field is empty"
+            if image in (None, "")
+            else f"{key!r} must be a path or bytes, got {type(image).__name__}"
+        )
         return Row(number, place, None, fields, reason if self.images else None)
 
     def _parquet(self, numbers: Iterator[int], path: str) -> Iterator[Shard]:
@@ -221,7 +237,10 @@ class Source:
 
     def _groups(self, number: int, path: str, groups: list[int]) -> Shard:
         return Shard(
-            number, f"{path}:{groups[0]}", _digest([f"{_size(path)} {groups}"]), lambda: self._parquet_rows(path, groups)
+            number,
+            f"{path}:{groups[0]}",
+            _digest([f"{_size(path)} {groups}"]),
+            lambda: self._parquet_rows(path, groups),
         )
 
     def _parquet_rows(self, path: str, groups: list[int]) -> Iterator[Row]:
@@ -233,7 +252,9 @@ class Source:
             try:
                 for batch in file.iter_batches(batch_size=64, row_groups=[group]):
                     for fields in batch.to_pylist():
-                        yield self._row(number, f"{name}:{first + number}", _writable(fields, key), os.path.dirname(path))
+                        yield self._row(
+                            number, f"{name}:{first + number}", _writable(fields, key), os.path.dirname(path)
+                        )
                         number += 1
             except (OSError, ValueError) as error:  # a damaged page: its row group is lost, the others are not
                 for lost in range(number, until):
@@ -284,7 +305,9 @@ def _kind(path: str) -> str:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Names that a pattern with ``{000..127}`` or ``{a,b}`` stands for, as in a shell; one without them stands for itself."""
+    """Names that a pattern with ``{000..127}`` or ``{a,b}`` stands for, as in a shell; one without them stands for
+    itself.
+    """
     found = re.search(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}", pattern)
     if found is None or os.path.exists(pattern):
         return [pattern]
@@ -308,10 +331,11 @@ def expand_braces(pattern: str) -> list[str]:
 def read_tar(path: str, image_key: str | None = None, images: bool = True) -> Iterator[Row]:
     """Samples of a webdataset tar, in the order of their first members.
 
-    A sample's key is the member's path up to the first dot of its name; the rest, in lower case, says what it is. ``txt``
-    becomes the field "caption", and the entries of ``json`` become fields. Members without a suffix, named ``__x__`` or
-    beginning with a dot are passed over. Members of a sample need not be neighbours. A key with two members of one kind, or
-    several images of which none is chosen, is an error; so is every damaged part of the archive, and nothing else is lost.
+    A sample's key is the member's path up to the first dot of its name; the rest, in lower case, says what it is.
+    ``txt`` becomes the field "caption", and the entries of ``json`` become fields. Members without a suffix, named
+    ``__x__`` or beginning with a dot are passed over. Members of a sample need not be neighbours. A key with two
+    members of one kind, or several images of which none is chosen, is an error; so is every damaged part of the
+    archive, and nothing else is lost.
     """
     with _plain(path) as (plain, broken):
         samples: dict[str, dict[str, Span]] = {}
@@ -331,7 +355,13 @@ def read_tar(path: str, image_key: str | None = None, images: bool = True) -> It
             if key in twice:
                 yield Row(number, key, error=f"duplicate key: {twice[key]} is there twice")
             else:
-                yield _sample(number, key, members, image_key, images)
+                row = _sample(number, key, members, image_key, images)
+                if plain != path and row.image is not None:  # a temporary file, gone before the row is decoded
+                    try:
+                        row = row._replace(image=row.image.read())
+                    except ValueError as error:
+                        row = row._replace(image=None, error=str(error))
+                yield row
         for more, reason in enumerate(broken, number + 1):
             yield Row(more, os.path.basename(path), error=reason)
         if number < 0 and not broken:
@@ -342,7 +372,10 @@ def _sample(number: int, key: str, members: dict[str, Span], image_key: str | No
     fields, span = {}, None
     try:
         if "json" in members:
-            content = json.loads(members["json"].read())
+            try:
+                content = json.loads(members["json"].read())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"its json is none: {error}") from error
             fields |= row_of(to_line(content)) if isinstance(content, dict) else {"json": content}
         if "txt" in members:
             fields["caption"] = members["txt"].read().decode()
@@ -359,7 +392,7 @@ def _sample(number: int, key: str, members: dict[str, Span], image_key: str | No
 
 
 class _plain:
-    """A tar as a file that can be read anywhere: itself, or what a compressed one holds, in a temporary file."""
+    """A tar as a file with places in it: itself, or what a compressed one holds, in a temporary file."""
 
     def __init__(self, path: str) -> None:
         self.path, self.broken, self.temporary = path, [], None
@@ -451,13 +484,30 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict, str | None]]:
                 yield number, {}, str(error)
 
 
+def _text_rows(path: str) -> Iterator[tuple[int, dict, str | None]]:
+    """The same of a file with a text in every line; blank ones are passed over."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                yield number, {}, "not UTF-8"
+                continue
+            if text:
+                yield number, {"text": text}, None
+
+
 def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict, str | None]]:
     """Line number, fields by the names of the first row, and the reason why there are none.
 
     Quoted fields may hold line feeds. Where a quote is out of place only the line that it is in is lost.
     """
     with _opened(path) as file:
-        lines, back, place = (line.decode("utf-8-sig" if n == 0 else "utf-8", "surrogateescape") for n, line in enumerate(file)), deque(), 1
+        lines, back, place = (
+            (line.decode("utf-8-sig" if n == 0 else "utf-8", "surrogateescape") for n, line in enumerate(file)),
+            deque(),
+            1,
+        )
         names: list[str] | None = None
         while True:
             used: list[str] = []
@@ -529,7 +579,13 @@ def _parquet(path: str, image_key: str | None, images: bool):
     kind = file.schema_arrow.field(key).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     inner = {kind.field(n).name for n in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
-    readable = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    readable = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+    )
     if images and not inner & {"bytes", "path"} and not any(test(kind) for test in readable):
         raise ValueError(f"{path}: column {key!r}: expected paths, bytes or a struct of both, got {kind}")
     return file, key

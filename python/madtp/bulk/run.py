@@ -42,14 +42,21 @@ class Part:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> tuple[Part, int, str | None]:
-        """What torchrun or SLURM (srun, also in job arrays) say: the part, the place among this machine's processes, who says so."""
+        """What torchrun or SLURM (srun, also in job arrays) say: the part, the place among this machine's processes,
+        who says so.
+        """
         if "RANK" in environment and "WORLD_SIZE" in environment:
             part = cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
             return part, int(environment.get("LOCAL_RANK", 0)), "RANK and WORLD_SIZE"
         index, count, says = 0, 1, []
         if "SLURM_ARRAY_TASK_ID" in environment and int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)) > 1:
-            first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
-            index, count = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step), int(environment["SLURM_ARRAY_TASK_COUNT"])
+            first, step = (
+                int(environment.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1))
+            )
+            index, count = (
+                (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step),
+                int(environment["SLURM_ARRAY_TASK_COUNT"]),
+            )
             says.append("the job array")
         # A batch script has SLURM_NTASKS too, but is one process; only what srun starts has the number of its step.
         tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
@@ -92,8 +99,8 @@ class Summary:
 class Progress:
     """Told how a run goes on; does nothing."""
 
-    def shards(self, done: int, total: int | None) -> None:
-        """So many shards are done of so many."""
+    def shards(self, done: int, total: int | None, before: int = 0) -> None:
+        """So many shards are done of so many, and so many of them had been done before."""
 
     def rows(self, count: int, answers: list[dict]) -> None:
         """So many rows more are done, these of them with an answer."""
@@ -136,7 +143,10 @@ def run(
     size = (lambda _: 1) if batch_tokens is None else tokens
     most = batch_size if batch_tokens is None else batch_tokens
     ahead = 2 * workers + 2 * max(1, batch_size // _CHUNK)
-    with Decoders(prepare, workers) as decoders, _Ahead(source, results, part, decoders, ahead, retry_failed, summary) as feed:
+    with (
+        Decoders(prepare, workers) as decoders,
+        _Ahead(source, results, part, decoders, ahead, retry_failed, summary) as feed,
+    ):
         for shard, old, lock in feed.shards():
             with lock, results.files(shard) as files:
                 for batch in _batches(feed.rows(), size, most):
@@ -159,7 +169,7 @@ def run(
                     progress.rows(len(batch), answers)
                 files.finish()
             summary.shards += 1
-            progress.shards(summary.shards + summary.before, total)
+            progress.shards(summary.shards + summary.before, total, summary.before)
         summary.waited = feed.waited
     return summary
 
@@ -168,7 +178,9 @@ class _Kept:
     """In place of an instance: the row's result is there from an earlier run."""
 
 
-def _batches(rows: Iterator[tuple[Row, object]], size: Callable[[object], int], most: int) -> Iterator[list[tuple[Row, object]]]:
+def _batches(
+    rows: Iterator[tuple[Row, object]], size: Callable[[object], int], most: int
+) -> Iterator[list[tuple[Row, object]]]:
     batch, together = [], 0
     for row, given in rows:
         own = 0 if isinstance(given, (Failure, _Kept)) else size(given)

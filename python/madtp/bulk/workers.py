@@ -1,4 +1,6 @@
-"""Processes that turn rows into a model's inputs, so that reading and decoding keep neither Python nor the model waiting."""
+"""Processes that turn rows into a model's inputs, so that reading and decoding keep neither Python nor the model
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,8 @@ def default_workers(device: str, processes: int = 1) -> int:
 class Decoders:
     """Answers ``submit(rows)`` with a future of what ``prepare`` makes of each, or its :class:`Failure`.
 
-    A process that dies, as decoders written in C may, is replaced, and its rows are tried one by one; a row that ends two
-    processes is a failure.
+    A process that dies, as decoders written in C may, is replaced, and its rows are tried one by one; a row that ends
+    two processes is a failure.
 
     Args:
         prepare: can be pickled; called in other processes.

@@ -9,8 +9,8 @@ and of embeddings, in the layout of clip-retrieval, which its index tools read:
     OUTPUT/img_emb/img_emb_000000.npy       vectors [n, D] (text_emb/text_emb_000000.npy of texts)
     OUTPUT/metadata/metadata_000000.parquet row j is about vector j
 
-or of captions and answers `captions_000000.jsonl` (or `.parquet`), with every row in it. Files that are being written are in
-`OUTPUT/.unfinished`.
+or of captions and answers `captions_000000.jsonl` (or `.parquet`), with every row in it. Files that are being written
+are in `OUTPUT/.unfinished`.
 """
 
 from __future__ import annotations
@@ -133,13 +133,17 @@ class Results:
             return None
         if found["digest"] != shard.digest:
             raise ResumeError(
-                f"{self.folder}: shard {shard.number} was made of {found['source']}, and now is {shard.name}, or its rows have "
-                f"changed ({found['digest'][:15]} then, {shard.digest[:15]} now); name another folder, or give --overwrite"
+                f"{self.folder}: shard {shard.number} was {found['source']} and is {shard.name} now, or its rows have "
+                f"changed ({found['digest'][:15]} then, {shard.digest[:15]} now); name another folder, "
+                "or give --overwrite"
             )
         for name, size in found["files"].items():
             path = self.folder / name
             if path.exists() and path.stat().st_size != size:  # files that were moved elsewhere are done, too
-                raise ResumeError(f"{path} was changed: {path.stat().st_size} bytes, {size} were written; remove {self._marker(shard.number)}")
+                raise ResumeError(
+                    f"{path} was changed: {path.stat().st_size} bytes, {size} were written; "
+                    f"remove {self._marker(shard.number)}, and it is made again"
+                )
         return found
 
     @staticmethod
@@ -158,7 +162,9 @@ class Results:
                     break
                 except OSError as error:
                     if time.monotonic() > until:
-                        raise ResumeError(f"{self.folder}: shard {shard.number} is being written by another process") from error
+                        raise ResumeError(
+                            f"{self.folder}: shard {shard.number} is being written by another process"
+                        ) from error
                     time.sleep(0.1)
             yield
             path.unlink(missing_ok=True)
@@ -188,7 +194,7 @@ class Results:
                 vectors = np.load(self.folder / name, mmap_mode="r")
             elif not name.startswith("errors"):
                 records += read_records(self.folder / name)
-        found = {record["row"]: record for record in records if not record.get("error")}
+        found = {record["row"]: record for record in records if not record.pop("error", None)}
         if vectors is not None:
             for vector, record in zip(vectors, found.values(), strict=True):
                 record["embedding"] = vector
@@ -196,7 +202,9 @@ class Results:
 
 
 class ShardFiles:
-    """Results of one shard on their way to disk. Vectors and lines are written as they come, tables are held until the end."""
+    """Results of one shard on their way to disk. Vectors and lines are written as they come, tables are held until the
+    end.
+    """
 
     def __init__(self, results: Results, shard: Shard) -> None:
         self._results, self._shard = results, shard
@@ -226,7 +234,9 @@ class ShardFiles:
         self._rows += 1
         start = {"row": row.number, **fields}
         if isinstance(result, Failure):
-            self._failures.append({"row": row.number, "key": row.key, "stage": result.stage, "kind": result.kind, "error": result.reason})
+            self._failures.append(
+                {"row": row.number, "key": row.key, "stage": result.stage, "kind": result.kind, "error": result.reason}
+            )
             if not self._results.vectors:
                 self._records.append({**start, "error": result.reason})
             return
@@ -237,7 +247,7 @@ class ShardFiles:
 
     def _write(self, vector: np.ndarray) -> None:
         if self._npy is None:
-            self._npy = open(self._draft("npy"), "wb")
+            self._npy = open(self._draft("npy"), "wb")  # noqa: SIM115
             self._width = len(vector)
             self._header(0)
         self._npy.write(np.ascontiguousarray(vector, dtype=self._type).tobytes())
@@ -251,7 +261,9 @@ class ShardFiles:
         """At the beginning of the file; it leaves room for any number of rows."""
         self._npy.seek(0)
         descr = np.lib.format.dtype_to_descr(self._type)
-        np.lib.format.write_array_header_1_0(self._npy, {"descr": descr, "fortran_order": False, "shape": (rows, self._width)})
+        np.lib.format.write_array_header_1_0(
+            self._npy, {"descr": descr, "fortran_order": False, "shape": (rows, self._width)}
+        )
 
     def _draft(self, suffix: str) -> Path:
         return self._results._unfinished / f"{self._stem}-{suffix}"
@@ -281,17 +293,15 @@ class ShardFiles:
                 (results.folder / name).unlink(missing_ok=True)  # of a run before this one
         sizes = {}
         for name, content in files.items():
-            draft = self._draft(Path(name).suffix[1:])
-            if content is self._npy and self._npy is not None:
-                file = content
-            else:
-                file = open(draft, "wb")
+            draft = self._draft(Path(name).suffix[1:] if name != errors else "errors")
+            if content is self._npy:
+                sizes[name] = _written(content, draft)
+                continue
+            with open(draft, "wb") as file:
                 write_records(file, content, results.format if name == records else "jsonl")
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            sizes[name] = draft.stat().st_size
-            os.replace(draft, results.folder / name)
+                sizes[name] = _written(file, draft)
+        for name in files:
+            os.replace(self._draft(Path(name).suffix[1:] if name != errors else "errors"), results.folder / name)
         for folder in {(results.folder / name).parent for name in files}:
             _sync(folder)
         marker = {
@@ -304,8 +314,14 @@ class ShardFiles:
         }
         with replacing(results.folder / results._marker(self._shard.number)) as file:
             file.write(to_line(marker))
-        self._npy = None
         return marker
+
+
+def _written(file, path: Path) -> int:
+    """Wait until a file is on the disk; its size."""
+    file.flush()
+    os.fsync(file.fileno())
+    return path.stat().st_size
 
 
 def _sync(folder: Path) -> None:

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing but `--debug` lets a traceback through."""
     _occupy_standard_streams()
     args = parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)  # for processes that do a part of it
     # As a file name may hold characters that a terminal cannot show.
     for stream in filter(None, (sys.stdout, sys.stderr)):
         if isinstance(stream, io.TextIOWrapper):

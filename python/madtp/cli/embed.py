@@ -21,6 +21,7 @@ from .batch import (
     settings_of,
     truncation,
 )
+from .bulk import RESUMED, add_bulk, is_bulk, run_bulk
 from .options import add_model, add_model_options, load_model
 
 TASKS = ("retrieval", "clip")
@@ -35,7 +36,10 @@ photos.npy holds float32 features of length 1, [images, width], so that a produc
 photos.safetensors has them as the tensor "features". Names are in photos.npy.jsonl, one row per input:
   {{"row": 1, "image": "photos/a.jpg", "image_tokens": [577, ...], "gflops": 33.1, ..., "index": 0}}
 where index is the row of the features.
-{UNFINISHED}"""
+{UNFINISHED}
+  madtp embed --model DIR 'laion/{{00000..00127}}.tar' --output embeddings/ --devices all
+
+{RESUMED}"""
 
 
 def add_parser(commands) -> None:
@@ -54,9 +58,12 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="instead of images: texts, one per line or a JSON list (-: from standard input)",
     )
-    parser.add_argument("--output", metavar="FILE", required=True, help="a .npy or .safetensors file")
+    parser.add_argument(
+        "--output", metavar="FILE", required=True, help="a .npy or .safetensors file, or a folder, with a / at its end"
+    )
     add_batch(parser, "images or texts")
     add_overlay(parser)
+    add_bulk(parser, vectors=True, text="column, field or tar suffix with texts, which are embedded instead of images")
     add_model_options(parser, text_modes=True)
     parser.set_defaults(run=run, usage_error=parser.error)
 
@@ -68,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
     from ..inputs import read_texts
     from ..predict import embed_images, embed_texts
 
+    if is_bulk(args):
+        return _run_bulk(args)
     if Path(args.output).suffix not in _WRITERS:
-        expected = " or ".join(_WRITERS)
+        expected = ", ".join(_WRITERS) + " or /"
         args.usage_error(f"--output: expected a name that ends with {expected}, got {args.output}")
     if args.texts and (args.images or args.input or args.save_overlay):
         args.usage_error("give either images or --texts (--save-overlay goes with images)")
@@ -122,6 +131,33 @@ def run(args: argparse.Namespace) -> int:
         keep=[kind],
         unit=f"{kind}s",
         publish=_publish,
+    )
+
+
+def _run_bulk(args: argparse.Namespace) -> int:
+    """Embed what a folder of shards is made of."""
+    from ..bulk.callables import Embedder
+
+    if args.save_overlay:
+        args.usage_error("--save-overlay: of no use with --output FOLDER/")
+    if sum(map(bool, (args.images, args.input, args.texts))) > 1:
+        args.usage_error("give one of images, --input and --texts")
+    texts = bool(args.texts or args.text_key)
+    text = (args.text_key or "text") if texts else None
+    kind = "text" if texts else "image"
+    return run_bulk(
+        args,
+        lambda model: Embedder(model, text=text),
+        TASKS,
+        sources=args.images or list(filter(None, [args.input, args.texts])),
+        images=not texts,
+        words=texts,
+        vectors="text" if texts else "img",
+        answers=["index"],
+        tokens=[f"{kind}_tokens"],
+        unit=f"{kind}s",
+        kind=kind,
+        text_key=text,
     )
 
 
