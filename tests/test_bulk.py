@@ -341,7 +341,7 @@ def test_rows_are_decoded_in_other_processes(tmp_path, models):
     results = Results(tmp_path / "out", {}, vectors="img", format="jsonl")
     source = Source(tars)
     summary = run(
-        source, results, embedder.prepare(), without_flops(embedder), lambda row: {"image_path": row.key, **row.fields},
+        source, results, embedder.prepare(), embedder.answer, lambda row: {"image_path": row.key, **row.fields},
         workers=2, batch_size=4,
     )  # fmt: skip
     assert [key for _, key, _ in summary.failed] == ["0000000", "0010004", "0010008"]
@@ -354,13 +354,6 @@ def test_rows_are_decoded_in_other_processes(tmp_path, models):
             pixels = embedder.model.processor.image(images[record["image_path"]].read())
             np.testing.assert_allclose(vector, predict.embed_images(embedder.model, [pixels])[0][0].features, atol=1e-6)
             assert record["caption"] == f"text {record['image_path']}"
-
-
-def without_flops(embedder):
-    def answer(instances):
-        return [{name: value for name, value in one.items() if name != "flops"} for one in embedder.answer(instances)]
-
-    return answer
 
 
 def test_a_batch_that_does_not_fit_is_halved():

@@ -14,18 +14,18 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .. import predict
+from ..tasks import TASKS, task_of
 from .readers import IMAGE_KEYS, Row, Span
 from .workers import Failure, attempt
 
-__all__ = ["Answerer", "Captioner", "Embedder", "answer_all", "to_image"]
-
-_TEXT_KEYS = ("text", "caption", "txt")
-_QUESTION_KEYS = ("question", "text", "txt")
+__all__ = ["Answerer", "Captioner", "Embedder", "ImageTask", "answer_all", "to_image"]
 
 
 def to_image(value) -> str | bytes | Image.Image:
@@ -86,28 +86,31 @@ class Prepare:
 
     Args:
         processor: of the model.
-        kind: "image", "text" (embedded), or "question" (about an image).
-        text: name of the field with the text or question.
-        question: for all rows, where they have none of their own.
+        image: whether there is one.
+        texts: names of fields that may hold the text, of which the first is taken that a row has; None if there is no text.
+        text: of rows that have none.
     """
 
-    def __init__(self, processor, kind: str, text: str | None = None, question: str | None = None) -> None:
-        self.processor, self.kind, self.text, self.question = processor, kind, text, question
+    def __init__(self, processor, image: bool, texts: Sequence[str] | None = None, text: str | None = None) -> None:
+        self.processor, self.image, self.texts, self.text = processor, image, texts, text
 
     def __call__(self, row: Row):
-        if self.kind == "image":
-            return self.processor.image(to_image(row.image))
-        if self.kind == "text":
-            return self.processor.text(self._text(row, _TEXT_KEYS))
-        question = self.question if self.question is not None else self._text(row, _QUESTION_KEYS)
-        return self.processor.image(to_image(row.image)), self.processor.text(question)
+        text = self.text_of(row)
+        if not self.image:
+            return self.processor.text(text)
+        pixels = self.processor.image(to_image(row.image))
+        return pixels if text is None else (pixels, self.processor.text(text))
 
-    def _text(self, row: Row, names: Sequence[str]) -> str:
-        name = self.text or next((name for name in names if name in row.fields), None)
-        value = row.fields.get(name)
+    def text_of(self, row: Row) -> str | None:
+        """The text that a row is about, if rows are about texts. Raises ValueError if it has none."""
+        if self.texts is None:
+            return None
+        name = next((name for name in self.texts if name in row.fields), self.texts[0])
+        value = row.fields.get(name, self.text)
         if not isinstance(value, str):
-            missing = f"no {self.text or names[0]!r} in this row" if value is None else f"{name}: must be a string"
-            raise ValueError(missing)
+            raise ValueError(
+                f"no {name!r} in this row" if value is None else f"{name!r} must be a string, got {value!r}"
+            )
         return value
 
 
@@ -129,8 +132,9 @@ class Answering:
     results. Arrays that it is given are not written to.
     """
 
-    tasks: tuple[str, ...] = ()
-    _kind = "image"
+    tasks: ClassVar[tuple[str, ...]]
+    images: bool = True
+    """Whether rows have an image."""
 
     def __init__(
         self,
@@ -181,10 +185,10 @@ class Answering:
 
     def prepare(self) -> Prepare:
         """What turns a row into an instance for :meth:`answer`, in any process."""
-        return Prepare(self.model.processor, self._kind)
+        raise NotImplementedError
 
     def answer(self, instances: list) -> list[dict]:
-        """Results of prepared instances, as JSON values and arrays."""
+        """Results of prepared instances: JSON values, and the array "embedding"."""
         raise NotImplementedError
 
     def tokens(self, instance) -> int:
@@ -230,8 +234,8 @@ class Answering:
         return {**kept, **self.columns(answers), "error": _objects(errors)}
 
     def _image_column(self, columns: Mapping[str, Sequence]) -> str | None:
-        if self._kind == "text":
-            return self._image if self._image in columns else None
+        if not self.images:
+            return None
         key = self._image or next((name for name in IMAGE_KEYS if name in columns), None)
         if key not in columns:
             wanted = f"no column {key!r}" if key else "no column with images is known"
@@ -254,16 +258,11 @@ def _objects(values: Sequence) -> np.ndarray:
     return array
 
 
-def _token_columns(answers: list[dict | Failure], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Counts [N, layers + 1] int32, zeros where there is no result."""
-    columns = {}
-    for name in names:
-        width = max((len(one[name]) for one in answers if not isinstance(one, Failure)), default=0)
-        empty = [0] * width
-        columns[name] = np.array(
-            [empty if isinstance(one, Failure) else one[name] for one in answers], dtype=np.int32
-        ).reshape(-1, width)
-    return columns
+def _counts(answers: list[dict | Failure], name: str) -> np.ndarray:
+    """Token counts [N, layers + 1] int32, zeros where there is no result."""
+    width = max((len(one[name]) for one in answers if not isinstance(one, Failure)), default=0)
+    rows = [[0] * width if isinstance(one, Failure) else one[name] for one in answers]
+    return np.array(rows, dtype=np.int32).reshape(len(rows), width)
 
 
 class Embedder(Answering):
@@ -274,27 +273,28 @@ class Embedder(Answering):
 
     Args:
         text: name of a column of texts, which are embedded instead of images.
-        others: see :class:`Answering`.
+        options: see :class:`Answering`.
     """
 
     tasks = ("clip", "retrieval")
 
     def __init__(self, model: str | os.PathLike, *, text: str | None = None, **options) -> None:
         super().__init__(model, **options)
-        self._text = text
-        self._kind = "image" if text is None else "text"
+        self._text, self.images = text, text is None
         self._width: int | None = None
 
     def prepare(self) -> Prepare:
-        return Prepare(self.model.processor, self._kind, self._text)
+        return Prepare(self.model.processor, self.images, None if self.images else [self._text])
+
+    @property
+    def _tokens(self) -> str:
+        return "image_tokens" if self.images else "text_tokens"
 
     def answer(self, instances: list) -> list[dict]:
-        from .. import predict
-
-        embeddings, _ = (predict.embed_images if self._kind == "image" else predict.embed_texts)(self.model, instances)
+        embed = predict.embed_images if self.images else predict.embed_texts
         return [
-            {f"{self._kind}_tokens": one.tokens, "flops": one.flops, "embedding": one.features.numpy()}
-            for one in embeddings
+            {**one.record(), self._tokens: one.tokens, "embedding": one.features.numpy()}
+            for one in embed(self.model, instances)[0]
         ]
 
     def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
@@ -302,95 +302,106 @@ class Embedder(Answering):
         for n, one in enumerate(answers):
             if not isinstance(one, Failure):
                 vectors[n] = one["embedding"]
-        return {"embedding": vectors, **_token_columns(answers, [f"{self._kind}_tokens"])}
+        return {"embedding": vectors, self._tokens: _counts(answers, self._tokens)}
 
     @property
     def width(self) -> int:
         """D, of the model's vectors."""
         if self._width is None:
             processor = self.model.processor
-            blank = processor.image(Image.new("RGB", (8, 8))) if self._kind == "image" else processor.text("a")
+            blank = processor.image(Image.new("RGB", (8, 8))) if self.images else processor.text("a")
             self._width = len(self.answer([blank])[0]["embedding"])
         return self._width
 
 
-class Captioner(Answering):
-    """Captions of images (BLIP). Adds "caption", "image_tokens" and "error"; see :class:`Answering`.
+class ImageTask(Answering):
+    """Answers of a task that asks about one image, with a text or without.
 
     Args:
-        generation: options of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}``.
-        seed: of captions that are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its
-            caption depends on it and the seed alone.
+        text: name of the column with texts, if it is not the task's.
+        defaults: texts by the task's name for them, for rows that have none.
+        arguments: of the task's ``answer``.
+        seed: where answers are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its answer
+            depends on it and the seed alone.
+        options: see :class:`Answering`.
     """
 
-    tasks = ("caption",)
-
-    def __init__(
-        self, model: str | os.PathLike, *, generation: Mapping | None = None, seed: int = 0, **options
-    ) -> None:
-        super().__init__(model, **options)
-        self._generation, self._seed = dict(generation or {}), seed
-
-    def answer(self, instances: list) -> list[dict]:
-        from .. import predict
-
-        options = dict(self._generation)
-        if options.get("top_p") is not None:
-            options["seeds"] = [zlib.crc32(pixels.numpy().tobytes(), self._seed) for pixels in instances]
-        captions, _ = predict.caption_batch(self.model, instances, **options)
-        return [{"caption": one.caption, "image_tokens": one.image_tokens, "flops": one.flops} for one in captions]
-
-    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
-        texts = [None if isinstance(one, Failure) else one["caption"] for one in answers]
-        return {"caption": _objects(texts), **_token_columns(answers, ["image_tokens"])}
-
-
-class Answerer(Answering):
-    """Answers to questions about images (BLIP). Adds "answer", "image_tokens", "question_tokens" and "error"; see
-    :class:`Answering`.
-
-    Args:
-        text: name of the column with questions; by default "question" or "text".
-        question: one for all images, instead of a column.
-        candidates: answers to choose from; by default answers are written.
-        generation: options of :meth:`madtp.models.vqa.VQA.generate`.
-    """
-
-    tasks = ("vqa",)
-    _kind = "question"
+    tasks = tuple(TASKS)
 
     def __init__(
         self,
         model: str | os.PathLike,
         *,
         text: str | None = None,
+        defaults: Mapping[str, str] | None = None,
+        arguments: Mapping | None = None,
+        seed: int = 0,
+        **options,
+    ) -> None:
+        super().__init__(model, **options)
+        self._text, self._defaults, self._arguments, self._seed = text, defaults or {}, dict(arguments or {}), seed
+
+    @property
+    def _task(self):
+        return task_of(self.model)
+
+    def prepare(self) -> Prepare:
+        _, *names = self._task.passed_on  # the image, and what is asked about it
+        given = next((self._defaults[name] for name in names if name in self._defaults), None)
+        texts = ([self._text] if self._text else names) if names else None
+        return Prepare(self.model.processor, True, texts, given)
+
+    def answer(self, instances: list) -> list[dict]:
+        arguments = dict(self._arguments)
+        if arguments.get("top_p") is not None:
+            arguments["seeds"] = [zlib.crc32(pixels.numpy().tobytes(), self._seed) for pixels in instances]
+        return [one.record() for one in self._task.answer(self.model, instances, **arguments)[0]]
+
+    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
+        return {
+            name: _counts(answers, name)
+            if name.endswith("_tokens")
+            else _objects([None if isinstance(one, Failure) else one.get(name) for one in answers])
+            for name in self._task.Answer.columns
+        }
+
+
+class Captioner(ImageTask):
+    """Captions of images (BLIP). Adds "caption", "image_tokens" and "error".
+
+    Args:
+        generation: of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}`` or ``{"top_p": 0.9}``.
+        options: see :class:`ImageTask` and :class:`Answering`.
+    """
+
+    tasks = ("caption",)
+
+    def __init__(self, model: str | os.PathLike, *, generation: Mapping | None = None, **options) -> None:
+        super().__init__(model, arguments=generation, **options)
+
+
+class Answerer(ImageTask):
+    """Answers to questions about images (BLIP). Adds "answer", "score" of ranked ones, "image_tokens", "question_tokens"
+    and "error".
+
+    Args:
+        question: for rows that have none in the column "question" (or the one that ``text`` names).
+        candidates: answers to choose from; by default answers are written.
+        generation: of :meth:`madtp.models.vqa.VQA.generate`.
+        options: see :class:`ImageTask` and :class:`Answering`.
+    """
+
+    tasks = ("vqa",)
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
         question: str | None = None,
         candidates: Sequence[str] | None = None,
         generation: Mapping | None = None,
         **options,
     ) -> None:
-        super().__init__(model, **options)
-        self._text, self._question, self._candidates = text, question, candidates
-        self._generation = dict(generation or {})
-
-    def prepare(self) -> Prepare:
-        return Prepare(self.model.processor, self._kind, self._text, self._question)
-
-    def answer(self, instances: list) -> list[dict]:
-        from .. import predict
-
-        answers, _ = predict.vqa_batch(self.model, instances, candidates=self._candidates, **self._generation)
-        return [
-            {
-                "answer": one.answer,
-                **({} if one.score is None else {"score": one.score}),
-                "image_tokens": one.image_tokens,
-                "question_tokens": one.question_tokens,
-                "flops": one.flops,
-            }
-            for one in answers
-        ]
-
-    def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
-        texts = [None if isinstance(one, Failure) else one["answer"] for one in answers]
-        return {"answer": _objects(texts), **_token_columns(answers, ["image_tokens", "question_tokens"])}
+        chosen = {} if candidates is None else {"candidates": list(candidates)}
+        defaults = {} if question is None else {"question": question}
+        super().__init__(model, defaults=defaults, arguments={**chosen, **(generation or {})}, **options)

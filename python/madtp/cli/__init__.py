@@ -18,9 +18,10 @@ import madtp_kernels
 
 from ..options import UsageError
 from ..tasks import TASKS
-from . import calibrate, compress, embed, evaluate, retrieve
+from . import calibrate, compress, evaluate, retrieve
 from .answer import command_of
 from .demo import Demo
+from .embed import Embed
 from .info import Info
 from .options import register
 
@@ -59,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
     for task in TASKS.values():
         if task.Inputs is not None:
             register(commands, command_of(task))
-    for module in (retrieve, embed, compress, calibrate):
+    for module in (retrieve, compress, calibrate):
         module.add_parser(commands)
-    for command in (evaluate.command(), Demo, Info):
+    for command in (Embed, evaluate.command(), Demo, Info):
         register(commands, command)
     for command in commands.choices.values():
         command.add_argument("--quiet", action="store_true", help="no progress, notes or warnings, errors only")
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing but `--debug` lets a traceback through."""
     _occupy_standard_streams()
     args = parser().parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)  # for processes that do a part of it
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     # As a file name may hold characters that a terminal cannot show.
     for stream in filter(None, (sys.stdout, sys.stderr)):
         if isinstance(stream, io.TextIOWrapper):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from ..options import option
-from ..tasks import Prepared, Task
+from ..options import UsageError, option
+from ..tasks import ImageInputs, Prepared, Task
 from .batch import (
     UNFINISHED,
     Overlays,
@@ -20,6 +20,7 @@ from .batch import (
     shortened,
     truncation,
 )
+from .bulk import RESUMED, BulkOptions, is_bulk, run_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, grouping, load_model
 
 
@@ -49,6 +50,8 @@ class Answer(Command):
 
     def run(self) -> int:
         arguments = self.arguments()
+        if isinstance(self, BulkOptions) and is_bulk(self):
+            return self._many(arguments)
         source, folder = self.rows(), Path()
         if source is None:
             source, folder = input_rows(self.input)
@@ -92,17 +95,52 @@ class Answer(Command):
             unit=f"{task.unit}s",
         )
 
+    def _many(self, arguments: dict) -> int:
+        """Answers to the rows of a folder of shards."""
+        from ..bulk.callables import ImageTask
+
+        if self.images and self.input:
+            raise UsageError("give either images or --input")
+        seed = arguments.pop("seed", None)
+        used = arguments if seed is None else {**arguments, "seed": seed}
+        return run_bulk(
+            self,
+            lambda model: ImageTask(
+                model, text=self.text_key, defaults=self.defaults(), arguments=arguments, seed=seed or 0
+            ),
+            [self.task.name],
+            sources=self.images or list(filter(None, [self.input])),
+            name=f"{self.task.Answer.columns[0]}s",
+            answers=self.task.Answer.columns,
+            tokens=next(iter(self.task.streams_of_records.values()))[1],
+            unit=f"{self.task.unit}s",
+            text_key=self.text_key,
+            **self.defaults(),
+            **used,
+        )
+
 
 def command_of(task: type[Task]) -> type[Command]:
     """The command of a task."""
     text_modes = (TextOptions,) * any(field.name == "text_mode" for field in dataclasses.fields(task.Config))
-    bases = (Answer, *text_modes, RunOptions, PruningOptions, task.Options, OutputOptions, task.Inputs, ModelSource)
+    many = (BulkOptions,) * issubclass(task.Inputs, ImageInputs)
+    bases = (
+        Answer,
+        *text_modes,
+        RunOptions,
+        PruningOptions,
+        task.Options,
+        *many,
+        OutputOptions,
+        task.Inputs,
+        ModelSource,
+    )
     about = {
         "task": task,
         "name": task.name,
         "help": task.help,
         "description": task.description,
-        "examples": task.usage + UNFINISHED,
+        "examples": task.usage + UNFINISHED + "\n" + RESUMED * len(many),
     }
     fields = [("grouping", str, grouping(task.Model.groupings))]
     return dataclasses.make_dataclass(f"{task.__name__}Command", fields, bases=bases, namespace=about, kw_only=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import selectors
@@ -12,10 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from .batch import Kept, cost_of, settings_of
-from .options import load_model, only_with, positive
+from ..bulk.readers import SHARD_SIZE
+from ..options import UsageError, option, positive
+from .batch import COMMON, TokenMeter, settings_of, shortened, truncation
+from .options import load_model, only_with
 
 RESUMED = """\
 With a folder as output (a name that ends with /), rows may also come from webdataset tars, CSV and parquet, and results
@@ -23,7 +26,35 @@ are written shard by shard: a tar is a shard, and of anything else --shard-size 
 command goes on with the shards that are not done; processes of torchrun and srun share them (see docs/scale.md).
 """
 
-_OPTIONS = "format shard shard_size devices workers batch_tokens image_key text_key retry_failed npy_dtype".split()
+MANY = "many rows (with --output FOLDER/)"
+"""Title of the options that only a folder has."""
+
+
+@dataclass(kw_only=True)
+class BulkOptions:
+    """Options of an output that is a folder."""
+
+    format: str | None = option(
+        "of files with records (default: parquet beside vectors, else jsonl)", choices=["parquet", "jsonl"], group=MANY
+    )
+    image_key: str | None = option("column, field or tar suffix that holds the image", metavar="NAME", group=MANY)
+    text_key: str | None = option("column, field or tar suffix that holds the text", metavar="NAME", group=MANY)
+    shard_size: int | None = option(
+        f"rows of a shard, unless it is a tar (default: {SHARD_SIZE})", type=positive, metavar="N", group=MANY
+    )
+    shard: str | None = option(
+        "do each N-th shard only, from I on (default: all, or this process's)", metavar="I/N", group=MANY
+    )
+    devices: str | None = option(
+        "a process for each of these: all, or a list such as cuda:0,cuda:1 or cpu,cpu", metavar="LIST", group=MANY
+    )
+    workers: int | None = option(
+        "processes that read and decode (default: by the number of cores)", type=int, metavar="N", group=MANY
+    )
+    batch_tokens: int | None = option(
+        "fill batches up to so many tokens, instead of --batch-size", type=positive, metavar="N", group=MANY
+    )
+    retry_failed: bool | None = option("answer failed rows once more", action="store_true", group=MANY)
 
 
 class _Child(NamedTuple):
@@ -36,51 +67,23 @@ class _Child(NamedTuple):
     """Descriptor to write lines of JSON to."""
 
 
-def add_bulk(parser: argparse.ArgumentParser, *, vectors: bool = False, text: str | None = None) -> None:
-    """Options of an output that is a folder; ``text`` says what `--text-key` is for."""
-    from ..bulk.readers import SHARD_SIZE
+def is_bulk(options) -> bool:
+    """Whether the output is a folder.
 
-    group = parser.add_argument_group("many rows (with --output FOLDER/)")
-    group.add_argument(
-        "--format",
-        choices=["parquet", "jsonl"],
-        help="of files with records (default: {})".format("parquet" if vectors else "jsonl"),
-    )
-    if vectors:
-        group.add_argument("--npy-dtype", choices=["float32", "float16"], help="of the vectors (default: float32)")
-    group.add_argument("--image-key", metavar="NAME", help="column, field or tar suffix that holds the image")
-    if text:
-        group.add_argument("--text-key", metavar="NAME", help=text)
-    group.add_argument(
-        "--shard-size", type=positive, metavar="N", help=f"rows of a shard, unless it is a tar (default: {SHARD_SIZE})"
-    )
-    group.add_argument(
-        "--shard", metavar="I/N", help="do each N-th shard only, from I on (default: all, or this process's)"
-    )
-    group.add_argument(
-        "--devices", metavar="LIST", help="a process for each of these: all, or a list such as cuda:0,cuda:1 or cpu,cpu"
-    )
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read and decode (default: by the number of cores)"
-    )
-    group.add_argument(
-        "--batch-tokens", type=positive, metavar="N", help="fill batches up to so many tokens, instead of --batch-size"
-    )
-    group.add_argument("--retry-failed", action="store_true", default=None, help="answer failed rows once more")
-
-
-def is_bulk(args: argparse.Namespace) -> bool:
-    """Whether the output is a folder. Usage error for options that say nothing where it is not."""
-    folder = args.output is not None and (
-        args.output.endswith(os.sep) or os.path.isfile(os.path.join(args.output, "run.json"))
-    )
-    given = [name for name in _OPTIONS if hasattr(args, name)]
-    only_with(args, folder, "without --output FOLDER/", *given)
+    Raises:
+        UsageError: options that say nothing where it is not.
+    """
+    output = options.output
+    folder = output is not None and (output.endswith(os.sep) or os.path.isfile(os.path.join(output, "run.json")))
+    names = [field.name for field in dataclasses.fields(options) if field.metadata.get("group") == MANY]
+    only_with(options, folder, "without --output FOLDER/", *names)
+    if folder and options.save_overlay:
+        raise UsageError("--save-overlay: of no use with --output FOLDER/")
     return folder
 
 
 def run_bulk(
-    args: argparse.Namespace,
+    options,
     make: Callable,
     tasks: Sequence[str],
     *,
@@ -90,8 +93,8 @@ def run_bulk(
     name: str = "records",
     vectors: str | None = None,
     answers: Sequence[str] = (),
-    unit: str = "images",
     tokens: Sequence[str] = (),
+    unit: str = "images",
     **settings,
 ) -> int:
     """Answer the rows of all sources; returns the exit code.
@@ -105,91 +108,85 @@ def run_bulk(
         answers, tokens: fields of a result; those with token counts.
         settings: what determines the results, besides the model.
     """
-    from ..bulk.readers import SHARD_SIZE, Source
+    from ..bulk.readers import Source
     from ..bulk.run import Part, run
     from ..bulk.workers import default_workers
     from ..bulk.writers import Results, require_pyarrow
 
     if not sources:
-        args.usage_error("give images, tars, tables or --input")
+        raise UsageError("give images, tars, tables or --input")
+    if options.workers is not None and options.workers < 0:
+        raise UsageError(f"--workers: expected at least 0, got {options.workers}")
     child = _Child(*json.loads(os.environ["MADTP_BULK"])) if "MADTP_BULK" in os.environ else None
     if child:
         _end_with_parent()
-    format = args.format or ("parquet" if vectors else "jsonl")
+    format = options.format or ("parquet" if vectors else "jsonl")
     if format == "parquet":
         require_pyarrow()
-    if args.workers is not None and args.workers < 0:
-        args.usage_error(f"--workers: expected at least 0, got {args.workers}")
-    source = Source(sources, image_key=args.image_key, shard_size=args.shard_size or SHARD_SIZE, images=images)
+    source = Source(sources, image_key=options.image_key, shard_size=options.shard_size or SHARD_SIZE, images=images)
     part, place, says = Part(), 0, None
     if child:
         part, place = Part.parse(child.part), child.place
-    elif args.shard:
-        part = Part.parse(args.shard)
+    elif options.shard:
+        part = Part.parse(options.shard)
     else:
         part, place, says = Part.from_environment()
-    if args.overwrite and not child:
+    if options.overwrite and not child:
         if part.count > 1:
             raise ValueError("--overwrite: other processes may be writing to the folder; remove it instead")
-        Results.clear(args.output)
-    devices = _devices(args)
+        Results.clear(options.output)
+    devices = _devices(options.devices)
     if devices and not child:
         if source.standard_input:
             raise ValueError("--devices: standard input can be read by one process only")
-        return _run_children(args, devices, part, source.total, unit)
-    args.device = devices[place % len(devices)] if devices else _own_device(args.device, place)
+        return _run_children(options, devices, part, source.total, unit, tokens)
+    options.device = devices[place % len(devices)] if devices else _own_device(options.device, place)
     processes = child.processes if child else 1
-    if processes > 1 and not args.threads and args.device == "cpu":
-        args.threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    if processes > 1 and not options.threads and options.device == "cpu":
+        options.threads = max(1, len(os.sched_getaffinity(0)) // processes)
 
-    model = load_model(args, tasks, words=words)
+    model = load_model(options, tasks, words=words)
     answering = make(model)
-    facts = settings_of(args, model, texts=words, **settings)
-    facts["device"] = args.device.split(":")[0]
-    facts |= {"image_key": args.image_key, "shard_size": source.shard_size}
-    if args.grouping == "batch":
-        facts |= {"batch_size": args.batch_size, "batch_tokens": args.batch_tokens}
-    results = Results(
-        args.output,
-        facts,
-        vectors=vectors,
-        name=name,
-        format=format,
-        **({"dtype": args.npy_dtype or "float32"} if vectors else {}),
-    )
-    if says and not args.quiet:
+    prepare = answering.prepare()
+    facts = settings_of(options, model, texts=words, **settings)
+    facts["device"] = options.device.split(":")[0]
+    facts |= {"image_key": options.image_key, "shard_size": source.shard_size}
+    if options.grouping == "batch":
+        facts |= {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
+    dtype = (options.npy_dtype or "float32") if vectors else "float32"
+    results = Results(options.output, facts, vectors=vectors, name=name, format=format, dtype=dtype)
+    if says and not options.quiet:
         print(f"madtp: process {part.index} of {part.count}, by {says}", file=sys.stderr)
 
-    reserved = {"row", "error", "input", "gflops", "gflops_full", "truncated", *answers, *tokens}
+    reserved = {"row", "error", "input", *COMMON, *answers, *tokens}
     first = "image_path" if vectors else "image"
 
     def record(row) -> dict:
-        fields = {} if not images else {first: row.key}
+        fields = {first: row.key} if images else {}
         hidden = {}
         for key, value in row.fields.items():
             (hidden if key in reserved or key in fields else fields)[key] = value
-        if hidden:
-            fields["input"] = hidden
-        return fields
+        with contextlib.suppress(ValueError):  # a row without a text has an error of its own
+            text = prepare.text_of(row)
+            fields |= {} if text is None else truncation(model, text)
+        return fields | ({"input": hidden} if hidden else {})
 
-    def answer(instances: list) -> list[dict]:
-        return [cost_of(found.pop("flops")) | found for found in answering.answer(instances)]
-
-    progress = _Pipe(child.progress) if child else _Bar(unit, tokens, hidden=args.quiet)
+    progress = _Pipe(child.progress) if child else _Bar(unit, tokens, hidden=options.quiet)
+    workers = default_workers(options.device, processes) if options.workers is None else options.workers
     try:
         with contextlib.closing(progress):
             summary = run(
                 source,
                 results,
-                answering.prepare(),
-                answer,
+                prepare,
+                lambda instances: [shortened(found) for found in answering.answer(instances)],
                 record,
                 part=part,
-                workers=default_workers(args.device, processes) if args.workers is None else args.workers,
-                batch_size=args.batch_size,
-                batch_tokens=args.batch_tokens,
+                workers=workers,
+                batch_size=options.batch_size,
+                batch_tokens=options.batch_tokens,
                 tokens=answering.tokens,
-                retry_failed=bool(args.retry_failed),
+                retry_failed=options.retry_failed is True,
                 progress=progress,
             )
             if child:
@@ -200,22 +197,23 @@ def run_bulk(
         return 130
     if child:
         return 1 if summary.failures else 0
-    return _report(args, summary, part, unit)
+    return _report(options, summary, part, unit)
 
 
-def _report(args: argparse.Namespace, summary, part, unit: str) -> int:
+def _report(options, summary, part, unit: str) -> int:
     """What a run did, and what failed; the exit code."""
     if not summary.shards and not summary.before:
         if part.count > 1:
             return 0  # there are fewer shards than processes
         raise ValueError("there are no rows in any of the sources")
-    if not args.quiet:
+    if not options.quiet:
         before = f", {summary.before} shards were done before" if summary.before else ""
-        print(f"{summary.rows} {unit} in {summary.shards} shards of {args.output}{before}")
+        print(f"{summary.rows} {unit} in {summary.shards} shards of {options.output}{before}")
     if not summary.failures:
         return 0
     print(
-        f"madtp: {summary.failures} rows have no result (see {os.path.join(args.output, 'errors')}):", file=sys.stderr
+        f"madtp: {summary.failures} rows have no result (see {os.path.join(options.output, 'errors')}):",
+        file=sys.stderr,
     )
     for shard, key, reason in summary.failed:
         print(f"  {shard}: {key}: {reason}", file=sys.stderr)
@@ -239,7 +237,7 @@ class _Bar:
     def __init__(self, unit: str, tokens: Sequence[str], *, hidden: bool) -> None:
         from tqdm import tqdm
 
-        self._meter = Kept(tokens)
+        self._meter = TokenMeter(tokens)
         self._bar = tqdm(unit=f" {unit}", disable=True if hidden else None)
         self._done = 0
 
@@ -288,14 +286,12 @@ class _Pipe:
 # ---- several processes --------------------------------------------------------------------------------------------
 
 
-def _devices(args: argparse.Namespace) -> list[str]:
+def _devices(names: str | None) -> list[str]:
     """The devices of `--devices`, one process each; none if it was not given."""
-    if args.devices is None:
+    if names is None:
         return []
-    if args.devices != "all":
-        return [name.strip() for name in args.devices.split(",") if name.strip()] or args.usage_error(
-            "--devices: names none"
-        )
+    if names != "all":
+        return [name.strip() for name in names.split(",") if name.strip()] or ["cpu"]
     import torch
 
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
@@ -311,17 +307,16 @@ def _own_device(device: str, place: int) -> str:
     return f"cuda:{place % count}" if count > 1 else device
 
 
-def _run_children(args, devices: list[str], part, total: int | None, unit: str) -> int:
+def _run_children(options, devices: list[str], part, total: int | None, unit: str, tokens: Sequence[str]) -> int:
     """Start a process for each device, show what they do together, and report; the exit code."""
     from ..bulk.run import Summary
 
     children: list[subprocess.Popen] = []
     selector, summary, shards = selectors.DefaultSelector(), Summary(), 0
     mine = None if total is None else len(range(part.index, total, part.count))
-    command = [sys.executable, "-m", "madtp", *args.argv]
-    command = [option for option in command if option != "--overwrite"]
+    command = [sys.executable, "-m", "madtp", *(word for word in options.argv if word != "--overwrite")]
     try:
-        with contextlib.closing(_Bar(unit, [f"{unit[:-1]}_tokens"], hidden=args.quiet)) as bar:
+        with contextlib.closing(_Bar(unit, tokens, hidden=options.quiet)) as bar:
             for place in range(len(devices)):
                 reader, writer = os.pipe()
                 share = f"{part.index * len(devices) + place}/{part.count * len(devices)}"
@@ -357,7 +352,7 @@ def _run_children(args, devices: list[str], part, total: int | None, unit: str) 
         bad = next((code for code in codes if code not in (None, 0, 1)), None)
         if bad == 130:
             _say_interrupted()
-        return _report(args, summary, part, unit) if bad is None else 2 if bad < 0 else bad
+        return _report(options, summary, part, unit) if bad is None else 2 if bad < 0 else bad
     except KeyboardInterrupt:
         _say_interrupted()
         return 130

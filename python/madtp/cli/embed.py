@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..options import UsageError, option
+from ..tasks import ImageInputs
 from .batch import (
     UNFINISHED,
     Item,
     Overlays,
-    add_batch,
-    add_images,
-    add_overlay,
     check_output,
     cost_of,
     image_of,
@@ -21,8 +20,8 @@ from .batch import (
     settings_of,
     truncation,
 )
-from .bulk import RESUMED, add_bulk, is_bulk, run_bulk
-from .options import add_model, add_model_options, load_model
+from .bulk import MANY, RESUMED, BulkOptions, is_bulk, run_bulk
+from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
 
 TASKS = ("retrieval", "clip")
 
@@ -42,46 +41,43 @@ where index is the row of the features.
 {RESUMED}"""
 
 
-def add_parser(commands) -> None:
-    """Register the command."""
-    parser = commands.add_parser(
-        "embed",
-        help="features of images or texts",
-        description="Turns images or texts into vectors that can be compared (BLIP retrieval models, CLIP).",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(kw_only=True)
+class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, ImageInputs, ModelSource, Command):
+    """Features of images or texts, in a file or, shard by shard, in a folder."""
+
+    name = "embed"
+    help = "features of images or texts"
+    description = "Turns images or texts into vectors that can be compared (BLIP retrieval models, CLIP)."
+    examples = _EXAMPLES
+
+    output: str = option(
+        "a .npy or .safetensors file, or a folder, whose name ends with /", required=True, metavar="FILE"
     )
-    add_model(parser)
-    add_images(parser, '{"image": "a.jpg"}')
-    parser.add_argument(
-        "--texts",
-        metavar="FILE",
-        help="instead of images: texts, one per line or a JSON list (-: from standard input)",
+    texts: str | None = option(
+        "instead of images: texts, one per line or a JSON list (-: from standard input)", metavar="FILE"
     )
-    parser.add_argument(
-        "--output", metavar="FILE", required=True, help="a .npy or .safetensors file, or a folder, with a / at its end"
+    save_overlay: str | None = option(
+        "draw the surviving patches of each layer over the image: a picture file for a single image, or a folder",
+        metavar="PATH",
     )
-    add_batch(parser, "images or texts")
-    add_overlay(parser)
-    add_bulk(parser, vectors=True, text="column, field or tar suffix with texts, which are embedded instead of images")
-    add_model_options(parser, text_modes=True)
-    parser.set_defaults(run=run, usage_error=parser.error)
+    npy_dtype: str | None = option("of vectors (default: float32)", choices=["float32", "float16"], group=MANY)
+
+    def run(self) -> int:
+        return _many(self) if is_bulk(self) else _few(self)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Embed images or texts."""
+def _few(args: Embed) -> int:
+    """Embed into one file."""
     from ..files import check_output as check_file
     from ..index import to_text
     from ..inputs import read_texts
     from ..predict import embed_images, embed_texts
 
-    if is_bulk(args):
-        return _run_bulk(args)
     if Path(args.output).suffix not in _WRITERS:
         expected = ", ".join(_WRITERS) + " or /"
-        args.usage_error(f"--output: expected a name that ends with {expected}, got {args.output}")
+        raise UsageError(f"--output: expected a name that ends with {expected}, got {args.output}")
     if args.texts and (args.images or args.input or args.save_overlay):
-        args.usage_error("give either images or --texts (--save-overlay goes with images)")
+        raise UsageError("give either images or --texts (--save-overlay goes with images)")
     if args.texts:
         source, folder = [{"text": text} for text in read_texts(args.texts)], Path()
     else:
@@ -134,14 +130,12 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def _run_bulk(args: argparse.Namespace) -> int:
-    """Embed what a folder of shards is made of."""
+def _many(args: Embed) -> int:
+    """Embed into a folder."""
     from ..bulk.callables import Embedder
 
-    if args.save_overlay:
-        args.usage_error("--save-overlay: of no use with --output FOLDER/")
     if sum(map(bool, (args.images, args.input, args.texts))) > 1:
-        args.usage_error("give one of images, --input and --texts")
+        raise UsageError("give one of images, --input and --texts")
     texts = bool(args.texts or args.text_key)
     text = (args.text_key or "text") if texts else None
     kind = "text" if texts else "image"

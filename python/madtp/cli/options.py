@@ -33,6 +33,8 @@ class Command:
 
     quiet: bool = False
     debug: bool = False
+    argv: Sequence[str] = ()
+    """The command line, for processes that do a part of it."""
 
     def run(self) -> int:
         """Run the command; returns the exit code.
