@@ -1,4 +1,5 @@
-"""Embed webdataset tars, or folders of images, with Ray Data: any number of machines, each actor with a model of its own.
+"""Embed webdataset tars, or folders of images, with Ray Data: any number of machines, each actor with a model of its
+own.
 
     python examples/ray_embed.py MODEL 'laion/*.tar' --output embeddings/ --actors 8 --gpus 1
 

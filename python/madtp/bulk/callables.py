@@ -87,7 +87,8 @@ class Prepare:
     Args:
         processor: of the model.
         image: whether there is one.
-        texts: names of fields that may hold the text, of which the first is taken that a row has; None if there is no text.
+        texts: names of fields that may hold the text, of which the first is taken that a row has; None if there is no
+            text.
         text: of rows that have none.
     """
 
@@ -321,8 +322,8 @@ class ImageTask(Answering):
         text: name of the column with texts, if it is not the task's.
         defaults: texts by the task's name for them, for rows that have none.
         arguments: of the task's ``answer``.
-        seed: where answers are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its answer
-            depends on it and the seed alone.
+        seed: where answers are sampled (``{"top_p": 0.9}``); each image has random numbers of its own, so that its
+            answer depends on it and the seed alone.
         options: see :class:`Answering`.
     """
 
@@ -370,7 +371,8 @@ class Captioner(ImageTask):
     """Captions of images (BLIP). Adds "caption", "image_tokens" and "error".
 
     Args:
-        generation: of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}`` or ``{"top_p": 0.9}``.
+        generation: of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}`` or ``{"top_p":
+            0.9}``.
         options: see :class:`ImageTask` and :class:`Answering`.
     """
 
@@ -381,8 +383,8 @@ class Captioner(ImageTask):
 
 
 class Answerer(ImageTask):
-    """Answers to questions about images (BLIP). Adds "answer", "score" of ranked ones, "image_tokens", "question_tokens"
-    and "error".
+    """Answers to questions about images (BLIP). Adds "answer", "score" of ranked ones, "image_tokens",
+    "question_tokens" and "error".
 
     Args:
         question: for rows that have none in the column "question" (or the one that ``text`` names).
