@@ -11,7 +11,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_cli_batch import CONFIGS, picture
 
 import madtp
@@ -96,8 +95,9 @@ def test_a_bad_row_costs_itself_only(models, images, count):
             assert np.isnan(found["embedding"][place]).all()
             good = [n for n in range(count) if n != place]
             np.testing.assert_allclose(
-                found["embedding"][good], vectors_of(embedder.model, [images[n] for n in good] or images)[: len(good)],
-                atol=1e-6
+                found["embedding"][good],
+                vectors_of(embedder.model, [images[n] for n in good] or images)[: len(good)],
+                atol=1e-6,
             )
     found = embedder({"jpg": objects([None] * count)})
     assert found["embedding"].shape == (count, 16) and len(found["error"]) == count
@@ -110,13 +110,15 @@ def test_texts(models):
     expected = predict.embed_texts(model, [model.processor.text(text) for text in ("a dog", "a cat on a mat")])[0]
     np.testing.assert_array_equal(found["embedding"], np.stack([one.features for one in expected]))
     assert found["caption"].tolist() == ["a dog", "a cat on a mat"] and found["path"].tolist() == ["a", "b"]
-    assert embedder({"caption": objects([None, "b"])})["error"].tolist() == ["ValueError: no 'caption' in this row",
-    None]
+    assert embedder({"caption": objects([None, "b"])})["error"].tolist() == [
+        "ValueError: no 'caption' in this row", None,
+    ]  # fmt: skip
 
 
 def test_captions_and_answers(models, images):
-    batch = {"bytes": objects([encoded(image) for image in images]), "question": objects(["what", "who", None, "",
-    "why"])} captioner = madtp.Captioner(models / "caption", backend="reference", generation={"num_beams": 2})
+    questions = objects(["what", "who", None, "", "why"])
+    batch = {"bytes": objects([encoded(image) for image in images]), "question": questions}
+    captioner = madtp.Captioner(models / "caption", backend="reference", generation={"num_beams": 2})
     found = captioner(batch)
     expected = predict.caption(captioner.model, images, num_beams=2)
     assert found["caption"].tolist() == [one.caption for one in expected] and found["error"].tolist() == [None] * 5
@@ -180,5 +182,3 @@ def test_images_that_are_none():
         with pytest.raises(ValueError, match=reason):
             to_image(value)
     assert to_image({"bytes": None, "path": "a.jpg"}) == "a.jpg"
-
-
