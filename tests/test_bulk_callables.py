@@ -147,6 +147,11 @@ def test_it_is_small_and_loads_where_it_is_called(models):
     assert embedder.model.temperature == 3.0 and embedder.model.dtype == torch.bfloat16
     copy = pickle.loads(pickle.dumps(embedder))
     assert copy._model is None and copy.model.temperature == 3.0
+    for method in ("topk", {"method": "topk"}):
+        ranked = madtp.Embedder(models / "clip", method=method, strength=0.25)
+        assert ranked.model.pruning.name == "topk" and ranked.model.pruning.strength == 0.25
+    with pytest.raises(ValueError, match="method: expected one of .*madtp.*, got 'best'"):
+        _ = madtp.Embedder(models / "clip", method="best").model
     with pytest.raises(TypeError, match="name its source instead"):
         pickle.dumps(madtp.Embedder(embedder.model))
 

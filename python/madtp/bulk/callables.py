@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from .. import predict
+from ..pruning import METHODS, Pruning
 from ..tasks import TASKS, task_of
 from .readers import IMAGE_KEYS, Row, Span
 from .workers import Failure, attempt
@@ -127,6 +128,9 @@ class Answering:
             has.
         batch_size: the most rows that the model gets at a time; by default as many as a call has.
         threads: that decode; by default 8.
+        method: a rule of pruning by its name in ``madtp.pruning.METHODS``, as a dictionary (``Pruning.to_dict()``), or
+            itself; by default the model's.
+        strength: of the rule; by default its own.
         options: of :func:`madtp.load`, such as ``temperature``.
 
     A call takes columns (arrays or lists, by name) and returns the same ones, without images that are no paths, and the
@@ -146,8 +150,11 @@ class Answering:
         image: str | None = None,
         batch_size: int | None = None,
         threads: int = 8,
+        method: str | Mapping | Pruning | None = None,
+        strength: float | None = None,
         **options,
     ) -> None:
+        self._method, self._strength = method, strength
         self._source, self._device, self._dtype, self._options = model, str(device), str(dtype), options
         self._image, self._batch_size, self._threads = image, batch_size, threads
         self._model, self._answered = model if isinstance(model, torch.nn.Module) else None, False
@@ -181,6 +188,17 @@ class Answering:
             if model.config.task not in self.tasks:
                 expected = " or ".join(map(repr, self.tasks))
                 raise ValueError(f"{self._source}: holds a model for task {model.config.task!r}, not {expected}")
+            rule = self._method
+            if isinstance(rule, str):
+                if rule not in METHODS:
+                    raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {rule!r}")
+                rule = METHODS[rule]()
+            if isinstance(rule, Mapping):
+                rule = Pruning.from_dict(rule)
+            if rule is not None:
+                model.pruning = rule
+            if self._strength is not None:
+                model.pruning = model.pruning.at(self._strength)
             self._model = model
         return self._model
 
