@@ -28,11 +28,12 @@ from pathlib import Path
 
 import torch
 from madtp.pruning import base as dtp
+from madtp.pruning import madtp as rule
 from madtp.config import TextConfig
 from madtp.pruning import MADTP, Tokens
 from madtp.text import Layer, TwinCrossAttention
 from madtp.vision import Block
-from madtp_kernels import RaggedBatch, backends, checks, compact
+from madtp_kernels import RaggedBatch, backends, checks, compact, prune
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -83,6 +84,7 @@ def pretending(capability: int):
         (attention, "_flash", lambda: (flash, {"num_splits": 1})),
         (checks, "may_read", lambda tensor: False),
         (dtp, "compact", functools.partial(compact, exact=False)),
+        (rule, "prune", functools.partial(prune, exact=False)),
         (backends, "availability", lambda name, device_type: None),
         (backends, "_PREFERENCE", {"cpu": ("triton",)}),
     ]

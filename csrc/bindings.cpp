@@ -49,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_with_importance", &madtp::cpu::attention_with_importance, release());
   m.def("score_tokens", MADTP_OPERATION(score_tokens), release());
   m.def("compact", MADTP_OPERATION(compact), release());
+  m.def("prune", &madtp::cpu::prune, release());
   m.def("nearest_kept", &madtp::cpu::nearest_kept, release());
   m.def("novelty", &madtp::cpu::novelty, release());
   m.def("match_tokens", &madtp::cpu::match_tokens, release());

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, checks, native
+from . import backends, checks, native, repeats
 from .attention import attention, checked
 from .importance import attention_importance
 from .registration import call, define
@@ -33,6 +33,12 @@ def attention_with_importance(
     Returns:
         ``out [T, H, d]``, ``lse [H, T]``, ``received [T]``, ``cls [T]``.
     """
+    key = repeats.signature(
+        attention_with_importance, (q, k, v, cu_seqlens, key_bias), (max_seqlen, scale, causal, backend)
+    )
+    if repeat := repeats.find(key):
+        scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+        return repeat(q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias)
     checks.floats("q", q, 3, "[T, H, d]")
     checks.tensor("k", k, tuple(q.shape), "[T, H, d]", q.dtype, q.device)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, q, "q")
@@ -42,13 +48,21 @@ def attention_with_importance(
     if separate or backends.resolve("attention", "attention", backend or "", q)[0] != "cpu":
         options = {"scale": scale, "causal": causal, "key_bias": key_bias, "backend": backend}
         out, lse = attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-        return out, lse, *attention_importance(q, k, out, lse, cu_seqlens, max_seqlen, **options)
+        result = out, lse, *attention_importance(q, k, out, lse, cu_seqlens, max_seqlen, **options)
+        operations = ("attention", "attention"), ("attention_importance", "importance")
+        repeats.remember(key, backend, q, *operations, run=_one_after_the_other)
+        return result
     q, k, v, cu_seqlens, _, max_seqlen, _, scale, causal, key_bias = checked(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias
     )
     return call(
         "attention_with_importance", q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias
     )
+
+
+def _one_after_the_other(attention, attention_importance, q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias):
+    out, lse = attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias)
+    return out, lse, *attention_importance(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias)
 
 
 def _run(*args):

@@ -105,6 +105,12 @@ def _known_offsets(name: str, cu_seqlens: Tensor) -> tuple[int, int]:
     return known[1:]
 
 
+def know_offsets(cu_seqlens: Tensor, rows: int, longest: int) -> None:
+    """Note what an operation has found out of offsets that it made itself, so that nobody reads them again."""
+    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    cu_seqlens._madtp_known = (version, rows, longest)
+
+
 def longest_sample(cu_seqlens: Tensor) -> int:
     """Length of the longest sample, read on the host."""
     return _known_offsets("cu_seqlens", cu_seqlens)[1]

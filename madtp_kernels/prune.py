@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .compaction import Compacted, compact
+from . import backends, checks, native, repeats
+from .compaction import Compacted, compact, compacted
 from .ragged import RaggedBatch
+from .registration import plain
 from .scoring import score_tokens
 
 __all__ = ["Pruned", "prune"]
@@ -32,24 +35,88 @@ def prune(
     temperature: float,
     *,
     bias: Tensor | None = None,
+    protected: Tensor | None = None,
+    groups: Tensor | None = None,
+    min_keep: Tensor | None = None,
+    ids: Tensor | None = None,
+    sizes: Tensor | None = None,
+    merged_id: int = -1,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    exact: bool | None = None,
     backend: str | None = None,
-    **options,
 ) -> Pruned:
     """Score the tokens that entered a block and drop the ones that do not matter from its attention's result.
+
+    On a CPU this is one call of the extension. Its attention comes before it in another, because the projection of its result
+    lies between the two.
 
     Args:
         x: tokens ``[T, D]`` after the attention sub-layer: the rows that are kept and merged.
         entering: ``[T, D]`` the tokens as they entered the block: what is compared with the dictionary.
         dictionary, received, cls, temperature, bias: as in :func:`~madtp_kernels.score_tokens`.
-        options: the keyword options of :func:`~madtp_kernels.compact`.
+        protected, groups, min_keep, ids, sizes, merged_id, norm, exact: as in :func:`~madtp_kernels.compact`.
+        backend: force an implementation of both.
 
     Returns:
-        :class:`Pruned`. Two launches on a GPU.
+        :class:`Pruned`. Three launches on a GPU, four where scoring takes two.
 
     Raises:
         ValueError, BackendError: as the two operations.
     """
+    weight, shift, eps = norm if isinstance(norm, tuple) and len(norm) == 3 else (None, None, 0.0)
+    if isinstance(x, RaggedBatch) and (norm is None or weight is not None):
+        values, cu_seqlens, longest = x.values, x.cu_seqlens, x.max_seqlen
+        tensors = (values, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift)
+        if values.device.type == "cpu" and _in_one_call(tensors, backend):
+            pruned = _on_cpu(tensors, x, temperature, merged_id, eps, exact)
+            if pruned is not None:
+                return pruned
+        key = repeats.signature(prune, tensors, (longest, temperature, merged_id, eps, exact, backend))
+        if repeat := repeats.find(key):
+            return repeat(tensors, longest, temperature, merged_id, eps, bool(exact))
+    else:
+        key = None
     importance, threshold = score_tokens(
         entering, dictionary, received, cls, x.cu_seqlens, x.max_seqlen, temperature, bias=bias, backend=backend
     )
-    return Pruned(compact(x, importance, threshold, backend=backend, **options), importance, threshold)
+    result = compact(
+        x, importance, threshold, protected=protected, groups=groups, min_keep=min_keep, ids=ids, sizes=sizes,
+        merged_id=merged_id, norm=norm, exact=exact, backend=backend,
+    )  # fmt: skip
+    repeats.remember(key, backend, entering, ("score_tokens", "scoring"), ("compact", "compaction"), run=_on_gpu)
+    return Pruned(result, importance, threshold)
+
+
+def _on_gpu(score, compact, tensors: tuple, longest: int, temperature: float, merged_id: int, eps: float, exact: bool) -> Pruned:
+    x, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift = tensors
+    importance, threshold = score(entering, dictionary, received, cls, cu_seqlens, longest, temperature, bias)
+    result = compact(
+        x, importance, threshold, None, cu_seqlens, longest, protected, groups, min_keep, ids, sizes, merged_id, weight, shift,
+        eps, exact,
+    )  # fmt: skip
+    return Pruned(compacted(result, longest, exact, sizes, weight), importance, threshold)
+
+
+def _in_one_call(tensors: tuple, backend: str | None) -> bool:
+    """Whether the extension serves both operations and nothing has to look at them separately."""
+    if torch.compiler.is_compiling() or not plain(tensors):
+        return False
+    return backends.resolve("score_tokens", "scoring", backend or "", tensors[0])[0] == "cpu"
+
+
+def _on_cpu(tensors: tuple, x: RaggedBatch, temperature: float, merged_id: int, eps: float, exact: bool | None) -> Pruned | None:
+    """None where scores are not finite: the operations one by one say which."""
+    checks.positive("temperature", temperature)
+    weight, sizes = tensors[12], tensors[11]
+    if weight is not None:
+        checks.positive("norm eps", eps)
+    exact = exact is None or exact
+    values, *rest = map(checks.unit_stride, tensors)
+    (
+        *result, importance, threshold, rows, longest
+    ) = native.load().prune(values, *rest[:6], x.max_seqlen, temperature, *rest[6:11], merged_id, *rest[11:], eps, exact)  # fmt: skip
+    if result[0] is None:
+        return None
+    checks.know_offsets(result[1], rows, longest)
+    result = compacted(result, longest if exact else x.max_seqlen, exact, sizes, weight)
+    return Pruned(result, importance, threshold)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -50,7 +51,46 @@ def multiprocessors(tensor: Tensor) -> int:
 _KNOWN_TRITON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"]) and torch.version.hip is None
 # Triton's own method: whoever puts another in its place, before or after this import, wants to see all launches.
 _RUN = JITFunction.run if getattr(JITFunction.run, "__globals__", None) is vars(sys.modules[JITFunction.__module__]) else None
-_compiled: dict[tuple, tuple[object, tuple]] = {}
+# Compiled kernels by specialisation: with the constants that are passed, the device, and what was compiled.
+_compiled: dict[tuple, tuple[object, tuple, int, JITFunction]] = {}
+
+
+class _Thread(threading.local):
+    """Of the call that a :class:`Replayed` makes: the kernels it launched the last time, or those launched so far."""
+
+    replayed = None
+    recorded = None
+
+
+_thread = _Thread()
+
+
+class Replayed:
+    """A function of tensors whose launches are the same kernels, compiled in the same way, at every call: the second call notes
+    them, later ones run them unasked.
+
+    Args:
+        run: called with ``implementations`` and the arguments of the call; None: the one implementation. Every call has to pass tensors of the same dtypes,
+            devices, shapes, strides and alignment, and the same other arguments.
+    """
+
+    def __init__(self, run: Callable | None, implementations: tuple[Callable, ...]) -> None:
+        self.run = implementations[0] if run is None else functools.partial(run, *implementations)
+        self.kernels: tuple | None = None
+
+    def __call__(self, *args):
+        kernels = self.kernels
+        if kernels is None:
+            _thread.recorded = recorded = []
+        else:
+            _thread.replayed = iter(kernels)
+        try:
+            result = self.run(*args)
+        finally:
+            _thread.replayed = _thread.recorded = None
+        if kernels is None and None not in recorded:
+            self.kernels = tuple(recorded)
+        return result
 
 
 def _watched(kernel: JITFunction) -> bool:
@@ -102,21 +142,28 @@ def launch(kernel: JITFunction, programs: int, *args, **constants) -> None:
     """``kernel[(programs,)](*args, **constants)`` with constants last: in a fraction of the time from the second launch on.
 
     Triton binds, describes and looks up the arguments at every launch, which takes longer than many of these kernels. Here the
-    compiled kernel is found by :func:`specialisation` and run. Where anything is unknown or watched, Triton launches.
+    compiled kernel is found by :func:`specialisation`, or known from the last time (:class:`Replayed`), and run. Where anything
+    is unknown or watched, Triton launches.
     """
+    found = None if _thread.replayed is None else next(_thread.replayed, None)
     if not _KNOWN_TRITON or type(kernel) is not JITFunction or _watched(kernel):
+        if _thread.recorded is not None:
+            _thread.recorded.append(None)
         kernel[(programs,)](*args, **constants)
         return
-    key = specialisation(kernel, args, constants)
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[(programs,)](*args, **constants)
-        if key is not None and compiled is not None:
-            rest = kernel.arg_names[len(args) :]
-            _compiled[key] = compiled, tuple(constants[name] for name in rest)
-        return
-    compiled, rest = found
-    stream = driver.active.get_current_stream(key[1])
+    if found is None or found[3] is not kernel:
+        key = specialisation(kernel, args, constants)
+        found = _compiled.get(key)
+        if _thread.recorded is not None:
+            _thread.recorded.append(found)
+        if found is None:
+            compiled = kernel[(programs,)](*args, **constants)
+            if key is not None and compiled is not None:
+                rest = kernel.arg_names[len(args) :]
+                _compiled[key] = compiled, tuple(constants[name] for name in rest), key[1], kernel
+            return
+    compiled, rest, device, _ = found
+    stream = driver.active.get_current_stream(device)
     compiled.run(
         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, repeats
 from ..registration import call, define, differentiate
 
 __all__ = ["attention"]
@@ -50,8 +50,17 @@ def attention(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         BackendError: a backend asked for by name cannot run.
     """
-    arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, True)
-    return call("attention", *arguments, backend or "")
+    lengths = (max_seqlen_q, max_seqlen_k)
+    key = repeats.signature(
+        attention, (q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias), (*lengths, scale, causal, backend)
+    )
+    if repeat := repeats.find(key):
+        scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+        return repeat(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias)
+    arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias, True)
+    result = call("attention", *arguments, backend or "")
+    repeats.remember(key, backend, q, ("attention", "attention"))
+    return result
 
 
 def checked(

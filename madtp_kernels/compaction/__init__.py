@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, repeats
 from ..ragged import RaggedBatch
 from ..registration import call, define, differentiate
 from . import reference
@@ -80,6 +80,20 @@ def compact(
     if not isinstance(x, RaggedBatch):
         raise ValueError(f"x: expected a RaggedBatch of tokens [T, D], got {checks.describe(x)}")
     values, cu_seqlens, device = x.values, x.cu_seqlens, x.device
+    weight, bias, eps = norm if isinstance(norm, tuple) and len(norm) == 3 else (None, None, 0.0)
+    key = None
+    if norm is None or weight is not None:
+        per_sample = (threshold, keep_count, cu_seqlens, groups, min_keep)
+        key = repeats.signature(
+            compact, (values, importance, *per_sample, protected, ids, sizes, weight, bias),
+            (x.max_seqlen, merged_id, eps, exact, backend),
+        )  # fmt: skip
+        if repeat := repeats.find(key):
+            result = repeat(
+                values, importance, threshold, keep_count, cu_seqlens, x.max_seqlen, protected, groups, min_keep, ids, sizes,
+                merged_id, weight, bias, eps, bool(exact),
+            )  # fmt: skip
+            return compacted(result, x.max_seqlen, bool(exact), sizes, weight)
     checks.floats("x.values", values, 2, "[T, D]")
     tokens, batch = values.shape[0], cu_seqlens.shape[0] - 1
     score_dtype = torch.promote_types(values.dtype, torch.float32)
@@ -102,11 +116,9 @@ def compact(
         if checks.may_read(value) and batch and (value.min() < 0 or name == "groups" and value.max() >= batch):
             legal = f"0..B-1 = 0..{batch - 1}" if name == "groups" else ">= 0"
             raise ValueError(f"{name}: expected {legal}, got {value.min()}..{value.max()}")
-    weight, bias, eps = None, None, 0.0
     if norm is not None:
         if not isinstance(norm, tuple) or len(norm) != 3:
             raise ValueError(f"norm: expected (weight, bias, eps), got {checks.describe(norm)}")
-        weight, bias, eps = norm
         checks.tensor("norm weight", weight, (values.shape[1],), "[D]", checks.FLOATS, device)
         if bias is not None:
             checks.tensor("norm bias", bias, (values.shape[1],), "[D]", checks.FLOATS, device)
@@ -116,16 +128,23 @@ def compact(
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
 
-    rows, cu_out, ids_out, sizes_out, normed = call(
+    result = call(
         "compact", checks.unit_stride(values), *map(checks.unit_stride, (importance, threshold, keep_count, cu_seqlens)),
         x.max_seqlen, *map(checks.unit_stride, (protected, groups, min_keep, ids, sizes)), merged_id,
         checks.unit_stride(weight), checks.unit_stride(bias), eps, exact, backend or "",
     )  # fmt: skip
     longest = x.max_seqlen
     if exact and not torch.compiler.is_compiling() and device.type == "cpu":
-        longest = checks.longest_sample(cu_out)
+        longest = checks.longest_sample(result[1])
+    repeats.remember(key, backend, values, ("compact", "compaction"))
+    return compacted(result, longest, exact, sizes, weight)
+
+
+def compacted(result: tuple, longest: int, exact: bool, sizes: Tensor | None, weight: Tensor | None) -> Compacted:
+    """What an implementation returned, for a caller who passed these ``sizes`` and this weight of a LayerNorm or None."""
+    values, cu_out, ids_out, sizes_out, normed = result
     return Compacted(
-        RaggedBatch.unchecked(rows, cu_out, longest, not exact),
+        RaggedBatch.unchecked(values, cu_out, longest, not exact),
         ids_out,
         None if sizes is None else sizes_out,
         None if weight is None else normed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, repeats
 from ..registration import call, define, differentiate
 from . import reference
 
@@ -45,6 +45,12 @@ def attention_importance(
     Raises:
         ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
     """
+    key = repeats.signature(
+        attention_importance, (q, k, out, lse, cu_seqlens, key_bias), (max_seqlen, scale, causal, backend)
+    )
+    if repeat := repeats.find(key):
+        scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+        return repeat(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias)
     checks.floats("q", q, 3, "[T, H, d]")
     if not 1 <= q.shape[2] <= 256 or q.shape[1] < 1:
         raise ValueError(f"q: expected [T, H, d] with H >= 1 and 1 <= d <= 256, got {checks.describe(q)}")
@@ -58,10 +64,12 @@ def attention_importance(
         checks.tensor("key_bias", key_bias, (shape[0],), "[T]", score_dtype, q.device)
     scale = shape[2] ** -0.5 if scale is None else scale
     checks.positive("scale", scale)
-    return call(
+    result = call(
         "attention_importance", checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
         checks.unit_stride(cu_seqlens), max_seqlen, float(scale), causal, checks.unit_stride(key_bias), backend or "",
     )  # fmt: skip
+    repeats.remember(key, backend, q, ("attention_importance", "importance"))
+    return result
 
 
 def _fake(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, backend):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, repeats
 from ..registration import call, define, differentiate
 from . import reference
 
@@ -57,6 +57,9 @@ def linear(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         BackendError: a backend asked for by name cannot run.
     """
+    key = repeats.signature(linear, (x, weight, bias, cu_seqlens, residual), (activation, backend))
+    if repeat := repeats.find(key):
+        return repeat(x, weight, bias, cu_seqlens, activation or "", residual)
     checks.floats("x", x, 2, "[C, in]")
     checks.tensor("weight", weight, (None, x.shape[1]), "[out, in]", x.dtype, x.device)
     if bias is not None:
@@ -70,10 +73,13 @@ def linear(
         raise ValueError(f"activation: expected None or one of {names}, got {checks.describe(activation)}")
     if residual is not None:
         checks.tensor("residual", residual, (x.shape[0], weight.shape[0]), "[C, out]", x.dtype, x.device)
-    return call(
+    result = call(
         "linear", checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
         activation or "", checks.unit_stride(residual), backend or "",
     )  # fmt: skip
+    if cu_seqlens is not None:
+        repeats.remember(key, backend, x, ("linear", "linear"))
+    return result
 
 
 _run = backends.dispatch("linear", "linear")

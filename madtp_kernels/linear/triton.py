@@ -159,12 +159,6 @@ def _tiles(x: Tensor, weight: Tensor) -> tuple[Tile, ...]:
     return tiles.COPY_ENGINE if _copy_engine(x.device) else tiles.SIXTEEN_BITS
 
 
-def _choose(x: Tensor, weight: Tensor) -> Tile:
-    return tiles.choose(
-        _tiles(x, weight), _architecture(x.device), multiprocessors(x), *x.shape, weight.shape[0]
-    )  # fmt: skip
-
-
 def _descriptor(tensor: Tensor, shape: tuple[int, int], rows: int, columns: int) -> TensorDescriptor:
     """Of blocks ``[rows, columns]`` of an aligned matrix. The constructor checks once more, for longer than a launch takes."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
@@ -181,14 +175,16 @@ def _multiply(
     cu_seqlens: Tensor,
     activation: str,
     residual: Tensor | None,
+    descriptors: bool | None = None,
 ) -> Tensor:
+    if descriptors is None:
+        descriptors = _tiles(x, weight) is tiles.COPY_ENGINE
     capacity, width = x.shape
     columns = weight.shape[0]
     out = torch.empty(capacity, columns, dtype=x.dtype, device=x.device)
     programs = min(tile.count(capacity, columns), multiprocessors(x) * tile.programs)
     if programs == 0:
         return out
-    descriptors = _tiles(x, weight) is tiles.COPY_ENGINE
     stored = descriptors and tile.stored and columns % 8 == 0 and (residual is None or _aligned(residual))
     residual_row = 0 if residual is None else residual.stride(0)
     x_tiles, weight_tiles, out_tiles, residual_tiles = x, weight, out, residual
@@ -216,4 +212,6 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, activation: str, residual: Tensor | None
 ) -> Tensor:
     """``[C, out]``; see the public operation for the contract."""
-    return _multiply(_choose(x, weight), x, weight, bias, cu_seqlens, activation, residual)
+    choice, device = _tiles(x, weight), x.device
+    tile = tiles.choose(choice, _architecture(device), multiprocessors(x), *x.shape, weight.shape[0])
+    return _multiply(tile, x, weight, bias, cu_seqlens, activation, residual, choice is tiles.COPY_ENGINE)

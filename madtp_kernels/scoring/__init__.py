@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, repeats
 from ..registration import call, define, differentiate
 from . import reference
 
@@ -51,6 +51,11 @@ def score_tokens(
         ValueError: an argument does not fit, an empty dictionary, a temperature that is not a finite number > 0, or (CPU,
             or debug mode) non-finite received or cls. BackendError: a backend asked for by name cannot run.
     """
+    key = repeats.signature(
+        score_tokens, (x, dictionary, received, cls, cu_seqlens, bias), (max_seqlen, temperature, backend)
+    )
+    if repeat := repeats.find(key):
+        return repeat(x, dictionary, received, cls, cu_seqlens, max_seqlen, float(temperature), bias)
     checks.floats("x", x, 2, "[T, D]")
     score_dtype = torch.promote_types(x.dtype, torch.float32)
     checks.tensor("dictionary", dictionary, (None, x.shape[1]), "[M, D]", x.dtype, x.device)
@@ -64,10 +69,12 @@ def score_tokens(
         checks.tensor("bias", bias, (dictionary.shape[0],), "[M]", score_dtype, x.device)
     checks.finite("received", received, cu_seqlens)
     checks.finite("cls", cls, cu_seqlens)
-    return call(
+    result = call(
         "score_tokens", checks.unit_stride(x), checks.unit_stride(dictionary), checks.unit_stride(received), checks.unit_stride(cls),
         checks.unit_stride(cu_seqlens), max_seqlen, float(temperature), checks.unit_stride(bias), backend or "",
     )  # fmt: skip
+    repeats.remember(key, backend, x, ("score_tokens", "scoring"))
+    return result
 
 
 def _fake(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, backend):

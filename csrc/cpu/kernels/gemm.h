@@ -12,7 +12,10 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
+// Rows come in whole tiles of kTileRows; wherever kTallRows are left, one tile takes so many, as few reads of the right operand as
+// the registers allow: that one comes from the second-level cache, the rows stay in the first.
 constexpr int kTileRows = 6;
+static_assert(kTallRows % kTileRows == 0);
 
 struct ProductF32 {
   using element = float;
@@ -53,13 +56,13 @@ struct ProductBF16 {
 };
 #endif
 
-// One tile of kTileRows rows and kVectors vectors of columns, kept in registers; `finish(row, vector, sum)` stores it.
-template <class Product, int kVectors, class Finish>
+// One tile of kRows rows and kVectors vectors of columns, kept in registers; `finish(row, vector, sum)` stores it.
+template <class Product, int kRows, int kVectors, class Finish>
 MADTP_INLINE void tile(const typename Product::element* left, int64_t left_stride, const typename Product::element* right,
                        int64_t steps, Finish&& finish) {
-  vf sums[kTileRows][kVectors];
-#pragma GCC unroll 6
-  for (int r = 0; r < kTileRows; ++r)
+  vf sums[kRows][kVectors];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(0.0f);
   // Unrolled so that the processor foresees the end of the loop, which a head of 64 makes short.
@@ -68,8 +71,8 @@ MADTP_INLINE void tile(const typename Product::element* left, int64_t left_strid
     typename Product::vector columns[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = Product::right(right + v * kLanes * Product::kDepth);
-#pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
       const auto row = Product::left(left + r * left_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[r][v] = Product::accumulate(row, columns[v], sums[r][v]);
@@ -77,21 +80,24 @@ MADTP_INLINE void tile(const typename Product::element* left, int64_t left_strid
     left += Product::kDepth;
     right += kVectors * kLanes * Product::kDepth;
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) finish(r, v, sums[r][v]);
 }
 
-// All rows against one panel: the panel stays in the first-level cache. `finish(row, vector, sum)` gets rows up to a multiple
-// of kTileRows.
+// All rows against one panel. `finish(row, vector, sum)` gets rows up to a multiple of kTileRows.
 template <class Product, int kVectors, class Finish>
 MADTP_INLINE void panel_product(const LeftRows& left, const typename Product::element* panel, int64_t steps,
                                 Finish&& finish) {
   const auto* rows = static_cast<const typename Product::element*>(left.data);
-  for (int64_t row = 0; row < left.rows; row += kTileRows) {
-    tile<Product, kVectors>(rows + row * left.stride, left.stride, panel, steps,
-                            [&](int r, int v, vf sum) { finish(row + r, v, sum); });
+  int64_t row = 0;
+  const auto store_tile = [&](int r, int v, vf sum) { finish(row + r, v, sum); };
+  for (; row + kTallRows - kTileRows < left.rows; row += kTallRows) {
+    tile<Product, kTallRows, kVectors>(rows + row * left.stride, left.stride, panel, steps, store_tile);
+  }
+  for (; row < left.rows; row += kTileRows) {
+    tile<Product, kTileRows, kVectors>(rows + row * left.stride, left.stride, panel, steps, store_tile);
   }
 }
 

@@ -37,7 +37,8 @@ struct Layout {
   int64_t rows;        // of left operands
   int64_t columns;     // of packed right operands
   int64_t depth;       // of both
-  int64_t block_rows;  // not padding: at most so many queries in a block of attention, features in one of a linear layer
+  // Not padding: at most so many queries in a block of attention, features in one of a linear layer.
+  int64_t block_queries, block_features;
 };
 
 // A block of one sample's queries, head after head.
@@ -85,7 +86,7 @@ enum class Activation : int { none, gelu, gelu_tanh, quick_gelu, silu };
 struct LinearBlock {
   const void* weight;  // [features, weight_stride] of the factor type, a left operand
   int64_t weight_stride;
-  int64_t features;   // at most layout.block_rows
+  int64_t features;   // at most layout.block_features
   const void* packed;  // the tokens, packed panel by panel as the columns of a right operand
   int64_t tokens;
   int64_t depth;

@@ -58,6 +58,17 @@ MADTP_INLINE LinearBlock tokens_of(const LinearBlock& block, int64_t token, int6
   return part;
 }
 
+// Asks for what a product will be finished with and into: rows that lie too far apart for the processor to foresee them.
+MADTP_INLINE void prefetch_ends(const LinearBlock& block, int64_t bytes) {
+  for (int64_t token = 0; token < block.tokens; ++token) {
+    const auto* out = static_cast<const char*>(block.out) + token * block.out_stride * bytes;
+    for (int64_t i = 0; i < block.features * bytes; i += 64) __builtin_prefetch(out + i, 1, 2);
+    if (block.residual == nullptr) continue;
+    const auto* residual = static_cast<const char*>(block.residual) + token * block.residual_stride * bytes;
+    for (int64_t i = 0; i < block.features * bytes; i += 64) __builtin_prefetch(residual + i, 0, 2);
+  }
+}
+
 // Finishes products [features, tokens] of whole vectors: turned, with bias, activation and residual, into rows of `out`.
 template <Activation kActivation, class T>
 MADTP_INLINE void finish_linear(const LinearBlock& block, const float* products, int64_t stride) {
@@ -94,7 +105,7 @@ MADTP_INLINE void finish_linear(const LinearBlock& block, const float* products,
   }
 }
 
-constexpr int64_t kFeatures = 48;  // at most, of a block: whole tiles and whole vectors
+constexpr int64_t kFeatures = 48;  // at most, of a block: whole tall tiles and whole vectors
 
 // See CpuKernels::linear.
 template <class Product, class T>
@@ -106,6 +117,7 @@ void linear(const LinearBlock& block) {
   const int64_t steps = (block.depth + Product::kDepth - 1) / Product::kDepth;
   for (int64_t token = 0; token < block.tokens; token += kStride, panel += kStride * steps * Product::kDepth) {
     const LinearBlock part = tokens_of(block, token, kStride, sizeof(T));
+    prefetch_ends(part, sizeof(T));
     any_panel_product<Product>(left, panel, (part.tokens + kLanes - 1) / kLanes, steps,
                                [&](int64_t row, int v, vf sum) { store(products + row * kStride + v * kLanes, sum); });
     finish_linear<T>(part, products, kStride);

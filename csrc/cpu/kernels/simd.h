@@ -49,7 +49,7 @@ constexpr float kExp2Short[5] = {0.01353416033089161f, 0.05201147496700287f, 0.2
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
-constexpr int kPanelVectors = 4;
+constexpr int kPanelVectors = 2, kTallRows = 12;  // of 32 registers, 24 hold sums
 using vf = __m512;
 
 MADTP_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -117,9 +117,9 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 #if defined(__aarch64__)
-constexpr int kPanelVectors = 4;  // 32 registers
+constexpr int kPanelVectors = 4, kTallRows = 6;  // of 32 registers, 24 hold sums
 #else
-constexpr int kPanelVectors = 2;  // 16 registers
+constexpr int kPanelVectors = 2, kTallRows = 6;  // of 16 registers, 12 hold sums
 #endif
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));

@@ -37,8 +37,8 @@ MADTP_INLINE auto with_product(Factor factor, F&& f) {
 }
 
 template <class Product>
-constexpr Layout layout_for(int64_t block_rows) {
-  return {Product::kRows, kLanes, Product::kDepthUnit, block_rows};
+constexpr Layout layout_for(int64_t block_queries, int64_t block_features) {
+  return {Product::kRows, kLanes, Product::kDepthUnit, block_queries, block_features};
 }
 
 #define MADTP_TEXT(x) MADTP_TEXT_(x)
@@ -50,10 +50,10 @@ CpuKernels make_table() {
   table.name = MADTP_TEXT(MADTP_ISA);
   table.lanes = kLanes;
   table.panel = kPanelVectors * kLanes;
-  table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(36);
+  table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(36, kFeatures);
 #if defined(__AVX512BF16__)
   table.bf16_products = true;
-  table.layouts[static_cast<int>(Factor::bf16)] = layout_for<ProductBF16>(ProductBF16::kRows == 16 ? 32 : 48);
+  table.layouts[static_cast<int>(Factor::bf16)] = ProductBF16::kRows == 16 ? layout_for<ProductBF16>(32, 32) : layout_for<ProductBF16>(48, kFeatures);
 #else
   table.bf16_products = false;
   table.layouts[static_cast<int>(Factor::bf16)] = {};

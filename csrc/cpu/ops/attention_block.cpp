@@ -16,7 +16,7 @@ Blocks::Blocks(const Layout& layout, int64_t queries, int64_t keys, int64_t part
   const int64_t unit = layout.rows;
   const int64_t fitting = kBlockBytes / (kBytesPerLogit * std::max<int64_t>(keys, 1)) / unit * unit;
   const int64_t wanted = round_up((queries + parts - 1) / parts, unit);
-  rows = std::min({layout.block_rows, std::max(fitting, round_up(12, unit)), std::max(wanted, unit)});
+  rows = std::min({layout.block_queries, std::max(fitting, round_up(12, unit)), std::max(wanted, unit)});
   count = (queries + rows - 1) / rows;
 }
 

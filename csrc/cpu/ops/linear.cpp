@@ -53,6 +53,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   if (residual.has_value()) check_rows("residual", *residual, 2);
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
+  expect_large_pages(out.mutable_data_ptr(), rows * features * element);
 
   const Buffer bias_memory(round_up(features, 64) * 4);
   float* const wide_bias = bias.has_value() ? bias_memory.at<float>() : nullptr;
@@ -67,7 +68,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const int64_t added_stride = residual.has_value() ? residual->stride(0) : 0;
 
   // Weights that are stored as the products want them are read in place, others through a copy of one block.
-  const int64_t block = layout.block_rows, blocks = (features + block - 1) / block;
+  const int64_t block = layout.block_features, blocks = (features + block - 1) / block;
   const int64_t padded_depth = round_up(depth, layout.depth), weight_row = weight.stride(0) * element;
   const bool in_place = (type == Type::f32 || factor == Factor::bf16) && depth == padded_depth;
   const int64_t panel_bytes = packed_size(layout, kernels.panel, depth) * factor_bytes(factor);

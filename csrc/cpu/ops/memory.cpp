@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLeastKept = size_t{256} << 10;  // smaller blocks are left to malloc
+constexpr int64_t kLeastAdvised = int64_t{32} << 20;  // what the C library always gets from the system, and gives back at once
 constexpr size_t kMostKept = size_t{64} << 20;
 
 struct Block {
@@ -114,6 +115,17 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(capacity_, other.capacity_);
   return *this;
+}
+
+void expect_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < kLeastAdvised) return;
+  const auto first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto last = (reinterpret_cast<uintptr_t>(data) + static_cast<size_t>(bytes)) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 }  // namespace madtp::cpu

@@ -27,4 +27,7 @@ class Buffer {
   size_t capacity_;
 };
 
+// Large results come from the system each time, page by page as they are written: asks for large pages, a five-hundredth of them.
+void expect_large_pages(void* data, int64_t bytes);
+
 }  // namespace madtp::cpu

@@ -43,6 +43,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
     const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes, int64_t merged_id,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact);
 
+// Both in one call -> values, cu_out, ids_out, sizes_out, normed, importance, threshold, and of the result the number of rows in use
+// and the length of the longest sample. Where a score or threshold is NaN or infinite the first five are undefined tensors.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int64_t> prune(
+    const Tensor& x, const Tensor& entering, const Tensor& dictionary, const OptionalTensor& bias, const Tensor& received,
+    const Tensor& cls, const Tensor& cu_seqlens, int64_t max_seqlen, double temperature, const OptionalTensor& is_protected,
+    const OptionalTensor& groups, const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes,
+    int64_t merged_id, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact);
+
 // keys [C, D], kept [C] -> into [C]: rows.
 Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t max_seqlen);
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from madtp_kernels import Merged, RaggedBatch, compact, merge_tokens
+from madtp_kernels import Compacted, Merged, RaggedBatch, compact, merge_tokens
 from madtp_kernels.segments import sample_of
 
 if TYPE_CHECKING:
@@ -325,18 +325,30 @@ class ScoredPruning(Pruning):
         **options: Tensor | None,
     ) -> tuple[Tokens, LayerTrace]:
         """The tokens after :func:`madtp_kernels.compact`, of which ``limit`` and ``options`` are arguments."""
-        sizes, weights = tokens.sizes, None if norm is None else (norm.weight, norm.bias, norm.eps)
+        batch = RaggedBatch.unchecked(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, tokens.bound)
+        compacted = compact(batch, importance, **limit, **self.compaction(tokens, layer, norm, **options))
+        return self.left(tokens, compacted, norm, importance, limit.get("threshold"))
+
+    def compaction(
+        self, tokens: Tokens, layer: int, norm: LayerNorm | None, **options: Tensor | None
+    ) -> dict[str, object]:
+        """The keyword arguments of :func:`madtp_kernels.compact` besides the limit; ``options`` are some of them."""
+        sizes = tokens.sizes
         if sizes is None and self.proportional_attention:
             sizes = torch.ones_like(tokens.ids, dtype=torch.float32)
         if "protected" not in options and (tokens.prefix > 1 or tokens.protected_ids is not None):
             options["protected"] = tokens.protected
-        batch, ids, sizes, normed = compact(
-            RaggedBatch.unchecked(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, tokens.bound),
-            importance, ids=tokens.ids, sizes=sizes, merged_id=-(1 + layer), norm=weights, backend=self.backend,
-            **limit, **options,
-        )  # fmt: skip
+        weights = None if norm is None else (norm.weight, norm.bias, norm.eps)
+        return {
+            "ids": tokens.ids, "sizes": sizes, "merged_id": -(1 + layer), "norm": weights, "backend": self.backend, **options
+        }  # fmt: skip
+
+    def left(
+        self, tokens: Tokens, compacted: Compacted, norm: LayerNorm | None, importance: Tensor, threshold: Tensor | None
+    ) -> tuple[Tokens, LayerTrace]:
+        """What compaction left of ``tokens``, and the record of the layer."""
+        batch, ids, sizes, normed = compacted
         left = tokens.survivors(
             batch, ids, sizes, proportional=self.proportional_attention, normed=None if norm is None else (norm, normed)
         )
-        trace = LayerTrace(tokens.cu_seqlens, left.cu_seqlens, ids, importance, limit.get("threshold"), appends=True)
-        return left, trace
+        return left, LayerTrace(tokens.cu_seqlens, left.cu_seqlens, ids, importance, threshold, appends=True)

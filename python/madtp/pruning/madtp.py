@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from madtp_kernels import score_tokens
+from madtp_kernels import RaggedBatch, prune, score_tokens
 
 from ..config import check_temperature
 from .base import ScoredPruning, register
@@ -36,6 +36,20 @@ class MADTP(ScoredPruning):
 
     def at(self, strength: float) -> MADTP:
         return replace(self, temperature=strength)
+
+    def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
+        if not self.active or type(self).decide is not MADTP.decide:
+            return super().__call__(
+                tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
+            )
+        # Both of :meth:`decide` and compaction in one call.
+        entries, bias = dictionary
+        compacted, importance, threshold = prune(
+            RaggedBatch.unchecked(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, tokens.bound),
+            block_input.values, entries, attention.attention_received, attention.cls_attention, self.temperature, bias=bias,
+            **self.compaction(tokens, layer, norm),
+        )  # fmt: skip
+        return self.left(tokens, compacted, norm, importance, threshold)
 
     def decide(self, block_input, attention, dictionary, layer):
         entries, bias = dictionary
