@@ -59,7 +59,9 @@ def table(capability: int) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         print(f"\n## sm_{capability}\n")
-        print("| kernel | dtype | case | warps | registers | stack, bytes | shared memory, KiB | instructions | after the product |")
+        print(
+            "| kernel | dtype | case | warps | registers | stack, bytes | shared memory, KiB | instructions | after the product |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         seen = set()
         for row in rows(capability):

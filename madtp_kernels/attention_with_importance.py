@@ -55,9 +55,7 @@ def attention_with_importance(
     q, k, v, cu_seqlens, _, max_seqlen, _, scale, causal, key_bias = checked(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias
     )
-    return call(
-        "attention_with_importance", q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias
-    )
+    return call("attention_with_importance", q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias)
 
 
 def _one_after_the_other(attention, attention_importance, q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias):

@@ -66,9 +66,7 @@ def floats(name: str, value: Tensor, dims: int, meaning: str) -> None:
         raise ValueError(f"{name}: expected floating-point {meaning}, got {describe(value)}")
 
 
-def offsets(
-    name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, values: Tensor, values_name: str
-) -> None:
+def offsets(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, values: Tensor, values_name: str) -> None:
     """Check offsets and the length bound against the buffer they describe."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected int32 offsets [B+1], got {describe(cu_seqlens)}")
@@ -124,7 +122,9 @@ def finite(name: str, value: Tensor, cu_seqlens: Tensor | None = None) -> None:
     if cu_seqlens is not None:
         count = _known_offsets("cu_seqlens", cu_seqlens)[0]
         rows = value if count == len(value) else value[:count]
-    if math.isfinite(rows.detach().sum(dtype=torch.float64)):  # NaN and infinity reach the sum; finite float32 cannot overflow it
+    if math.isfinite(
+        rows.detach().sum(dtype=torch.float64)
+    ):  # NaN and infinity reach the sum; finite float32 cannot overflow it
         return
     bad = (~torch.isfinite(rows)).sum().item()
     if bad:
@@ -136,7 +136,9 @@ _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 def positive(name: str, value: float) -> None:
     """Check a host-side number that has to be > 0 and, like its inverse, within the range of float32, in which kernels use it."""
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:  # false for NaN too, and torch.compile can trace it
+    if (
+        not isinstance(value, (int, float)) or not 0 < value < math.inf
+    ):  # false for NaN too, and torch.compile can trace it
         raise ValueError(f"{name}: expected a finite number > 0, got {describe(value)}")
     if not _LEAST <= value <= _MOST:
         raise ValueError(f"{name}: expected a number within the range of float32, {_LEAST} to {_MOST}, got {value!r}")

@@ -66,7 +66,22 @@ def prune(
     weight, shift, eps = norm if isinstance(norm, tuple) and len(norm) == 3 else (None, None, 0.0)
     if isinstance(x, RaggedBatch) and (norm is None or weight is not None):
         values, cu_seqlens, longest = x.values, x.cu_seqlens, x.max_seqlen
-        tensors = (values, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift)
+        tensors = (
+            values,
+            entering,
+            dictionary,
+            bias,
+            received,
+            cls,
+            cu_seqlens,
+            protected,
+            groups,
+            min_keep,
+            ids,
+            sizes,
+            weight,
+            shift,
+        )
         if values.device.type == "cpu" and _in_one_call(tensors, backend):
             pruned = _on_cpu(tensors, x, temperature, merged_id, eps, exact)
             if pruned is not None:
@@ -87,8 +102,12 @@ def prune(
     return Pruned(result, importance, threshold)
 
 
-def _on_gpu(score, compact, tensors: tuple, longest: int, temperature: float, merged_id: int, eps: float, exact: bool) -> Pruned:
-    x, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift = tensors
+def _on_gpu(
+    score, compact, tensors: tuple, longest: int, temperature: float, merged_id: int, eps: float, exact: bool
+) -> Pruned:
+    x, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift = (
+        tensors
+    )
     importance, threshold = score(entering, dictionary, received, cls, cu_seqlens, longest, temperature, bias)
     result = compact(
         x, importance, threshold, None, cu_seqlens, longest, protected, groups, min_keep, ids, sizes, merged_id, weight, shift,
@@ -104,7 +123,9 @@ def _in_one_call(tensors: tuple, backend: str | None) -> bool:
     return backends.resolve("score_tokens", "scoring", backend or "", tensors[0])[0] == "cpu"
 
 
-def _on_cpu(tensors: tuple, x: RaggedBatch, temperature: float, merged_id: int, eps: float, exact: bool | None) -> Pruned | None:
+def _on_cpu(
+    tensors: tuple, x: RaggedBatch, temperature: float, merged_id: int, eps: float, exact: bool | None
+) -> Pruned | None:
     """None where scores are not finite: the operations one by one say which."""
     checks.positive("temperature", temperature)
     weight, sizes = tensors[12], tensors[11]

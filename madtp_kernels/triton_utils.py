@@ -50,7 +50,11 @@ def multiprocessors(tensor: Tensor) -> int:
 # How a compiled kernel is run has no public interface; these are the versions for which `launch` was checked.
 _KNOWN_TRITON = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"]) and torch.version.hip is None
 # Triton's own method: whoever puts another in its place, before or after this import, wants to see all launches.
-_RUN = JITFunction.run if getattr(JITFunction.run, "__globals__", None) is vars(sys.modules[JITFunction.__module__]) else None
+_RUN = (
+    JITFunction.run
+    if getattr(JITFunction.run, "__globals__", None) is vars(sys.modules[JITFunction.__module__])
+    else None
+)
 # Compiled kernels by specialisation: with the constants that are passed, the device, and what was compiled.
 _compiled: dict[tuple, tuple[object, tuple, int, JITFunction]] = {}
 

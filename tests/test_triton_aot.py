@@ -8,6 +8,7 @@ with launches replaced by compilation: what is compiled is what a GPU would get,
     python tests/test_triton_aot.py variants    what batches of 1 to 64 compile, without compiling it
     python tests/test_triton_aot.py keys        how `launch` and Triton tell variants of a kernel apart
     python tests/test_triton_aot.py launches    which launches go to Triton, and how often a compiled kernel is run directly
+    python tests/test_triton_aot.py repeats     which eager calls repeat an earlier one, and what they run
 """
 
 import collections
@@ -312,6 +313,72 @@ def direct_launches():
     return history
 
 
+def repeated_calls():
+    """For linear layers and prunings called in different ways: by how many kernels Triton launched, how many were run directly,
+    how many specialisations were looked up; and whether what was run got this call's tensors."""
+    from madtp_kernels import RaggedBatch, backends, checks, linear, prune, triton_utils
+    from madtp_kernels.linear import triton as linear_triton
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    by_triton, direct, looked_up, launch, look_up = [], [], [], JITFunction.run, triton_utils.specialisation
+
+    def run(self, *args, grid, warmup, **options):
+        by_triton.append(grid)
+        compiled = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled._run = lambda *passed: direct.append(passed)
+        return compiled
+
+    def specialisation(*args):
+        looked_up.append(args)
+        return look_up(*args)
+
+    driver.set_active(Target(90))
+    JITFunction.run = triton_utils._RUN = run
+    triton_utils.specialisation = specialisation
+    linear_triton._copy_engine = lambda device: False
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+    torch.cuda.current_device = lambda: None
+    triton_utils._multiprocessors = lambda device: 132
+    checks.may_read = lambda tensor: debug
+    backends.availability, backends._PREFERENCE = lambda name, device_type: None, {"cpu": ("triton",)}
+    debug, history = False, []
+
+    def call(function, *args, **options):
+        by_triton.clear(), direct.clear(), looked_up.clear()
+        function(*args, **options)
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        passed = {arg.data_ptr() for args in direct for arg in args if isinstance(arg, torch.Tensor)}
+        own = all(tensor.data_ptr() in passed for tensor in tensors)
+        history.append([len(by_triton), len(direct), len(looked_up), own])
+
+    x, weight, cu = torch.zeros(9, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16), torch.tensor([0, 8]).int()
+    for _ in range(3):
+        call(linear, x, weight, None, cu)
+    call(linear, torch.zeros_like(x), weight.clone(), None, cu.clone())
+    call(linear, torch.zeros(9 * 64 + 1, dtype=x.dtype)[1:].view(9, 64), weight, None, cu)  # not aligned
+    call(linear, x[:7], weight, None, cu)  # fewer rows
+    call(linear, x, weight, None, cu, residual=torch.zeros(9, 32, dtype=x.dtype))
+    weight.requires_grad_()
+    with torch.no_grad():
+        call(linear, x, weight, None, cu)
+    call(linear, x, weight, None, cu)  # with a gradient
+    weight.requires_grad_(False)
+    debug = True
+    call(linear, x, weight, None, cu)
+    debug = False
+    call(linear, x, weight, None, cu)
+
+    tokens, scores, ids = RaggedBatch(x, cu, 8, bound=True), torch.zeros(9), torch.zeros(9, dtype=torch.int32)
+    for _ in range(3):
+        call(prune, tokens, x, weight, scores, scores.clone(), 1.0, ids=ids, norm=(weight[0], None, 1e-6), exact=False)
+    try:
+        call(prune, tokens, x, weight, scores[:8], scores, 1.0, exact=False)
+    except ValueError as error:
+        history.append(str(error))
+    return history
+
+
 def report(capability):
     """Resources of every kernel for one target."""
     shapes = [(dtype, {}) for dtype in DTYPES]
@@ -409,6 +476,19 @@ def test_launch_runs_compiled_kernels_unless_somebody_watches():
     assert numbers[0] == numbers[2] == numbers[4] and len(set(numbers)) == 3
 
 
+def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others():
+    """Columns: launched by Triton, run directly, looked up, with the tensors of this call."""
+    *linears, first, second, third, message = answer_of("repeats")
+    assert linears[:4] == [[1, 0, 1, False], [0, 1, 1, True], [0, 1, 0, True], [0, 1, 0, True]]
+    unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again = linears[4:]
+    assert unaligned[:3] == [1, 0, 1] and with_residual[:3] == [1, 0, 1]
+    assert shorter == [0, 1, 1, True]  # the same kernel, found by its specialisation
+    assert with_gradient == debugged == [0, 1, 1, True]
+    assert without_gradient == again == [0, 1, 0, True]
+    assert first[0] == 3 and second[:3] == [0, 3, 3] and third == [0, 3, 0, True]
+    assert message.startswith("received: expected [T]")
+
+
 def kernels_in_the_source():
     modules = Path(madtp_kernels.__file__).parent.glob("*/triton.py")
     return {name for module in modules for name in re.findall(r"^def (_\w+_kernel)\(", module.read_text(), re.MULTILINE)}
@@ -470,7 +550,7 @@ def test_rows_move_in_accesses_of_16_bytes(reports, target):
 
 
 if __name__ == "__main__":
-    commands = {"variants": variants, "keys": keys, "launches": direct_launches}
+    commands = {"variants": variants, "keys": keys, "launches": direct_launches, "repeats": repeated_calls}
     if sys.argv[1] in commands:
         print(json.dumps(commands[sys.argv[1]]()))
         sys.exit()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, block, on_device_of_first
+from ..triton_utils import EPS, block, launch, on_device_of_first
 from .reference import number_rows
 
 CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
@@ -85,7 +85,8 @@ def merge_tokens(
     carry = [tensor.contiguous() for tensor in carry]
     carried = [torch.empty_like(tensor) for tensor in carry]
     if capacity:
-        _merge_kernel[(capacity,)](
+        launch(
+            _merge_kernel, capacity,
             x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, tuple(map(_as_numbers, carry)),
             tuple(map(_as_numbers, carried)), cu_out.shape[0] - 1, x.stride(0), width,
             CARRY_WIDTHS=tuple(tensor[0].numel() * (2 if tensor.is_complex() else 1) for tensor in carry),

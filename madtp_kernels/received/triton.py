@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import LOG2E, block, dot_precision, on_device_of_first, product
+from ..triton_utils import LOG2E, block, cdiv, dot_precision, launch, on_device_of_first, product
 
 
 @triton.jit
@@ -109,10 +109,11 @@ def attention_received(
     received = torch.empty(sets, capacity, dtype=torch.float32, device=q.device)
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
-    key_blocks = triton.cdiv(max_seqlen, block_n)
+    key_blocks = cdiv(max_seqlen, block_n)
     if batch * key_blocks * capacity == 0:
         return received
-    _received_kernel[(batch * sets * key_blocks,)](
+    launch(
+        _received_kernel, batch * sets * key_blocks,
         q, k, lse, key_bias, None if queries is None else queries.view(torch.uint8), received, cu_seqlens,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), lse.stride(0), capacity, key_blocks, sets, first, last,
         scale * LOG2E.value,

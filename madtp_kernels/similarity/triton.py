@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import dot_precision, on_device_of_first, product
+from ..triton_utils import cdiv, dot_precision, launch, on_device_of_first, product
 
 POSITION_BITS = tl.constexpr(30)
 NORM_ROWS, NORM_COLUMNS = 16, 256
@@ -191,13 +191,15 @@ def _search(
     nearest = torch.empty(capacity, dtype=torch.int32, device=keys.device)
     cosine = torch.empty(capacity, dtype=torch.float32, device=keys.device) if cosines else None
     block_m, block_n, block_k, warps, stages = _blocks(keys.dtype)
-    query_blocks = triton.cdiv(max_seqlen, block_m * (2 if seen is ODD else 1))
+    query_blocks = cdiv(max_seqlen, block_m * (2 if seen is ODD else 1))
     if capacity and batch and query_blocks:
         scale = torch.empty(capacity, dtype=torch.float32, device=keys.device)
-        _scale_kernel[(triton.cdiv(capacity, NORM_ROWS),)](
+        launch(
+            _scale_kernel, cdiv(capacity, NORM_ROWS),
             keys, scale, cu_seqlens, batch, keys.stride(0), width, ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4
         )
-        _nearest_kernel[(batch * query_blocks,)](
+        launch(
+            _nearest_kernel, batch * query_blocks,
             keys, scale, kept, rank, nearest, cosine, cu_seqlens, keys.stride(0), query_blocks, first_free, width,
             SEEN=seen, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(keys.dtype),
             num_warps=warps, num_stages=stages,
@@ -227,7 +229,8 @@ def match_tokens(
     into = torch.empty_like(nearest)
     batch = cu_seqlens.shape[0] - 1
     if keys.shape[0] and batch:
-        _match_kernel[(batch,)](
+        launch(
+            _match_kernel, batch,
             nearest, similarity, count, into, cu_seqlens, 0.0 if threshold is None else threshold, protected,
             max_seqlen.bit_length(), HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

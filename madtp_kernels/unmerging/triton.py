@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import block, on_device_of_first
+from ..triton_utils import block, cdiv, launch, on_device_of_first
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -30,7 +30,8 @@ def unmerge(x: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     if capacity and width:
         block_d = block(width)
         programs = max(1, min(32, 8192 // block_d))
-        _unmerge_kernel[(triton.cdiv(capacity, programs),)](
+        launch(
+            _unmerge_kernel, cdiv(capacity, programs),
             x, rows, out, cu_seqlens, cu_seqlens.shape[0] - 1, x.stride(0), width,
             ROWS=programs, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
