@@ -24,7 +24,7 @@ from helpers import (
     spare_rows,
 )
 
-from madtp_kernels import RaggedBatch, attention, compact, native
+from madtp_kernels import RaggedBatch, attention, compact, native, prune, score_tokens
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="the CPU kernels are tested where the tensors are on the CPU"),
@@ -259,6 +259,39 @@ def test_rows_with_gaps_between_them(generator):
         case = compaction_case(generator, [150, 50], 24) | {"x": RaggedBatch(x, offsets([150, 50]), 150)}
         dense = case | {"x": RaggedBatch(x.contiguous(), offsets([150, 50]), 150)}
         assert same_bits(run("compact", case, "cpu"), run("compact", dense, "cpu"))
+
+
+# ---- scoring and compaction in one call -----------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("options", [(), ("protected", "sizes", "ids", "norm"), ("groups", "min_keep")], ids=str)
+def test_one_call_gives_the_bits_of_two(dtype, options, generator):
+    case = compaction_case(generator, LENGTHS, 37, dtype, **dict.fromkeys(options, True))
+    x, *_ = (case.pop(name) for name in ("x", "importance", "threshold", "keep_count", "exact"))
+    entering, dictionary = normal(generator, *x.values.shape).to(dtype), normal(generator, 21, 37).to(dtype)
+    received, cls = torch.rand(2, len(x.values), generator=generator)
+    for exact in (True, False):
+        scores = score_tokens(entering, dictionary, received, cls, x.cu_seqlens, x.max_seqlen, 0.7)
+        want = compact(x, *scores, exact=exact, **case)
+        got, *ours = prune(x, entering, dictionary, received, cls, 0.7, exact=exact, **case)
+        assert same_bits(ours, scores)
+        rows, total = got.tokens, int(want.tokens.cu_seqlens[-1])
+        assert (rows.max_seqlen, rows.bound) == (want.tokens.max_seqlen, want.tokens.bound)
+        assert torch.equal(rows.cu_seqlens, want.tokens.cu_seqlens) and rows.values.shape == want.tokens.values.shape
+        pairs = zip((rows.values, *got[1:]), (want.tokens.values, *want[1:]), strict=True)
+        assert all((a is None) == (b is None) and (a is None or torch.equal(a[:total], b[:total])) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["received", "cls", "dictionary", "entering"])
+def test_one_call_refuses_scores_that_are_not_finite_as_two_do(name, generator):
+    x = RaggedBatch(normal(generator, 12, 16), offsets([5, 7]), 7)
+    operands = {"entering": normal(generator, 12, 16), "dictionary": normal(generator, 3, 16)}
+    operands |= dict(zip(("received", "cls"), torch.rand(2, 12, generator=generator), strict=True))
+    operands[name].view(-1)[-1] = float("nan")
+    named = name if name in ("received", "cls") else "importance"
+    with pytest.raises(ValueError, match=f"{named}: expected finite scores, got"):
+        prune(x, **operands, temperature=1.0)
 
 
 # ---- the extension itself -------------------------------------------------------------------------------------------
