@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from madtp.models.nlvr import NLVR
 from torch import Tensor
+
+from madtp.tasks.nlvr.model import NLVR
 
 EPS = 1e-8  # MADTP adds it to every denominator
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 
-import madtp
+import inputs
 import torch
-from madtp import flops
-from madtp.weights.key_maps import blip_hugging_face
-from madtp.models.caption import Caption
+from measure import DEVICE, DTYPES
 from torch import Tensor
 
-import inputs
-from measure import DEVICE, DTYPES
+import madtp
+from madtp import flops
+from madtp.tasks.caption.model import Caption
+from madtp.weights.key_maps import blip_hugging_face
 
 PROMPT = (30522, 1037, 3861, 1997)  # [DEC] a picture of
 BEAMS, MAX_LENGTH, MIN_LENGTH = 3, 20, 5  # as in BLIP's evaluation

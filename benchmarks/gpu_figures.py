@@ -34,16 +34,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from madtp_kernels import backends, layer_norm
-
 import inputs
 import measure
 import nlvr
 import test_operations
+import torch
+import torch.nn.functional as F
 from blocks import dense_call, dictionary, pruned_call, vision_transformer
 from measure import DTYPES, ON_GPU, relative_error
+
+from madtp_kernels import backends, layer_norm
 
 HERE = Path(__file__).resolve()
 BATCH = "64 x 577"
@@ -597,9 +597,9 @@ def dry_run() -> None:
 
 
 def _small_model(dtype: str):
-    from madtp.weights import randomize
     from madtp.config import NLVRConfig, TextConfig, VisionConfig
-    from madtp.models.nlvr import NLVR
+    from madtp.tasks.nlvr.model import NLVR
+    from madtp.weights import randomize
 
     vision = VisionConfig(image_size=96, patch_size=16, embed_dim=128, depth=2, num_heads=2, sd_num=20, sd_dim=128)
     text = TextConfig(

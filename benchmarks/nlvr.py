@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import madtp
-import torch
-from madtp import flops, graphs
-from madtp.models.nlvr import NLVR, NLVROutput
-from madtp.pruning import Pruning
-from madtp_kernels import RaggedBatch
-from torch import Tensor
-
 import inputs
+import torch
 from baselines import PlainNLVR
 from measure import DEVICE, DTYPES
+from torch import Tensor
+
+import madtp
+from madtp import flops, graphs
+from madtp.pruning import Pruning
+from madtp.tasks.nlvr.model import NLVR, NLVROutput
+from madtp_kernels import RaggedBatch
 
 
 @functools.cache

@@ -6,10 +6,18 @@ import numpy as np
 from PIL import Image
 
 import madtp
-from madtp import CaptionConfig, CLIPConfig, CLIPTextConfig, NLVRConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig
+from madtp import (
+    CaptionConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    NLVRConfig,
+    RetrievalConfig,
+    TextConfig,
+    VisionConfig,
+    VQAConfig,
+)
+from madtp.tasks import TASKS
 from madtp.weights import randomize
-from madtp.models import MODELS
-from madtp.processing import PROCESSORS
 
 VISION = VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, sd_num=8, sd_dim=32)
 TEXT = TextConfig(
@@ -34,10 +42,10 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 def tiny(task):
     """A dense model with random weights and the bundled vocabulary."""
     config = CONFIGS[task]
-    model = MODELS[task](config)
+    model = TASKS[task].Model(config)
     randomize(model, seed=3)
     model.space_dict.data.mul_(0.2)  # alignments of order one, so that thresholds are averages of many tokens
-    model.processor = PROCESSORS[task](32, config.text.vocab_size, config.text.max_position_embeddings, "demo")
+    model.processor = TASKS[task].Processor(32, config.text.vocab_size, config.text.max_position_embeddings, "demo")
     return model
 
 

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from helpers import CASES, DEVICE, OPERATIONS, SIMILARITY, backends_here, clearance, interpreted, normal, run, take_samples
+from helpers import (
+    CASES,
+    DEVICE,
+    OPERATIONS,
+    SIMILARITY,
+    backends_here,
+    clearance,
+    interpreted,
+    normal,
+    run,
+    take_samples,
+)
 
-from madtp.weights import randomize
 from madtp.config import NLVRConfig, TextConfig, VisionConfig
-from madtp.models.nlvr import NLVR
+from madtp.tasks.nlvr.model import NLVR
+from madtp.weights import randomize
 
 UNEVEN = [577, 1, 0, 2, 33, 64, 65, 3, 128, 1, 17, 40, 0, 5, 260, 9, 2, 2, 31, 100, 12, 7, 1, 50, 3, 64, 20, 4, 0, 6, 90, 15]
 TEMPERATURES = [0.0, 1.0, 3.0, 10.0]

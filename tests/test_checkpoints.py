@@ -21,10 +21,9 @@ from madtp import (
     VisionConfig,
     VQAConfig,
 )
-from madtp.config import CONFIGS
 from madtp.data.synthetic import token_ids
-from madtp.models import MODELS
-from madtp.models.nlvr import NLVR
+from madtp.tasks import TASKS as REGISTRY
+from madtp.tasks.nlvr.model import NLVR
 from madtp.towers import interpolate_positions
 from madtp.weights import from_official, key_maps, randomize, to_official
 
@@ -568,7 +567,7 @@ TASKS = {
 @pytest.fixture(scope="module", params=TASKS)
 def other(request):
     """A random model of another task."""
-    model = MODELS[request.param](TASKS[request.param], temperature=1.5).eval()
+    model = REGISTRY[request.param].Model(TASKS[request.param], temperature=1.5).eval()
     randomize(model, seed=5)
     return model
 
@@ -620,7 +619,7 @@ def test_official_names_of_the_other_tasks():
 def test_the_real_sizes_have_the_official_number_of_parameters(task, parameters, tensors):
     """Of retrieval's official 447,563,779 the momentum copies are not ours."""
     with torch.device("meta"):
-        model = MODELS[task](CONFIGS[task]())
+        model = REGISTRY[task].Model(REGISTRY[task].Config())
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert len(to_official(model.state_dict())) == tensors
 
@@ -642,7 +641,7 @@ def test_original_blip_files_of_the_other_tasks(other, tmp_path, caplog):
 
 
 def test_a_missing_training_temperature_is_no_matter_for_a_warning(caplog):
-    model = MODELS["retrieval"](TASKS["retrieval"])
+    model = REGISTRY["retrieval"].Model(TASKS["retrieval"])
     randomize(model)
     state = {key: value for key, value in state_of(model).items() if key != "temp"}
     with caplog.at_level(logging.INFO, logger="madtp"):
@@ -655,7 +654,7 @@ def test_a_missing_training_temperature_is_no_matter_for_a_warning(caplog):
 def test_a_pretraining_file_has_parts_of_many_tasks(caplog):
     parts = {}
     for task in ("vqa", "retrieval"):
-        model = MODELS[task](TASKS[task])
+        model = REGISTRY[task].Model(TASKS[task])
         randomize(model)
         parts |= to_official(model.state_dict())
     del parts["space_dict"]
@@ -672,7 +671,7 @@ def test_a_pretraining_file_has_parts_of_many_tasks(caplog):
 
 
 def test_tied_weights_that_differ_are_refused():
-    model = MODELS["caption"](TASKS["caption"])
+    model = REGISTRY["caption"].Model(TASKS["caption"])
     randomize(model)
     state = to_official(model.state_dict())
     state["text_decoder.cls.predictions.decoder.bias"] = state["text_decoder.cls.predictions.decoder.bias"] + 1
@@ -713,7 +712,7 @@ def test_save_and_load_round_trip_of_the_other_tasks(other, tmp_path):
 
 
 def test_the_text_mode_is_saved(tmp_path):
-    model = MODELS["retrieval"](TASKS["retrieval"])
+    model = REGISTRY["retrieval"].Model(TASKS["retrieval"])
     randomize(model)
     source = madtp.load(state_of(model), text_mode="compat", tokenizer="demo")
     assert source.config.text_mode == "compat"
@@ -725,7 +724,7 @@ def test_the_text_mode_is_saved(tmp_path):
 
 
 def test_configs_of_all_tasks_round_trip():
-    for config in (*TASKS.values(), *(kind() for kind in CONFIGS.values())):
+    for config in (*TASKS.values(), *(task.Config() for task in REGISTRY.values())):
         assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -733,7 +732,7 @@ def test_vit_large_gets_a_map_to_the_dictionary(caplog):
     """MADTP's release has no BLIP of that width; the map is CLIP's, and is made up where the file has none."""
     vision = dataclasses.replace(SIZES.vision, embed_dim=192, num_heads=3, map_func=True)
     config = CaptionConfig(vision, dataclasses.replace(SIZES.text, encoder_width=192))
-    model = MODELS["caption"](config, temperature=1.0).eval()
+    model = REGISTRY["caption"].Model(config, temperature=1.0).eval()
     randomize(model)
     state = to_official(model.state_dict())
     assert madtp.load(state).config == config

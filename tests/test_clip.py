@@ -20,10 +20,10 @@ from madtp import CheckpointError, CLIPConfig, CLIPTextConfig, VisionConfig, flo
 from madtp.guidance import alignment_loss
 from madtp.layers import Attention, LayerNorm
 from madtp.linear import Linear
-from madtp.models.clip import CLIP
 from madtp.processing import CLIPProcessor, TextError
 from madtp.pruning import MADTP, Tokens
 from madtp.pruning.official import official, weakest_last
+from madtp.tasks.clip.model import CLIP
 from madtp.weights import randomize
 from madtp.weights.key_maps import FAMILIES
 from madtp.weights.key_maps import clip as official_layout

@@ -16,9 +16,9 @@ from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_
 from madtp.compress.objective import Objective, Teacher, costs_of
 from madtp.compress.official import OfficialController
 from madtp.compress.settings import Settings
-from madtp.models.caption import Caption
 from madtp.tasks import TASKS, augment, losses
 from madtp.tasks.annotations import AnnotationError
+from madtp.tasks.caption.model import Caption
 from madtp.tasks.nlvr import swap_sides
 from madtp.text import Layer
 from madtp.vision import Block

@@ -10,9 +10,8 @@ from test_huggingface import hugging_face
 import madtp
 from madtp.config import CaptionConfig, TextConfig, VisionConfig
 from madtp.fingerprint import fingerprint
-from madtp.models import MODELS
-from madtp.processing import PROCESSORS
 from madtp.pruning import MADTP
+from madtp.tasks import TASKS
 from madtp.weights import randomize
 
 SIZES = CaptionConfig(
@@ -23,9 +22,9 @@ SIZES = CaptionConfig(
 
 @pytest.fixture
 def model():
-    model = MODELS["caption"](SIZES, temperature=2.0).eval()
+    model = TASKS["caption"].Model(SIZES, temperature=2.0).eval()
     randomize(model)
-    model.processor = PROCESSORS["caption"](32, 200, 40, "demo")
+    model.processor = TASKS["caption"].Processor(32, 200, 40, "demo")
     return model
 
 
@@ -80,7 +79,7 @@ def test_everything_that_decides_answers_is_in_it(model):
     with torch.no_grad():
         model.space_dict[0, 0] += 1e-6
     seen.append(fingerprint(model))
-    model.processor = PROCESSORS["caption"](32, 200, 39, "demo")
+    model.processor = TASKS["caption"].Processor(32, 200, 39, "demo")
     seen.append(fingerprint(model))
     model.bfloat16()
     seen.append(fingerprint(model))

@@ -10,6 +10,12 @@ import pytest
 import test_graphs
 import torch
 from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, spare_rows, total, with_spare_rows
+
+from madtp import graphs
+from madtp.config import NLVRConfig, TextConfig, VisionConfig
+from madtp.pruning import MADTP, Tokens
+from madtp.tasks.nlvr.model import NLVR
+from madtp.weights import randomize
 from madtp_kernels import (
     RaggedBatch,
     attention,
@@ -22,12 +28,6 @@ from madtp_kernels import (
     top_tokens,
     unmerge,
 )
-
-from madtp import graphs
-from madtp.weights import randomize
-from madtp.config import NLVRConfig, TextConfig, VisionConfig
-from madtp.models.nlvr import NLVR
-from madtp.pruning import MADTP, Tokens
 
 pytestmark = [
     pytest.mark.gpu,

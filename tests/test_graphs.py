@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import madtp
 from madtp import graphs, predict
 from madtp.graphs import Graphs, batch_bucket, text_bucket
-from madtp.models import MODELS
 from madtp.pruning import LayerTrace, Tokens
+from madtp.tasks import TASKS
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
@@ -93,7 +93,7 @@ class Small(Rerun):
 def make(name, temperature=2.0, recorder=Rerun):
     task, (config, options) = name.partition(",")[0], CASES[name]
     with torch.inference_mode(False), torch.no_grad():
-        model = MODELS[task](config, temperature, **options).eval()
+        model = TASKS[task].Model(config, temperature, **options).eval()
         randomize(model, seed=5)
         model.space_dict.mul_(0.2)  # alignments of order one, so that thresholds are averages of many tokens
     model.graphs = Graphs(recorder)
@@ -267,7 +267,7 @@ def test_filling_is_taken_out_whatever_the_batch_before_was():
 def test_neither_loading_nor_running_waits_or_touches_the_host(name, method, temperature):
     """Tensors without values: whoever asks for one gets an exception."""
     task, (config, options) = name.partition(",")[0], CASES[name]
-    model = MODELS[task](config, temperature, **options).to("meta").eval()
+    model = TASKS[task].Model(config, temperature, **options).to("meta").eval()
     model.graphs = Graphs(RerunWithoutHost)
     for samples in (3, 3, 3, 4, 4):
         pixels = torch.empty((2 if task == "nlvr" else 1) * samples, 3, SIZE, SIZE, device="meta")

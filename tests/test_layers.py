@@ -11,7 +11,7 @@ LAYERS = {
     "machinery": "files hub image_transform index inputs jsonl options processes search",
     "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers vision",
     "tasks": "tasks",
-    "weights": "checkpoints models weights",
+    "weights": "checkpoints weights",
     "use": "bulk compress data evaluate patch predict varlen",
     "commands": "__main__ cli report",
 }

@@ -13,8 +13,8 @@ import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig
 from madtp.data.synthetic import Shapes
 from madtp.layers import CrossAttention, self_attention
-from madtp.models.nlvr import NLVR, split
 from madtp.pruning import MADTP, Tokens
+from madtp.tasks.nlvr.model import NLVR, split
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 

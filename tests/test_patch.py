@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
 from madtp.patch import attention_mask
-from madtp.processing import PROCESSORS
+from madtp.tasks import TASKS as REGISTRY
 from madtp.weights.key_maps import FAMILIES
 
 TASKS = [*sorted(CLASSES), "clip"]
@@ -536,7 +536,7 @@ def test_dictionary_of_a_saved_model(make, generator, tmp_path):
     model = make("caption")
     dictionary = dictionary_of("caption", generator)
     ours = our_model("caption", model, {"space_dict": dictionary}, 2.0)
-    ours.processor = PROCESSORS["caption"](64, 200, 40, "demo")
+    ours.processor = REGISTRY["caption"].Processor(64, 200, 40, "demo")
     madtp.save_pretrained(ours, tmp_path / "ours")
     torch.save({"model": madtp.weights.to_official(ours.state_dict()), "epoch": 1}, tmp_path / "madtp.pth")
     save_file({"space_dict": dictionary.cpu()}, tmp_path / "alone.safetensors")

@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 
 from madtp import processing
 from madtp.processing import (
-    PROCESSORS,
     ImageError,
     NLVRProcessor,
     TextError,
@@ -27,6 +26,7 @@ from madtp.processing import (
     load_tokenizer,
     to_pixels,
 )
+from madtp.tasks import TASKS
 from madtp.tasks.metrics import vqa_score
 
 WIDTH, HEIGHT = 40, 24
@@ -462,7 +462,7 @@ def words(tmp_path_factory):
     entries = "[PAD] [UNK] [CLS] [SEP] [MASK] ' - . , ? ! don t know it s o clock 5 yes i m they re ve we isn can not do no".split()
     folder = tmp_path_factory.mktemp("words")
     (folder / "vocab.txt").write_text("\n".join(entries) + "\n")
-    return PROCESSORS["vqa"](32, len(entries) + 2, 40, folder)
+    return TASKS["vqa"].Processor(32, len(entries) + 2, 40, folder)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_joined_words_score_as_in_the_official_evaluation(words):
 
 
 def test_truncation_is_the_tokenizers(vocabulary):
-    processor = PROCESSORS["vqa"](tokenizer=vocabulary)
+    processor = TASKS["vqa"].Processor(tokenizer=vocabulary)
     for count in (1, 32, 33, 34, 35, 50):
         ids = processor.text("dog " * count)
         theirs = processor.tokenizer("dog " * count, truncation=True, max_length=35)["input_ids"]
@@ -552,7 +552,7 @@ def test_the_tokenizer_beside_a_weights_file(tmp_path):
 def test_the_first_texts_may_come_from_several_threads(monkeypatch):
     loaded, load = [], processing.load_tokenizer
     monkeypatch.setattr(processing, "load_tokenizer", lambda source: (time.sleep(0.1), loaded.append(source), load(source))[-1])
-    processor = PROCESSORS["vqa"](32, 200, 40, "demo")
+    processor = TASKS["vqa"].Processor(32, 200, 40, "demo")
     texts = [f"what is {number}?" * (number % 9 + 1) for number in range(64)]
     with ThreadPoolExecutor(8) as pool:
         questions, answers = list(pool.map(processor.text, texts)), list(pool.map(processor.answer, ["yes", "no"] * 32))
@@ -579,7 +579,7 @@ def test_pictures_in_flight_are_bounded_in_pixels(monkeypatch):
             now[0] -= image.width * image.height
         return torch.zeros(3, 32, 32)
 
-    processor = PROCESSORS["caption"](32, 200, 40, "demo")
+    processor = TASKS["caption"].Processor(32, 200, 40, "demo")
     processor.transform = transform
     sizes = [(6, 10), (5, 5), (5, 5), (25, 40), (6, 10), (5, 5), (3, 3)] * 4
     pictures = [encoded(Image.new("RGB", size), "PNG") for size in sizes]

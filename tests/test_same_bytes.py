@@ -12,10 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import madtp
-from madtp.weights import randomize
 from madtp.config import CLIPConfig, CLIPTextConfig, NLVRConfig, TextConfig, VisionConfig
-from madtp.models import MODELS
-from madtp.processing import PROCESSORS
+from madtp.tasks import TASKS
+from madtp.weights import randomize
 
 # As wide as a layer has to be for libraries to differ in speed, and in rounding.
 VISION = VisionConfig(image_size=64, patch_size=8, embed_dim=256, depth=3, num_heads=4, sd_num=20, sd_dim=256)
@@ -62,9 +61,9 @@ def folder(tmp_path_factory):
     rows = [f'{{"images": ["pictures/{i}.png", "pictures/{(i + 1) % 5}.png"], "text": "{"two dogs " * (i + 1)}"}}' for i in range(5)]
     (folder / "pairs.jsonl").write_text("\n".join(rows) + "\n")
     for task, config in MODELS_OF.items():
-        model = MODELS[task](config, temperature=2.0).eval()
+        model = TASKS[task].Model(config, temperature=2.0).eval()
         randomize(model, seed=4)
-        model.processor = PROCESSORS[task](64, config.text.vocab_size, 40, "demo")
+        model.processor = TASKS[task].Processor(64, config.text.vocab_size, 40, "demo")
         madtp.save_pretrained(model, folder / task)
     # A checkpoint without a dictionary: what is made up is the same in all processes, too.
     state = load_file(folder / "nlvr" / "model.safetensors")

@@ -1,24 +1,27 @@
 """A new task is one file and one line: everything else serves it without knowing it."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from compression import TEXT, VISION, pictures
+from PIL import Image
 from torch import nn
 
-from madtp import CaptionConfig, flops, predict
+import madtp
+from madtp import CaptionConfig, cli, flops, predict
 from madtp.compress.objective import Objective
 from madtp.compress.settings import Settings
 from madtp.evaluate.run import evaluate
-from madtp.models.caption import Caption
 from madtp.options import option
 from madtp.processing import CaptionProcessor
 from madtp.rows import first_rows
 from madtp.tasks import TASKS, ImageInputs, Options, Recipe, Task, task_of
 from madtp.tasks.annotations import CaptionExample
 from madtp.tasks.base import Answer
+from madtp.tasks.caption.model import Caption
 from madtp.weights import randomize
 
 # ---- the file
@@ -155,3 +158,20 @@ def test_training(model, images):
     loss.backward()
     assert model.head.weight.grad.abs().max() > 0
     assert task.score(task.records(model, batch, model(batch["pixels"]))) in {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}
+
+
+def test_the_command(model, images, tmp_path, capsys):
+    madtp.save_pretrained(model, tmp_path / "model")
+    loaded = madtp.load(tmp_path / "model")
+    assert type(loaded) is Red and loaded.config == model.config
+    arguments = ["red", "--model", str(tmp_path / "model"), *map(str, images), "--threshold", "0"]
+    assert cli.main([*arguments, "--save-overlay", f"{tmp_path}/drawn/"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["image"] for record in records] == [str(path) for path in images]
+    assert all(record["red"] and record["image_tokens"][-1] < 17 for record in records)
+    with Image.open(records[0]["overlay"]) as picture:
+        assert picture.width > 200
+    (tmp_path / "red.json").write_text(json.dumps([{"image": path.name, "image_id": 1, "caption": "a"} for path in images]))
+    annotations = ["--annotations", str(tmp_path / "red.json"), "--threshold", "1"]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "model"), *annotations]) == 0
+    assert "share" in capsys.readouterr().out

@@ -10,11 +10,11 @@ from helpers import DEVICE, backends_here, interpreted, normal
 from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, predict
 from madtp.generation import generate
 from madtp.layers import CrossAttention, QueryGroups
-from madtp.models import MODELS
-from madtp.processing import PROCESSORS, ImageError, TextError
+from madtp.processing import ImageError, TextError
 from madtp.pruning import Tokens
 from madtp.pruning.official import PaddedTokens, mask_after_pruning
 from madtp.rows import gather_samples
+from madtp.tasks import TASKS
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
@@ -38,7 +38,7 @@ def make(task, temperature=1.0, *, sep_bias=1.5, seed=4, **options):
     config = CONFIGS[task]
     if "text_mode" in options:
         config = dataclasses.replace(config, text_mode=options.pop("text_mode"))
-    model = MODELS[task](config, temperature, **options)
+    model = TASKS[task].Model(config, temperature, **options)
     randomize(model, seed=seed)
     with torch.no_grad():
         model.space_dict.mul_(0.2)  # alignments of order one, so that thresholds are averages of many tokens
@@ -325,7 +325,7 @@ def test_ranking_does_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch,
     with torch.inference_mode():
         questions = model(pixels, texts).questions
         whole = model.rank(questions, answers)
-        monkeypatch.setattr("madtp.models.vqa.LOGIT_ROWS", 3)
+        monkeypatch.setattr("madtp.tasks.vqa.model.LOGIT_ROWS", 3)
         torch.testing.assert_close(model.rank(questions, answers).scores, whole.scores, **CLOSE)
 
 
@@ -483,7 +483,7 @@ def pictures():
 
 
 def with_processor(model, task):
-    model.processor = PROCESSORS[task](64, VOCABULARY, 48, "demo")
+    model.processor = TASKS[task].Processor(64, VOCABULARY, 48, "demo")
     return model
 
 

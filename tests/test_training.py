@@ -12,11 +12,11 @@ from madtp import NLVRConfig, TextConfig, VisionConfig, flops
 from madtp.compress.controller import BracketController
 from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
-from madtp.models.nlvr import NLVR
-from madtp.models.pairs import forward_pairs
 from madtp.pruning import MADTP
 from madtp.search import find_strength
 from madtp.tasks.nlvr import NLVRTask
+from madtp.tasks.nlvr.model import NLVR
+from madtp.tasks.nlvr.statements import forward_pairs
 from madtp.weights import randomize
 
 CONFIG = NLVRConfig(

@@ -12,7 +12,7 @@ import torch
 from test_tasks import CONFIGS, TEXT, VISION
 
 from madtp import NLVRConfig
-from madtp.models import MODELS
+from madtp.tasks import TASKS
 from madtp_kernels import RaggedBatch
 
 TEXTS, TOKENS = 3, 25
@@ -47,7 +47,7 @@ def inputs(task, size):
 def test_forward(name, temperature, features):
     task = name.partition(",")[0]
     config, options = CASES[name]
-    model = MODELS[task](config, temperature, **options).to("meta").eval()
+    model = TASKS[task].Model(config, temperature, **options).to("meta").eval()
     with torch.inference_mode():
         model(*inputs(task, config.vision.image_size), alignment_features=features)
 

@@ -15,7 +15,7 @@ from test_checkpoints import SIZES, state_of
 
 import madtp
 from madtp import CheckpointError
-from madtp.models.nlvr import NLVR
+from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize, to_official
 from madtp.weights.files import read_file
 

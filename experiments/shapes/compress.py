@@ -33,9 +33,9 @@ from madtp.compress.run import Run
 from madtp.compress.schedule import cosine
 from madtp.data.synthetic import Batch, Shapes
 from madtp.guidance import alignment_loss
-from madtp.models.nlvr import NLVR
 from madtp.search import find_strength
 from madtp.tasks.losses import distillation_loss
+from madtp.tasks.nlvr.model import NLVR
 from madtp_kernels import RaggedBatch
 
 STATEMENTS = 8  # per pair

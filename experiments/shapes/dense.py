@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madtp.models.nlvr import NLVR
+from madtp.tasks.nlvr.model import NLVR
 
 
 class PairsOutput(NamedTuple):

@@ -21,8 +21,8 @@ import madtp
 from madtp import flops
 from madtp.data.synthetic import KINDS, TEMPLATES, Batch, Shapes
 from madtp.files import replacing
-from madtp.models.nlvr import NLVR
 from madtp.pruning import LayerTrace
+from madtp.tasks.nlvr.model import NLVR
 from madtp_kernels import RaggedBatch
 from madtp_kernels.segments import sample_of
 

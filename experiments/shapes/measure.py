@@ -22,7 +22,7 @@ from tqdm import tqdm
 import madtp
 from madtp import flops
 from madtp.data.synthetic import Shapes
-from madtp.models.nlvr import NLVR, NLVROutput
+from madtp.tasks.nlvr.model import NLVR, NLVROutput
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.measure import (

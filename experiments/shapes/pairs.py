@@ -10,10 +10,10 @@ from torch import Tensor
 
 from madtp import flops
 from madtp.layers import QueryGroups
-from madtp.models.base import first_rows
-from madtp.models.nlvr import NLVR, NLVROutput, split
 from madtp.pruning import MADTP, ScoredPruning
 from madtp.pruning.official import official
+from madtp.rows import first_rows
+from madtp.tasks.nlvr.model import NLVR, NLVROutput, split
 from madtp_kernels import RaggedBatch
 
 

@@ -121,6 +121,8 @@ class Config:
     """What the configurations of all tasks have in common: a task, sections of sizes, and their way to and from JSON."""
 
     task: ClassVar[str]
+    text_module: ClassVar[str] = "text_encoder."
+    """What the names of BLIP's text weights begin with that tell its sizes."""
     sections: ClassVar[dict[str, type]] = {"vision": VisionConfig, "text": TextConfig}
 
     def to_dict(self) -> dict:
@@ -166,6 +168,7 @@ class CaptionConfig(Config):
     """BLIP captioning: a decoder describes an image."""
 
     task: ClassVar[str] = "caption"
+    text_module: ClassVar[str] = "text_decoder.bert."
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
@@ -180,7 +183,7 @@ class RetrievalConfig(Config):
     proj_dim: int = 256
     """Width of the features."""
     text_mode: str = "clean"
-    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.retrieval`."""
+    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.tasks.retrieval.model`."""
 
     def __post_init__(self) -> None:
         _check(self, "")
@@ -292,7 +295,7 @@ class CLIPConfig(Config):
     logit_bias: bool = False
     """Whether logits have a learned bias (SigLIP)."""
     text_mode: str = "clean"
-    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.models.clip`."""
+    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.tasks.clip.model`."""
 
     def __post_init__(self) -> None:
         _check(self, "")
@@ -307,12 +310,6 @@ class CLIPConfig(Config):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-# One entry per task.
-CONFIGS: dict[str, type[Config]] = {
-    config.task: config for config in (NLVRConfig, VQAConfig, CaptionConfig, RetrievalConfig, CLIPConfig)
-}
 
 
 def _build(kind: type, name: str, values: dict | None):

@@ -10,7 +10,7 @@ only the device knows how many there are. One recording therefore serves every b
 * Texts are bounded by the next multiple of 32 tokens. It is only a bound: layers take time for the tokens that are
   there.
 
-:func:`run` records and replays automatically; :meth:`madtp.models.base.Model.capture` does so by hand. Not recorded:
+:func:`run` records and replays automatically; :meth:`madtp.model.Model.capture` does so by hand. Not recorded:
 the decoder that writes text, and the matching of pairs, whose sizes change from call to call in other ways.
 """
 
@@ -53,7 +53,7 @@ def run(call: Callable, *inputs) -> Any:
     The first call of a bucket runs eagerly, the second records it, later ones replay. The result has memory of its own.
 
     Args:
-        call: a :class:`madtp.models.Model`, one of its methods, or a function bound to one. A bare tensor in its
+        call: a :class:`madtp.model.Model`, one of its methods, or a function bound to one. A bare tensor in its
             result is ``[B, ...]``, one row per sample.
         inputs: images ``[k * B, 3, S, S]``; texts, as a list or a ragged batch ``[T]``; other tokens, as a ragged
             batch.
@@ -553,7 +553,7 @@ class Graphs:
     def capture(
         self, call: Callable, *inputs, text_length: int | None = None, pruning: Pruning | float | None = None
     ) -> Captured:
-        """See :meth:`madtp.models.base.Model.capture`."""
+        """See :meth:`madtp.model.Model.capture`."""
         model, function = _parts(call)
         if model.device.type != self._make_recorder.device_type:
             raise ValueError(f"model: CUDA graphs need a model on a CUDA device, got one on {model.device}")
@@ -584,7 +584,7 @@ class Graphs:
 
 
 class Captured:
-    """A forward that :meth:`madtp.models.base.Model.capture` recorded for one batch size. Call it like the model.
+    """A forward that :meth:`madtp.model.Model.capture` recorded for one batch size. Call it like the model.
 
     Results are not copied: the next replay of any graph of the model overwrites them.
     """

@@ -65,9 +65,9 @@ from .generation import CACHE
 from .layers import Keys, QueryGroups
 from .linear import Linear
 from .model import Model
-from .models import MODELS
 from .pruning import PER_TOKEN, LayerTrace, Tokens
 from .rows import first_rows, rows_of
+from .tasks import TASKS
 from .weights import key_maps
 from .weights.files import read_file
 from .weights.made_up import initial_weight
@@ -127,7 +127,7 @@ def apply_patch(
 
     Args:
         model: `BlipForConditionalGeneration`, `BlipForQuestionAnswering`, `BlipForImageTextRetrieval` or `CLIPModel`, with plain
-            floating-point weights on one device. CLIP's text is pruned in the mode "clean" (:mod:`madtp.models.clip`).
+            floating-point weights on one device. CLIP's text is pruned in the mode "clean" (:mod:`madtp.tasks.clip.model`).
         temperature: pruning temperature; 0 runs dense, which is already faster than transformers' attention without fusion.
         keep_ratio: find the temperature at which this share of the image tokens is kept (mean over layers, 0 to 1), within 2 % of
             it. Shares that the samples do not allow are an error that names those that they do: even the lowest temperature above
@@ -360,7 +360,7 @@ class _Engine:
         guidance = _guidance(dictionary, task)
         config = layout.config_of(theirs.config.to_dict(), guidance, task)
         with torch.device("meta"):
-            self.model: Model = MODELS[task](config, backend=backend).eval()
+            self.model: Model = TASKS[task].Model(config, backend=backend).eval()
             expected = next(kind for kind, name in _TASKS.items() if name == task)(copy.deepcopy(theirs.config))
         self.towers = {place: theirs.get_submodule(place) for place in _TOWERS[task]}
         for place, tower in self.towers.items():

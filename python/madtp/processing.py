@@ -670,13 +670,3 @@ class CLIPProcessor(Processor):
                 f"text contains {tokenizer.bos_token} or {tokenizer.eos_token}, or a piece not in the vocabulary"
             )
         return torch.tensor(ids, dtype=torch.int64)
-
-
-# One entry per task.
-PROCESSORS: dict[str, type] = {
-    "nlvr": NLVRProcessor,
-    "vqa": VQAProcessor,
-    "caption": CaptionProcessor,
-    "retrieval": RetrievalProcessor,
-    "clip": CLIPProcessor,
-}

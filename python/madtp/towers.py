@@ -303,7 +303,7 @@ class TextTower(nn.Module):
         Args:
             input_ids: without padding, unless the tower was trained with it.
             dictionary, pruning, alignment_features: as :func:`madtp.vision.run_blocks`.
-            compat: the official mode of pruned text (see :mod:`madtp.models.clip`).
+            compat: the official mode of pruned text (see :mod:`madtp.tasks.clip.model`).
 
         Raises:
             ValueError: a text beyond the context, or no dictionary where one is needed.

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from madtp_kernels import backends
 
-from ..config import CONFIGS, Config
+from ..config import Config
 from ..model import Model
-from ..models import MODELS
-from ..processing import PROCESSORS
 from ..pruning import MADTP, Pruning
+from ..tasks import TASKS
 from ..towers import interpolate_positions
 from .files import CheckpointError
 from .made_up import INVENTED, initial_weight, randomize
@@ -66,7 +65,7 @@ def load(
             "demo" and "demo-dense", the small NLVR models in the package, trained on :mod:`madtp.data.synthetic`, pruned and
             dense, with weights of their own; or "random:base", the real sizes with random weights (of NLVR where no task is
             given).
-        task: one of :data:`madtp.models.MODELS`; by default the saved model's, or the one that the key names tell.
+        task: one of :data:`madtp.tasks.TASKS`; by default the saved model's, or the one that the key names tell.
         temperature: pruning temperature; by default the checkpoint's, or 0 (dense) where it has none.
         config: sizes; by default the source's own, or read off the tensors.
         image_size: other than the checkpoint's; the position embedding is interpolated.
@@ -78,7 +77,7 @@ def load(
             use, so that a model that is given ids needs none.
         device, dtype: where and in which precision the model runs.
         backend: force an implementation of the kernels ("reference", "cpu", "triton", "cuda").
-        grouping: "instance", "batch", or for NLVR "pair"; see :class:`madtp.models.Model`.
+        grouping: "instance", "batch", or for NLVR "pair"; see :class:`madtp.model.Model`.
         use_sizes: merged tokens weigh what they stand for; by default as the model was saved, or not.
 
     Pictures become pixels (`model.processor`) as the model's own `preprocessor_config.json` or `processor_config.json` says,
@@ -102,7 +101,7 @@ def load(
     # Random weights know no words: the small bundled vocabulary serves, and needs no download.
     usual = "demo" if found.state is None else None
     try:
-        model.processor = PROCESSORS[found.config.task].of(
+        model.processor = TASKS[found.config.task].Processor.of(
             found.config, tokenizer or found.tokenizer or usual, found.transform
         )
     except ValueError as error:
@@ -114,8 +113,8 @@ def _checked(
     task: str | None, config: Config | dict | None, device: torch.device | str, dtype: torch.dtype, backend: str | None
 ) -> tuple[torch.device, str | None, Config | None]:
     """Device, task and configuration, once the arguments are known to make sense."""
-    if task is not None and task not in MODELS:
-        raise ValueError(f"task: expected one of {', '.join(MODELS)}, got {task!r}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if not dtype.is_floating_point:
@@ -123,9 +122,9 @@ def _checked(
     device = _usable(device)
     if isinstance(config, dict):
         task = task or config.get("task")
-        if task not in CONFIGS:
-            raise ValueError(f"task: give one of {', '.join(CONFIGS)}, since config names none")
-        config = CONFIGS[task].from_dict(config)
+        if task not in TASKS:
+            raise ValueError(f"task: give one of {', '.join(TASKS)}, since config names none")
+        config = TASKS[task].Config.from_dict(config)
     if config is not None and task not in (None, config.task):
         raise ValueError(f"config: sizes of a model for task {config.task!r}, not {task!r}")
     return device, task if config is None else config.task, config
@@ -177,7 +176,7 @@ def _rule(found: Source, temperature: float | None, use_sizes: bool | None) -> P
 def _build(config: Config, dtype: torch.dtype, pruning: Pruning, grouping: str, backend: str | None) -> Model:
     """A model without memory: parameters are allocated once, in the dtype asked for, and not initialised twice."""
     with torch.device("meta"):
-        model = MODELS[config.task](config, pruning, grouping, backend=backend)
+        model = TASKS[config.task].Model(config, pruning, grouping, backend=backend)
     return model.to(dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import hub
-from ..config import CONFIGS, CLIPConfig, Config, NLVRConfig, TextConfig, VisionConfig
+from ..config import CLIPConfig, Config, NLVRConfig, TextConfig, VisionConfig
 from ..image_transform import ImageTransform
-from ..models import MODELS
+from ..tasks import TASKS
 from . import key_maps
 from .files import (
     CONFIG,
@@ -67,7 +67,7 @@ def locate(
     if isinstance(source, Mapping):
         return _of_state("the state dict", dict(source), task, config, hidden_act)
     if source == "random:base":
-        config = config or CONFIGS[task or "nlvr"]()
+        config = config or TASKS[task or next(iter(TASKS))].Config()
         return Source(source, None, _activated(config, hidden_act), _usual(config, "clip", centred=True))
     place, origin = _place(source), str(source)
     if not place.is_dir():
@@ -132,22 +132,23 @@ def _of_state(
 ) -> Source:
     """A state dict, whose keys have to tell."""
     layout, task = _recognise(state, task, origin)
+    kind = TASKS[task].Config
     own = state.keys() & {"input_resolution", "space_dict", "visual.cls_token"}
     try:
         state = layout.to_ours(state, task)
         if config is not None:
             config = _activated(config, hidden_act)
-        elif task == "clip" and hidden_act is None and not own:
+        elif issubclass(kind, CLIPConfig) and hidden_act is None and not own:
             raise ValueError(
                 "its keys do not tell the activation of its MLPs: give hidden_act (--hidden-act), 'quick_gelu' (weights of OpenAI, "
                 "and models of open_clip that are called so) or 'gelu' (others, as LAION's), or load the directory with its "
                 f"{OPEN_CLIP} or {CONFIG}"
             )
-        elif task == "clip":
+        elif issubclass(kind, CLIPConfig):
             config = key_maps.clip.infer_config(state, hidden_act or "quick_gelu")
         else:
             eps = getattr(layout, "LAYER_NORM_EPS", VisionConfig.layer_norm_eps)
-            config = infer_config(state, task, eps)
+            config = infer_config(state, kind, eps)
     except ValueError as error:
         raise CheckpointError(f"{origin}: {error}") from error
     # MADTP trains its CLIP, which has a dictionary, with squashed pictures.
@@ -202,19 +203,21 @@ def _of_ours(origin: str, place: Path, settings: dict, task: str | None, config:
     """A directory that :func:`madtp.save_pretrained` wrote."""
     saved = settings.get("task", task)
     _check_task(origin, saved, task)
-    if saved not in CONFIGS:
-        raise CheckpointError(f"{place / CONFIG}: 'task' is {saved!r}, not one of {', '.join(CONFIGS)}")
+    if saved not in TASKS:
+        raise CheckpointError(f"{place / CONFIG}: 'task' is {saved!r}, not one of {', '.join(TASKS)}")
     try:
-        config = config or CONFIGS[saved].from_dict(settings)
+        config = config or TASKS[saved].Config.from_dict(settings)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{place / CONFIG}: {error}") from error
     state, _ = read_file(place / WEIGHTS)
-    layout, _ = _recognise(state, saved, origin)
+    if any(saved in layout.TASKS for layout in key_maps.LAYOUTS):  # the weights of other tasks have our names
+        layout, _ = _recognise(state, saved, origin)
+        state = layout.to_ours(state, saved)
     # Models that were saved without the file of a processor were made with squashed pictures.
     transform = None
     if config.vision is not None:
         transform = _read_transform(place, "blip") or ImageTransform.squash(config.vision.image_size)
-    return Source(origin, layout.to_ours(state, saved), config, transform, settings)
+    return Source(origin, state, config, transform, settings)
 
 
 def _check_task(origin: str, found: str | None, task: str | None) -> None:
@@ -230,7 +233,7 @@ def _recognise(state: Mapping[str, Tensor], task: str | None, origin: str) -> tu
         some = ", ".join(modules[:8]) + (", ..." if len(modules) > 8 else "")
         raise CheckpointError(
             f"{origin}: its keys ({some or 'there are none'}) do not tell what it is for; give the task (task=, --task), one of "
-            + ", ".join(MODELS)
+            + ", ".join(TASKS)
         )
     if found is None:
         return key_maps.for_task(task), task
@@ -257,7 +260,7 @@ def _usual(config: Config, family: str, centred: bool) -> ImageTransform | None:
     if config.vision is None:
         return None
     size = config.vision.image_size
-    if config.task != "clip" or not centred:
+    if not isinstance(config, CLIPConfig) or not centred:
         return ImageTransform.squash(size)
     if family in ("clip", "blip"):
         return ImageTransform.centre(size)
@@ -295,7 +298,9 @@ def _side(patches: int) -> int:
     return side
 
 
-def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float = VisionConfig.layer_norm_eps) -> Config:
+def infer_config(
+    state: Mapping[str, Tensor], kind: type[Config], layer_norm_eps: float = VisionConfig.layer_norm_eps
+) -> Config:
     """Sizes of a BLIP state dict (our keys). Heads are 64 wide, as in every BLIP; pass a config where they are not.
 
     Raises:
@@ -304,7 +309,7 @@ def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float =
 
     def shape(key: str, dims: int) -> torch.Size:
         if key not in state:
-            raise CheckpointError(f"not a BLIP-{task.upper()} checkpoint: {key} is missing")
+            raise CheckpointError(f"not a BLIP-{kind.task.upper()} checkpoint: {key} is missing")
         if state[key].dim() != dims or not state[key].numel():
             raise CheckpointError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
         return state[key].shape
@@ -315,7 +320,7 @@ def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float =
     def count(pattern: str) -> int:
         return max(numbers(pattern), default=-1) + 1
 
-    text = "text_decoder.bert." if task == "caption" else "text_encoder."
+    text, own = kind.text_module, {field.name for field in fields(kind)}
     layer = re.escape(text) + r"encoder\.layer\.(\d+)\."
     width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight", 4)
     side = _side(shape("visual_encoder.pos_embed", 3)[1] - 1)
@@ -344,10 +349,10 @@ def infer_config(state: Mapping[str, Tensor], task: str, layer_norm_eps: float =
             encoder_width=width,
         ),
     }
-    if task == "nlvr":
+    if "merge_from" in own:
         sizes["merge_from"] = min(
             numbers(layer + r"crossattention\.output\.merge_layer"), default=NLVRConfig.merge_from
         )
-    if task == "retrieval":
+    if "proj_dim" in own:
         sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]
-    return CONFIGS[task](**sizes)
+    return kind(**sizes)

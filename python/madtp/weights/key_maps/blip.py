@@ -26,6 +26,7 @@ TASKS = {
     "caption": {"visual_encoder", "text_decoder"},
     "retrieval": {"visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head", "temp"},
 }
+TWINS = {"nlvr"}  # whose text encoder looks at two images
 
 # Modules -> parts that are stacked along the first axis -> ours. The ViT's qkv is fused already.
 FUSED = (
@@ -89,7 +90,7 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
         _log.info("ignored as %s: %s", reason, ", ".join(keys))
     dropped = {key for keys in left_out.values() for key in keys}
     ours = {key: value for key, value in state.items() if key not in dropped}
-    if task == "nlvr":
+    if task in TWINS:
         ours = _duplicate_cross_attention(ours)
     for module, parts, fused in FUSED:
         first = re.compile(rf"^(.*\.)?({module})\.{parts[0]}\.(weight|bias)$")

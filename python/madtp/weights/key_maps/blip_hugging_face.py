@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 from torch import Tensor
 
-from ...config import CONFIGS, Config, TextConfig, VisionConfig
+from ...config import Config, TextConfig, VisionConfig
+from ...tasks import TASKS as REGISTRY
 from . import blip
 from .base import renamed
 
@@ -124,7 +126,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
             raise ValueError(f"vision_config.{name}: expected the side of a square, got {getattr(vision, name)!r}")
-    if task == "vqa" and text.hidden_size != vision.hidden_size:
+    if {"text_encoder", "text_decoder"} <= TASKS[task] and text.hidden_size != vision.hidden_size:
         raise ValueError(
             f"text_config.hidden_size: expected {vision.hidden_size} as of the vision transformer, since the decoder looks at "
             f"states of the question, got {text.hidden_size}"
@@ -155,6 +157,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
             sep_token_id=text.sep_token_id,
         ),
     }
-    if task == "retrieval":
+    kind = REGISTRY[task].Config
+    if "proj_dim" in {field.name for field in fields(kind)}:
         sizes["proj_dim"] = theirs.image_text_hidden_size
-    return CONFIGS[task](**sizes)
+    return kind(**sizes)
