@@ -389,7 +389,7 @@ class Captioner(ImageTask):
     """Captions of images (BLIP). Adds "caption", "image_tokens" and "error".
 
     Args:
-        generation: of :meth:`madtp.models.caption.Caption.generate`, such as ``{"num_beams": 1}`` or ``{"top_p":
+        generation: of :meth:`madtp.tasks.caption.model.Caption.generate`, such as ``{"num_beams": 1}`` or ``{"top_p":
             0.9}``.
         options: see :class:`ImageTask` and :class:`Answering`.
     """
@@ -407,7 +407,7 @@ class Answerer(ImageTask):
     Args:
         question: for rows that have none in the column "question" (or the one that ``text`` names).
         candidates: answers to choose from; by default answers are written.
-        generation: of :meth:`madtp.models.vqa.VQA.generate`.
+        generation: of :meth:`madtp.tasks.vqa.model.VQA.generate`.
         options: see :class:`ImageTask` and :class:`Answering`.
     """
 
