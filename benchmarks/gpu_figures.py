@@ -597,7 +597,8 @@ def dry_run() -> None:
 
 
 def _small_model(dtype: str):
-    from madtp.config import NLVRConfig, TextConfig, VisionConfig
+    from madtp import NLVRConfig
+    from madtp.config import TextConfig, VisionConfig
     from madtp.tasks.nlvr.model import NLVR
     from madtp.weights import randomize
 

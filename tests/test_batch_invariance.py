@@ -15,7 +15,8 @@ from helpers import (
     take_samples,
 )
 
-from madtp.config import NLVRConfig, TextConfig, VisionConfig
+from madtp import NLVRConfig
+from madtp.config import TextConfig, VisionConfig
 from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize
 

@@ -18,16 +18,8 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
 import madtp
-from madtp import cli, predict
-from madtp.config import (
-    CaptionConfig,
-    CLIPConfig,
-    CLIPTextConfig,
-    RetrievalConfig,
-    TextConfig,
-    VisionConfig,
-    VQAConfig,
-)
+from madtp import CaptionConfig, RetrievalConfig, VQAConfig, cli, predict
+from madtp.config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
 from madtp.tasks.caption import CaptionTask
 
 SIZES = {"image_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2}

@@ -18,16 +18,8 @@ from helpers import DEVICE, backends_here, interpreted
 from safetensors.torch import load_file
 
 import madtp
-from madtp.config import (
-    CaptionConfig,
-    CLIPConfig,
-    CLIPTextConfig,
-    NLVRConfig,
-    RetrievalConfig,
-    TextConfig,
-    VisionConfig,
-    VQAConfig,
-)
+from madtp import CaptionConfig, NLVRConfig, RetrievalConfig, VQAConfig
+from madtp.config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
 from madtp.guidance import QueryModel, alignment_features
 from madtp.pruning import MADTP
 from madtp.pruning import official as official_rules

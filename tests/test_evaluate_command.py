@@ -16,17 +16,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import madtp
-from madtp import cli, flops, jsonl, predict
-from madtp.config import (
-    CaptionConfig,
-    CLIPConfig,
-    CLIPTextConfig,
-    NLVRConfig,
-    RetrievalConfig,
-    TextConfig,
-    VisionConfig,
-    VQAConfig,
-)
+from madtp import CaptionConfig, NLVRConfig, RetrievalConfig, VQAConfig, cli, flops, jsonl, predict
+from madtp.config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
 from madtp.evaluate.run import _Gate
 from madtp.index import from_text
 from madtp.processing import clean_sentence

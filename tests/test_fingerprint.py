@@ -8,7 +8,8 @@ import torch
 from test_huggingface import hugging_face
 
 import madtp
-from madtp.config import CaptionConfig, TextConfig, VisionConfig
+from madtp import CaptionConfig
+from madtp.config import TextConfig, VisionConfig
 from madtp.fingerprint import fingerprint
 from madtp.pruning import MADTP
 from madtp.tasks import TASKS

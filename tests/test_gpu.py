@@ -11,8 +11,8 @@ import test_graphs
 import torch
 from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, spare_rows, total, with_spare_rows
 
-from madtp import graphs
-from madtp.config import NLVRConfig, TextConfig, VisionConfig
+from madtp import NLVRConfig, graphs
+from madtp.config import TextConfig, VisionConfig
 from madtp.pruning import MADTP, Tokens
 from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize

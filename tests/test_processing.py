@@ -17,7 +17,6 @@ from PIL import Image, ImageOps
 from madtp import processing
 from madtp.processing import (
     ImageError,
-    NLVRProcessor,
     TextError,
     clean_question,
     clean_sentence,
@@ -28,6 +27,7 @@ from madtp.processing import (
 )
 from madtp.tasks import TASKS
 from madtp.tasks.metrics import vqa_score
+from madtp.tasks.nlvr import NLVRProcessor
 
 WIDTH, HEIGHT = 40, 24
 

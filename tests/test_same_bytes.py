@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import madtp
-from madtp.config import CLIPConfig, CLIPTextConfig, NLVRConfig, TextConfig, VisionConfig
+from madtp import NLVRConfig
+from madtp.config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
 from madtp.tasks import TASKS
 from madtp.weights import randomize
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from madtp.data import synthetic
 from madtp.data.synthetic import COLOURS, MAX_COUNT, MAX_TOKENS, SHAPES, TEMPLATES, Shapes, token_ids
-from madtp.processing import NLVRProcessor
+from madtp.tasks.nlvr import NLVRProcessor
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 

@@ -16,11 +16,11 @@ from madtp.compress.objective import Objective
 from madtp.compress.settings import Settings
 from madtp.evaluate.run import evaluate
 from madtp.options import option
-from madtp.processing import CaptionProcessor
 from madtp.rows import first_rows
 from madtp.tasks import TASKS, ImageInputs, Options, Recipe, Task, task_of
 from madtp.tasks.annotations import CaptionExample
 from madtp.tasks.base import Answer
+from madtp.tasks.caption import CaptionProcessor
 from madtp.tasks.caption.model import Caption
 from madtp.weights import randomize
 

@@ -27,7 +27,7 @@ from madtp.compress.run import Run
 from madtp.compress.schedule import linear_decay
 from madtp.data import synthetic
 from madtp.data.synthetic import COLOURS, MAX_COUNT, SHAPES, TEMPLATES, Shapes
-from madtp.processing import NLVRProcessor
+from madtp.tasks.nlvr import NLVRProcessor
 from madtp.tasks.nlvr.model import NLVR
 
 CONFIG = NLVRConfig(

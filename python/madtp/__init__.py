@@ -5,16 +5,11 @@
 
 from madtp_kernels import __version__
 
-from .config import (
-    CaptionConfig,
-    CLIPConfig,
-    CLIPTextConfig,
-    NLVRConfig,
-    RetrievalConfig,
-    TextConfig,
-    VisionConfig,
-    VQAConfig,
-)
+from .config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
+from .tasks.caption.model import CaptionConfig
+from .tasks.nlvr.model import NLVRConfig
+from .tasks.retrieval.model import RetrievalConfig
+from .tasks.vqa.model import VQAConfig
 from .weights import CheckpointError, load, save_pretrained
 
 

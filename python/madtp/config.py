@@ -27,7 +27,7 @@ def check_temperature(value: float) -> float:
     return number
 
 
-def _check(config, section: str) -> None:
+def check_sizes(config, section: str) -> None:
     """Types and bounds of the numbers that a configuration holds: a damaged file must not build a model without end."""
     for field_ in dataclasses.fields(config):
         name, value, kind = f"{section}{field_.name}", getattr(config, field_.name), field_.type
@@ -66,7 +66,7 @@ class VisionConfig:
     """Of BLIP's LayerNorms: 1e-6 in the original code, 1e-5 in transformers. CLIP's is 1e-5 everywhere."""
 
     def __post_init__(self) -> None:
-        _check(self, "vision.")
+        check_sizes(self, "vision.")
         if self.image_size % self.patch_size:
             raise ValueError(f"vision.image_size: {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.embed_dim % self.num_heads:
@@ -102,7 +102,7 @@ class TextConfig:
     """[SEP], with which texts end."""
 
     def __post_init__(self) -> None:
-        _check(self, "text.")
+        check_sizes(self, "text.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -138,57 +138,6 @@ class Config:
         own = {f.name for f in dataclasses.fields(cls)} & set(values)
         build = {name: _build(cls.sections[name], name, values[name]) for name in own & set(cls.sections)}
         return cls(**build, **{name: values[name] for name in own - set(cls.sections)})
-
-
-@dataclass(frozen=True)
-class NLVRConfig(Config):
-    """BLIP-NLVR: two images and a statement, true or false."""
-
-    task: ClassVar[str] = "nlvr"
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    merge_from: int = 6
-    """First text layer that concatenates its two image streams through a merge layer; earlier ones average them."""
-
-    def __post_init__(self) -> None:
-        _check(self, "")
-
-
-@dataclass(frozen=True)
-class VQAConfig(Config):
-    """BLIP-VQA: an image and a question; a decoder of the same sizes as the question encoder answers."""
-
-    task: ClassVar[str] = "vqa"
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=480))
-    text: TextConfig = field(default_factory=TextConfig)
-
-
-@dataclass(frozen=True)
-class CaptionConfig(Config):
-    """BLIP captioning: a decoder describes an image."""
-
-    task: ClassVar[str] = "caption"
-    text_module: ClassVar[str] = "text_decoder.bert."
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-
-
-@dataclass(frozen=True)
-class RetrievalConfig(Config):
-    """BLIP retrieval: comparable features of images and texts, and a classifier of pairs."""
-
-    task: ClassVar[str] = "retrieval"
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    proj_dim: int = 256
-    """Width of the features."""
-    text_mode: str = "clean"
-    """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.tasks.retrieval.model`."""
-
-    def __post_init__(self) -> None:
-        _check(self, "")
-        if self.text_mode not in ("clean", "compat"):
-            raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
 
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
@@ -265,7 +214,7 @@ class CLIPTextConfig:
     projection_bias: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, "text.")
+        check_sizes(self, "text.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -298,7 +247,7 @@ class CLIPConfig(Config):
     """"clean" or "compat", which are different models once texts are pruned; see :mod:`madtp.tasks.clip.model`."""
 
     def __post_init__(self) -> None:
-        _check(self, "")
+        check_sizes(self, "")
         if self.vision is None and self.text is None:
             raise ValueError("vision, text: expected at least one tower, got neither")
         if type(self.vision) is VisionConfig:  # sizes alone, which those of BLIP have too

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import hub
-from ..config import CLIPConfig, Config, NLVRConfig, TextConfig, VisionConfig
+from ..config import CLIPConfig, Config, TextConfig, VisionConfig
 from ..image_transform import ImageTransform
 from ..tasks import TASKS
 from . import key_maps
@@ -351,7 +351,7 @@ def infer_config(
     }
     if "merge_from" in own:
         sizes["merge_from"] = min(
-            numbers(layer + r"crossattention\.output\.merge_layer"), default=NLVRConfig.merge_from
+            numbers(layer + r"crossattention\.output\.merge_layer"), default=kind.merge_from
         )
     if "proj_dim" in own:
         sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]

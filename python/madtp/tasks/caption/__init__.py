@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
 from ... import flops, graphs
-from ...config import CaptionConfig
 from ...options import UsageError, given, option, positive
-from ...processing import CaptionProcessor
+from ...processing import Processor, clean_sentence
 from ..annotations import CaptionExample
 from ..base import Answer, ImageInputs, Options, Recipe, Task, check_finite
 from ..caption_metrics import caption_scores
 from ..losses import caption_loss, token_loss
-from .model import Caption
+from .model import Caption, CaptionConfig
 
 HOW = "how captions are written"
 
@@ -76,6 +76,33 @@ class CaptionOptions(BeamOptions):
             raise UsageError(f"--top-p: expected a number above 0, at most 1, got {top_p}")
         del found["num_beams"]
         return {**found, "top_p": top_p, "seed": self.seed or 0}
+
+
+class CaptionProcessor(Processor):
+    """An image for BLIP captioning, and the prompt that its captions begin with."""
+
+    prompt = "a picture of "
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """Token ids int64 [P] of the prompt: [DEC] and the words, without [SEP]."""
+        return self._ids(self.prompt, str, "[DEC]")[:-1]
+
+    def text(self, caption: str) -> Tensor:
+        """Token ids int64 [L] of a caption to learn from, at most 30 words: the prompt, word pieces, [SEP]; at most 40,
+        as in BLIP. Raises TextError if the caption is not a string or is empty."""
+        return self._ids(
+            caption, lambda text: self.prompt + clean_sentence(text, 30), "[DEC]", truncate=min(40, self.max_tokens)
+        )
+
+    def __call__(self, image) -> Tensor:
+        """Pixels [3, S, S] float32 of one instance. Raises ImageError."""
+        return self.image(image)
+
+    @staticmethod
+    def collate(instances) -> Tensor:
+        """Join instances into a batch: pixels [B, 3, S, S]."""
+        return torch.stack(list(instances))
 
 
 class CaptionTask(Task):

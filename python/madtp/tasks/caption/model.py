@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
-from ...config import CaptionConfig
+from ...config import Config, TextConfig, VisionConfig
 from ...model import Model, renamed
 from ...pruning import LayerTrace, Pruning, Tokens
 from ...text import TextDecoder
 from ...vision import VisionTransformer
+
+
+@dataclass(frozen=True)
+class CaptionConfig(Config):
+    """BLIP captioning: a decoder describes an image."""
+
+    task: ClassVar[str] = "caption"
+    text_module: ClassVar[str] = "text_decoder.bert."
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ... import flops, graphs
-from ...config import NLVRConfig
 from ...options import UsageError, option
-from ...processing import NLVRProcessor
+from ...processing import Processor, clean_sentence
 from ..annotations import NLVRExample, first_object, read_blip_nlvr, read_nlvr2
 from ..base import Answer, Inputs, Prepared, Recipe, Task, not_finite
 from ..metrics import accuracy
-from .model import NLVR
+from .model import NLVR, NLVRConfig
 from .statements import forward_pairs
 
 
@@ -50,6 +50,32 @@ class NLVRInputs(Inputs):
         if bool(self.input) == bool(self.images and self.text) or (self.input and (self.images or self.text)):
             raise UsageError("give either --images and --text, or --input")
         return None if self.input else [{"images": self.images, "text": self.text}]
+
+
+class NLVRProcessor(Processor):
+    """(left image, right image, sentence) for BLIP-NLVR."""
+
+    def images(self, left, right) -> Tensor:
+        """Pixels of a pair, float32 [2, 3, image_size, image_size]; sources as in `load_image`, which see for
+        errors."""
+        return torch.stack([self.image(source) for source in (left, right)])
+
+    def text(self, sentence: str) -> Tensor:
+        """Token ids int64 [L] of a sentence: [ENC], word pieces, [SEP]; of the 40 words that BLIP's cleaning keeps,
+        as many as the model has positions for. Raises TextError if the sentence is not a string or is empty.
+        """
+        return self._ids(sentence, clean_sentence, "[ENC]", truncate=self.max_tokens)
+
+    def __call__(self, left, right, sentence: str) -> tuple[Tensor, Tensor]:
+        """(pixels [2, 3, S, S] float32, ids [L] int64) of one instance. Raises ImageError, TextError."""
+        return self.images(left, right), self.text(sentence)
+
+    @staticmethod
+    def collate(instances) -> tuple[Tensor, list[Tensor]]:
+        """Join instances into a batch: pixels [2B, 3, S, S], all left images then all right ones, and B id
+        tensors."""
+        pixels = torch.stack([pixels for pixels, _ in instances], dim=1)  # [2, B, 3, S, S]
+        return pixels.flatten(0, 1), [ids for _, ids in instances]
 
 
 class NLVRTask(Task):
@@ -193,7 +219,12 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
 
     def forward(self, model, batch, temperature, alignment_features=False):
         return forward_pairs(
-            model, batch["pixels"], batch["texts"], batch["statements"], temperature, alignment_features=alignment_features
+            model,
+            batch["pixels"],
+            batch["texts"],
+            batch["statements"],
+            temperature,
+            alignment_features=alignment_features,
         )
 
     def loss(self, model, batch, output, temperature, seed):

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from ...config import NLVRConfig
+from ...config import Config, TextConfig, VisionConfig, check_sizes
 from ...model import Model, renamed
 from ...pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from ...rows import first_rows
 from ...text import TextEncoder
 from ...vision import VisionTransformer
+
+
+@dataclass(frozen=True)
+class NLVRConfig(Config):
+    """BLIP-NLVR: two images and a statement, true or false."""
+
+    task: ClassVar[str] = "nlvr"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    merge_from: int = 6
+    """First text layer that concatenates its two image streams through a merge layer; earlier ones average them."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import flops, graphs
-from ...config import RetrievalConfig
 from ...options import UsageError, option
-from ...processing import RetrievalProcessor
+from ...processing import Processor, clean_sentence
 from ..base import Options, Recipe, not_finite
 from ..losses import contrastive_loss, hard_negatives
 from ..pairs import PairsTask, similarities, single_tokens
-from .model import Retrieval
+from .model import Retrieval, RetrievalConfig
 
 RERANK = 256
 """Candidates that BLIP scores again in both directions, on COCO (128 on Flickr30k)."""
@@ -35,6 +34,15 @@ class RetrievalOptions(Options):
         if self.rerank < 0:
             raise UsageError(f"--rerank: expected at least 0, got {self.rerank}")
         return {"rerank": self.rerank}
+
+
+class RetrievalProcessor(Processor):
+    """Images and sentences for BLIP retrieval, each on its own."""
+
+    def text(self, sentence: str) -> Tensor:
+        """Token ids int64 [L] of a sentence of at most 30 words: [CLS], word pieces, [SEP]; at most 35, as in
+        BLIP. Raises TextError if the sentence is not a string or is empty."""
+        return self._ids(sentence, lambda text: clean_sentence(text, 30), "[CLS]", truncate=min(35, self.max_tokens))
 
 
 class RetrievalTask(PairsTask):

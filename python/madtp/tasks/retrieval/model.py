@@ -15,8 +15,8 @@ At temperature 0 both give the same result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from ...config import RetrievalConfig
+from ...config import Config, TextConfig, VisionConfig, check_sizes
 from ...layers import QueryGroups
 from ...model import Model, renamed
 from ...pruning import LayerTrace, Pruning, Tokens
@@ -34,6 +34,24 @@ from ...text import TextEncoder
 from ...vision import VisionTransformer
 
 PADDED_LENGTH = 35
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(Config):
+    """BLIP retrieval: comparable features of images and texts, and a classifier of pairs."""
+
+    task: ClassVar[str] = "retrieval"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    proj_dim: int = 256
+    """Width of the features."""
+    text_mode: str = "clean"
+    """"clean" or "compat", which are different models once texts are pruned; see the top of this file."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "")
+        if self.text_mode not in ("clean", "compat"):
+            raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
 
 
 class Encoded(NamedTuple):

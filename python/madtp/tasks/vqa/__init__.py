@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
 from ... import flops, graphs
-from ...config import VQAConfig
 from ...inputs import read_texts
 from ...layers import QueryGroups
 from ...options import UsageError, given, option, positive
-from ...processing import VQAProcessor
+from ...processing import Processor, clean_question
 from ..annotations import VQAExample, first_object, read_blip_vqa, read_vqa_v2
 from ..base import Answer, ImageInputs, Options, Prepared, Recipe, Task, check_finite
 from ..losses import answer_loss
 from ..metrics import vqa_accuracy, vqa_score
-from .model import VQA
+from .model import VQA, VQAConfig
 
 HOW = "how answers are found"
 
@@ -84,6 +84,31 @@ class VQAOptions(Options):
         if useless := given(self, ("num_beams", "max_length", "min_length")):
             raise UsageError(f"{useless}: of no use with --answers")
         return {"candidates": read_texts(self.answers), "k": self.top_k or 128}
+
+
+class VQAProcessor(Processor):
+    """(image, question) for BLIP-VQA."""
+
+    _clean = staticmethod(clean_question)
+
+    def text(self, question: str) -> Tensor:
+        """Token ids int64 [L] of a question: [ENC], word pieces, [SEP]; at most 35, as in BLIP. Raises TextError
+        if the question is not a string or is empty."""
+        return self._ids(question, clean_question, "[ENC]", truncate=min(35, self.max_tokens))
+
+    def answer(self, answer: str) -> Tensor:
+        """Token ids int64 [L] of a candidate answer: [DEC], word pieces, [SEP]. Raises TextError if it is not a
+        string or is too long."""
+        return self._ids(answer, str, "[DEC]")
+
+    def __call__(self, image, question: str) -> tuple[Tensor, Tensor]:
+        """(pixels [3, S, S] float32, ids [L] int64) of one instance. Raises ImageError, TextError."""
+        return self.image(image), self.text(question)
+
+    @staticmethod
+    def collate(instances) -> tuple[Tensor, list[Tensor]]:
+        """Join instances into a batch: pixels [B, 3, S, S] and B id tensors."""
+        return torch.stack([pixels for pixels, _ in instances]), [ids for _, ids in instances]
 
 
 class VQATask(Task):

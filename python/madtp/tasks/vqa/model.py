@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
-from ...config import VQAConfig
+from ...config import Config, TextConfig, VisionConfig
 from ...layers import QueryGroups
 from ...model import Model, renamed
 from ...pruning import LayerTrace, Pruning, Tokens
@@ -22,6 +22,15 @@ from ...vision import VisionTransformer
 
 # Rows of logits over the vocabulary that exist at a time while answers are ranked: 32 MB per 256 rows and 30524 words.
 LOGIT_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class VQAConfig(Config):
+    """BLIP-VQA: an image and a question; a decoder of the same sizes as the question encoder answers."""
+
+    task: ClassVar[str] = "vqa"
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(image_size=480))
+    text: TextConfig = field(default_factory=TextConfig)
 
 
 @dataclass(frozen=True)
