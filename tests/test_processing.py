@@ -15,16 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from madtp import processing
-from madtp.processing import (
-    ImageError,
-    TextError,
-    clean_question,
-    clean_sentence,
-    load_clip_tokenizer,
-    load_image,
-    load_tokenizer,
-    to_pixels,
-)
+from madtp.processing import ImageError, TextError, clean_question, clean_sentence, load_clip_tokenizer, load_image, load_tokenizer, to_pixels
 from madtp.tasks import TASKS
 from madtp.tasks.metrics import vqa_score
 from madtp.tasks.nlvr import NLVRProcessor
