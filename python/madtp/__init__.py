@@ -18,7 +18,7 @@ def __getattr__(name: str):
         from .bulk import callables
 
         return getattr(callables, name)
-    if name in ("apply_patch", "remove_patch"):  # not before they are needed: transformers takes seconds to import
+    if name in ("apply_patch", "pruned", "remove_patch"):  # transformers takes seconds to import
         from . import patch
 
         return getattr(patch, name)
@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "apply_patch",
     "load",
+    "pruned",
     "remove_patch",
     "save_pretrained",
 ]

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .config import VisionConfig
 from .pruning import MADTP, Pruning
 
 _LAYER_NORM = 5
@@ -163,15 +164,22 @@ def clip(
         vision = config.vision
         lengths = _checked("image", image, vision.depth)
         width, hidden = vision.embed_dim, round(vision.embed_dim * vision.mlp_ratio)
-        cost["linear"] += (lengths[0] - 1) * 3 * vision.patch_size**2 * width + width * config.embed_dim
-        cost["norm"] += _LAYER_NORM * (lengths[0] + 1) * width  # before the first block; CLS after the last
+        patches = lengths[0] - getattr(vision, "prefix", 1)
+        projection = width * config.embed_dim if getattr(vision, "projection", True) else 0
+        cost["linear"] += patches * 3 * vision.patch_size**2 * width + projection
+        if getattr(vision, "norm_pre", True):
+            cost["norm"] += _LAYER_NORM * lengths[0] * width
+        if getattr(vision, "pool", "class") == "attention":  # one query over the final tokens, then an MLP
+            cost["linear"] += 2 * (lengths[-1] + 1) * width * width + 2 * width * hidden
+            cost["matmul"] += 2 * lengths[-1] * width
+            cost["norm"] += _LAYER_NORM * lengths[-1] * width
+        cost["norm"] += _LAYER_NORM * width  # what stands for the image
         cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision"))
     if text is not None:
         lengths = _checked("text", text, config.text.num_hidden_layers)
         width, heads = config.text.hidden_size, config.text.num_attention_heads
-        cost += _blocks_cost(
-            config.vision, lengths, width, heads, config.text.intermediate_size, _rule(pruning, "text")
-        )
+        entries = config.vision or VisionConfig(embed_dim=width, num_heads=heads, sd_dim=width)
+        cost += _blocks_cost(entries, lengths, width, heads, config.text.intermediate_size, _rule(pruning, "text"))
         cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["linear"] += width * config.embed_dim
     return _total(cost)

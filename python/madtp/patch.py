@@ -32,27 +32,22 @@ A patched model is for inference: it computes no gradients, without dropout. It 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-    CLIPModel,
-    DynamicCache,
-    EncoderDecoderCache,
-)
+from transformers import DynamicCache, EncoderDecoderCache, ViTModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
@@ -65,37 +60,47 @@ from .generation import CACHE
 from .layers import Keys, QueryGroups
 from .linear import Linear
 from .model import Model
-from .pruning import PER_TOKEN, LayerTrace, Tokens
+from .pruning import MADTP, METHODS, PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_rows, rows_of
 from .tasks import TASKS
+from .towers import Patches
 from .weights import key_maps
 from .weights.files import read_file
 from .weights.made_up import initial_weight
 
-__all__ = ["Patch", "Step", "apply_patch", "attention_mask", "remove_patch"]
+__all__ = ["KINDS", "Patch", "Step", "apply_patch", "attention_mask", "pruned", "remove_patch"]
 
 _log = logging.getLogger("madtp")
+
+_UNTRAINED = "ranked_novelty"  # the rule of an encoder where nobody says anything
+_PIXELS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 
 # Tokens of a text that is counted where none is written yet: a caption, prompt included, as in the official figures; an answer
 # of one word.
 _CAPTION_TOKENS, _ANSWER_TOKENS = 15, 2
 
-# The search for a temperature: where it begins, how it goes on (up or down by this factor, so often at most), and when it is
-# content: with a value this close to the target, or with temperatures so close to each other that the next step would change no
+# The search for a strength: where it begins, how it goes on (up or down by this factor, so often at most), and when it is
+# content: with a value this close to the target, or with strengths so close to each other that the next step would change no
 # more than one token. What it finds is within the tolerance, relative to the target.
 _FIRST, _FACTOR, _STEPS = 1.0, 4.0, 5
 _CLOSE_ENOUGH, _NEIGHBOURS, _TOLERANCE = 0.002, 1.001, 0.02
 
 
 class Step(NamedTuple):
-    """What a temperature does to the samples, on average."""
+    """What a strength of pruning does to the samples, on average."""
 
-    temperature: float
+    strength: float
+    """Of the rule: MADTP's temperature."""
     keep_ratio: float
     """Image tokens that leave a layer, as a share of those that enter the first; mean over layers and images."""
     gflops: float | None
     """Of an instance, counted as the official code does (:mod:`madtp.flops`); None where the samples have no texts that the
     model needs."""
+
+    @property
+    def temperature(self) -> float:
+        """The same, as MADTP calls it."""
+        return self.strength
 
 
 @dataclass(frozen=True)
@@ -103,17 +108,25 @@ class Patch:
     """How a model was patched."""
 
     task: str
-    temperature: float
+    pruning: Pruning
+    """The rule, at the strength that was found or asked for."""
     keep_ratio: float | None
     """As in :class:`Step`; None where there were no samples, as are ``gflops``."""
     gflops: float | None
     steps: tuple[Step, ...]
-    """The search for the temperature, in its order."""
+    """The search for the strength, in its order."""
+
+    @property
+    def temperature(self) -> float:
+        """The rule's strength, as MADTP calls it."""
+        return self.pruning.strength
 
 
 def apply_patch(
     model: nn.Module,
     *,
+    method: str | None = None,
+    pruning: Pruning | None = None,
     temperature: float | None = None,
     keep_ratio: float | None = None,
     target_gflops: float | None = None,
@@ -121,77 +134,119 @@ def apply_patch(
     samples: Mapping[str, Tensor] | None = None,
     backend: str | None = None,
 ) -> Patch:
-    """Make a model of transformers run ragged, with pruning. Exactly one of the first three arguments says how much is pruned.
+    """Make a model of transformers run ragged, with pruning. At most one of ``pruning``, ``temperature``, ``keep_ratio`` and
+    ``target_gflops`` says how much is pruned; without any, an encoder is pruned by its rule as it comes.
 
     No weights are copied or moved.
 
     Args:
-        model: `BlipForConditionalGeneration`, `BlipForQuestionAnswering`, `BlipForImageTextRetrieval` or `CLIPModel`, with plain
-            floating-point weights on one device. CLIP's text is pruned in the mode "clean" (:mod:`madtp.tasks.clip.model`).
-        temperature: pruning temperature; 0 runs dense, which is already faster than transformers' attention without fusion.
-        keep_ratio: find the temperature at which this share of the image tokens is kept (mean over layers, 0 to 1), within 2 % of
-            it. Shares that the samples do not allow are an error that names those that they do: even the lowest temperature above
-            0 prunes something, and where tokens are much alike (random weights, an untrained dictionary) many go at once.
-        target_gflops: find the temperature at which an instance costs this much, within 2 %, counted as the official code does: a
-            caption (of 15 tokens), a question about an image with its answer (of one word), or an image and a text (retrieval:
-            with their features and their match).
+        model: one of :data:`KINDS`, with plain floating-point weights on one device. CLIP's text is pruned in the mode "clean"
+            (:mod:`madtp.tasks.clip.model`); SigLIP's text stays transformers'.
+        method: name of a rule among :data:`madtp.pruning.METHODS`. By default "madtp" for BLIP, and where a temperature or a
+            dictionary is given; else "ranked_novelty", which needs no training.
+        pruning: the rule itself, for instance a calibrated one.
+        temperature: MADTP's; 0 runs dense, which is already faster than transformers' attention without fusion.
+        keep_ratio: find the strength at which this share of the image tokens is kept (mean over layers, 0 to 1), within 2 % of
+            it. Shares that the samples do not allow are an error that names those that they do: even the lowest strength above
+            0 may prune something, and where tokens are much alike (random weights, an untrained dictionary) many go at once.
+        target_gflops: find the strength at which an instance costs this much, within 2 %, counted as the official code does: an
+            image; a caption (of 15 tokens); a question about an image with its answer (of one word); or an image and a text
+            (retrieval: with their features and their match).
         dictionary: MADTP's cross-modal dictionary: a tensor ``[M, width]``, or a file that holds one as ``space_dict``, such as a
             MADTP checkpoint or the weights of a saved model, from which maps to the dictionary are taken too. Without one it
             is drawn from N(0, 1) with a fixed seed, as MADTP begins; that prunes by an alignment which nobody has trained. So are
             CLIP's maps where a tensor or a file holds none; both with a warning.
         samples: a few inputs of the model, as its processor returns them (``pixel_values``, and for other models than
-            captioning ``input_ids`` and ``attention_mask``, one text for each image). Needed for a target; with a temperature
-            they are measured.
+            captioning and image towers ``input_ids`` and ``attention_mask``, one text for each image). Needed for a target;
+            otherwise they are measured.
         backend: force an implementation of the kernels ("reference", "cpu", "triton", "cuda").
 
     Returns:
-        The temperature, what it keeps and costs on the samples, and the steps of the search. The same model and samples give
-        the same result.
+        The rule, what it keeps and costs on the samples, and the steps of the search. The same model and samples give the same
+        result.
 
     Raises:
         TypeError: a model of another class.
         ValueError: a model that is patched already, or has something that our layers do not have (hooks, adapters, quantized
-            weights, other sizes than its configuration says); not exactly one of the three settings; a target without samples or
-            out of reach; a dictionary of another width than the model's tokens, without a map to it.
+            weights, other sizes than its configuration says); more than one setting, or none that makes sense; a target without
+            samples or out of reach; a dictionary of another width than the model's tokens, without a map to it.
     """
-    task = next((task for kind, task in _TASKS.items() if isinstance(model, kind)), None)
-    if task is None:
-        raise TypeError(f"model: expected one of {', '.join(kind.__name__ for kind in _TASKS)}, got {type(model).__name__}")
+    base = _base(model)
+    if base is None:
+        raise TypeError(f"model: expected one of {', '.join(KINDS)}, got {type(model).__name__}")
     if hasattr(model, "_madtp"):
         raise ValueError("model: it is patched already; call remove_patch first")
-    settings = {"temperature": temperature, "keep_ratio": keep_ratio, "target_gflops": target_gflops}
+    kind = KINDS[base.__name__]
+    settings = {"temperature": temperature, "keep_ratio": keep_ratio, "target_gflops": target_gflops, "pruning": pruning}
     given = [name for name, value in settings.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"expected exactly one of {', '.join(settings)}, got {', '.join(given) or 'none'}")
-    if temperature is not None:
-        check_temperature(temperature)
+    if len(given) > 1 or (not given and kind.task != "clip" and method is None):
+        expected = ", ".join(name for name in settings if name != "pruning")
+        raise ValueError(f"expected exactly one of {expected}, got {', '.join(given) or 'none'}")
+    rule = _rule(kind, method, pruning, temperature, dictionary)
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio: expected a share above 0 and up to 1, got {keep_ratio}")
     if target_gflops is not None and not target_gflops > 0:
         raise ValueError(f"target_gflops: expected a number above 0, got {target_gflops}")
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
-    if samples is None and temperature is None:
-        raise ValueError(f"samples: {given[0]} is sought on a few inputs of the model, got none")
-    methods = [_Method(model.get_submodule(place), task, number) for number, (place, _, _) in enumerate(_METHODS[task])]
-    for method in methods:
-        if method.name in vars(method.module):
-            raise ValueError(f"model: {method.place} is replaced already, by a hook of accelerate or another patch")
+    target = next((name for name in ("keep_ratio", "target_gflops") if settings[name] is not None), None)
+    if samples is None and target is not None:
+        raise ValueError(f"samples: {target} is sought on a few inputs of the model, got none")
+    methods = [_Method(model.get_submodule(place), base.__name__, number) for number, (place, _, _) in enumerate(kind.methods)]
+    for replaced in methods:
+        if replaced.name in vars(replaced.module):
+            raise ValueError(f"model: {replaced.place} is replaced already, by a hook of accelerate or another patch")
 
-    engine = _Engine(model, task, methods, dictionary, backend, warn=temperature != 0)
+    engine = _Engine(model, kind, methods, dictionary, rule, backend, warn=target is not None or rule.active)
     steps: list[Step] = []
-    if temperature is None:
-        found = _search(engine, samples, given[0], settings[given[0]], steps)
+    if target is not None:
+        found = _search(engine, samples, target, settings[target], steps)
     elif samples is None:
-        found = Step(float(temperature), None, None)
+        found = Step(rule.strength, None, None)
     else:
-        found = engine.measure(samples, float(temperature))
-    engine.model.temperature = found.temperature
+        found = engine.measure(samples, rule.strength)
+    engine.model.pruning = engine.at(found.strength)
     for module in {model, *(method.module for method in methods)}:
         module._madtp = engine
     for method in methods:
         setattr(method.module, method.name, method)
-    return Patch(task, found.temperature, found.keep_ratio, found.gflops, tuple(steps))
+    return Patch(kind.task, engine.model.pruning, found.keep_ratio, found.gflops, tuple(steps))
+
+
+@contextlib.contextmanager
+def pruned(model: nn.Module, **settings: Any) -> Iterator[Patch]:
+    """:func:`apply_patch` with these settings, undone at the end of the ``with`` block."""
+    patch = apply_patch(model, **settings)
+    try:
+        yield patch
+    finally:
+        remove_patch(model)
+
+
+def _base(model: nn.Module) -> type | None:
+    """The class of transformers among :data:`KINDS` that a model is, or derives from."""
+    known = (base for base in type(model).__mro__ if base.__name__ in KINDS)
+    return next((base for base in known if base.__module__.startswith("transformers.")), None)
+
+
+def _rule(
+    kind: _Kind, method: str | None, pruning: Pruning | None, temperature: float | None, dictionary: Any
+) -> Pruning:
+    """The rule that the arguments of :func:`apply_patch` mean; a search sets its strength."""
+    if pruning is not None:
+        if method not in (None, pruning.name):
+            raise ValueError(f"method: the rule that was given is {pruning.name!r}, got {method!r}")
+        return pruning
+    if temperature is not None:
+        if method not in (None, MADTP.name):
+            raise ValueError(f"temperature: only madtp has one, got method {method!r}")
+        return MADTP(check_temperature(temperature))
+    if method is None:
+        trained = kind.task != "clip" or dictionary is not None
+        method = MADTP.name if trained or _UNTRAINED not in METHODS else _UNTRAINED
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]()
 
 
 def remove_patch(model: nn.Module) -> None:
@@ -349,27 +404,38 @@ class _Engine:
     def __init__(
         self,
         theirs: nn.Module,
-        task: str,
+        kind: _Kind,
         methods: list[_Method],
         dictionary: Tensor | str | os.PathLike | None,
+        rule: Pruning,
         backend: str | None,
         warn: bool,
     ) -> None:
-        self.task, self.methods = task, methods
+        task = kind.task
+        self.task, self.kind, self.methods, self.rule = task, kind, methods, rule
         layout = key_maps.HUGGING_FACE[theirs.config.model_type]
         guidance = _guidance(dictionary, task)
-        config = layout.config_of(theirs.config.to_dict(), guidance, task)
+        config = layout.config_of(theirs.config.to_dict(), theirs.state_dict() | guidance, task)
+        if not kind.texts:  # transformers' own
+            config = replace(config, text=None, logit_bias=False)
         with torch.device("meta"):
-            self.model: Model = TASKS[task].Model(config, backend=backend).eval()
-            expected = next(kind for kind, name in _TASKS.items() if name == task)(copy.deepcopy(theirs.config))
-        self.towers = {place: theirs.get_submodule(place) for place in _TOWERS[task]}
+            self.model: Model = TASKS[task].Model(config, rule, backend=backend).eval()
+            options = {"add_pooling_layer": theirs.pooler is not None} if isinstance(theirs, ViTModel) else {}
+            expected = _base(theirs)(copy.deepcopy(theirs.config), **options)
+        self.towers = {place: theirs.get_submodule(place) for place in kind.towers}
         for place, tower in self.towers.items():
             _check_kinds(tower, expected.get_submodule(place), place)
         self.seen = {
             place: [_Seen.of(name, module, module is tower) for name, module in tower.named_modules(prefix=place)]
             for place, tower in self.towers.items()
         }
-        wanted = [(key, parameter.shape, layout.parts_of(key)) for key, parameter in self.model.named_parameters()]
+        prefix = getattr(layout, "prefix", "")
+        if prefix and hasattr(theirs, prefix.rstrip(".")):
+            prefix = ""
+        wanted = [
+            (key, parameter.shape, [place.removeprefix(prefix) for place in layout.parts_of(key)])
+            for key, parameter in self.model.named_parameters()
+        ]
         for lead, places in {key.rpartition(".")[0]: places for key, _, places in wanted if len(places) > 1}.items():
             parent, _, child = lead.rpartition(".")
             with torch.device("meta"):
@@ -396,7 +462,7 @@ class _Engine:
             raise ValueError(
                 f"dictionary: its entries are {config.vision.sd_dim} wide, the model's tokens are not, and it holds no {made_up[0]}"
             )
-        if made_up and warn:
+        if made_up and warn and rule.needs_dictionary:
             _log.warning(
                 "drawn at random with a fixed seed, as MADTP does before training: %s. What is pruned depends on attention, and "
                 "on an alignment that is not trained.",
@@ -441,13 +507,51 @@ class _Engine:
         """Whether its towers return tensors with padding."""
         return self.task == "vqa" or self.model.pruning.active
 
-    def images(self, pixel_values: Tensor) -> tuple[Tokens, list[LayerTrace]]:
-        """Final tokens and what every layer did, of ``[B, 3, S, S]``."""
+    def at(self, strength: float) -> Pruning:
+        """The rule at a strength; 0 is dense for every rule."""
+        return self.rule.at(strength) if strength != self.rule.strength else self.rule
+
+    def images(
+        self, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None, spatial_shapes: Tensor | None = None
+    ) -> tuple[Tokens, list[LayerTrace]]:
+        """Final tokens and what every layer did, of ``[B, 3, S, S]``, or of patches as SigLIP 2's processor makes them."""
         model = self.model
+        if spatial_shapes is not None:
+            features = model.encode_image(_cut(pixel_values, pixel_attention_mask, spatial_shapes))
+            return features.tokens, features.trace
         if self.task == "clip":
             features = graphs.run(model.encode_image, pixel_values)
             return features.tokens, features.trace
         return graphs.run(types.MethodType(_encode_images, model), pixel_values)
+
+    def states(
+        self, pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor | None, length: int | None
+    ) -> tuple[Tokens, tuple[Tensor, ...]]:
+        """Final tokens, and the states before the first layer and after each ``[B, L, D]``: whole, with a row for every token
+        that there was at first, that of the token which stands for it by then.
+
+        Raises:
+            ValueError: a rule that does not say which token stands for a dropped one.
+        """
+        model, passed = self.model, []
+        pixels = model._patches(pixel_values if spatial_shapes is None else _cut(pixel_values, mask, spatial_shapes))
+        batch = len(pixel_values)
+        features = model.visual(pixels, model.space_dict, model._pruning(None, batch), states=passed)
+        first, source = passed[0], torch.arange(len(passed[0].values), device=model.device)
+        whole = []
+        for tokens, trace in zip(passed, (None, *features.trace)):
+            if trace is not None and trace.rows is not None:
+                source = trace.rows.long()[source]
+            elif trace is not None and trace.cu_seqlens is not trace.cu_seqlens_in:
+                raise ValueError(
+                    f"output_hidden_states: pruned by {model.pruning.name!r}, which does not say which token stands for a dropped "
+                    "one; use a rule that merges, or none"
+                )
+            if (source < 0).any():
+                raise ValueError(f"output_hidden_states: {model.pruning.name!r} drops tokens for which none stands")
+            padded, _ = first.with_values(tokens.values[source]).to_padded()
+            whole.append(padded if length is None else F.pad(padded, (0, 0, 0, length - padded.shape[1])))
+        return features.tokens, tuple(whole)
 
     def texts(
         self, input_ids: RaggedBatch, images: Tokens | None, positions: Tensor | None = None
@@ -469,23 +573,27 @@ class _Engine:
         stream = _stream(hidden_states, mask, padding=self.pads)
         return _Memory(self.model.text_decoder.keys(stream), stream.batch_size)
 
-    def measure(self, samples: Mapping[str, Tensor], temperature: float) -> Step:
-        """What a temperature keeps and costs."""
+    def measure(self, samples: Mapping[str, Tensor], strength: float) -> Step:
+        """What a strength keeps and costs."""
         if "pixel_values" not in samples:
             raise ValueError(f"samples: expected 'pixel_values', got {', '.join(samples) or 'nothing'}")
-        ids, pruning, model = samples.get("input_ids"), temperature > 0, self.model
+        ids, model = samples.get("input_ids"), self.model
         if self.task != "caption" and ids is not None and len(ids) != len(samples["pixel_values"]):
             raise ValueError(f"samples: expected a text for each of {len(samples['pixel_values'])} images, got {len(ids)}")
-        model.temperature = temperature
+        model.pruning = self.at(strength)
+        pruning = model.pruning
         with torch.no_grad():
-            images, trace = self.images(samples["pixel_values"].to(model.device))
+            pixels = {name: samples[name].to(model.device) for name in _PIXELS if name in samples}
+            images, trace = self.images(**pixels)
             vision = flops.stream_lengths(trace)
             shares = [length / lengths[0] for lengths in vision for length in lengths[1:]]
             keep_ratio = sum(shares) / len(shares)
             if self.task == "caption":
                 costs = [flops.caption(model.config, lengths, _CAPTION_TOKENS, pruning=pruning) for lengths in vision]
+            elif self.task == "clip" and model.config.text is None:
+                costs = [flops.clip(model.config, image=lengths, pruning=pruning) for lengths in vision]
             elif ids is None:
-                return Step(temperature, keep_ratio, None)
+                return Step(strength, keep_ratio, None)
             elif self.task == "clip":
                 texts = flops.stream_lengths(model.encode_text(_clip_texts(model, ids.to(model.device))[0]).trace)
                 costs = [flops.clip(model.config, image=i, text=t, pruning=pruning) for i, t in zip(vision, texts, strict=True)]
@@ -502,7 +610,7 @@ class _Engine:
                         flops.retrieval(model.config, image=i, text=a, match=(i[-1], t), pruning=pruning)
                         for (i, t), a in zip(pairs, alone, strict=True)
                     ]
-        return Step(temperature, keep_ratio, sum(cost.official for cost in costs) / len(costs))
+        return Step(strength, keep_ratio, sum(cost.official for cost in costs) / len(costs))
 
 
 def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Tokens, list[LayerTrace]]:
@@ -574,15 +682,15 @@ def _fill(own: Sequence[tuple[nn.Module, str, str, torch.Size]], state: Mapping[
 
 
 def _search(engine: _Engine, samples: Mapping[str, Tensor], name: str, target: float, steps: list[Step]) -> Step:
-    """The temperature that meets a target, by bisection; fills ``steps``.
+    """The strength that meets a target, by bisection; fills ``steps``.
 
-    Mostly a higher temperature keeps less, but not always: a layer in which no token would survive is left alone. So all
-    intervals between the temperatures that were tried first may hold the target.
+    Mostly a higher strength keeps less, but not always: a layer in which no token would survive MADTP is left alone. So all
+    intervals between the strengths that were tried first may hold the target.
     """
     what = "keep_ratio" if name == "keep_ratio" else "gflops"
 
-    def value(temperature: float) -> float:
-        steps.append(engine.measure(samples, temperature))
+    def value(strength: float) -> float:
+        steps.append(engine.measure(samples, strength))
         found = getattr(steps[-1], what)
         if found is None:
             raise ValueError(f"samples: {name} needs 'input_ids' too for a model for task {engine.task!r}")
@@ -598,12 +706,12 @@ def _search(engine: _Engine, samples: Mapping[str, Tensor], name: str, target: f
         return steps[0]
     known = {_FIRST: value(_FIRST)}
     up, down = ([_FIRST * _FACTOR ** (sign * n) for n in range(1, _STEPS + 1)] for sign in (1, -1))
-    for temperature in up + down if known[_FIRST] > target else down + up:
+    for strength in up + down if known[_FIRST] > target else down + up:
         if close(getattr(steps[-1], what), _CLOSE_ENOUGH):
             return steps[-1]
-        known[temperature] = value(temperature)
-        neighbour = temperature / _FACTOR if temperature > _FIRST else temperature * _FACTOR
-        low, high = sorted((temperature, neighbour))
+        known[strength] = value(strength)
+        neighbour = strength / _FACTOR if strength > _FIRST else strength * _FACTOR
+        low, high = sorted((strength, neighbour))
         falls = known[low] > target
         if falls == (known[high] > target):
             continue
@@ -636,16 +744,16 @@ class _Memory(NamedTuple):
 class _Method:
     """What stands in the place of a method of a module. Unlike a bound function it can be pickled and copied with the model."""
 
-    def __init__(self, module: nn.Module, task: str, number: int) -> None:
-        self.module, self.task, self.number = module, task, number
+    def __init__(self, module: nn.Module, kind: str, number: int) -> None:
+        self.module, self.kind, self.number = module, kind, number
 
     @property
     def name(self) -> str:
-        return _METHODS[self.task][self.number][1]
+        return KINDS[self.kind].methods[self.number][1]
 
     @property
     def place(self) -> str:
-        return f"{_METHODS[self.task][self.number][0] or type(self.module).__name__}.{self.name}"
+        return f"{KINDS[self.kind].methods[self.number][0] or type(self.module).__name__}.{self.name}"
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -653,7 +761,7 @@ class _Method:
         return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
 
     def __call__(self, *args, **kwargs):
-        return _METHODS[self.task][self.number][2](self.module, *args, **kwargs)
+        return KINDS[self.kind].methods[self.number][2](self.module, *args, **kwargs)
 
 
 # Padded tensors that towers returned -> ids of their tokens, as a ragged batch. Attributes of the tensors would be saved with them.
@@ -663,8 +771,9 @@ _streams = WeakTensorKeyDictionary()
 _HARMLESS = ("num_items_in_batch", "return_dict")
 
 
-def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, **unsupported) -> _Engine:
-    """The engine of a patched tower, for a call that it can serve, with the weights of now."""
+def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool = False, **unsupported) -> _Engine:
+    """The engine of a patched tower, for a call that it can serve, with the weights of now; ``states`` says whether it returns
+    those of its layers."""
     engine = getattr(module, "_madtp", None)
     if engine is None:
         raise ValueError("model: a tower was replaced after apply_patch; call remove_patch first")
@@ -673,10 +782,10 @@ def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, **unsupport
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
     outputs = {name: kwargs.get(name, getattr(module.config, name, None)) for name in ("output_attentions", "output_hidden_states")}
     for name, value in (outputs | {name: value for name, value in kwargs.items() if name.startswith("output_")}).items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and not (states and name == "output_hidden_states"):
             raise ValueError(f"{name}: a patched model keeps neither attention matrices nor the states of its layers")
     for name, value in (unsupported | dict(kwargs)).items():
-        if value is not None and value is not False and name not in _HARMLESS:
+        if value is not None and value is not False and name not in _HARMLESS and not (states and name == "output_hidden_states"):
             raise ValueError(f"{name}: a patched model does not take it here")
     if sync:
         engine.sync(place)
@@ -754,11 +863,55 @@ def _runs(texts: int, samples: int, repeat: int, device: torch.device) -> QueryG
 @can_return_tuple
 @torch.no_grad()
 def _vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
-    """`BlipVisionModel.forward`, `CLIPVisionModel.forward`."""
+    """`BlipVisionModel.forward`."""
     engine = _ready(self, kwargs, interpolate_pos_encoding=interpolate_pos_encoding)
-    stream, _ = engine.images(pixel_values)
+    tokens, _ = engine.images(pixel_values)
     # BLIP's tokens have passed this LayerNorm already; transformers applies it to the pooled one twice.
-    return BaseModelOutputWithPooling(_padded(stream), self.post_layernorm(first_rows(stream)))
+    return BaseModelOutputWithPooling(_padded(tokens), self.post_layernorm(first_rows(tokens)))
+
+
+@can_return_tuple
+@torch.no_grad()
+def _encoder(self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, interpolate_pos_encoding=False, **kwargs):
+    """`forward` of the image towers of CLIP, SigLIP, SigLIP 2, DINOv2 and ViT.
+
+    Hidden states are whole: every layer has a row for each patch, that of the token it was merged into.
+    """
+    wanted = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+    engine = _ready(self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding)
+    model, tower = engine.model, engine.model.visual
+    pixels = (pixel_values, pixel_attention_mask, spatial_shapes)
+    length = None if spatial_shapes is None else pixel_values.shape[1]
+    if wanted:
+        tokens, states = engine.states(*pixels, length)
+    else:
+        (tokens, _), states = engine.images(*pixels), None
+    normed = (lambda x: x) if engine.kind.raw else tower.norm_post
+    if states is not None:
+        last = normed(states[-1])
+    else:
+        last = _padded(tokens if engine.kind.raw else tokens.with_values(tower.norm_post(tokens)))
+        if length is not None and not model.pruning.active:
+            last = F.pad(last, (0, 0, 0, length - last.shape[1]))
+    pools = getattr(self, "use_head", True) and getattr(self, "pooler", self) is not None
+    return BaseModelOutputWithPooling(last, tower.pool(tokens, model.backend) if pools else None, hidden_states=states)
+
+
+def _cut(pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor) -> Patches:
+    """Patches ``[B, N, 3 * patch * patch]`` with their grids ``[B, 2]``, as SigLIP 2's processor makes them, without padding.
+
+    Raises:
+        ValueError: a mask ``[B, N]`` that marks other patches than the grids say.
+    """
+    grids = tuple((int(rows), int(columns)) for rows, columns in spatial_shapes.tolist())
+    numbers = [rows * columns for rows, columns in grids]
+    if pixel_values.dim() != 3 or len(numbers) != len(pixel_values) or max(numbers, default=0) > pixel_values.shape[1]:
+        raise ValueError(f"spatial_shapes: {list(grids)} do not fit pixel_values {list(pixel_values.shape)}")
+    ends = torch.tensor(numbers, device=pixel_values.device)[:, None]
+    real = torch.arange(pixel_values.shape[1], device=pixel_values.device) < ends
+    if mask is not None and (mask.shape != real.shape or not torch.equal(mask.bool(), real)):
+        raise ValueError(f"pixel_attention_mask: expected the first {numbers} patches, as spatial_shapes says")
+    return Patches(RaggedBatch.from_padded(pixel_values, real), grids)
 
 
 def _clip_texts(model: Model, input_ids: Tensor, mask: Tensor | None = None) -> tuple[RaggedBatch, Tensor]:
@@ -868,37 +1021,56 @@ def _text_features(self, *args, **kwargs):
         return type(self).get_text_features(self, *args, **kwargs)
 
 
-# Class -> task; task -> towers; task -> what replaces which methods.
-_TASKS = {
-    BlipForConditionalGeneration: "caption",
-    BlipForQuestionAnswering: "vqa",
-    BlipForImageTextRetrieval: "retrieval",
-    CLIPModel: "clip",
-}
-_TOWERS = {
-    "caption": ("vision_model", "text_decoder.bert"),
-    "vqa": ("vision_model", "text_encoder", "text_decoder.bert"),
-    "retrieval": ("vision_model", "text_encoder"),
-    "clip": ("vision_model", "text_model"),
-}
+@dataclass(frozen=True)
+class _Kind:
+    """One class of transformers: what is patched of it."""
+
+    task: str
+    towers: tuple[str, ...]
+    """Modules that our layers stand in for; "" is the model itself."""
+    methods: tuple[tuple[str, str, Callable], ...]
+    """Where, which, and what takes its place."""
+    raw: bool = False
+    """`last_hidden_state` has not passed the last LayerNorm (CLIP)."""
+    texts: bool = True
+    """Whether texts go through our layers too."""
+
+
+_FEATURES = (("", "get_image_features", _image_features), ("", "get_text_features", _text_features))
+_IMAGES = (("vision_model", "forward", _vision),)
 _DECODER = (
     ("text_decoder.bert", "forward", _blip_decoder),
     ("text_decoder", "forward", _forward),
     ("text_decoder", "generate", _generate),
 )
-_METHODS: dict[str, tuple[tuple[str, str, Callable], ...]] = {
-    "caption": (("vision_model", "forward", _vision), *_DECODER),
-    "vqa": (("vision_model", "forward", _vision), ("text_encoder", "forward", _blip_encoder), *_DECODER),
-    "retrieval": (
-        ("vision_model", "forward", _vision),
-        ("text_encoder", "forward", _blip_encoder),
-        ("", "forward", _forward),
+_QUESTIONS = (("text_encoder", "forward", _blip_encoder),)
+_INNER = (("vision_model", "forward", _encoder), ("", "forward", _forward))
+_ITSELF = _Kind("clip", ("",), (("", "forward", _encoder),), texts=False)
+_SIGLIP = _Kind("clip", ("vision_model",), (*_INNER, _FEATURES[0]), texts=False)
+
+KINDS: dict[str, _Kind] = {
+    "BlipForConditionalGeneration": _Kind("caption", ("vision_model", "text_decoder.bert"), (*_IMAGES, *_DECODER)),
+    "BlipForQuestionAnswering": _Kind(
+        "vqa", ("vision_model", "text_encoder", "text_decoder.bert"), (*_IMAGES, *_QUESTIONS, *_DECODER)
     ),
-    "clip": (
-        ("vision_model", "forward", _vision),
-        ("text_model", "forward", _clip_text),
-        ("", "forward", _forward),
-        ("", "get_image_features", _image_features),
-        ("", "get_text_features", _text_features),
+    "BlipForImageTextRetrieval": _Kind(
+        "retrieval", ("vision_model", "text_encoder"), (*_IMAGES, *_QUESTIONS, ("", "forward", _forward))
     ),
+    "CLIPModel": _Kind(
+        "clip", ("vision_model", "text_model"), (_INNER[0], ("text_model", "forward", _clip_text), _INNER[1], *_FEATURES), raw=True
+    ),
+    "CLIPVisionModel": replace(_ITSELF, raw=True),
+    "CLIPVisionModelWithProjection": _Kind("clip", ("vision_model",), _INNER, raw=True, texts=False),
+    "CLIPTextModel": _Kind("clip", ("",), (("", "forward", _clip_text),)),
+    "CLIPTextModelWithProjection": _Kind(
+        "clip", ("text_model",), (("text_model", "forward", _clip_text), ("", "forward", _forward))
+    ),
+    "SiglipModel": _SIGLIP,
+    "SiglipVisionModel": _ITSELF,
+    "Siglip2Model": _SIGLIP,
+    "Siglip2VisionModel": _ITSELF,
+    "Dinov2Model": _ITSELF,
+    "Dinov2WithRegistersModel": _ITSELF,
+    "ViTModel": _ITSELF,
 }
+"""Classes of transformers that :func:`apply_patch` takes."""

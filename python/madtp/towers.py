@@ -7,6 +7,7 @@ One implementation serves all families; what differs between them is in :class:`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .config import CLIPConfig
 from .guidance import QueryModel
 from .layers import LayerNorm
 from .linear import Linear, ScaledLinear, mlp, project
-from .pruning import LayerTrace, Pruning, Tokens
+from .pruning import MADTP, LayerTrace, Pruning, Tokens
 from .pruning.official import fill_up, with_minimum
 from .rows import first_rows, rows_of
 from .vision import Block, run_blocks
@@ -251,12 +252,14 @@ class ImageTower(nn.Module):
         dictionary: Tensor | None,
         pruning: Pruning,
         alignment_features: bool = False,
+        states: list[Tokens] | None = None,
     ) -> Features:
         """Encode images.
 
         Args:
             pixels: as :meth:`cut` takes them, or patches.
             dictionary, pruning, alignment_features: as :func:`madtp.vision.run_blocks`.
+            states: a list to which the tokens before the first block and after each are added.
 
         Raises:
             ValueError: pixels of a size that the tower does not take, or no dictionary where one is needed.
@@ -264,11 +267,24 @@ class ImageTower(nn.Module):
         tokens = self.embed(pixels if isinstance(pixels, Patches) else self.cut(pixels))
         if self.norm_pre is not None:
             tokens = tokens.with_values(self.norm_pre(tokens.values))
+        if pruning.active and isinstance(pruning, MADTP) and not self.config.class_token:
+            raise ValueError("pruning: madtp scores tokens by the attention of a class token, which this tower has not")
         tokens = Tokens.start(tokens, prefix=self.config.prefix)
         rule = with_minimum(pruning.on("vision"), tokens.batch_size, tokens.device)
-        tokens, *record = run_blocks(self.blocks, self.query_models, tokens, dictionary, rule, alignment_features)
+        blocks = self.blocks
+        if states is not None:
+            states.append(tokens)
+            blocks = [partial(_recorded, block, states) for block in self.blocks]
+        tokens, *record = run_blocks(blocks, self.query_models, tokens, dictionary, rule, alignment_features)
         x = self.pool(tokens, pruning.backend)
         return Features(x if self.proj is None else self.proj(x), tokens, *record)
+
+
+def _recorded(block: Block, states: list[Tokens], *inputs) -> tuple[Tokens, LayerTrace]:
+    """A block whose result is kept, too."""
+    tokens, trace = block(*inputs)
+    states.append(tokens)
+    return tokens, trace
 
 
 class TextTower(nn.Module):

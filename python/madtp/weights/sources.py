@@ -163,13 +163,11 @@ def _of_transformers(origin: str, place: Path, settings: dict, task: str | None,
         known = ", ".join(key_maps.HUGGING_FACE)
         raise CheckpointError(f"{place / CONFIG}: 'model_type' is {settings['model_type']!r}, not one of {known}")
     state = read_parts(place)
-    if (told := layout.task_of(state)) is not None:
-        _check_task(origin, told, task)
     try:
         config = config or layout.config_of(settings, state, task)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{place / CONFIG}: {error}") from error
-    _check_task(origin, config.task, task)
+    _check_task(origin, layout.task_of(state) or config.task, task)
     family = getattr(layout, "pixels", "blip")
     try:
         state = layout.to_ours(state, config.task)

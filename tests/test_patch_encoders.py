@@ -1,0 +1,186 @@
+"""Encoders of transformers, patched: what comes out is what came out, in every way such models are used."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as hf
+from helpers import normal
+from test_encoders import IMAGES, MODELS, padded_patches, pooled, texts, theirs
+
+import madtp
+from madtp.patch import KINDS
+from madtp.pruning import METHODS
+
+PATCHED = [name for name in IMAGES if name.split()[0] in KINDS]
+RULE = "ranked_novelty" if "ranked_novelty" in METHODS else "tome"
+
+
+def inputs(name, generator, count=3):
+    images = [normal(generator, 3, 32, 32).cpu() for _ in range(count)]
+    if name.startswith("Siglip2"):
+        images = [normal(generator, 3, *shape).cpu() for shape in ((32, 32), (16, 48), (24, 8))]
+        return padded_patches(images, 8, 20)
+    return {"pixel_values": torch.stack(images)}
+
+
+def image_side(model):
+    """What a pipeline calls: the features, or the tower itself."""
+    return getattr(model, "get_image_features", model)
+
+
+def close(ours, expected):
+    assert ours.shape == expected.shape
+    difference = (ours - expected).abs().max()
+    assert difference < 1e-5 * max(1, expected.abs().max()), difference
+
+
+def real(name, tensor, given):
+    """Rows that are no padding."""
+    return tensor if not name.startswith("Siglip2") else tensor[given["pixel_attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("name", PATCHED)
+@torch.inference_mode()
+def test_dense_outputs_stay_what_they_were(name, generator):
+    """Features, last hidden states, and the states of every layer, which LLaVA-style pipelines read."""
+    model, given = theirs(name), inputs(name, generator)
+    before = image_side(model)(**given)
+    tower = getattr(model, "vision_model", model)
+    states = tower(**given, output_hidden_states=True)
+    assert len(states.hidden_states) == 3
+    madtp.apply_patch(model, temperature=0)
+    after, again = image_side(model)(**given), tower(**given, output_hidden_states=True)
+    close(pooled(after), pooled(before))
+    close(real(name, again.last_hidden_state, given), real(name, states.last_hidden_state, given))
+    assert len(again.hidden_states) == 3
+    for ours, expected in zip(again.hidden_states, states.hidden_states, strict=True):
+        close(real(name, ours, given), real(name, expected, given))
+    assert type(after) is type(before)
+    madtp.remove_patch(model)
+    assert torch.equal(pooled(image_side(model)(**given)), pooled(before))
+
+
+@pytest.mark.parametrize("name", PATCHED)
+@torch.inference_mode()
+def test_pruned_states_come_whole(name, generator):
+    """As many rows as there were patches, in their order; class token and registers are never dropped."""
+    model, given = theirs(name), inputs(name, generator)
+    tower = getattr(model, "vision_model", model)
+    before = tower(**given, output_hidden_states=True)
+    rule = METHODS[RULE]().limited("shares", (0.3,))
+    patch = madtp.apply_patch(model, pruning=rule, samples=given)
+    assert patch.keep_ratio < 1 and patch.gflops is None or patch.gflops > 0
+    out = tower(**given, output_hidden_states=True)
+    assert [state.shape for state in out.hidden_states] == [state.shape for state in before.hidden_states]
+    assert out.last_hidden_state.shape == before.last_hidden_state.shape
+    close(real(name, out.hidden_states[0], given), real(name, before.hidden_states[0], given))
+    rows = real(name, out.hidden_states[-1], given)[:20] if name.startswith("Siglip2") else out.hidden_states[-1][0]
+    assert len(rows.unique(dim=0)) < len(rows), "merged tokens share a row"
+    assert tower(**given).last_hidden_state.shape[1] < before.last_hidden_state.shape[1]
+    engine = tower._madtp
+    kept = engine.images(**given)[1][-1]
+    ids = kept.ids[: kept.cu_seqlens[1]].tolist()
+    prefix = engine.model.config.vision.prefix
+    assert ids[:prefix] == list(range(prefix))
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipModel", "Siglip2VisionModel", "Dinov2WithRegistersModel"])
+@torch.inference_mode()
+def test_saved_copied_pickled_and_moved(name, generator, tmp_path):
+    model, given = theirs(name), inputs(name, generator)
+    expected = pooled(image_side(model)(**given))
+    with madtp.pruned(model, method=RULE, keep_ratio=0.7, samples=given) as patch:
+        assert abs(patch.keep_ratio / 0.7 - 1) < 0.05 and patch.steps and patch.pruning.name == RULE
+        found = pooled(image_side(model)(**given))
+        assert 1e-4 < (found - expected).abs().max()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(pooled(image_side(other)(**given)), found)
+            madtp.remove_patch(other)
+            assert torch.equal(pooled(image_side(other)(**given)), expected)
+        model.save_pretrained(tmp_path)
+        halved = pooled(image_side(model.to(torch.bfloat16))(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}))
+        assert halved.dtype == torch.bfloat16
+        model.to(torch.float32)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(pooled(image_side(again)(**given)), expected)
+
+
+@pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+@torch.inference_mode()
+def test_text_towers(name, generator):
+    model, (_, filled) = theirs(name), texts("CLIP", generator)
+    before = model(filled)
+    madtp.apply_patch(model, temperature=0)
+    close(pooled(model(filled)), pooled(before))
+    madtp.remove_patch(model)
+
+
+@torch.inference_mode()
+def test_texts_of_siglip_stay_transformers(generator):
+    model, (_, filled) = theirs("SiglipModel"), texts("SiglipModel", generator)
+    before = model.get_text_features(filled).pooler_output
+    madtp.apply_patch(model, method=RULE)
+    assert torch.equal(model.get_text_features(filled).pooler_output, before)
+
+
+@torch.inference_mode()
+def test_an_encoder_needs_no_further_words():
+    model = theirs("SiglipVisionModel")
+    patch = madtp.apply_patch(model)
+    assert patch.pruning.name == RULE and patch.pruning.active and patch.task == "clip"
+
+
+class Wrapper(torch.nn.Module):
+    """As sentence-transformers wraps CLIP: it calls the towers and the projection itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, input_ids):
+        vision = self.model.vision_model(pixel_values=pixel_values)
+        images = vision[1] if not hasattr(self.model, "visual_projection") else self.model.visual_projection(vision[1])
+        words = self.model.text_model(input_ids=input_ids)
+        return images, words[1] if not hasattr(self.model, "text_projection") else self.model.text_projection(words[1])
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
+@torch.inference_mode()
+def test_wrappers_that_call_the_towers(name, generator):
+    wrapper, (_, filled) = Wrapper(theirs(name)), texts(name, generator)
+    pixels = inputs(name, generator)["pixel_values"]
+    before = wrapper(pixels, filled)
+    madtp.apply_patch(wrapper.model, temperature=0)
+    for ours, expected in zip(wrapper(pixels, filled), before, strict=True):
+        close(ours, expected)
+
+
+def test_what_is_refused(generator):
+    given = inputs("Siglip2VisionModel", generator)
+    model = theirs("Siglip2VisionModel")
+    madtp.apply_patch(model, temperature=0)
+    with pytest.raises(ValueError, match="pixel_attention_mask: expected the first"):
+        model(**given | {"pixel_attention_mask": torch.ones_like(given["pixel_attention_mask"])})
+    with pytest.raises(ValueError, match="spatial_shapes: .* do not fit"):
+        model(**given | {"spatial_shapes": given["spatial_shapes"] * 2})
+    with pytest.raises(ValueError, match="output_attentions: a patched model keeps neither"):
+        model(**given, output_attentions=True)
+    with pytest.raises(ValueError, match="method: expected one of .*, got 'magic'"):
+        madtp.apply_patch(theirs("ViTModel"), method="magic")
+    with pytest.raises(ValueError, match="temperature: only madtp has one, got method"):
+        madtp.apply_patch(theirs("ViTModel"), method=RULE, temperature=1.0)
+    with pytest.raises(ValueError, match="class token"), torch.inference_mode():
+        model = theirs("SiglipVisionModel")
+        madtp.apply_patch(model, temperature=2.0)
+        model(**inputs("SiglipVisionModel", generator))
+    with pytest.raises(ValueError, match="does not say which token stands"), torch.inference_mode():
+        model = theirs("ViTModel")
+        madtp.apply_patch(model, temperature=2.0)
+        model(**inputs("ViTModel", generator), output_hidden_states=True)
+
+
+def test_all_classes_are_tried():
+    assert {name.split()[0] for name in MODELS} >= {name for name in KINDS if not name.startswith("Blip")}
+    assert all(hasattr(hf, name) for name in KINDS)
