@@ -171,7 +171,7 @@ def clip(
             cost["norm"] += _LAYER_NORM * lengths[0] * width
         if getattr(vision, "pool", "class") == "attention":  # one query over the final tokens, then an MLP
             cost["linear"] += 2 * (lengths[-1] + 1) * width * width + 2 * width * hidden
-            cost["matmul"] += 2 * lengths[-1] * width
+            cost["attention"] += 2 * lengths[-1] * width
             cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["norm"] += _LAYER_NORM * width  # what stands for the image
         cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision"))
