@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from compression import CONFIGS, VISION, annotations, pictures, tiny
 from PIL import Image
 
-from madtp.compress import loaders
+from madtp.compress import distillation, loaders
 from madtp.compress.calibrate import freeze_all_but_dictionary, read_pairs
 from madtp.compress.dictionary import dictionary_from_examples, dictionary_from_tokens
+from madtp.compress.distillation import assignment, distillation_loss
 from madtp.compress.objective import Objective, Teacher, costs_of
 from madtp.compress.official import OfficialController
 from madtp.compress.settings import Settings
+from madtp.pruning import MADTP, LayerTrace, Pruning
 from madtp.tasks import TASKS, augment, losses
 from madtp.tasks.annotations import AnnotationError
 from madtp.tasks.caption.model import Caption
@@ -45,7 +47,7 @@ def test_every_task_learns_a_handful_of_samples(name, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     values = []
     for step in range(12):
-        loss, terms, (measured, dense) = objective(batch, 0.3, (0, step))
+        loss, terms, (measured, dense), _ = objective(batch, 0.3, (0, step))
         assert measured < dense, "nothing was pruned: the claim would be empty"
         assert loss.item() == pytest.approx(sum(terms.values()).item())
         values.append(loss.item())
@@ -60,7 +62,7 @@ def test_every_task_learns_a_handful_of_samples(name, tmp_path):
 def test_the_dictionary_learns_from_the_task_too(name, tmp_path):
     """Without the alignment loss its gradient comes from the weights of merged tokens."""
     model, task, batch = batch_of(name, tmp_path)
-    loss, terms, _ = Objective(model, task, dataclasses.replace(SETTINGS, alignment=0.0))(batch, 0.3, (0, 0))
+    loss, terms, *_ = Objective(model, task, dataclasses.replace(SETTINGS, alignment=0.0))(batch, 0.3, (0, 0))
     assert "alignment" not in terms
     loss.backward()
     assert model.space_dict.grad.abs().max() > 0
@@ -69,7 +71,7 @@ def test_the_dictionary_learns_from_the_task_too(name, tmp_path):
 @pytest.mark.parametrize("name", ["nlvr", "vqa", "retrieval", "clip"])
 def test_the_alignment_loss_is_a_tenth_and_that_of_the_features(name, tmp_path):
     model, task, batch = batch_of(name, tmp_path)
-    _, terms, _ = Objective(model, task, SETTINGS)(batch, 0.3, (0, 0))
+    _, terms, *_ = Objective(model, task, SETTINGS)(batch, 0.3, (0, 0))
     vision, text = model(batch["pixels"], batch["texts"], 0.3, alignment_features=True).alignment_features
     if name == "nlvr":  # the mean over the two images
         left, right = vision.chunk(2)
@@ -77,7 +79,7 @@ def test_the_alignment_loss_is_a_tenth_and_that_of_the_features(name, tmp_path):
     vision, text = (summary / summary.norm(dim=-1, keepdim=True) for summary in (vision, text))
     expected = 0.1 * (1 - (vision * text).sum(-1)).mean()
     assert terms["alignment"].item() == pytest.approx(expected.item(), rel=1e-5)
-    _, terms, _ = Objective(model, task, SETTINGS)(batch, 0.0, (0, 0))
+    _, terms, *_ = Objective(model, task, SETTINGS)(batch, 0.0, (0, 0))
     assert "alignment" not in terms
 
 
@@ -87,11 +89,13 @@ def test_costs_are_those_of_an_instance_alone(tmp_path):
         model, task, batch = batch_of(name, tmp_path)
         examples = task.split(tmp_path / "pictures" / f"{name}-0.json", tmp_path / "pictures", training=True)
         with torch.inference_mode():
-            together = costs_of(task, model(batch["pixels"], batch["texts"], 0.3), batch, 0.3)
+            together = costs_of(task, model(batch["pixels"], batch["texts"], 0.3), batch, MADTP(0.3))
             for example, (measured, dense) in zip(examples[:3], together, strict=False):
                 alone = task.collate([task.instance(example)])
-                assert costs_of(task, model(alone["pixels"], alone["texts"], 0.3), alone, 0.3) == [(measured, dense)]
-                (unpruned,) = costs_of(task, model(alone["pixels"], alone["texts"], 0.0), alone, 0.0)
+                assert costs_of(task, model(alone["pixels"], alone["texts"], 0.3), alone, MADTP(0.3)) == [
+                    (measured, dense)
+                ]
+                (unpruned,) = costs_of(task, model(alone["pixels"], alone["texts"], 0.0), alone, Pruning())
                 assert unpruned == (dense, dense) and measured < dense
 
 
@@ -100,16 +104,17 @@ def test_distillation_pulls_every_stream_to_the_model_as_it_was(name, tmp_path):
     model, task, batch = batch_of(name, tmp_path)
     dense = Teacher(model, task)(batch)
     assert len(dense) == 1 + (name != "caption")
-    for (tokens, ids), target in zip(task.states(model(batch["pixels"], batch["texts"], 0.0)), dense, strict=True):
-        assert ids.tolist() == [place for length in target.lengths.tolist() for place in range(length)]
+    for (tokens, _), target in zip(task.states(task.forward(model, batch, 0.0)), dense, strict=True):
         assert torch.equal(tokens.cu_seqlens, target.cu_seqlens) and not target.values.requires_grad
     objective = Objective(model, task, dataclasses.replace(SETTINGS, distill=2.0))
-    _, terms, _ = objective(batch, 0.0, (0, 0), dense)
+    _, terms, *_ = objective(batch, 0.0, (0, 0), dense)
     assert terms["distillation"].item() < 1e-8  # nothing is pruned
-    loss, terms, _ = objective(batch, 0.3, (0, 0), dense)
-    output = model(batch["pixels"], batch["texts"], 0.3)
-    states = zip(task.states(output), dense, strict=True)
-    expected = 2 * sum(distance(*state, target) for state, target in states)
+    loss, terms, *_ = objective(batch, 0.3, (0, 0), dense)
+    expected = 0.0
+    for (tokens, trace), target in zip(task.states(task.forward(model, batch, 0.3)), dense, strict=True):
+        rows = assignment(trace).tolist() if trace else list(range(len(target.values)))
+        assert (len(tokens.values) < len(target.values)) == bool(trace)
+        expected += 2 * distance(tokens, rows, target)
     assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4) and expected > 1e-3
     assert loss.item() == pytest.approx(sum(terms.values()).item())
     # What the teacher says does not depend on what the model learns.
@@ -197,73 +202,101 @@ def test_examples_that_are_too_few_for_a_dictionary_are_an_error(tmp_path):
 # ---- losses
 
 
-def distance(tokens, ids, dense):
-    """The distillation loss, sample by sample in float64."""
-    errors, every = [], torch.cat([target.double() for target in dense.to_list()])
-    for states, places, target in zip(
-        tokens.to_list(), tokens.with_values(ids).to_list(), dense.to_list(), strict=True
-    ):
-        for state, place in zip(states.double(), places.tolist(), strict=True):
-            if place >= 0:
-                errors.append((state - target.double()[place]).square().mean().item())
+def distance(tokens, rows, dense):
+    """The distillation loss, token by token in float64, from the rows that stand for the original tokens."""
+    every = torch.cat([target.double() for target in dense.to_list()])
+    errors = []
+    for row, state in enumerate(torch.cat(tokens.to_list()).double()):
+        originals = every[torch.tensor(rows) == row]
+        errors += [(state - originals.mean(0)).square().mean().item()] if len(originals) else []
     return sum(errors) / len(errors) / every.var(correction=0).item()
 
 
 def pruned_streams(generator, samples=5):
-    """Tokens of which some are left, merged ones among them, in a buffer with more rows than tokens; and what they were."""
-    dense = RaggedBatch.from_list(
-        [
-            torch.randn(int(length), 6, generator=generator) + 1
-            for length in torch.randint(3, 9, (samples,), generator=generator)
-        ]
-    )
-    states, ids = [], []
+    """Tokens of which some stand for others and one for nothing, in a buffer with more rows than tokens; what they were; which
+    row stands for each."""
+    lengths = torch.randint(3, 9, (samples,), generator=generator).tolist()
+    dense = RaggedBatch.from_list([torch.randn(length, 6, generator=generator) + 1 for length in lengths])
+    states, rows, first = [], [], 0
     for target in dense.to_list():
-        kept = [0, *(1 + torch.randperm(len(target) - 1, generator=generator)[: len(target) // 2]).sort()[0].tolist()]
-        merged = [-1] * int(torch.randint(3, (), generator=generator))
-        states.append(target[kept + merged] + 0.3 * torch.randn(len(kept + merged), 6, generator=generator))
-        states[-1][len(kept) :] += 50  # what was merged counts nothing
-        ids += kept + merged
+        left = 1 + int(torch.randint(len(target) - 1, (), generator=generator))
+        into = [0, *torch.randint(-1, left, (len(target) - 1,), generator=generator).tolist()]  # some are lost
+        rows += [first + row if row >= 0 else -1 for row in into]
+        states.append(target[:left] + 0.3 * torch.randn(left, 6, generator=generator))
+        first += left
     exact = RaggedBatch.from_list(states)
     values = torch.cat([exact.values, torch.full((3, 6), torch.nan)]).requires_grad_()
-    ids = torch.tensor([*ids, 2**30, -7, 0], dtype=torch.int32)
-    return exact, RaggedBatch(values, exact.cu_seqlens, exact.max_seqlen, bound=True), ids, dense
+    return exact, RaggedBatch(values, exact.cu_seqlens, exact.max_seqlen, bound=True), rows, dense
 
 
-def test_distillation_counts_tokens_that_are_still_themselves(generator):
-    exact, tokens, ids, dense = pruned_streams(generator)
-    expected = distance(exact, ids[:-3], dense)
-    loss = losses.distillation_loss(tokens, ids, dense)
+def test_distillation_pulls_each_token_to_the_mean_of_those_it_stands_for(generator):
+    exact, tokens, rows, dense = pruned_streams(generator)
+    expected = distance(exact, rows, dense)
+    loss = distillation_loss(tokens, torch.tensor(rows), dense)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
-    assert losses.distillation_loss(exact, ids[:-3], dense).item() == pytest.approx(expected, rel=1e-5)
+    assert distillation_loss(exact, torch.tensor(rows), dense).item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    counts = (ids >= 0) & (torch.arange(len(ids)) < len(ids) - 3)
+    stands = torch.tensor([row in rows for row in range(len(tokens.values))])
     moved = tokens.values.grad.abs().amax(1)
-    assert (moved[counts] > 0).all() and (moved[~counts] == 0).all()  # rows that nobody wrote leave no NaN
-    rows = torch.cat([torch.arange(length) for length in dense.lengths.tolist()]).int()
-    assert losses.distillation_loss(dense, rows, dense).item() == 0
+    assert (moved[stands] > 0).all() and (moved[~stands] == 0).all()  # rows that nobody wrote leave no NaN
+    assert distillation_loss(dense, torch.arange(len(dense.values)), dense).item() == 0
 
 
 def test_distillation_is_that_of_all_processes(generator, monkeypatch):
-    _, tokens, ids, dense = pruned_streams(generator)
-    whole = losses.distillation_loss(tokens, ids, dense).item()
+    _, tokens, rows, dense = pruned_streams(generator)
+    rows = torch.tensor(rows)
+    whole = distillation_loss(tokens, rows, dense).item()
     shares, first, cut = [], dense.cu_seqlens[2], tokens.cu_seqlens[2]
-    for samples, rows, originals in (
-        (slice(0, 3), slice(0, cut), slice(0, first)),
-        (slice(2, 6), slice(cut, None), slice(first, None)),
-    ):
+    for samples, kept, originals in (
+        (slice(0, 3), slice(0, cut), slice(0, first)), (slice(2, 6), slice(cut, None), slice(first, None))
+    ):  # fmt: skip
         ends, dense_ends = tokens.cu_seqlens[samples], dense.cu_seqlens[samples]
-        part = RaggedBatch(tokens.values[rows], ends - ends[0], tokens.max_seqlen, bound=True)
-        shares.append(
-            (part, ids[rows], RaggedBatch(dense.values[originals], dense_ends - dense_ends[0], dense.max_seqlen))
-        )
+        part = RaggedBatch(tokens.values[kept], ends - ends[0], tokens.max_seqlen, bound=True)
+        own = torch.where(rows[originals] < 0, -1, rows[originals] - ends[0])
+        shares.append((part, own, RaggedBatch(dense.values[originals], dense_ends - dense_ends[0], dense.max_seqlen)))
     seen = []
-    monkeypatch.setattr(losses, "mean_over_processes", lambda x: seen.append(x) or x)
-    alone = [losses.distillation_loss(*share).item() for share in shares]
-    monkeypatch.setattr(losses, "mean_over_processes", lambda x: sum(seen) / 2)
-    together = [losses.distillation_loss(*share).item() for share in shares]
+    monkeypatch.setattr(distillation, "mean_over_processes", lambda x: seen.append(x) or x)
+    alone = [distillation_loss(*share).item() for share in shares]
+    monkeypatch.setattr(distillation, "mean_over_processes", lambda x: sum(seen) / 2)
+    together = [distillation_loss(*share).item() for share in shares]
     assert sum(together) / 2 == pytest.approx(whole, rel=1e-5)
     assert alone != pytest.approx(together, rel=1e-3)
+
+
+def test_every_token_is_followed_through_the_layers_to_the_one_that_stands_for_it(tmp_path):
+    """By hand: a token that leaves goes into the token that its layer made, and with that into later ones."""
+    model, task, batch = batch_of("nlvr", tmp_path)
+    with torch.no_grad():
+        output = task.forward(model, batch, 0.3)
+    trace = output.vision
+    assert sum(int(layer.pruned.sum()) for layer in trace) > len(trace[0].lengths), (
+        "too little was pruned for the claim"
+    )
+    rows, lengths = assignment(trace), trace[0].lengths_in.tolist()
+    assert len(rows) == sum(lengths) and sorted(set(rows.tolist())) == list(range(len(trace[-1].ids)))
+    start = 0
+    for sample, length in enumerate(lengths):
+        place = list(range(length))  # the id that stands for each original token of the sample
+        for number, layer in enumerate(trace):
+            first, last = layer.cu_seqlens[sample : sample + 2].tolist()
+            left = layer.ids[first:last].tolist()
+            place = [one if one in left else -(1 + number) for one in place]
+        first, last = trace[-1].cu_seqlens[sample : sample + 2].tolist()
+        left = trace[-1].ids[first:last].tolist()
+        assert rows[start : start + length].tolist() == [first + left.index(one) for one in place]
+        start += length
+
+
+def test_rows_that_a_rule_names_are_followed():
+    """Two samples of 3 and 2 tokens; in the second layer one token is lost."""
+    cu_seqlens = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 3, 5], [0, 2, 4], [0, 1, 3])]
+    ids = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 2, 0, 1], [0, 0, 1])]
+    rows = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 1, 1, 2, 3], [0, -1, 1, 2])]
+    trace = [
+        LayerTrace(before, after, left, rows=into)
+        for before, after, left, into in zip(cu_seqlens, cu_seqlens[1:], ids, rows, strict=False)
+    ]
+    assert assignment(trace).tolist() == [0, -1, -1, 1, 2]
 
 
 def test_contrast_is_cross_entropy_where_all_images_differ(generator):

@@ -67,7 +67,7 @@ def run(folder: Path, method: str, reduction: float, seed: int, accuracy: float,
     test = {key: others.pop(key) for key in ("gflops", "reached", "statements") if key in others}
     if "reached" in test:
         test["reduction"] = test.pop("reached")
-    settings = {"method": method, "reduction": reduction, "seed": seed, "steps": 90, "pairs": 8} | others
+    settings = {"row": method, "reduction": reduction, "seed": seed, "steps": 90, "texts": 4, "batch_size": 8} | others
     write(folder, f"{method}-{reduction}-{seed}", accuracy, settings, **test)
 
 
@@ -75,9 +75,9 @@ def write_times(folder: Path) -> None:
     """Times of a dense and a pruned model."""
     record = {
         "dtype": "float32", "batch": 64, "statements": 64, "rounds": 5, "subject": "dense",
-        "gflops_per_statement": {"dense": 0.5, "madtp-sizes-0.8-0": 0.1},
-        "milliseconds": {"dense": 640.0, "madtp-sizes-0.8-0": 160.0},
-        "quartile_milliseconds": {"dense": [600.0, 700.0], "madtp-sizes-0.8-0": [128.0, 192.0]},
+        "gflops_per_statement": {"dense": 0.5, "madtp-0.8-0": 0.1},
+        "milliseconds": {"dense": 640.0, "madtp-0.8-0": 160.0},
+        "quartile_milliseconds": {"dense": [600.0, 700.0], "madtp-0.8-0": [128.0, 192.0]},
     }  # fmt: skip
     environment = {"device": "a machine", "threads": 2, "torch": "2.13.0", "commit": "abc"}
     (folder / "timing-cpu.json").write_text(json.dumps({"environment": environment, "records": [record]}))
@@ -108,9 +108,9 @@ def made(report, folder: Path) -> str:
 def test_seeds_are_averaged_and_compared_with_dense(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5, reduction=0.0)
     for seed, accuracy, reached in ((0, 0.92, 0.79), (1, 0.95, 0.8), (2, 0.95, 0.81)):
-        run(tmp_path, "madtp-sizes", 0.8, seed, accuracy, reached=reached, gflops=0.1 + 0.01 * seed)
+        run(tmp_path, "madtp", 0.8, seed, accuracy, reached=reached, gflops=0.1 + 0.01 * seed)
     text = made(report, tmp_path)
-    found = row(text, "overall", "MADTP with sizes")
+    found = row(text, "overall", "MADTP")
     assert found["accuracy, %"] == "**94.0**"
     assert found["range over seeds"] == "92.0 to 95.0" and found["seeds"] == "3"
     assert found["points below dense"] == "3.0"
@@ -119,63 +119,79 @@ def test_seeds_are_averaged_and_compared_with_dense(report, tmp_path):
     # sqrt(0.92 * 0.08 / 400) of the first seed, sqrt(0.97 * 0.03 / 400) of the dense model
     assert found["standard error"] == "1.36"
     assert row(text, "overall", "dense")["standard error"] == "0.85"
-    assert row(text, "templates", "MADTP with sizes, 80 %")["count"] == "93.0"
-    assert "steps 90, pairs 8; torch 2.13.0" in text
+    assert row(text, "templates", "MADTP, 80 %, 90 steps")["count"] == "93.0"
+    assert found["steps"] == "90" and "pairs 8, texts 4; torch 2.13.0" in text
 
 
-def test_baselines_stand_beside_the_improvement_at_their_reduction(report, tmp_path):
+def test_methods_stand_beside_the_best_one_of_as_many_steps(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5)
-    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
-    run(tmp_path, "madtp-sizes", 0.5, 0, 0.96)
+    run(tmp_path, "ranked-novelty", 0.8, 0, 0.94)
+    run(tmp_path, "ranked-novelty", 0.5, 0, 0.96)
     run(tmp_path, "random", 0.8, 0, 0.6)
-    write(tmp_path, "batch-maximum-0.8", 0.945, {"groups": 64}, reduction=0.6, gflops=0.2)
+    run(tmp_path, "tome", 0.8, 0, 0.9, steps=30)
+    write(tmp_path, "batch-maximum-0.8", 0.945, reduction=0.6, gflops=0.2)
     text = made(report, tmp_path)
-    assert [cells[0] for cells in rows(text, "baselines")[2:]] == [
-        "MADTP with sizes",
-        "random",
-        "batch maximum",
-    ]
-    assert row(text, "baselines", "random")["below MADTP with sizes"] == "34.0"
+    assert [cells[0] for cells in rows(text, "baselines")[2:]] == ["ranked novelty", "ToMe", "random", "batch maximum"]
+    behind = "below ranked novelty of as many steps"
+    assert row(text, "baselines", "random")[behind] == "34.0" and row(text, "baselines", "ToMe")[behind] == ""
     assert row(text, "baselines", "random")["points below dense"] == "37.0"
     maximum = row(text, "baselines", "batch maximum")
     assert (maximum["saved"], maximum["accuracy, %"]) == ("60.0 %", "**94.5**")
 
 
+def test_records_of_the_trainer_before_are_named_as_such(report, tmp_path):
+    settings = {"method": "random", "reduction": 0.8, "seed": 0, "steps": 90, "pairs": 16, "lr": 0.1}
+    write(tmp_path, "random-0.8-0", 0.6, settings)
+    run(tmp_path, "madtp", 0.8, 0, 0.9, steps=91)
+    text = made(report, tmp_path)
+    assert row(text, "overall", "random, earlier trainer")["steps"] == "90"
+    assert "`madtp compress ...` and a loop that is no longer here" in text
+
+
 def test_calibrated_stands_beside_fine_tuned_of_the_same_reduction(report, tmp_path):
-    run(tmp_path, "madtp-sizes", 0.5, 0, 0.96)
+    run(tmp_path, "madtp", 0.5, 0, 0.96)
     write(tmp_path, "calibrated-0.3", 0.9, reduction=0.31)
     write(tmp_path, "calibrated-0.5", 0.85, reduction=0.5)
     text = made(report, tmp_path)
     assert row(text, "calibrated", "30 %")["calibrated, %"] == "**90.0**"
-    assert row(text, "calibrated", "30 %")["fine-tuned with sizes, %"] == ""
-    assert row(text, "calibrated", "50 %")["fine-tuned with sizes, %"] == "96.0"
+    assert row(text, "calibrated", "30 %")["fine-tuned as in the paper, %"] == ""
+    assert row(text, "calibrated", "50 %")["fine-tuned as in the paper, %"] == "96.0"
 
 
 def test_the_shipped_model_stands_beside_the_runs_and_under_other_conditions(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5, reduction=0.0)
-    run(tmp_path, "madtp-sizes", 0.8, 0, 0.9)
+    run(tmp_path, "madtp", 0.8, 0, 0.9)
     settings = {"method": "madtp-sizes", "reduction": 0.8, "seed": 0, "steps": 1600, "pairs": 8}
     write(tmp_path, "shipped", 0.93, settings)
     write(tmp_path, "shipped-milder", 0.955, reduction=0.7)
     text = made(report, tmp_path)
-    longer = row(text, "overall", "MADTP with sizes, 1600 steps")
-    assert longer["accuracy, %"] == "**93.0**" and longer["points below dense"] == "4.0"
+    longer = row(text, "overall", "MADTP with sizes, the package's")
+    assert longer["accuracy, %"] == "**93.0**" and longer["points below dense"] == "4.0" and longer["steps"] == "1600"
     ((_, saved, accuracy, *left),) = rows(text, "anatomy")[2:]
     assert (saved, accuracy) == ("70.0 %", "**95.5**")
     assert left == ["100.0", "99.0", "98.0", "95.0", "89.0"]  # after layers 1, 2, 3, 6 and 12
+
+
+def test_large_models_are_compared_with_the_large_dense_one(report, tmp_path):
+    write(tmp_path, "large-dense", 0.98, {"row": "dense", "reduction": 0, "seed": 0}, gflops=2.5, reduction=0.0)
+    settings = {"row": "madtp", "reduction": 0.8, "seed": 0, "steps": 10, "texts": 8, "batch_size": 16}
+    write(tmp_path, "large-madtp-0.8-0", 0.95, settings, gflops=0.5)
+    text = made(report, tmp_path)
+    assert row(text, "large", "MADTP")["points below dense"] == "3.0"
+    assert rows(text, "overall") == []
 
 
 def test_tokens_by_layer(report, tmp_path):
     run(tmp_path, "madtp", 0.8, 0, 0.9)
     text = made(report, tmp_path)
     found = rows(text, "tokens")
-    assert ["tokens of a picture", "before", "after 1"] in found and ["MADTP, 80 %", "145.0", "20.0"] in found
-    assert ["tokens of a statement", "before", "after 1"] in found and ["MADTP, 80 %", "10.0", "4.0"] in found
+    assert ["tokens of a picture", "before", "after 1"] in found and ["MADTP, 80 %, 90 steps", "145.0", "20.0"] in found
+    assert ["tokens of a statement", "before", "after 1"] in found and ["MADTP, 80 %, 90 steps", "10.0", "4.0"] in found
 
 
 def test_times_are_per_statement(report, tmp_path):
     write_times(tmp_path)
-    found = row(made(report, tmp_path), "timing", "MADTP with sizes, 80 %")
+    found = row(made(report, tmp_path), "timing", "MADTP, 80 %")
     assert found["ms per statement"] == "2.50" and found["middle half"] == "2.00 to 3.00"
     assert found["over dense"] == "4.00x"
 
@@ -192,11 +208,11 @@ def test_what_was_not_recorded_is_left_out(report, tmp_path):
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("difference", [{"steps": 91}, {"pairs": 16}, {"lr": 1e-3}, {"statements": 300}])
+@pytest.mark.parametrize("difference", [{"batch_size": 16}, {"lr": 1e-3}, {"texts": 2}, {"statements": 300}])
 def test_mixed_budgets_are_refused(report, tmp_path, difference):
-    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
+    run(tmp_path, "madtp", 0.8, 0, 0.94)
     run(tmp_path, "random", 0.8, 0, 0.6, **difference)
-    with pytest.raises(report.Refused, match="|".join(difference)):
+    with pytest.raises(report.Refused, match="pairs|lr|texts|statements"):
         report.collect(tmp_path)
 
 
@@ -219,7 +235,7 @@ def test_only_tables_are_replaced_and_plots_are_drawn(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5)
     run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
     run(tmp_path, "random", 0.8, 0, 0.6)
-    write(tmp_path, "batch-maximum-0.8", 0.945, {"groups": 64}, reduction=0.6, gflops=0.2)
+    write(tmp_path, "batch-maximum-0.8", 0.945, reduction=0.6, gflops=0.2)
     output = tmp_path / "docs" / "results.md"
     first = report.write(report.collect(tmp_path), output)
     assert {path.name for path in first} == {
@@ -262,34 +278,41 @@ def test_every_command_parses(reproduce, tmp_path, monkeypatch):
         raise Parsed(parse(self, *arguments))
 
     seen = set()
-    for job in jobs(reproduce, tmp_path):
+    for job in [
+        *jobs(reproduce, tmp_path),
+        *(job for stage in reproduce.stages(tmp_path, short=True) for job in stage),
+    ]:
         program, *arguments = job.command
         if program == "-m":
             module, *arguments = arguments
             if module == "madtp":
-                assert madtp_parser().parse_args(arguments)
+                args = madtp_parser().parse_args(arguments)
+                if job.kind == "compress":
+                    seen.add((args.reduction, args.seed, args.method))
             else:
                 assert module == synthetic.__name__
                 with monkeypatch.context() as patch, pytest.raises(Parsed):
                     patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
                     synthetic.main(arguments)
             continue
-        with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
             patch.setattr(sys, "argv", [program, *arguments])
             patch.setattr(sys, "path", [str(FOLDER), *sys.path])
             runpy.run_path(program, run_name="__main__")
-        if job.kind == "compress":
-            args = parsed.value.args[0]
-            seen.add((args.method, args.reduction, args.seed))
-    assert seen == set(reproduce.RUNS)
+
+    assert seen == {
+        (0, 0, None),
+        *((run.reduction, run.seed, reproduce.METHODS[run.method][1]) for run in reproduce.RUNS),
+    }
 
 
 def test_runs_have_methods_that_the_report_knows_and_names_of_their_own(reproduce, report, tmp_path):
-    assert {run.method for run in reproduce.RUNS} == set(report.METHODS)
+    assert {run.method for run in (*reproduce.RUNS, *reproduce.EARLIER)} == set(report.METHODS)
+    assert set(reproduce.METHODS) <= set(report.METHODS)
     names = [job.name for job in jobs(reproduce, tmp_path)]
     assert len(set(names)) == len(names)
-    assert {job.kind for job in jobs(reproduce, tmp_path)} == set(reproduce.MINUTES)
+    assert {job.kind for job in jobs(reproduce, tmp_path)} == {"compress", *reproduce.MINUTES}
     assert reproduce.BATCH_MAXIMUM in reproduce.RUNS
 
 
@@ -352,15 +375,18 @@ def test_only_what_has_no_result_is_done(reproduce, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
     for job in jobs(reproduce, tmp_path):
-        if job.kind in ("pairs", "calibrate"):
+        if job.kind in ("dense", "pairs", "calibrate", "compress"):
             job.result.parent.mkdir(parents=True, exist_ok=True)
             job.result.touch()
         elif job.kind == "timing":
             write_times(tmp_path / "results")
         elif job.result:
-            write(tmp_path / "results", job.name, 0.9, {"groups": 32})
+            write(tmp_path / "results", job.name, 0.9, {"row": "dense"})
     for one in reproduce.RUNS:
         run(tmp_path / "results", *one, accuracy=0.8)
+    for one in reproduce.LARGE:
+        settings = {"row": one.method, "reduction": one.reduction, "seed": one.seed}
+        write(tmp_path / "results", f"large-{one.name}", 0.8, settings)
     command = [sys.executable, FOLDER / "reproduce.py", "--directory", tmp_path]
     before = sorted(tmp_path.rglob("*"))
     options = {"capture_output": True, "text": True, "check": True, "timeout": 600}

@@ -125,9 +125,7 @@ def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Call
                 model.grouping = "batch"
                 cost[name + MAXIMUM] = check_maximum(name, model, pairs)
 
-        return Comparison(
-            "shapes", candidates, check_all, facts, capture=False, min_rounds=rounds, warm_up=False
-        )
+        return Comparison("shapes", candidates, check_all, facts, capture=False, min_rounds=rounds, warm_up=False)
 
     return [comparison(1, alone), comparison(STATEMENTS, together)]
 
@@ -138,9 +136,7 @@ def name_of(folder: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models", nargs="+", required=True, metavar="DIR", help="saved models; the first one is run dense"
     )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, RUNS, SHIPPED, SHIPPED_STEPS
+from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, EARLIER, LARGE, RUNS, SHIPPED, SHIPPED_STEPS
 
 SHAPES = Path(__file__).parent
 ROOT = SHAPES.parents[1]
@@ -29,8 +29,12 @@ from benchmarks.report import markdown  # noqa: E402
 from madtp.data.synthetic import KINDS, TEMPLATES  # noqa: E402
 from madtp.report.plots import save_png  # noqa: E402
 
-SAID = ("method", "reduction", "seed")
+SAID = ("method", "reduction", "seed", "steps")
 """Settings in which the runs of a table may differ, because it says so."""
+BUDGET = ("pairs", "texts", "lr", "warmup", "distill", "weight_decay", "clip", "beta2", "precision", "average")
+"""Settings in which runs of the same reduction and number of steps may not differ."""
+BEST, PLAIN = "ranked-novelty", "madtp"
+"""The method that others are compared with, and the paper's."""
 
 
 class Method(NamedTuple):
@@ -43,14 +47,18 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "madtp-sizes": Method("MADTP with sizes", "merged tokens weigh what they stand for", "#0072b2", "o"),
+    "ranked-novelty": Method("ranked novelty", "drops what is like a token that matters more", "#0072b2", "o"),
+    "ranked-novelty-importance": Method("ranked by importance", "MADTP's importance as the order", "#004a75", "h"),
     "madtp": Method("MADTP", "as in the paper", "#d55e00", "s"),
+    "madtp-nearest": Method("MADTP, nearest survivor", "merged into the most similar token that stays", "#8b3a00", "p"),
+    "madtp-sizes": Method("MADTP with sizes", "merged tokens weigh what they stand for", "#56b4e9", "o"),
     "no-alignment": Method("without alignment", "importance without the alignment term", "#cc79a7", "D"),
+    "tome": Method("ToMe", "bipartite matching, every picture keeps as many", "#44aa99", "v"),
     "cls": Method("CLS attention", "top-k by the attention of CLS, as EViT", "#009e73", "^"),
     "random": Method("random", "tokens are kept at random", "#777777", "X"),
-    "vision-only": Method("vision only", "the text is not pruned", "#b8860b", "P"),
+    "vision-only": Method("vision only", "MADTP with sizes, the text is not pruned", "#b8860b", "P"),
 }
-CALIBRATED_STYLE = Method("calibrated", "dictionary and temperature only, no labels", "#56b4e9", "v")
+CALIBRATED_STYLE = Method("calibrated", "dictionary and temperature only, no labels", "#999933", "v")
 SHIPPED_NAME = f"MADTP with sizes, {SHIPPED_STEPS} steps"
 MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
@@ -79,6 +87,13 @@ the tokens. The standard error is that of a single run and takes statements as i
 Every run starts from the same dense model and has the same steps, data and kernels.
 
 <!-- table: baselines -->
+<!-- end -->
+
+## At 577 tokens
+
+Pictures drawn at twice the size; the dense model was trained on from interpolated positions.
+
+<!-- table: large -->
 <!-- end -->
 
 ## Where the errors come from
@@ -123,6 +138,10 @@ class Record(NamedTuple):
         return self.test["accuracy"]["all"]
 
     @property
+    def steps(self) -> int:
+        return self.settings.get("steps", 0)
+
+    @property
     def cost(self) -> float | None:
         """Official GFLOPs; the training of the dense model does not record them."""
         return self.test.get("gflops")
@@ -140,8 +159,9 @@ def read(folder: Path) -> dict[str, Record]:
             differ in settings which the tables do not show, or in the number of test statements.
         OSError, ValueError: a file that cannot be read.
     """
-    named = {run.name: run for run in RUNS}
-    evaluated = ["dense", "dense-test", "shipped", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    named = {run.name: run for run in (*EARLIER, *RUNS, *LARGE)}
+    named |= {f"large-{run.name}": run for run in LARGE}
+    evaluated = ["dense", "dense-test", "large-dense", "shipped", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     records = {}
     for name in [*evaluated, *named]:
@@ -152,24 +172,37 @@ def read(folder: Path) -> dict[str, Record]:
         tests = [line["test"] for line in content["metrics"] if "test" in line]
         if len(tests) != 1:
             raise Refused(f"{path}: expected one test result, got {len(tests)}")
-        settings = content["settings"]
-        if name in named and tuple(settings.get(key) for key in SAID) != tuple(named[name]):
-            raise Refused(f"{path}: records {' '.join(str(settings.get(key)) for key in SAID)}")
+        settings = uniform(content["settings"])
+        if name in named and tuple(settings.get(key) for key in SAID[:3]) != tuple(named[name]):
+            raise Refused(f"{path}: records {' '.join(str(settings.get(key)) for key in SAID[:3])}")
         records[name] = Record(settings, content["torch"], tests[0])
-    budget([(name, records[name].settings) for name in named if name in records])
+    runs: dict[tuple, list] = defaultdict(list)
+    for name, run in named.items():
+        if name in records and not name.startswith("large-"):
+            runs[run.reduction, records[name].steps].append((name, records[name].settings))
+    for some in runs.values():
+        budget(some)
     counts = {name: record.test["statements"] for name, record in records.items()}
     if len(set(counts.values())) > 1:
         raise Refused(f"runs with different numbers of test statements: {counts}")
     return records
 
 
+def uniform(settings: dict) -> dict:
+    """Settings under the names of this module, whichever way a record was made."""
+    settings = dict(settings)
+    if "row" in settings:  # what `madtp compress` calls a method is the rule
+        settings |= {"method": settings.pop("row"), "pairs": settings.pop("batch_size", None)}
+    return settings
+
+
 def budget(settings: Sequence[tuple[str, dict]]) -> dict:
-    """The settings that all runs share, other than those that tables show.
+    """The settings that all runs share, of those that may not differ.
 
     Raises:
         Refused: runs that do not share them.
     """
-    rest = [(name, {k: v for k, v in one.items() if k not in SAID}) for name, one in settings]
+    rest = [(name, {key: one[key] for key in BUDGET if one.get(key) is not None}) for name, one in settings]
     for name, other in rest:
         first, expected = rest[0]
         keys = sorted(k for k in {**expected, **other} if expected.get(k) != other.get(k))
@@ -180,10 +213,11 @@ def budget(settings: Sequence[tuple[str, dict]]) -> dict:
 
 
 class Group(NamedTuple):
-    """The seeds of a method at a reduction."""
+    """The seeds of a method at a reduction, after so many steps."""
 
     method: str
     reduction: float
+    steps: int
     records: list[Record]
 
     def mean(self, figure: Callable[[Record], float]) -> float:
@@ -238,7 +272,7 @@ class Results(NamedTuple):
     @property
     def calibrated(self) -> list[Group]:
         found = ((reduction, self.records.get(f"calibrated-{reduction}")) for reduction in CALIBRATED)
-        return [Group("calibrated", reduction, [record]) for reduction, record in found if record]
+        return [Group("calibrated", reduction, 0, [record]) for reduction, record in found if record]
 
     def at(self, reduction: float) -> list[Group]:
         return [group for group in self.groups if group.reduction == reduction]
@@ -248,11 +282,11 @@ def collect(folder: Path) -> Results:
     """All records of a folder; errors as in :func:`read`."""
     records = read(folder)
     found = defaultdict(list)
-    for run in RUNS:
+    for run in dict.fromkeys((*RUNS, *EARLIER)):
         if run.name in records:
-            found[run.method, run.reduction].append(records[run.name])
+            found[run.method, run.reduction, records[run.name].steps].append(records[run.name])
     methods = list(METHODS)
-    order = sorted(found, key=lambda key: (methods.index(key[0]), key[1]))
+    order = sorted(found, key=lambda key: (methods.index(key[0]), key[1:]))
     timings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("timing-*.json"))]
     return Results(records, [Group(*key, found[key]) for key in order], timings)
 
@@ -281,12 +315,24 @@ def loss(results: Results, accuracy: float) -> str:
 def made_by(results: Results, groups: Iterable[Group], *others: str) -> str:
     """The commands and settings behind a table."""
     commands, records = list(others), [record for group in groups for record in group.records]
-    if records:
-        commands.insert(0, "`python experiments/shapes/compress.py --method M --reduction R --seed S ...`")
-    shared = budget([("", record.settings) for record in records])
-    settings = "".join(f", {name} {value}" for name, value in shared.items())
+    if any(named(group) != METHODS[group.method].name for group in groups):
+        commands.insert(0, "a loop that is no longer here (earlier trainer)")
+    if any("texts" in record.settings for record in records):
+        commands.insert(0, "`madtp compress ...`")
+    shared = [{key: record.settings.get(key) for key in BUDGET} for record in records if "texts" in record.settings]
+    settings = "".join(
+        f", {key} {shared[0][key]}"
+        for key in BUDGET
+        if shared and shared[0][key] is not None and all(one[key] == shared[0][key] for one in shared)
+    )
     versions = ", ".join(sorted({record.torch for record in (records or results.records.values())}))
-    return f"Made by {' and '.join(commands)}{settings}; torch {versions}."
+    return f"Made by {' and '.join(commands)}{settings}; torch {versions}. `make reproduce ARGS=--dry-run` prints each."
+
+
+def named(group: Group) -> str:
+    """What tables call a group."""
+    earlier = any("texts" not in record.settings for record in group.records)
+    return METHODS[group.method].name + (", earlier trainer" if earlier else "")
 
 
 EVALUATE = "`python experiments/shapes/evaluate.py --model DIR ...`"
@@ -298,13 +344,14 @@ def overall(results: Results) -> str:
     if dense := results.dense:
         cost = f"{dense.cost:.3f}" if dense.cost else ""
         full = f"{dense.test['gflops_full']:.3f}" if dense.cost else ""
-        name = ["dense", "", "", cost, full, "1", f"**{percent(dense.accuracy)}**", "", "", error(dense)]
+        name = ["dense", "", "", "", cost, full, "1", f"**{percent(dense.accuracy)}**", "", "", error(dense)]
         rows.append(name)
     for group in results.groups:
         low, high = min(group.accuracies), max(group.accuracies)
         rows.append(
             [
-                METHODS[group.method].name,
+                named(group),
+                str(group.steps),
                 whole(group.reduction),
                 f"{percent(group.reached)} %",
                 f"{group.cost:.3f}",
@@ -317,10 +364,11 @@ def overall(results: Results) -> str:
             ]
         )
     if shipped := results.shipped:
-        row = [SHIPPED_NAME, whole(SHIPPED.reduction), f"{percent(shipped.test['reduction'])} %", f"{shipped.cost:.3f}"]
+        row = [f"{METHODS[SHIPPED.method].name}, the package's", str(SHIPPED_STEPS), whole(SHIPPED.reduction)]
+        row += [f"{percent(shipped.test['reduction'])} %", f"{shipped.cost:.3f}"]
         row += [f"{shipped.test['gflops_full']:.3f}", "1", f"**{percent(shipped.accuracy)}**", ""]
         rows.append([*row, loss(results, shipped.accuracy), error(shipped)])
-    header = ["method", "fewer GFLOPs: target", "reached", "GFLOPs", "full", "seeds", "accuracy, %"]
+    header = ["method", "steps", "fewer GFLOPs: target", "reached", "GFLOPs", "full", "seeds", "accuracy, %"]
     header += ["range over seeds", "points below dense", "standard error"]
     image = "![Accuracy against GFLOPs](PLOT-accuracy-gflops.png)"
     return table(header, rows, image, made_by(results, results.groups, EVALUATE))
@@ -331,37 +379,49 @@ def baselines(results: Results) -> str:
     rows, used = [], []
     for reduction in sorted({group.reduction for group in results.groups}, reverse=True):
         groups = results.at(reduction)
-        if not any(group.method not in ("madtp-sizes", "madtp") for group in groups):
+        if len({group.method for group in groups}) < 2:
             continue
-        best = next((group for group in groups if group.method == "madtp-sizes"), None)
         used += groups
         for group in groups:
-            behind = percent(best.accuracy - group.accuracy) if best and group is not best else ""
-            method = METHODS[group.method]
-            row = [method.name, method.note, f"{group.cost:.3f}", f"{percent(group.reached)} %"]
-            row += [str(len(group.records)), f"**{percent(group.accuracy)}**"]
+            same = [one for one in groups if one.method == BEST and one.steps == group.steps]
+            behind = percent(same[0].accuracy - group.accuracy) if same and group is not same[0] else ""
+            row = [named(group), METHODS[group.method].note, str(group.steps), f"{group.cost:.3f}"]
+            row += [f"{percent(group.reached)} %", str(len(group.records)), f"**{percent(group.accuracy)}**"]
             rows.append([*row, loss(results, group.accuracy), behind, error(group.records[0])])
         maximum = results.maximum
         if maximum and reduction == BATCH_MAXIMUM.reduction:
-            note = f"the same model; {maximum.settings['groups']} statements keep as many as any of them"
-            row = ["batch maximum", note, f"{maximum.cost:.3f}"]
+            note = "the same model; all pictures of a batch keep as many tokens as any of them"
+            row = ["batch maximum", note, "", f"{maximum.cost:.3f}"]
             row += [f"{percent(maximum.test['reduction'])} %", "1", f"**{percent(maximum.accuracy)}**"]
             rows.append([*row, loss(results, maximum.accuracy), "", error(maximum)])
-    header = ["method", "", "GFLOPs", "saved", "seeds", "accuracy, %", "points below dense"]
-    header += ["below MADTP with sizes", "standard error"]
+    header = ["method", "", "steps", "GFLOPs", "saved", "seeds", "accuracy, %", "points below dense"]
+    header += [f"below {METHODS[BEST].name} of as many steps", "standard error"]
     return table(header, rows, made_by(results, used, *([EVALUATE] if results.maximum else [])))
+
+
+def large(results: Results) -> str:
+    """Models of 577 tokens."""
+    rows, dense = [], results.records.get("large-dense")
+    for name in ("large-dense", *(f"large-{run.name}" for run in LARGE)):
+        if record := results.records.get(name):
+            method = record.settings["method"]
+            row = ["dense" if method == "dense" else METHODS[method].name, f"{percent(record.test['reduction'])} %"]
+            row += [f"{record.cost:.3f}", f"{record.test['gflops_full']:.3f}", f"**{percent(record.accuracy)}**"]
+            rows.append([*row, percent(dense.accuracy - record.accuracy) if dense else "", error(record)])
+    header = ["method", "saved", "GFLOPs", "full", "accuracy, %", "points below dense", "standard error"]
+    return table(header, rows, f"Made by `madtp compress ... --image-size 192` and {EVALUATE}.")
 
 
 def labelled(results: Results) -> list[tuple[str, Group]]:
     """Every model there is, with a name: dense, the groups, the calibrated ones, batch maximum."""
-    found = [("dense", Group("dense", 0.0, [results.dense]))] if results.dense else []
-    found += [(f"{METHODS[group.method].name}, {whole(group.reduction)}", group) for group in results.groups]
+    found = [("dense", Group("dense", 0.0, 0, [results.dense]))] if results.dense else []
+    found += [(f"{named(group)}, {whole(group.reduction)}, {group.steps} steps", group) for group in results.groups]
     found += [(f"calibrated, {whole(group.reduction)}", group) for group in results.calibrated]
     if results.shipped:
-        group = Group(SHIPPED.method, SHIPPED.reduction, [results.shipped])
+        group = Group(SHIPPED.method, SHIPPED.reduction, SHIPPED_STEPS, [results.shipped])
         found.append((f"{SHIPPED_NAME}, {whole(SHIPPED.reduction)}", group))
     if results.maximum:
-        group = Group(BATCH_MAXIMUM.method, BATCH_MAXIMUM.reduction, [results.maximum])
+        group = Group(BATCH_MAXIMUM.method, BATCH_MAXIMUM.reduction, 0, [results.maximum])
         found.append((MAXIMUM_STYLE.name, group))
     return found
 
@@ -390,7 +450,7 @@ def anatomy(results: Results) -> str:
             rows.append([*row, *(percent(left[layer - 1]) for layer in SHOWN_LAYERS)])
     header = ["the model of the package", "fewer GFLOPs", "accuracy, %"]
     header += [f"objects with a token after layer {layer}, %" for layer in SHOWN_LAYERS]
-    return table(header, rows, f"Made by {EVALUATE} with `--method vision-only`, `--temperature`.")
+    return table(header, rows, f"Made by {EVALUATE} with `--streams vision`, `--strength`.")
 
 
 def calibrated(results: Results) -> str:
@@ -399,14 +459,14 @@ def calibrated(results: Results) -> str:
     for group in results.calibrated:
         row = [whole(group.reduction), f"{percent(group.reached)} %", f"**{percent(group.accuracy)}**"]
         row.append(loss(results, group.accuracy))
-        for method in ("madtp-sizes", "madtp"):
+        for method in ("madtp-sizes", PLAIN):
             tuned = next((one for one in results.at(group.reduction) if one.method == method), None)
             row.append(percent(tuned.accuracy) if tuned else "")
         rows.append(row)
     header = ["fewer GFLOPs: target", "reached", "calibrated, %", "points below dense"]
     header += ["fine-tuned with sizes, %", "fine-tuned as in the paper, %"]
     beside = [group for group in results.groups if group.reduction in CALIBRATED]
-    beside = [group for group in beside if group.method in ("madtp-sizes", "madtp")]
+    beside = [group for group in beside if group.method in ("madtp-sizes", PLAIN)]
     return table(header, rows, made_by(results, beside, "`madtp calibrate ...`", EVALUATE))
 
 
@@ -426,7 +486,7 @@ def tokens(results: Results) -> str:
 def timing(results: Results) -> str:
     """Milliseconds of a statement, by device."""
     parts = []
-    runs = {run.name: f"{METHODS[run.method].name}, {whole(run.reduction)}" for run in RUNS}
+    runs = {run.name: f"{METHODS[run.method].name}, {whole(run.reduction)}" for run in (*EARLIER, *RUNS)}
     for content in results.timings:
         environment = content["environment"]
         rows = []
@@ -456,7 +516,7 @@ def table(header: list[str], rows: list[list[str]], *rest: str) -> str:
 
 
 TABLES = {
-    "overall": overall, "baselines": baselines, "anatomy": anatomy, "templates": templates, "calibrated": calibrated,
+    "overall": overall, "baselines": baselines, "large": large, "anatomy": anatomy, "templates": templates, "calibrated": calibrated,
     "tokens": tokens, "timing": timing,
 }  # fmt: skip
 
@@ -512,12 +572,12 @@ def accuracy_plot(results: Results):
     """Accuracy against GFLOPs: a line per method through the means, every seed as a small point."""
     drawn = figure(7, 4.6)
     axes = drawn.subplots()
-    by_method: dict[str, list[Group]] = defaultdict(list)
+    by_name: dict[str, list[Group]] = defaultdict(list)
     for group in [*results.groups, *results.calibrated]:
-        by_method[group.method].append(group)
+        by_name[named(group) if group.method in METHODS else CALIBRATED_STYLE.name].append(group)
     names = []  # (x, y, text, colour) of each line's left end
-    for method, groups in by_method.items():
-        style = METHODS.get(method, CALIBRATED_STYLE)
+    for name, groups in by_name.items():
+        style = METHODS.get(groups[0].method, CALIBRATED_STYLE)
         groups.sort(key=lambda group: group.cost)
         x, y = [group.cost for group in groups], [100 * group.accuracy for group in groups]
         axes.plot(x, y, style.marker + "-", color=style.colour, markersize=6, linewidth=1.6, zorder=3)
@@ -526,7 +586,7 @@ def accuracy_plot(results: Results):
                 seeds = [100 * value for value in group.accuracies]
                 costs = [record.cost for record in group.records]
                 axes.plot(costs, seeds, ".", color=style.colour, markersize=5, alpha=0.5, zorder=2)
-        names.append((x[0], y[0], style.name, style.colour))
+        names.append((x[0], y[0], name, style.colour))
     if shipped := results.shipped:
         colour, place = METHODS[SHIPPED.method].colour, (shipped.cost, 100 * shipped.accuracy)
         axes.plot(*place, "o", color=colour, markersize=9, zorder=4)
@@ -587,13 +647,11 @@ def name_lines(axes, names: list[tuple[float, float, str, str]]) -> None:
 
 def time_plot(results: Results):
     """Accuracy against the time of a statement, one panel per device, dtype and batch size."""
-    panels = [
-        (content["environment"], record) for content in results.timings for record in content["records"]
-    ]
+    panels = [(content["environment"], record) for content in results.timings for record in content["records"]]
     across = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // across)
     drawn = figure(4.2 * across + 0.4, 3.7 * rows)
-    runs = {run.name: run for run in RUNS}
+    runs = {run.name: run for run in (*EARLIER, *RUNS)}
     all_axes = drawn.subplots(rows, across, squeeze=False, sharey=True).flatten()
     for axes in all_axes[len(panels) :]:
         axes.remove()
@@ -626,7 +684,7 @@ def time_plot(results: Results):
                 markersize=10 if key == "dense" else 6,
             )  # fmt: skip
             for place, height, model in zip(x, y, models, strict=True):
-                if key == "madtp-sizes":
+                if key in (BEST, "madtp-sizes"):
                     axes.annotate(
                         whole(model.reduction), (place, height), (-5, 4), textcoords="offset points",
                         ha="right", fontsize=8, color=colour,
@@ -657,7 +715,7 @@ def template_plot(results: Results):
     rows = {key: -(row + (row >= len(TEMPLATES)) * 0.7) for row, key in enumerate(keys)}
     strongest = max((group.reduction for group in results.groups), default=0.0)
     shown = [group for group in results.groups if group.reduction == strongest]
-    shown += [group for group in results.at(0.5) if group.method == "madtp-sizes" and strongest != 0.5]
+    shown += [group for group in results.at(0.5) if group.method in (BEST, PLAIN) and strongest != 0.5]
     for row in rows.values():
         axes.axhline(row, color="0.9", linewidth=0.8, zorder=1)
     if dense := results.dense:
@@ -669,7 +727,7 @@ def template_plot(results: Results):
         options = {"mfc": "white"} if group.reduction != strongest else {}
         axes.plot(
             values, rows.values(), style.marker, color=style.colour, markersize=7, zorder=4,
-            label=f"{style.name}, {whole(group.reduction)}", **options,
+            label=f"{named(group)}, {whole(group.reduction)}", **options,
         )  # fmt: skip
     axes.set_yticks(list(rows.values()), keys)
     axes.set_xlim(None, 101)
@@ -709,9 +767,7 @@ def write(results: Results, output: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=SHAPES / "results", help="folder of records")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md", help="Markdown file")
     args = parser.parse_args()

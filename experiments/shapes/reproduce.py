@@ -4,9 +4,10 @@ evaluate, time, report. Goes on where it stopped: what has its result is not don
   make reproduce                              in an environment of its own, into reproduction/
   make reproduce ARGS=--dry-run               what it would do, and how long that takes
   make reproduce JOBS=4                       four runs at a time, one thread each
+  make reproduce ARGS=--short                 the main row only, from the dense model of the package
 
-Records are DIR/results/NAME.json, the report is DIR/results.md, models are DIR/NAME/model. What else is in
-DIR is of no use afterwards: checkpoints, what each command printed, answers of the dense model. The list of
+Records are DIR/results/NAME.json, the report is DIR/results.md, models are DIR/NAME. What else is in
+DIR is of no use afterwards: checkpoints, and what each command printed. The list of
 runs below is also what report.py goes by; experiments/shapes/results holds such records.
 """
 
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +30,10 @@ SHAPES = Path(__file__).parent
 
 
 class Run(NamedTuple):
-    """A run of compress.py."""
+    """A run of `madtp compress`."""
 
     method: str
+    """Row of the tables, one of :data:`METHODS`."""
     reduction: float
     seed: int
 
@@ -40,31 +43,78 @@ class Run(NamedTuple):
         return f"{self.method}-{self.reduction}-{self.seed}"
 
 
+METHODS: dict[str, tuple[str, ...]] = {
+    "ranked-novelty": ("--method", "ranked_novelty", "--ramp", "0"),
+    "ranked-novelty-importance": ("--method", "ranked_novelty", "--rule", "order=importance", "--ramp", "0"),
+    "madtp-sizes": ("--method", "madtp", "--use-sizes"),
+    "madtp": ("--method", "madtp"),
+    "madtp-nearest": ("--method", "madtp_nearest"),
+    "vision-only": ("--method", "madtp", "--use-sizes", "--streams", "vision"),
+    "tome": ("--method", "tome", "--ramp", "0"),
+    "cls": ("--method", "evit", "--ramp", "0"),
+    "random": ("--method", "random", "--use-sizes", "--streams", "vision"),
+}
+"""Options of each way to prune."""
+LIMITED = ("ranked_novelty", "tome", "evit")
+"""Methods of `madtp compress` that take shares."""
+SHARES = {
+    0.3: (0.05,),
+    0.5: (0.12,),
+    0.6: (0.2, 0.2, 0.12),
+    0.7: (0.3, 0.3, 0.1),
+    0.8: (0.53, 0.4, 0.2, 0.12),
+    0.85: (0.6, 0.5, 0.2, 0.12),
+}
+"""Share of the tokens that each layer drops, for rules with a limit per layer."""
+STEPS = {0.3: 500, 0.5: 500, 0.6: 1000, 0.7: 1000, 0.8: 2800, 0.85: 2800}
+"""The same for all methods."""
+RATE = {0.3: 2e-4, 0.5: 2e-4, 0.6: 5e-4, 0.7: 5e-4, 0.8: 7e-4, 0.85: 7e-4}
 RUNS = (
+    *(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp", "madtp-nearest")),
+    *(Run(method, 0.5, 0) for method in ("madtp", "ranked-novelty")),
+    *(Run(method, reduction, 0) for method in ("ranked-novelty", "madtp", "madtp-nearest") for reduction in (0.7, 0.6)),
+    *(Run(method, 0.8, seed) for method in ("ranked-novelty", "madtp", "madtp-nearest") for seed in (1, 2)),
+    *(Run(method, 0.8, 0) for method in ("tome", "cls", "random", "madtp-sizes", "vision-only")),
+    Run("ranked-novelty-importance", 0.8, 0), Run("madtp-nearest", 0.5, 0), Run("ranked-novelty", 0.85, 0),
+)  # fmt: skip
+"""In the order of their worth."""
+EARLIER = (
     *(Run("madtp-sizes", reduction, seed) for reduction in (0.8, 0.5) for seed in (0, 1, 2)),
     *(Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)),
-    *(Run("madtp", reduction, 0) for reduction in (0.8, 0.5)),
     *(Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")),
 )
+"""Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each: a record of that age
+counts under these names only, and a new run of the same name replaces it."""
+SHORT = (RUNS[0],)
+"""Of `--short`: the main row."""
+CALIBRATED = (0.3, 0.5)
+"""Reductions for which MADTP's dictionary and temperature are learnt, and nothing else."""
 SHIPPED, SHIPPED_STEPS = Run("madtp-sizes", 0.8, 0), 1600
-"""The pruned model that the package holds: one of the runs, but trained longer. It is called "shipped"."""
+"""The pruned model that the package holds, which its own record is about: "shipped"."""
 ANATOMY = {
     "shipped-as-it-is": {},
-    "shipped-text-whole": {"method": "vision-only"},
-    "shipped-milder": {"temperature": 3.2},
-    "shipped-unpruned": {"temperature": 0},
+    "shipped-text-whole": {"streams": "vision"},
+    "shipped-milder": {"strength": 3.2},
+    "shipped-unpruned": {"strength": 0},
 }
 """The same model under other conditions: where its errors come from."""
-CALIBRATED = (0.3, 0.5)
-"""Reductions for which only dictionary and temperature are learnt."""
-BATCH_MAXIMUM = Run("madtp-sizes", 0.8, 0)
-"""The model that is also evaluated with equally many tokens for all samples of a group."""
-GROUP = 32
-TIMED = [run for run in RUNS if run.seed == 0 and run.method in ("madtp-sizes", "madtp")]
+BATCH_MAXIMUM = Run("madtp", 0.8, 0)
+"""The model that is also evaluated with equally many tokens for all samples of a batch."""
+LARGE, LARGE_STEPS, LARGE_DENSE_STEPS = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 1500, 600
+"""Runs at 577 tokens: pictures are drawn at twice the size, and the dense model is trained on from interpolated positions."""
+TIMED = [run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp")]
+SECONDS = {"pruned": 0.9, "dense": 0.6, "large": 5.0}
+"""Of a step on one thread of an Emerald Rapids core; the other figures are minutes."""
 MINUTES = {
-    "dense": 22, "pairs": 0.2, "compress": 11, "shipped": 30, "calibrate": 4, "evaluate": 1, "timing": 5, "report": 0.2,
+    "dense": 30, "pairs": 0.2, "calibrate": 4, "evaluate": 1, "timing": 5, "report": 0.2,
 }  # fmt: skip
-"""How long each kind of job takes on one thread of two cores; timing takes all threads."""
+"""How long each other kind of job takes on one thread of two cores; timing takes all threads."""
+COMMON = (
+    "--texts", "8", "--batch-size", "16", "--warmup", "50", "--weight-decay", "0.03", "--beta2", "0.98", "--clip", "1",
+    "--precision", "bfloat16", "--no-augment", "--workers", "0", "--save-as", "float16",
+    "--evaluate-every", "200", "--save-every", "60",
+)  # fmt: skip
+"""Of every run."""
 
 
 class Job(NamedTuple):
@@ -75,6 +125,13 @@ class Job(NamedTuple):
     command: tuple[str, ...]
     """What follows the interpreter."""
     result: Path | None
+    minutes: float | None = None
+    """How long it takes, if its kind does not say it."""
+
+    @property
+    def takes(self) -> float:
+        """Minutes on one thread."""
+        return MINUTES[self.kind] if self.minutes is None else self.minutes
 
     @property
     def done(self) -> bool:
@@ -87,59 +144,108 @@ def script(name: str, **options: object) -> tuple[str, ...]:
     return (str(SHAPES / name), *arguments)
 
 
-def stages(directory: Path, device: str = "cpu") -> list[list[Job]]:
-    """All jobs: those of a stage need nothing but the stages before. Timings are called by `device`."""
+def training(
+    model: object, output: Path, steps: int, rate: float, scale: int = 1, **options: object
+) -> tuple[str, ...]:
+    """A command that trains a saved model on shapes."""
+    drawn = "" if scale == 1 else f",scale={scale}"
+    size = () if scale == 1 else ("--image-size", str(96 * scale))
+    return (
+        "-m", "madtp", "compress", "--model", str(model), "--annotations", f"shapes:train{drawn}", "--dev",
+        f"shapes:dev{drawn}", "--output", str(output), "--steps", str(steps), "--lr", str(rate), *COMMON, *size,
+        *(part for option, value in options.items() for part in (f"--{option}", str(value))),
+    )  # fmt: skip
+
+
+def compression(run: Run, model: object, output: Path, steps: int, scale: int = 1) -> tuple[str, ...]:
+    """The command of a run."""
+    command = training(
+        model, output, steps, RATE[run.reduction], scale, reduction=run.reduction, seed=run.seed, distill=1
+    )
+    shares = ("--shares", *map(str, SHARES[run.reduction])) if METHODS[run.method][1] in LIMITED else ()
+    return (*command, *METHODS[run.method], *shares)
+
+
+def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[list[Job]]:
+    """All jobs: those of a stage need nothing but the stages before. Timings are called by `device`.
+
+    The short form begins with the dense model of the package, and makes the main row only.
+    """
     results = directory / "results"
 
     def model(name: str) -> Path:
-        return directory / name / "model"
+        return directory / name
 
-    def trained(kind: str, name: str, program: str, **options: object) -> Job:
+    def evaluated(name: str, source: object, **options: object) -> Job:
         record = results / f"{name}.json"
-        command = script(
-            program, **options, directory=directory / name / "run", output=model(name), record=record
-        )
-        return Job(kind, name, command, record)
+        return Job("evaluate", name, script("evaluate.py", model=source, **options, record=record), record)
 
-    def evaluated(name: str, source: str, **options: object) -> Job:
-        record = results / f"{name}.json"
-        command = script("evaluate.py", model=model(source), **options, record=record)
-        return Job("evaluate", name, command, record)
+    def trained(run: Run, dense: object, scale: int = 1) -> Job:
+        name = run.name if scale == 1 else f"large-{run.name}"
+        steps = STEPS[run.reduction] if scale == 1 else LARGE_STEPS
+        minutes = steps * SECONDS["pruned" if scale == 1 else "large"] / 60 + 2
+        command = compression(run, dense, model(name), steps, scale)
+        return Job("compress", f"train-{name}", command, model(name) / "result.json", minutes)
 
-    dense, pairs, compressed, calibrated = model("dense"), directory / "pairs" / "train.jsonl", [], []
-    for run in RUNS:
-        options = {**run._asdict(), "model": dense, "teacher-cache": directory / f"teacher-{run.seed}"}
-        compressed.append(trained("compress", run.name, "compress.py", **options))
-    options = {**SHIPPED._asdict(), "model": dense, "teacher-cache": directory / f"teacher-{SHIPPED.seed}"}
-    compressed.append(trained("shipped", "shipped", "compress.py", steps=SHIPPED_STEPS, **options))
+    def dense_test(source: object) -> Job:
+        return evaluated("dense-test", source, strength=0, row="dense")
+
+    def tested(runs: Sequence[Run]) -> list[Job]:
+        return [evaluated(run.name, model(run.name), row=run.method) for run in runs]
+
+    report = Job("report", "report", script("report.py", results=results, output=directory / "results.md"), None)
+    if short:
+        return [[*(trained(run, "demo-dense") for run in SHORT), dense_test("demo-dense")], tested(SHORT), [report]]
+
+    dense, large = model("dense"), model("large-dense")
+    command = training("demo-dense", large, LARGE_DENSE_STEPS, 3e-4, 2, reduction=0, seed=0)
+    minutes = LARGE_DENSE_STEPS * SECONDS["large"] / 60
+    pairs = directory / "pairs" / "train.jsonl"
+    drawn = ("-m", "madtp.data.synthetic", "--output", str(pairs.parent), "--split", "train", "--pairs", "600")
+    calibrated = []
     for reduction in CALIBRATED:
         output = model(f"calibrated-{reduction}")
-        command = ("-m", "madtp", "calibrate", "--model", str(dense), "--pairs", str(pairs))
-        command += ("--reduction", str(reduction), "--output", str(output), "--use-sizes", "--workers", "0")
-        calibrated.append(Job("calibrate", f"calibrate-{reduction}", command, output / "result.json"))
-    drawn = ("-m", "madtp.data.synthetic", "--output", str(pairs.parent), "--split", "train")
-    drawn += ("--pairs", "600")
+        options = ("--reduction", str(reduction), "--output", str(output), "--use-sizes", "--workers", "0")
+        calibrate = ("-m", "madtp", "calibrate", "--model", str(dense), "--pairs", str(pairs), *options)
+        calibrated.append(Job("calibrate", f"calibrate-{reduction}", calibrate, output / "result.json"))
     timing = results / f"timing-{device}.json"
-    report = directory / "results.md"
     timed = [str(dense), *(str(model(run.name)) for run in sorted(TIMED, reverse=True))]
     return [
-        [trained("dense", "dense", "train_dense.py"), Job("pairs", "pairs", drawn, pairs)],
-        [*compressed, *calibrated, evaluated("dense-test", "dense", temperature=0)],
         [
-            evaluated(f"batch-maximum-{BATCH_MAXIMUM.reduction}", BATCH_MAXIMUM.name, groups=GROUP),
-            *(evaluated(f"calibrated-{reduction}", f"calibrated-{reduction}") for reduction in CALIBRATED),
-            *(evaluated(name, "shipped", **options) for name, options in ANATOMY.items()),
+            Job("dense", "train-dense", script("train_dense.py", output=dense), dense / "result.json"),
+            Job("pairs", "pairs", drawn, pairs),
+            Job("compress", "train-large-dense", command, large / "result.json", minutes),
+        ],
+        [
+            *(trained(run, dense) for run in RUNS),
+            *(trained(run, large, 2) for run in LARGE),
+            *calibrated,
+            dense_test(dense),
+            evaluated("large-dense", large, strength=0, row="dense"),
+            *(evaluated(name, "demo", row=SHIPPED.method, **options) for name, options in ANATOMY.items()),
+        ],
+        [
+            *tested(RUNS),
+            *(evaluated(f"large-{run.name}", model(f"large-{run.name}"), row=run.method) for run in LARGE),
+            evaluated(
+                f"batch-maximum-{BATCH_MAXIMUM.reduction}", model(BATCH_MAXIMUM.name), grouping="batch",
+                row=BATCH_MAXIMUM.method,
+            ),
+            *(
+                evaluated(f"calibrated-{reduction}", model(f"calibrated-{reduction}"), row="calibrated")
+                for reduction in CALIBRATED
+            ),
         ],
         [Job("timing", "timing", (*script("measure.py", output=timing), "--models", *timed), timing)],
-        [Job("report", "report", script("report.py", results=results, output=report), None)],
-    ]
+        [report],
+    ]  # fmt: skip
 
 
 def minutes(jobs: list[list[Job]], at_once: int) -> float:
     """About how long the jobs that are not done take."""
     total = 0.0
     for stage in jobs:
-        each = [MINUTES[job.kind] for job in stage if not job.done]
+        each = [job.takes for job in stage if not job.done]
         total += max(sum(each) / at_once, max(each, default=0))
     return total
 
@@ -200,21 +306,20 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--directory", type=Path, default=Path("reproduction"), metavar="DIR",
         help="for everything (default: reproduction)",
     )  # fmt: skip
     parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, a thread each (default: 2)")
+    parser.add_argument("--short", action="store_true", help="the main row only")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     args = parser.parse_args()
     import torch  # not before: --help has to be quick
 
     directory = args.directory.resolve()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    todo = stages(directory, device)
+    todo = stages(directory, device, args.short)
     jobs = [job for stage in todo for job in stage]
     left = [job for job in jobs if not job.done]
     if args.dry_run:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
 from pathlib import Path
 
 from .options import THREADS, check_device, positive
+
+DRAWN = "shapes:"  # begins the name of examples that are drawn, not read; that of madtp.compress.examples, which is slow to import
 
 
 def share(text: str) -> float:
@@ -28,6 +29,22 @@ def not_negative(text: str) -> float:
     return number
 
 
+def share_or_none(text: str) -> float:
+    """An argparse type: a number of at least 0 and below 1."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
+    return number
+
+
+def not_negative_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return number
+
+
 def above_zero(text: str) -> float:
     """An argparse type: a finite number above 0."""
     number = float(text)
@@ -39,7 +56,9 @@ def above_zero(text: str) -> float:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """How a run is done, as opposed to what it learns."""
     group = parser.add_argument_group("how the run is done")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...; under torchrun cpu or cuda (default: cpu)")
+    group.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:1, ...; under torchrun cpu or cuda (default: cpu)"
+    )
     group.add_argument(
         "--precision",
         choices=["float32", "bfloat16"],
@@ -92,7 +111,8 @@ def begin(args: argparse.Namespace, *files: str) -> None:
     from ..files import check_output, open_regular
 
     for path in files:
-        open_regular(path).close()
+        if not path.startswith(DRAWN):
+            open_regular(path).close()
     if args.image_root and not Path(args.image_root).is_dir():
         raise ValueError(f"--image-root: {args.image_root} is no folder")
     if args.model == "random:base" and args.task is None:
@@ -115,17 +135,43 @@ def load_source(args: argparse.Namespace, task: str | None, device: str):
     torch.manual_seed(args.seed)
     model = madtp.load(
         args.model, task=task, device=device, backend=args.backend, tokenizer=args.tokenizer,
-        use_sizes=args.use_sizes or None,
+        use_sizes=args.use_sizes or None, image_size=getattr(args, "image_size", None),
     )  # fmt: skip
     _ = model.processor.tokenizer  # a missing one is found out now
     return model
 
 
+def chosen_rule(pruning, args: argparse.Namespace):
+    """The rule that a command names, or the model's own ``pruning``.
+
+    Raises:
+        ValueError: no such rule, or a setting that it does not have.
+    """
+    from ..pruning import MADTP, METHODS, Pruning
+
+    own = pruning if pruning.name in METHODS else MADTP(proportional_attention=pruning.proportional_attention)
+    if args.method not in (None, *METHODS):
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {args.method!r}")
+    settings = own.to_dict() if args.method in (None, own.name) else {"method": args.method}
+    for setting in args.rule:
+        name, _, value = setting.partition("=")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value  # a word
+    if args.use_sizes:
+        settings["proportional_attention"] = True
+    if args.streams:
+        settings["streams"] = tuple(args.streams)
+    return Pruning.from_dict(settings)
+
+
 def origin(args: argparse.Namespace, model, *files: str) -> dict:
     """What a run depends on beside its settings: it does not go on with another model or other data."""
+    from ..compress.examples import digest
     from ..fingerprint import fingerprint
 
-    data = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in files]
+    data = [digest(path) for path in files]
     return {"task": model.config.task, "model": args.model, "data": data, "fingerprint": fingerprint(model)}
 
 

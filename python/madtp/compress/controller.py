@@ -16,17 +16,25 @@ class BracketController:
     because what a temperature does depends on its ratio to the products with the dictionary.
 
     Args:
-        strength: where to begin (MADTP: the temperature); within :data:`madtp.search.BOUNDS`, which it never leaves.
+        strength: where to begin (MADTP: the temperature); within the bounds, which it never leaves.
         tolerance: relative deviation of the cost that is left alone.
         step: largest factor of one step.
         window: measurements that are averaged before each step.
+        bounds: lowest and highest strength.
 
     Raises:
         ValueError: a strength beyond the bounds, or a step that is none.
     """
 
-    def __init__(self, strength: float = 1.0, tolerance: float = 0.02, step: float = 2.0, window: int = 10) -> None:
-        lowest, highest = BOUNDS
+    def __init__(
+        self,
+        strength: float = 1.0,
+        tolerance: float = 0.02,
+        step: float = 2.0,
+        window: int = 10,
+        bounds: tuple[float, float] = BOUNDS,
+    ) -> None:
+        lowest, highest = self._bounds = bounds
         if not lowest <= strength <= highest:
             raise ValueError(f"strength: expected {lowest:g} to {highest:g}, got {strength}")
         if not step > 1:
@@ -49,7 +57,7 @@ class BracketController:
         elif side == self._side:
             self._step = min(self._step * 1.5, self.largest)
         self._side = side
-        self.strength = min(max(self.strength * math.exp(side * self._step), BOUNDS[0]), BOUNDS[1])
+        self.strength = min(max(self.strength * math.exp(side * self._step), self._bounds[0]), self._bounds[1])
         return self.strength
 
     def state_dict(self) -> dict:

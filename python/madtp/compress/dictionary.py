@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..guidance import QueryModel
 from ..model import Model
+from ..pruning import Pruning
 from ..tasks import Task
 
 EXAMPLES, TOGETHER = 64, 16  # how many are looked at, and at most at a time
@@ -35,7 +36,7 @@ def dictionary_from_examples(model: Model, task: Task, examples: Sequence, seed:
     drawn = []
     for numbers in np.array_split(chosen, -(-len(chosen) // TOGETHER)):
         batch = task.collate([task.instance(examples[number]) for number in numbers])
-        forward = partial(model, batch["pixels"], batch["texts"], 0.0, alignment_features=True)
+        forward = partial(task.forward, model, batch, Pruning(), True)
         drawn.append(dictionary_from_tokens(model, forward, generator))
     # Every dictionary has its layers in the same places: neighbours come from different batches.
     places = torch.arange(len(drawn[0]))

@@ -33,9 +33,7 @@ def read_examples(task: Task, source: str, image_root: str | None, texts: int = 
     if not source.startswith(DRAWN):
         return task.grouped(task.split(source, image_root, training), texts)
     if task.images_per_example != 2:
-        raise ValueError(
-            f"{source}: holds statements about two pictures, which a model for {task.name} cannot answer"
-        )
+        raise ValueError(f"{source}: holds statements about two pictures, which a model for {task.name} cannot answer")
     return ShapesExamples.parse(source, texts)
 
 

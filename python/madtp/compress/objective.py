@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,25 @@ from madtp_kernels import RaggedBatch
 
 from ..guidance import alignment_loss
 from ..model import Model
+from ..pruning import Pruning
 from ..tasks import Task
-from ..tasks.losses import distillation_loss
+from .distillation import assignment, distillation_loss
 from .settings import Settings
+from .thresholds import has_thresholds, scores
 
-__all__ = ["Objective", "Teacher", "costs_of", "mean_costs"]
+__all__ = ["Objective", "Result", "Teacher", "costs_of"]
+
+
+class Result(NamedTuple):
+    """Of a forward in training."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Of the loss, without gradient."""
+    costs: tuple[float, float]
+    """Official GFLOPs per instance: measured, and without pruning."""
+    scores: list[Tensor]
+    """``[N]`` per vision layer, of the tokens that may be dropped, for a rule with thresholds."""
 
 
 class Objective(nn.Module):
@@ -29,22 +44,27 @@ class Objective(nn.Module):
         self.aligns = settings.alignment > 0 and task.aligned
 
     def forward(
-        self, batch: dict, temperature: float, seed: Sequence[int], dense: Sequence[RaggedBatch] = ()
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[float, float]]:
-        """Loss, its terms without gradient, and official GFLOPs per instance: measured, and without pruning.
-
-        ``dense`` are the states of :class:`Teacher` for the same batch, with distillation.
-        """
-        aligns = self.aligns and temperature > 0
-        output = self.task.forward(self.model, batch, temperature, alignment_features=aligns)
-        terms = self.task.loss(self.model, batch, output, temperature, seed) if self.labels else {}
+        self, batch: dict, pruning: Pruning | float, seed: Sequence[int], dense: Sequence[RaggedBatch] = ()
+    ) -> Result:
+        """Loss and cost of a batch. ``dense`` are the states of :class:`Teacher` for the same batch, with distillation."""
+        pruning = self.model.rule(pruning)
+        aligns = self.aligns and pruning.active and pruning.needs_dictionary
+        output = self.task.forward(self.model, batch, pruning, aligns)
+        terms = self.task.loss(self.model, batch, output, pruning, seed) if self.labels else {}
         if aligns:
             terms["alignment"] = self.alignment * alignment_loss(*self.task.alignment_features(output, batch))
         if self.distill > 0:
-            streams = zip(self.task.states(output), dense, strict=True)
-            terms["distillation"] = self.distill * sum(distillation_loss(*state, target) for state, target in streams)
-        costs = mean_costs(self.task, output, batch, temperature)
-        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}, costs
+            losses = []
+            for (tokens, trace), target in zip(self.task.states(output), dense, strict=True):
+                rows = assignment(trace) if trace else torch.arange(len(tokens.values), device=tokens.device)
+                losses.append(distillation_loss(tokens, rows, target))
+            terms["distillation"] = self.distill * sum(losses)
+        costs = costs_of(self.task, output, batch, pruning)
+        measured, without = (sum(column) / len(costs) for column in zip(*costs, strict=True)) if costs else (0.0, 0.0)
+        found = [scores(layer) for layer in output.vision] if has_thresholds(pruning) else []
+        return Result(
+            sum(terms.values()), {name: term.detach() for name, term in terms.items()}, (measured, without), found
+        )
 
 
 class Teacher:
@@ -58,21 +78,14 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: dict) -> list[RaggedBatch]:
         """Final states of the tokens of each stream of the task."""
-        output = self.task.forward(self.model, batch, 0.0)
+        output = self.task.forward(self.model, batch, Pruning())
         return [tokens for tokens, _ in self.task.states(output)]
 
 
-def costs_of(task: Task, output, batch: dict, temperature: float) -> list[tuple[float, float]]:
+def costs_of(task: Task, output, batch: dict, pruning: Pruning) -> list[tuple[float, float]]:
     """Official GFLOPs of each instance of a batch: measured, and what it would cost without pruning."""
     streams = task.streams(output, batch)
     unpruned = tuple([[lengths[0]] * len(lengths) for lengths in stream] for stream in streams)
     written = task.written(batch)
-    measured, dense = task.costs(streams, temperature > 0, written), task.costs(unpruned, False, written)
-    return [(a.official, b.official) for a, b in zip(measured, dense, strict=True)]
-
-
-def mean_costs(task: Task, output, batch: dict, temperature: float) -> tuple[float, float]:
-    """Means of :func:`costs_of`."""
-    columns = zip(*costs_of(task, output, batch, temperature), strict=True)
-    measured, dense = (sum(column) / len(column) for column in columns)
-    return measured, dense
+    measured = task.costs(streams, pruning, written)
+    return [(a.official, b.official) for a, b in zip(measured, task.costs(unpruned, False, written), strict=True)]

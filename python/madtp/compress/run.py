@@ -20,7 +20,7 @@ from ..files import replacing
 
 __all__ = ["Run"]
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+CHECKPOINT, METRICS, SETTINGS = "checkpoint.pt", "metrics.jsonl", "settings.json"
 
 
 class Run:
@@ -51,7 +51,8 @@ class Run:
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.parts, self.settings, self.save_every, self.defaults = parts, settings, save_every, defaults or {}
+        self.parts, self.settings, self.save_every = parts, settings, save_every
+        self.defaults = json.loads(json.dumps(defaults or {}))
         self.step, self.seconds = 0, 0.0
         self._sums: dict[str, float] = {}
         self._counted = 0
@@ -64,9 +65,10 @@ class Run:
     def _resume(self) -> None:
         state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
         found = {**self.defaults, **json.loads(state["settings"])}
-        if found != json.loads(json.dumps({**self.defaults, **self.settings})):
-            names = sorted(k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k))
-            differences = "; ".join(f"{k}: {found.get(k)} then, {self.settings.get(k)} now" for k in names)
+        wanted = {**self.defaults, **json.loads(json.dumps(self.settings))}
+        if found != wanted:
+            names = sorted(k for k in {**found, **wanted} if found.get(k) != wanted.get(k))
+            differences = "; ".join(f"{k}: {found.get(k)} then, {wanted.get(k)} now" for k in names)
             raise ValueError(
                 f"{self.directory}: holds another run ({differences}); remove it, or name another directory"
             )
@@ -79,7 +81,9 @@ class Run:
         self._sums, self._counted = state["sums"], state["counted"]
 
     def _cut_log(self) -> None:
-        """Drop what was logged after the checkpoint: those steps are done again."""
+        """Drop what was logged after the checkpoint: those steps are done again. Say under which settings they are."""
+        with replacing(self.directory / SETTINGS) as file:
+            file.write((json.dumps(self.settings, indent=1) + "\n").encode())
         path = self.directory / METRICS
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         kept = []

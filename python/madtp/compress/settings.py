@@ -44,9 +44,15 @@ class Settings:
     controller: str = "bracket"
     """"bracket" follows the target at every step; "official" moves once per epoch, by the published tables."""
     temperature: float | None = None
-    """Where the controller begins; by default 0.1, or where the official script does."""
+    """Strength at which the controller begins (MADTP: the temperature); by default the rule's, or the official script's."""
     ramp: float = 0.4
     """Share of the steps over which the bracketing controller's target falls from the initial cost to the goal."""
+    shares: tuple[float, ...] = ()
+    """Share of the tokens that each vision layer drops, for rules with a limit per layer; the last one stands for all further
+    layers. Thresholds follow the quantiles of the batch, and the controller's strength is the power to which a layer keeps its
+    share of tokens."""
+    memory: float = 0.95
+    """Of the moving average by which thresholds follow."""
     schedule: str = "epoch"
     """The learning rate follows its cosine per "epoch" (official) or per "step"; "decay" stays at the highest rate and falls
     in a line over the last quarter of the steps."""
@@ -68,6 +74,8 @@ class Settings:
     """Train on the task's loss; without, on the alignment loss only."""
     evaluate_every: int | None = None
     """Steps between evaluations on the dev split; by default an epoch."""
+    save_as: str = "float32"
+    """Or "float16": the saved weights, which are those that the pruning is set for in the end."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +89,7 @@ class Settings:
             ("controller", ("bracket", "official")),
             ("schedule", ("epoch", "step", "decay")),
             ("precision", ("float32", "bfloat16")),
+            ("save_as", ("float32", "float16")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -90,9 +99,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        for name, end in (("final_lr", 1.0), ("average", 1.0), ("beta2", 1.0)):
+        for name, end in (("final_lr", 1.0), ("average", 1.0), ("beta2", 1.0), ("memory", 1.0)):
             if not 0 <= getattr(self, name) < end:
                 raise ValueError(f"{name}: expected a number of at least 0 and below 1, got {getattr(self, name)}")
+        object.__setattr__(self, "shares", tuple(self.shares))
+        if not all(0 <= share < 1 for share in self.shares):
+            raise ValueError(f"shares: expected numbers of at least 0 and below 1, got {self.shares}")
         if self.schedule == "epoch" and (self.warmup or self.steps is not None):
             raise ValueError("schedule: steps and warmup need a schedule by step, got 'epoch'")
         if self.controller == "official" and self.steps is not None:
@@ -101,6 +113,11 @@ class Settings:
     def to_dict(self) -> dict:
         """As JSON values."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of all settings."""
+        return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
     def defaults(cls) -> dict:

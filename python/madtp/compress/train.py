@@ -7,12 +7,12 @@ run, so that a run that was killed goes on exactly, and processes differ in noth
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -25,24 +25,27 @@ from tqdm import tqdm
 from ..files import locked, replacing
 from ..model import Model
 from ..processes import from_first, mean_over_processes, processes, rank, wait
+from ..pruning import MADTP, METHODS, Pruning
+from ..search import find_strength
 from ..tasks import Task
 from ..weights import save_pretrained
 from .average import WeightAverage
 from .controller import BracketController
 from .dictionary import dictionary_from_examples
-from .evaluation import Evaluation, evaluate, strength_for
-from .loaders import steps_per_epoch, training_batches
+from .evaluation import Evaluation, evaluate
+from .loaders import evaluation_batches, steps_per_epoch, training_batches
 from .objective import Objective, Teacher
 from .official import OfficialController
 from .run import CHECKPOINT, Run
 from .schedule import cosine, linear_decay
 from .settings import Settings
+from .thresholds import Following, dial_for
 
 __all__ = ["Trainer", "missed", "train"]
 
-START = 0.1  # temperature of the bracketing controller
 TOLERATED = 1.05  # a model is eligible on the dev split if it costs at most this multiple of the target
 MEASURED = 256  # examples of the dev split on which strengths are tried
+CALIBRATED = 32  # examples from which thresholds are taken at the beginning; at the end it is MEASURED
 
 
 def train(
@@ -124,7 +127,7 @@ class Trainer:
                 f"batch_size: this task's loss compares instances and needs at least {task.smallest_batch}"
             )
         if settings.dictionary is None:
-            settings = dataclasses.replace(settings, dictionary="keep" if model.temperature > 0 else "tokens")
+            settings = replace(settings, dictionary="keep" if model.guided else "tokens")
         self.model, self.task, self.examples, self.dev, self.settings = model, task, examples, dev, settings
         self.output, self.origin, self.workers = Path(output), origin or {}, workers
         self.directory = self.output / "run"
@@ -135,6 +138,10 @@ class Trainer:
         self.per_epoch = settings.evaluate_every or per_epoch
         self.prunes, self.goal = settings.reduction > 0, 1 - settings.reduction
         self.brackets = self.prunes and settings.controller == "bracket"
+        rule = model.pruning if model.pruning.name in METHODS else MADTP()
+        self.dial = dial_for(rule, settings.shares, model.config.vision.depth, settings.memory)
+        if self.prunes and not self.brackets and not isinstance(rule, MADTP):
+            raise ValueError(f"controller: official has tables for madtp only, got the rule {rule.name!r}")
 
         self.teacher = Teacher(model, task) if settings.distill > 0 else None
         self.objective: nn.Module = Objective(model, task, settings)
@@ -159,8 +166,8 @@ class Trainer:
         settings = self.settings
         if self.prunes and not self.brackets:
             return OfficialController(self.task.recipe, settings.temperature)
-        strength = START if settings.temperature is None else settings.temperature
-        return BracketController(strength, window=max(1, min(10, self.total // 20)))
+        strength = self.dial.start if settings.temperature is None else settings.temperature
+        return BracketController(strength, window=max(1, min(10, self.total // 20)), bounds=self.dial.bounds)
 
     # ---- prepare
 
@@ -172,15 +179,23 @@ class Trainer:
             "model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler,
             "controller": self.controller, "start": self.start, "best": self.best,
         }  # fmt: skip
+        if isinstance(self.dial, Following):
+            parts["thresholds"] = self.dial
         if self.settings.average:
             parts["average"] = self.average
         if self.task.auxiliary is not None:
             parts["auxiliary"] = self.task.auxiliary
         identity = {
-            **self.settings.to_dict(), **self.origin, "proportional_attention": self.model.pruning.proportional_attention, "processes": processes(),
+            **self.settings.to_dict(),
+            **self.origin,
+            **self._rule(),
+            "processes": processes(),
             "steps": self.total,
-        }  # fmt: skip
-        options = {"save_every": math.inf, "defaults": Settings.defaults()}
+        }
+        options = {
+            "save_every": math.inf,
+            "defaults": {**Settings.defaults(), "pruning": MADTP(MADTP.bounds[0]).to_dict()},
+        }
         if rank() == 0:
             self.run = Run(self.directory, parts, identity, **options)
         wait()  # the first one tidies up before the others read
@@ -192,7 +207,7 @@ class Trainer:
             return result
         if self._logged("dense") is None and self.settings.labels:
             wait()
-            self._log(dense=self._evaluate(0.0).to_dict())
+            self._log(dense=self._evaluate(Pruning()).to_dict())
         if processes() > 1:
             # Which parameters take part may depend on what is pruned.
             self.objective = DistributedDataParallel(self.objective, find_unused_parameters=True)
@@ -204,16 +219,32 @@ class Trainer:
         self.saved = time.monotonic()
         return None
 
+    def _rule(self) -> dict:
+        """What the result depends on of the rule, under the names that runs have always had it."""
+        rule = self.dial.rule if not isinstance(self.dial, Following) else self.dial.rule.limited("shares", ())
+        dial = replace(rule.at(rule.bounds[0]), proportional_attention=False)  # whatever it is set to at present
+        return {"use_sizes": rule.proportional_attention, "pruning": dial.to_dict()}
+
     def _begin(self) -> None:
         """What a run has to know before its first step."""
-        if self.settings.dictionary == "tokens":
+        if self.settings.dictionary == "tokens" and self.dial.rule.needs_dictionary:
             _take_tokens(self.model, self.task, self.examples, self.settings.seed)
-        if self.brackets:
-            # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
-            first = self._evaluate(self.controller.strength, self.dev[:MEASURED], score=False)
-            self.start.share = max(first.gflops / first.dense, self.goal)
-            if first.gflops < self.goal * first.dense:
-                self.controller.strength = self._strength()
+        if not self.brackets:
+            return
+        # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
+        first = self._evaluate(self._calibrated(self.controller.strength), self.dev[:MEASURED], score=False)
+        self.start.share = max(first.gflops / first.dense, self.goal)
+        if first.gflops < self.goal * first.dense or self.settings.ramp == 0:
+            self.controller.strength = self._strength()
+            self._calibrated(self.controller.strength)
+
+    def _calibrated(self, strength: float, count: int = CALIBRATED) -> Pruning:
+        """The rule for the model as it is now; ``count`` examples of the dev split set its thresholds, if it has any."""
+        batches = []
+        if isinstance(self.dial, Following):
+            made = evaluation_batches(self.task, self.dev[:count], **self._size())
+            batches = [batch for _, batch in made]
+        return self.dial.calibrate(self.model, self.task, batches, strength)
 
     # ---- epoch
 
@@ -223,9 +254,9 @@ class Trainer:
         return self.run.step >= self.total
 
     @property
-    def strength(self) -> float:
-        """Of the pruning, at the present step."""
-        return self.controller.strength if self.prunes else 0.0
+    def pruning(self) -> Pruning:
+        """The rule of the present step."""
+        return self.dial.at(self.controller.strength) if self.prunes else Pruning()
 
     def epoch(self) -> None:
         """Train until the dev split is due, and evaluate it."""
@@ -239,7 +270,7 @@ class Trainer:
             _divergence(self.run),
         ):  # fmt: skip
             while self.run.step < end:
-                used, means = self.strength, self._step()
+                used, means = self.controller.strength, self._step()
                 bar.update()
                 bar.set_postfix(loss=f"{means['loss']:.4g}", strength=f"{used:.3g}", refresh=False)
                 if self.run.step == end and self.settings.labels:
@@ -249,9 +280,9 @@ class Trainer:
 
     def _step(self) -> dict[str, float]:
         """One step of the optimiser, and everything that moves with it; the means of its metrics."""
-        settings, step, used = self.settings, self.run.step, self.strength
+        settings, step, used = self.settings, self.run.step, self.controller.strength
         self.task.at(step)
-        means = self._learn(used)
+        means = self._learn()
         if self.brackets:
             share = min(step / max(settings.ramp * self.total, 1), 1.0)
             target = self.start.share + share * (self.goal - self.start.share)
@@ -261,15 +292,16 @@ class Trainer:
         if settings.schedule != "epoch" or epoch_ends:
             self.scheduler.step()
         self.average.update(self.model)
-        self.run.advance(**means, temperature=used)
+        self.run.advance(**means, **({self.dial_name: used} if self.prunes else {}))
         if self.run.step % self.log_every == 0 or epoch_ends:
             self._log(train=self.run.averages(), lr=lr)
         return means
 
-    def _learn(self, strength: float) -> dict[str, float]:
+    def _learn(self) -> dict[str, float]:
         """Gradients, and the step that the optimiser makes of them; means over its batches, of all processes."""
         settings, device = self.settings, self.model.device
         sums: dict[str, Tensor] = {}
+        found: list[list[Tensor]] = []
         for number in range(settings.accumulate):
             batch = next(self.batches)
             last = number == settings.accumulate - 1
@@ -279,8 +311,9 @@ class Trainer:
                 with half:
                     dense = () if self.teacher is None else self.teacher(batch)
                     seed = (settings.seed, self.run.step, number, rank())
-                    loss, terms, costs = self.objective(batch, strength, seed, dense)
+                    loss, terms, costs, scores = self.objective(batch, self.pruning, seed, dense)
                 (loss / settings.accumulate).backward()
+            found.append(scores)
             values = {"loss": loss.detach(), **terms, "gflops": costs[0], "dense_gflops": costs[1]}
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + torch.as_tensor(value, dtype=torch.float64, device="cpu")
@@ -294,15 +327,16 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.objective.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if found[0]:
+            self.dial.follow([torch.cat(layer) for layer in zip(*found, strict=True)], self.controller.strength)
         return means
 
     def _choose(self) -> None:
         """Evaluate the dev split, and keep the weights if they are the best so far."""
         with self.average.shown(self.model):
-            evaluation = self._evaluate(self.strength)
-            self._log(
-                dev={"temperature": self.strength, **evaluation.to_dict()}, epoch=-(-self.run.step // self.per_epoch)
-            )
+            evaluation = self._evaluate(self.pruning)
+            strength = {self.dial_name: self.controller.strength} if self.prunes else {}
+            self._log(dev={**strength, **evaluation.to_dict()}, epoch=-(-self.run.step // self.per_epoch))
             if evaluation.gflops <= TOLERATED * self.goal * evaluation.dense:
                 self.best.offer(self.model, evaluation.score, self.run.step)
         if self.prunes and not self.brackets:
@@ -323,39 +357,65 @@ class Trainer:
         if self.best.step is None:
             self.average.put(model)
         self.best.restore(model)
-        if self.prunes:
-            with _divergence(self.run):
-                model.temperature = self._strength()
+        if settings.save_as == "float16":  # the weights as they are saved
+            model.half().float()
         with _divergence(self.run):
-            evaluation = self._evaluate(self.model.temperature if self.prunes else 0.0, score=settings.labels)
+            rule = self._set() if self.prunes else Pruning()
+            evaluation = self._evaluate(rule, score=settings.labels)
         step = self.best.step if self.best.step is not None else self.total
-        result = {"temperature": model.temperature if self.prunes else 0.0, "step": step}
-        result |= evaluation.to_dict() | {"dense_gflops": round(evaluation.dense, 6)}
+        result = {self.dial_name: rule.strength, "step": step} | evaluation.to_dict()
+        result |= {"dense_gflops": round(evaluation.dense, 6), "pruning": rule.to_dict()}
         if settings.labels:
             result |= {"score_name": self.task.score_name, "dense_score": self._logged("dense")["score"]}
+        if self.prunes:
+            model.pruning = rule
         if rank() == 0:
-            save_pretrained(model, self.output)
+            save_pretrained(model.half() if settings.save_as == "float16" else model, self.output)
             with replacing(self.output / "result.json") as file:
                 file.write((json.dumps(result, indent=2) + "\n").encode())
+        model.float()
         self._log(result=result)
         self.board.close()
         wait()
         return result
+
+    def _set(self) -> Pruning:
+        """The rule at which the dev split costs what it should."""
+        if not isinstance(self.dial, Following):
+            return self.dial.at(self._strength())
+        # New thresholds for the weights as they are in the end; then all of them move together by what is missing.
+        rule = self._calibrated(self.controller.strength, MEASURED)
+        return rule.at(self._solve(rule.at, 1.0, rule.bounds))
 
     # ---- what they share
 
     def _size(self) -> dict:
         return {"batch_size": self.settings.batch_size, "workers": self.workers}
 
-    def _evaluate(self, strength: float, examples: Sequence | None = None, score: bool = True) -> Evaluation:
+    @property
+    def dial_name(self) -> str:
+        """What metrics call the strength."""
+        return "temperature" if isinstance(self.dial.rule, MADTP) else "strength"
+
+    def _evaluate(self, pruning: Pruning, examples: Sequence | None = None, score: bool = True) -> Evaluation:
         examples = self.dev if examples is None else examples
-        return evaluate(self.model, self.task, examples, strength, score=score, **self._size())
+        return evaluate(self.model, self.task, examples, pruning, score=score, **self._size())
 
     def _strength(self) -> float:
-        """The one at which the dev split costs what it should."""
-        return strength_for(
-            self.model, self.task, self.dev[:MEASURED], self.goal, self.controller.strength or START, **self._size()
-        )
+        """The strength at which the dev split costs what it should; the present one if there is none."""
+        return self._solve(self._calibrated, self.controller.strength or self.dial.start, self.dial.bounds)
+
+    def _solve(self, at: Callable[[float], Pruning], start: float, bounds: tuple[float, float]) -> float:
+        """The strength at which the rule ``at(strength)`` costs what it should on the dev split; ``start`` if there is none."""
+
+        def share(strength: float) -> float:
+            found = self._evaluate(at(strength), self.dev[:MEASURED], score=False)
+            return found.gflops / found.dense
+
+        try:
+            return find_strength(share, self.goal, start, bounds=bounds)
+        except ValueError:  # a model that has been trained is not thrown away; its cost is in the result
+            return start
 
     def _log(self, **metrics) -> None:
         self.run.log(**metrics)

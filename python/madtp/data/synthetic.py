@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..files import replacing
+from ..processing import load_image
 from ..tasks.annotations import NLVRExample
 
 __all__ = [
@@ -86,7 +87,7 @@ class Pair:
     """Two pictures with statements, and what training losses may know about the scene."""
 
     images: np.ndarray
-    """``[2, 96, 96, 3]`` uint8, left and right."""
+    """``[2, S, S, 3]`` uint8, left and right; S is 96 times the scale."""
     shapes: np.ndarray
     """``[2, 6, 6]`` int64 per cell: 0, or 1 + position in :data:`SHAPES`."""
     colours: np.ndarray
@@ -96,10 +97,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """P pairs with K statements each, as tensors; N = 144 patches of a picture, row by row."""
+    """P pairs with K statements each, as tensors; N patches of a picture, row by row: 144, or four times as many
+    at twice the scale."""
 
     pixels: Tensor
-    """``[2P, 3, 96, 96]`` float32, normalised: the left pictures, then the right ones."""
+    """``[2P, 3, S, S]`` float32, normalised: the left pictures, then the right ones."""
     input_ids: Tensor
     """``[P, K, MAX_TOKENS]`` int64, padded with 0."""
     lengths: Tensor
@@ -113,7 +115,7 @@ class Batch:
     patch_colours: Tensor
     """``[2P, N]`` int64: 0, or 1 + position in :data:`COLOURS`."""
     patch_anchors: Tensor
-    """``[2P, N]`` int64: 1 at the upper left one of the four patches of each object."""
+    """``[2P, N]`` int64: 1 at the upper left patch of each object, which has four (16 at twice the scale)."""
     relevant: Tensor
     """``[2P, K, N]`` bool: anchors of the objects that the statement speaks of."""
     statements: list[list[Statement]]
@@ -125,22 +127,30 @@ class Shapes:
     Args:
         split: "train", "dev" or "test": other scenes, other backgrounds.
         seed: another seed is another data set altogether.
+        scale: of the drawing: 2 draws everything twice as large, on pictures of 192 pixels.
+        photos: folder of photographs (PNG or JPEG) to draw on, instead of made-up clutter; each belongs to one split.
 
     Raises:
-        ValueError: a split that does not exist, or a negative seed.
+        ValueError: a split that does not exist, a negative seed, a scale below 1, or a folder with too few photographs.
     """
 
-    def __init__(self, split: str, seed: int = 0) -> None:
+    def __init__(self, split: str, seed: int = 0, scale: int = 1, photos: str | os.PathLike | None = None) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         if seed < 0:
             raise ValueError(f"seed: expected a number >= 0, got {seed}")
-        self.split, self.seed = split, seed
+        if scale < 1:
+            raise ValueError(f"scale: expected a number >= 1, got {scale}")
+        self.split, self.seed, self.scale = split, seed, scale
         self._key = seed * len(SPLITS) + SPLITS.index(split)
         random = np.random.Generator(np.random.Philox(key=[self._key, 0]))
-        self._backgrounds = _draw_backgrounds(random, 384)
-        self._sprites = _draw_sprites(random, 96)
-        self._blobs = _draw_blobs(random, 96)
+        side = (SIZE + CELL) * scale
+        if photos is None:
+            self._backgrounds = _draw_backgrounds(random, max(384 // scale**2, 16), side, scale)
+        else:
+            self._backgrounds = _read_photos(Path(photos), SPLITS.index(split), side)
+        self._sprites = _draw_sprites(random, 96, scale)
+        self._blobs = _draw_blobs(random, 96, scale)
 
     def pair(self, index: int, statements: int = 8, templates: Sequence[str] = TEMPLATES) -> Pair:
         """Pair ``index`` with so many statements, made from the given templates.
@@ -180,12 +190,12 @@ class Shapes:
         images, shapes, colours = (
             np.stack([getattr(pair, name) for pair in pairs], 1).reshape(2 * len(pairs), *rest)
             for name, rest in (
-                ("images", (SIZE, SIZE, 3)),
+                ("images", (SIZE * self.scale, SIZE * self.scale, 3)),
                 ("shapes", (GRID, GRID)),
                 ("colours", (GRID, GRID)),
             )
         )
-        spread = np.ones((1, CELL // PATCH, CELL // PATCH), np.int64)
+        spread = np.ones((1, CELL * self.scale // PATCH, CELL * self.scale // PATCH), np.int64)
         corner = np.zeros_like(spread)
         corner[:, 0, 0] = 1
         patch_shapes, patch_colours, patch_anchors = (
@@ -220,26 +230,27 @@ class Shapes:
         )
 
     def _paint(self, draws: _Draws, placed: list[tuple[int, int, int]]) -> np.ndarray:
-        """Background, then blobs in cells without an object, then the objects: ``[96, 96, 3]`` uint8."""
+        """Background, then blobs in cells without an object, then the objects: ``[S, S, 3]`` uint8."""
+        size, scale = SIZE * self.scale, self.scale
         pool = self._backgrounds[draws.below(len(self._backgrounds))]
-        top, left = draws.below(pool.shape[1] - SIZE + 1), draws.below(pool.shape[2] - SIZE + 1)
-        picture = pool[:, top : top + SIZE, left : left + SIZE][:, :: draws.sign(), :: draws.sign()]
-        margin = 12  # blobs and tips of objects may reach beyond the edge
-        canvas = np.zeros((3, SIZE + 2 * margin, SIZE + 2 * margin), np.float32)
+        top, left = draws.below(pool.shape[1] - size + 1), draws.below(pool.shape[2] - size + 1)
+        picture = pool[:, top : top + size, left : left + size][:, :: draws.sign(), :: draws.sign()]
+        margin = 12 * scale  # blobs and tips of objects may reach beyond the edge
+        canvas = np.zeros((3, size + 2 * margin, size + 2 * margin), np.float32)
         canvas[:, margin:-margin, margin:-margin] = picture
         taken = {cell for cell, _, _ in placed}
         free = [cell for cell in range(GRID * GRID) if cell not in taken]
         for cell in draws.sample(free, 4 + draws.below(4)):
             hue, shift = draws.uniform(), (draws.below(9) - 4, draws.below(9) - 4)
             colour = _saturated(hue, 0.75 + 0.25 * draws.uniform(), 0.6 + 0.4 * draws.uniform())
-            _blend(canvas, self._blobs[draws.below(len(self._blobs))], cell, shift, colour, margin)
+            _blend(canvas, self._blobs[draws.below(len(self._blobs))], cell, shift, colour, margin, scale)
         names = list(COLOURS.values())
         for cell, shape, colour in placed:
             tint = np.array([value + 36 * draws.uniform() - 18 for value in names[colour]], np.float32)
             tint = tint.clip(0, 255)
             sprites = self._sprites[shape]
             shift = (draws.below(3) - 1, draws.below(3) - 1)
-            _blend(canvas, sprites[draws.below(len(sprites))], cell, shift, tint, margin)
+            _blend(canvas, sprites[draws.below(len(sprites))], cell, shift, tint, margin, scale)
         visible = (canvas[:, margin:-margin, margin:-margin] + 0.5).astype(np.uint8)
         return visible.transpose(1, 2, 0)
 
@@ -258,15 +269,21 @@ class ShapesExamples(Sequence):
 
     @classmethod
     def parse(cls, source: str, texts: int = 8) -> ShapesExamples:
-        """From a name as ``shapes:test:512``: split and number of pairs (by default 1,000,000 of train, 64 of dev, 512 of test).
+        """From a name: ``shapes:SPLIT``, then any of ``,pairs=N``, ``,seed=N``, ``,scale=N``, ``,photos=DIR``.
+
+        There are 1,000,000 pairs of train, 64 of dev and 512 of test, if the name does not say otherwise.
 
         Raises:
-            ValueError: no such split, or a number that is none.
+            ValueError: no such split or option, a number that is none, or a folder without photographs.
         """
-        _, split, number, *rest = [*source.split(":"), "", ""]
-        if split not in SPLITS or any(rest) or not (number or "1").isdigit() or number == "0":
-            raise ValueError(f"{source}: expected shapes:SPLIT or shapes:SPLIT:PAIRS, SPLIT one of {', '.join(SPLITS)}")
-        return cls(Shapes(split), range(int(number or _PAIRS[split])), texts)
+        split, *options = source.removeprefix("shapes:").split(",")
+        values = {"pairs": _PAIRS.get(split, 1), "seed": 0, "scale": 1, "photos": None}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name not in values or not value or (name != "photos" and not value.isdigit()):
+                raise ValueError(f"{source}: expected shapes:SPLIT and options {', '.join(values)}, got {option!r}")
+            values[name] = value if name == "photos" else int(value)
+        return cls(Shapes(split, values["seed"], values["scale"], values["photos"]), range(values["pairs"]), texts)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -494,7 +511,7 @@ def token_ids(sentence: str) -> list[int]:
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """Pictures ``[..., 96, 96, 3]`` uint8 as a model takes them in: ``[..., 3, 96, 96]`` float32, as
+    """Pictures ``[..., S, S, 3]`` uint8 as a model takes them in: ``[..., 3, S, S]`` float32, as
     `madtp.processing.to_pixels` gives them."""
     from ..image_transform import ImageTransform
 
@@ -502,12 +519,13 @@ def pixels(images: np.ndarray) -> np.ndarray:
     return np.stack([channel.take(images[..., c]) for c, channel in enumerate(levels)], axis=-3)
 
 
-def _blend(canvas: np.ndarray, alpha: np.ndarray, cell: int, shift: tuple[int, int], colour, margin: int) -> None:
+def _blend(
+    canvas: np.ndarray, alpha: np.ndarray, cell: int, shift: tuple[int, int], colour, margin: int, scale: int
+) -> None:
     """Lay a colour over the canvas ``[3, h, w]``, through a mask ``[s, s]`` centred on a cell."""
-    row, column = divmod(cell, GRID)
-    half = len(alpha) // 2
-    y = margin + row * CELL + CELL // 2 + shift[0] - half
-    x = margin + column * CELL + CELL // 2 + shift[1] - half
+    half, (row, column) = len(alpha) // 2, divmod(cell, GRID)
+    y = margin + scale * (row * CELL + CELL // 2 + shift[0]) - half
+    x = margin + scale * (column * CELL + CELL // 2 + shift[1]) - half
     window = canvas[:, y : y + 2 * half, x : x + 2 * half]
     window += alpha * (colour[:, None, None] - window)
 
@@ -518,11 +536,11 @@ def _saturated(hue: float, saturation: float, value: float) -> np.ndarray:
     return np.array([255 * value * (1 - saturation * (1 - share)) for share in wheel], np.float32)
 
 
-def _draw_sprites(random: np.random.Generator, variants: int) -> list[np.ndarray]:
-    """Masks ``[variants, 20, 20]`` of each shape, nearly upright, of several sizes, antialiased."""
+def _draw_sprites(random: np.random.Generator, variants: int, scale: int) -> list[np.ndarray]:
+    """Masks ``[variants, 20 * scale, 20 * scale]`` of each shape, nearly upright, of several sizes, antialiased."""
     fine = 4
-    side = 20
-    axis = ((np.arange(side * fine) + 0.5) / fine - side / 2).astype(np.float32)
+    side = 20 * scale
+    axis = ((np.arange(side * fine) + 0.5) / fine / scale - 10).astype(np.float32)
     radius = random.uniform(6.0, 8.2, (len(SHAPES), variants, 1, 1)).astype(np.float32)
     turn = random.uniform(-0.25, 0.25, radius.shape).astype(np.float32)
     offset = random.uniform(-0.5, 0.5, (2, *radius.shape)).astype(np.float32)
@@ -549,11 +567,11 @@ def _draw_sprites(random: np.random.Generator, variants: int) -> list[np.ndarray
     return masks
 
 
-def _draw_blobs(random: np.random.Generator, variants: int) -> np.ndarray:
-    """Masks ``[variants, 32, 32]`` with wavy, soft outlines: as colourful as an object, but none."""
-    axis = np.arange(32) + 0.5 - 16
+def _draw_blobs(random: np.random.Generator, variants: int, scale: int) -> np.ndarray:
+    """Masks ``[variants, 32 * scale, 32 * scale]`` with wavy, soft outlines: as colourful as an object, but none."""
+    axis = (np.arange(32 * scale) + 0.5) / scale - 16
     angle, distance = np.arctan2(axis[:, None], axis[None, :]), np.hypot(axis[:, None], axis[None, :])
-    outline = np.ones((variants, 32, 32))
+    outline = np.ones((variants, *distance.shape))
     for waves in (2, 3, 5):
         height, phase = (
             random.uniform(0.1, 0.3, (variants, 1, 1)),
@@ -568,9 +586,17 @@ def _draw_blobs(random: np.random.Generator, variants: int) -> np.ndarray:
     return alpha.astype(np.float32)
 
 
-def _draw_backgrounds(random: np.random.Generator, count: int) -> np.ndarray:
-    """``[count, 3, 112, 112]`` uint8: muted colour clouds of three sizes, grain, and strokes."""
-    side = 112
+def _read_photos(folder: Path, split: int, side: int) -> np.ndarray:
+    """``[N, 3, side, side]`` uint8: the middle of every third photograph of a folder, by name, from number ``split`` on."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if len(paths) < len(SPLITS):
+        raise ValueError(f"photos: expected at least {len(SPLITS)} PNG or JPEG files in {folder}, got {len(paths)}")
+    fitted = [ImageOps.fit(load_image(path), (side, side)) for path in paths[split :: len(SPLITS)]]
+    return np.stack([np.asarray(photo).transpose(2, 0, 1) for photo in fitted])
+
+
+def _draw_backgrounds(random: np.random.Generator, count: int, side: int, scale: int) -> np.ndarray:
+    """``[count, 3, side, side]`` uint8: muted colour clouds of three sizes, grain, and strokes."""
     clouds = np.full((count, side, side, 3), 118.0, np.float32)
     clouds += random.uniform(-35, 35, (count, 1, 1, 1)) + random.uniform(-16, 16, (count, 1, 1, 3))
     for cells, height in ((4, 20), (8, 16), (28, 12)):
@@ -586,8 +612,8 @@ def _draw_backgrounds(random: np.random.Generator, count: int) -> np.ndarray:
             start, along = random.uniform(0, side, 2), random.normal(size=2)
             along /= np.hypot(*along)
             offset = grid - start.astype(np.float32)
-            reach = np.abs(offset @ along.astype(np.float32)) < random.uniform(6, 40)
-            near = np.abs(offset @ np.array((-along[1], along[0]), np.float32)) < random.uniform(0.5, 1.6)
+            reach = np.abs(offset @ along.astype(np.float32)) < scale * random.uniform(6, 40)
+            near = np.abs(offset @ np.array((-along[1], along[0]), np.float32)) < scale * random.uniform(0.5, 1.6)
             picture[reach & near] = random.uniform(40, 210, 3)
     return np.ascontiguousarray(clouds.clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2))
 

@@ -185,6 +185,8 @@ class Pruning:
     """"max": ``attention.attention_received`` and ``.cls_attention`` are computed along with the attention; None: they are not."""
     needs_dictionary: ClassVar[bool] = False
     """Whether the rule compares tokens with the model's cross-modal dictionary."""
+    bounds: ClassVar[tuple[float, float]] = (1e-6, 1e6)
+    """Lowest and highest strength that a search tries; beyond them nothing changes any more."""
 
     proportional_attention: bool = False
     streams: tuple[str, ...] = STREAMS

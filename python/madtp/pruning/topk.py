@@ -21,6 +21,8 @@ class _FixedShare(ScoredPruning):
         drop: share of the prunable tokens that each layer drops, 0 (dense) to below 1; the strength of this rule.
     """
 
+    bounds: ClassVar[tuple[float, float]] = (1e-3, 0.99)
+
     drop: float = 0.0
 
     def __post_init__(self) -> None:

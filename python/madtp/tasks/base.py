@@ -21,7 +21,7 @@ from ..inputs import find_images
 from ..model import Model
 from ..options import UsageError, argument, option
 from ..processing import Processor, load_image
-from ..pruning import Pruning
+from ..pruning import LayerTrace, Pruning
 from .annotations import read_captions
 from .augment import augment
 
@@ -299,12 +299,12 @@ class Task:
     def at(self, step: int) -> None:
         """Called at each step of training, for losses that change with it."""
 
-    def forward(self, model: Model, batch: dict, temperature: float, alignment_features: bool = False) -> Any:
+    def forward(self, model: Model, batch: dict, pruning: Pruning | float, alignment_features: bool = False) -> Any:
         """The model's output for a batch."""
-        return model(batch["pixels"], batch["texts"], temperature, alignment_features=alignment_features)
+        return model(batch["pixels"], batch["texts"], pruning, alignment_features)
 
     def loss(
-        self, model: Model, batch: dict, output: Any, temperature: float, seed: Sequence[int]
+        self, model: Model, batch: dict, output: Any, pruning: Pruning | float, seed: Sequence[int]
     ) -> dict[str, Tensor]:
         """Terms of the loss, each a mean over the batch. Random choices depend on ``seed``."""
         raise NotImplementedError
@@ -313,15 +313,17 @@ class Task:
         """``(vision, text)`` alignment features ``[B, M, sd_dim]``."""
         return output.alignment_features
 
-    def states(self, output: Any) -> list[tuple[RaggedBatch, Tensor]]:
-        """Final states of the tokens of each pruned stream ``[T, D]``, and their ids ``[T]``."""
+    def states(self, output: Any) -> list[tuple[RaggedBatch, list[LayerTrace]]]:
+        """Final states of the tokens of each pruned stream ``[T, D]`` and its records; without records for features."""
         raise NotImplementedError
 
     def streams(self, output: Any, batch: dict | None = None) -> Streams:
         """Token counts of each instance of a model's output, for a batch in training."""
         return flops.stream_lengths(output.vision), flops.stream_lengths(output.text)
 
-    def costs(self, streams: Streams, pruning: Pruning | bool, written: Sequence[int] = (), beams: int = 1) -> list[flops.Flops]:
+    def costs(
+        self, streams: Streams, pruning: Pruning | bool, written: Sequence[int] = (), beams: int = 1
+    ) -> list[flops.Flops]:
         """Cost of each instance at inference.
 
         Args:

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch
-from madtp_kernels.segments import sample_of
 
 from ..processes import gathered, mean_over_processes
 
@@ -77,25 +76,3 @@ def hard_negatives(similarity: Tensor, identities: Tensor, generator: torch.Gene
     weights = torch.where((identities[:, None] != identities).cpu(), weights.clamp(min=1e-10), weights)
     drawn = torch.multinomial(weights + (weights.sum(1, keepdim=True) == 0), 1, generator=generator)[:, 0].tolist()
     return [column if weights[row].any() else None for row, column in enumerate(drawn)]
-
-
-def distillation_loss(tokens: RaggedBatch, ids: Tensor, dense: RaggedBatch) -> Tensor:
-    """How far the tokens that survived are from what they are without pruning: mean squared error over the variance of the latter.
-
-    Both are taken over the batches of all processes together.
-
-    Args:
-        tokens: ``[T', D]`` final states of a pruned stream.
-        ids: ``[T']`` int32 position of each in its sample at the beginning; negative for merged tokens, which count nothing.
-        dense: ``[T, D]`` final states of the same samples without pruning, in their order; an exact buffer without gradient.
-    """
-    sample = sample_of(tokens.cu_seqlens, len(ids))
-    counts = (ids >= 0) & (torch.arange(len(ids), device=ids.device) < tokens.cu_seqlens[-1])
-    target = dense.values[dense.cu_seqlens[sample] + ids.where(counts, 0)].float()
-    # Rows beyond the last token may hold anything, even NaN, which no factor of zero takes away.
-    error = (tokens.values.float().where(counts[:, None], target) - target).square().mean(-1).sum()
-    variance, mean = torch.var_mean(dense.values.float(), correction=0)
-    moments = torch.stack([torch.ones_like(mean), mean, variance + mean.square()]).double() * dense.values.numel()
-    kept, elements, total, squares = mean_over_processes(torch.cat([counts.sum().double()[None], moments]))
-    variance = squares / elements - (total / elements).square()
-    return error / (kept * variance).float()

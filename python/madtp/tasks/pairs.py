@@ -17,7 +17,7 @@ from madtp_kernels import RaggedBatch
 from .. import flops, graphs
 from ..index import from_text, to_text
 from ..model import Model
-from ..pruning import Pruning
+from ..pruning import LayerTrace, Pruning
 from .annotations import CaptionExample
 from .base import Answer, Task, not_finite
 from .caption import images_with_captions, single_captions
@@ -170,10 +170,10 @@ def similarities(steps: dict[str, list[dict]]) -> Tensor:
     return images @ texts.mT
 
 
-def single_tokens(features: Tensor) -> tuple[RaggedBatch, Tensor]:
+def single_tokens(features: Tensor) -> tuple[RaggedBatch, list[LayerTrace]]:
     """Features ``[B, E]`` as samples of one token each."""
     numbers = torch.arange(len(features) + 1, dtype=torch.int32, device=features.device)
-    return RaggedBatch(features, numbers, 1), torch.zeros_like(numbers[1:])
+    return RaggedBatch(features, numbers, 1), []
 
 
 def _identity(image: str) -> int:

@@ -179,12 +179,12 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
         (caption,) = example.captions
         return {"pixels": self.image(example.image, random), "text": self.processor.text(caption)}
 
-    def loss(self, model, batch, output, temperature, seed):
+    def loss(self, model, batch, output, pruning, seed):
         texts = RaggedBatch.from_list(batch["texts"]).to(model.device)
         return {"caption": caption_loss(output.logits, texts, len(self.processor.prompt_ids))}
 
     def states(self, output):
-        return [(output.images, output.images.ids)]
+        return [(output.images, output.vision)]
 
     def streams(self, output, batch=None):
         return (flops.stream_lengths(output.vision),)

@@ -24,7 +24,7 @@ class CLIPTask(PairsTask):
     def cost(self, image=None, text=None, pruning=True):
         return flops.clip(self.config, image=image, text=text, pruning=pruning)
 
-    def loss(self, model, batch, output, temperature, seed):
+    def loss(self, model, batch, output, pruning, seed):
         scale = model.logit_scale.clamp(0, 4.6052).exp()
         identities = batch["identities"].to(model.device)
         return {"contrast": contrastive_loss(output.image_embeds, output.text_embeds, scale, identities)}

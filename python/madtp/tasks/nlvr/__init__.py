@@ -217,17 +217,12 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         counts = zip(numbers, batch["statements"], strict=True)
         return [(number, statement) for number, count in counts for statement in range(count)]
 
-    def forward(self, model, batch, temperature, alignment_features=False):
+    def forward(self, model, batch, pruning, alignment_features=False):
         return forward_pairs(
-            model,
-            batch["pixels"],
-            batch["texts"],
-            batch["statements"],
-            temperature,
-            alignment_features=alignment_features,
+            model, batch["pixels"], batch["texts"], batch["statements"], pruning, alignment_features
         )
 
-    def loss(self, model, batch, output, temperature, seed):
+    def loss(self, model, batch, output, pruning, seed):
         return {"answer": F.cross_entropy(output.logits.float(), batch["labels"].to(model.device))}
 
     def alignment_features(self, output, batch):
@@ -236,7 +231,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         return vision.unflatten(0, (2, -1)).mean(0).repeat_interleave(counts, 0), text
 
     def states(self, output):
-        return [(output.image_embeds, output.vision[-1].ids), (output.last_hidden_state, output.text[-1].ids)]
+        return [(output.image_embeds, output.vision), (output.last_hidden_state, output.text)]
 
     def streams(self, output, batch=None):
         vision, text = flops.stream_lengths(output.vision), flops.stream_lengths(output.text)

@@ -14,6 +14,7 @@ from madtp_kernels import RaggedBatch
 from ...layers import QueryGroups
 from ...pruning import Pruning
 from ...rows import first_rows
+from ...vision import VisionOutput
 from .model import NLVR, NLVROutput, split
 
 
@@ -49,16 +50,29 @@ def forward_pairs(
             f"input_ids: expected {sum(statements)} texts for {2 * pairs} images, got {input_ids.batch_size} for {len(pixels)}"
         )
     rule = model._pruning(pruning, 2 * pairs)
-    vision = model.visual_encoder(model._pixels(pixels), model.space_dict, rule, alignment_features)
+    images = model.visual_encoder(model._pixels(pixels), model.space_dict, rule, alignment_features)
+    return read_statements(model, images, input_ids, statements, pruning, alignment_features)
+
+
+def read_statements(
+    model: NLVR,
+    images: VisionOutput,
+    input_ids: RaggedBatch | Sequence[Tensor],
+    statements: Sequence[int],
+    pruning: Pruning | float | None = None,
+    alignment_features: bool = False,
+) -> NLVROutput:
+    """The second half of :func:`forward_pairs`, from the images of the pairs: the left ones, then the right ones."""
+    input_ids = model._ids(input_ids)
     text = model.text_encoder(
-        input_ids, split(vision.tokens, pairs), model.space_dict, model._pruning(pruning, sum(statements)),
+        input_ids, split(images.tokens, len(statements)), model.space_dict, model._pruning(pruning, sum(statements)),
         alignment_features, query_groups=QueryGroups.of(statements, model.device),
     )  # fmt: skip
     return NLVROutput(
         logits=model.cls_head(first_rows(text.tokens)),
-        vision=vision.trace,
+        vision=images.trace,
         text=text.trace,
-        image_embeds=vision.tokens,
+        image_embeds=images.tokens,
         last_hidden_state=text.tokens,
-        alignment_features=(vision.alignment_features, text.alignment_features) if alignment_features else None,
+        alignment_features=(images.alignment_features, text.alignment_features) if alignment_features else None,
     )

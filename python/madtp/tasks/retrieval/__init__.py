@@ -129,7 +129,7 @@ class RetrievalTask(PairsTask):
 
     # ---- training
 
-    def loss(self, model, batch, output, temperature, seed):
+    def loss(self, model, batch, output, pruning, seed):
         identities = batch["identities"].to(model.device)
         scale = 1 / model.temp.clamp(0.001, 0.5)
         itc = contrastive_loss(output.image_embeds, output.text_embeds, scale, identities)
@@ -141,12 +141,12 @@ class RetrievalTask(PairsTask):
         for_texts = hard_negatives(similarity.mT, identities, generator)
         pairs += [(image, text) for image, text in enumerate(for_images) if text is not None]
         pairs += [(image, text) for text, image in enumerate(for_texts) if image is not None]
-        logits = model.match(output.images, batch["texts"], pairs, temperature).logits.float()
+        logits = model.match(output.images, batch["texts"], pairs, pruning).logits.float()
         labels = (torch.arange(len(pairs), device=model.device) < count).long()
         return {"contrast": itc, "match": F.cross_entropy(logits, labels)}
 
     def states(self, output):
-        return [(output.images, output.images.ids), single_tokens(output.text_embeds)]
+        return [(output.images, output.vision), single_tokens(output.text_embeds)]
 
 
 def shortlists(similarity: Tensor, rerank: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -257,7 +257,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
             "given": [instance["given"] for instance in instances],
         }
 
-    def loss(self, model, batch, output, temperature, seed):
+    def loss(self, model, batch, output, pruning, seed):
         answers, decoder = batch["answers"].to(model.device), model.text_decoder
         groups = QueryGroups.of(batch["counts"], model.device)
         states = decoder(answers, decoder.keys(output.questions), query_groups=groups, backend=model.backend)
@@ -265,7 +265,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
         return {"answer": answer_loss(logits, answers, batch["weights"].to(model.device), len(batch["counts"]))}
 
     def states(self, output):
-        return [(output.image_embeds, output.vision[-1].ids), (output.questions, output.questions.ids)]
+        return [(output.image_embeds, output.vision), (output.questions, output.text)]
 
     def costs(self, streams, pruning, written=(), beams=1):
         return [
