@@ -111,22 +111,37 @@ def embed_patches(
     images = pixels.values if isinstance(pixels, RaggedBatch) else pixels
     if images.dim() != 4 or images.shape[1:] != (3, image_size, image_size):
         raise ValueError(f"pixels: expected [B, 3, {image_size}, {image_size}], got {list(images.shape)}")
-    # A convolution whose stride is its kernel is a linear layer on patches.
-    patches = F.pixel_unshuffle(images, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
-    weight, number = proj.weight.flatten(1), patches.shape[1]
     if isinstance(pixels, RaggedBatch):
         starts, bound = pixels.cu_seqlens, True
     else:
-        starts, bound = torch.arange(len(patches) + 1, dtype=torch.int32, device=patches.device), False
-    if patches.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
-        # As in madtp.linear: a row's bits do not depend on the number of rows.
-        x = linear(patches.flatten(0, 1), weight, proj.bias, starts * number).unflatten(0, (len(patches), number))
+        starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
+    # A convolution whose stride is its kernel is a linear layer on patches.
+    if images.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
+        x = _embedded_in_few_passes(images, starts, proj, cls_token, pos_embed)
     else:
-        x = F.linear(patches, weight, proj.bias)
-    x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+        patches = F.pixel_unshuffle(images, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
+        x = F.linear(patches, proj.weight.flatten(1), proj.bias)
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
     length = x.shape[1]
     ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
     return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
+
+
+def _embedded_in_few_passes(
+    images: Tensor, starts: Tensor, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor
+) -> Tensor:
+    """``[B, P + 1, D]`` tokens with positions: one copy cuts the pictures into patches, one sum puts the rows in their places.
+
+    ``starts [B+1]`` int32 are the offsets of the pictures in use. A row's bits do not depend on the number of rows.
+    """
+    size = proj.stride[0]
+    rows = images.unflatten(2, (-1, size)).unflatten(4, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+    number = pos_embed.shape[1] - 1
+    patches = linear(rows, proj.weight.flatten(1), proj.bias, starts * number).unflatten(0, (len(images), number))
+    x = patches.new_empty(len(images), number + 1, patches.shape[2])
+    x[:, :1] = cls_token + pos_embed[:, :1]
+    torch.add(patches, pos_embed[:, 1:], out=x[:, 1:])
+    return x
 
 
 class VisionTransformer(nn.Module):
