@@ -121,6 +121,11 @@ class RunOptions:
         metavar="SOURCE",
         group=_HOW,
     )
+    hidden_act: str | None = option(
+        "activation of a CLIP whose weights do not tell: quick_gelu (OpenAI's), gelu (others, as LAION's)",
+        choices=["quick_gelu", "gelu"],
+        group=_HOW,
+    )
     threads: int | None = option(
         "CPU threads (default: torch's choice; 1 is often fastest on a busy machine)",
         type=positive,
@@ -225,6 +230,7 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
         task=task,
         temperature=strength if rule is None and dial == "temperature" else None,
         text_mode=getattr(options, "text_mode", None),
+        hidden_act=getattr(options, "hidden_act", None),
         device=options.device,
         dtype=getattr(torch, options.dtype),
         backend=options.backend,
