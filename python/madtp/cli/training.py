@@ -57,6 +57,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """How a run is done, as opposed to what it learns."""
     group = parser.add_argument_group("how the run is done")
     group.add_argument(
+        "--hidden-act",
+        choices=["quick_gelu", "gelu"],
+        help="activation of a CLIP whose weights do not tell: quick_gelu (OpenAI's), gelu (others, as LAION's)",
+    )
+    group.add_argument(
         "--device", default="cpu", help="cpu, cuda, cuda:1, ...; under torchrun cpu or cuda (default: cpu)"
     )
     group.add_argument(
@@ -135,7 +140,7 @@ def load_source(args: argparse.Namespace, task: str | None, device: str):
     torch.manual_seed(args.seed)
     model = madtp.load(
         args.model, task=task, device=device, backend=args.backend, tokenizer=args.tokenizer,
-        use_sizes=args.use_sizes or None, image_size=getattr(args, "image_size", None),
+        use_sizes=args.use_sizes or None, image_size=getattr(args, "image_size", None), hidden_act=args.hidden_act,
     )  # fmt: skip
     _ = model.processor.tokenizer  # a missing one is found out now
     return model
