@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,11 @@ class RedTask(Task):
         return {"quality": {"share": sum(record["red"] for record in steps["image"]) / len(steps["image"])}}
 
     def instance(self, example, random=None):
-        return {"pixels": self.image(example.image, random), "text": torch.zeros(1), "red": "red" in example.captions[0]}
+        return {
+            "pixels": self.image(example.image, random),
+            "text": torch.zeros(1),
+            "red": "red" in example.captions[0],
+        }
 
     def collate(self, instances):
         return super().collate(instances) | {"red": torch.tensor([one["red"] for one in instances])}
@@ -171,7 +176,20 @@ def test_the_command(model, images, tmp_path, capsys):
     assert all(record["red"] and record["image_tokens"][-1] < 17 for record in records)
     with Image.open(records[0]["overlay"]) as picture:
         assert picture.width > 200
-    (tmp_path / "red.json").write_text(json.dumps([{"image": path.name, "image_id": 1, "caption": "a"} for path in images]))
+    (tmp_path / "red.json").write_text(
+        json.dumps([{"image": path.name, "image_id": 1, "caption": "a"} for path in images])
+    )
     annotations = ["--annotations", str(tmp_path / "red.json"), "--threshold", "1"]
     assert cli.main(["evaluate", "--model", str(tmp_path / "model"), *annotations]) == 0
     assert "share" in capsys.readouterr().out
+
+
+def test_nothing_else_asks_for_a_task_by_name():
+    root = Path(madtp.__file__).parent
+    asking = [
+        f"{path.relative_to(root)}:{number}"
+        for path in root.rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "task ==" in line or "task !=" in line
+    ]
+    assert not asking, asking

@@ -55,7 +55,7 @@ from madtp_kernels import RaggedBatch, backends, checks
 from madtp_kernels.segments import sample_of
 
 from . import flops, graphs
-from .config import check_temperature
+from .config import CLIPConfig, check_temperature
 from .generation import CACHE
 from .layers import Keys, QueryGroups
 from .linear import Linear
@@ -179,7 +179,7 @@ def apply_patch(
     kind = KINDS[base.__name__]
     settings = {"temperature": temperature, "keep_ratio": keep_ratio, "target_gflops": target_gflops, "pruning": pruning}
     given = [name for name, value in settings.items() if value is not None]
-    if len(given) > 1 or (not given and kind.task != "clip" and method is None):
+    if len(given) > 1 or (not given and not kind.of_towers and method is None):
         expected = ", ".join(name for name in settings if name != "pruning")
         raise ValueError(f"expected exactly one of {expected}, got {', '.join(given) or 'none'}")
     rule = _rule(kind, method, pruning, temperature, dictionary)
@@ -242,7 +242,7 @@ def _rule(
             raise ValueError(f"temperature: only madtp has one, got method {method!r}")
         return MADTP(check_temperature(temperature))
     if method is None:
-        trained = kind.task != "clip" or dictionary is not None
+        trained = not kind.of_towers or dictionary is not None
         method = MADTP.name if trained or _UNTRAINED not in METHODS else _UNTRAINED
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -458,7 +458,7 @@ class _Engine:
         for link in self.links:
             link.module._parameters[link.name] = None
         made_up = _fill(self.own, guidance)
-        if made_up and dictionary is not None and task != "clip":
+        if made_up and dictionary is not None and not isinstance(config, CLIPConfig):
             raise ValueError(
                 f"dictionary: its entries are {config.vision.sd_dim} wide, the model's tokens are not, and it holds no {made_up[0]}"
             )
@@ -505,7 +505,8 @@ class _Engine:
     @property
     def pads(self) -> bool:
         """Whether its towers return tensors with padding."""
-        return self.task == "vqa" or self.model.pruning.active
+        asks = hasattr(self.model, "text_encoder") and hasattr(self.model, "text_decoder")
+        return asks or self.model.pruning.active
 
     def at(self, strength: float) -> Pruning:
         """The rule at a strength; 0 is dense for every rule."""
@@ -519,7 +520,7 @@ class _Engine:
         if spatial_shapes is not None:
             features = model.encode_image(_cut(pixel_values, pixel_attention_mask, spatial_shapes))
             return features.tokens, features.trace
-        if self.task == "clip":
+        if isinstance(model.config, CLIPConfig):
             features = graphs.run(model.encode_image, pixel_values)
             return features.tokens, features.trace
         return graphs.run(types.MethodType(_encode_images, model), pixel_values)
@@ -578,39 +579,66 @@ class _Engine:
         if "pixel_values" not in samples:
             raise ValueError(f"samples: expected 'pixel_values', got {', '.join(samples) or 'nothing'}")
         ids, model = samples.get("input_ids"), self.model
-        if self.task != "caption" and ids is not None and len(ids) != len(samples["pixel_values"]):
+        if TASKS[self.task].aligned and ids is not None and len(ids) != len(samples["pixel_values"]):
             raise ValueError(f"samples: expected a text for each of {len(samples['pixel_values'])} images, got {len(ids)}")
         model.pruning = self.at(strength)
-        pruning = model.pruning
         with torch.no_grad():
             pixels = {name: samples[name].to(model.device) for name in _PIXELS if name in samples}
             images, trace = self.images(**pixels)
             vision = flops.stream_lengths(trace)
             shares = [length / lengths[0] for lengths in vision for length in lengths[1:]]
             keep_ratio = sum(shares) / len(shares)
-            if self.task == "caption":
-                costs = [flops.caption(model.config, lengths, _CAPTION_TOKENS, pruning=pruning) for lengths in vision]
-            elif self.task == "clip" and model.config.text is None:
-                costs = [flops.clip(model.config, image=lengths, pruning=pruning) for lengths in vision]
-            elif ids is None:
-                return Step(strength, keep_ratio, None)
-            elif self.task == "clip":
-                texts = flops.stream_lengths(model.encode_text(_clip_texts(model, ids.to(model.device))[0]).trace)
-                costs = [flops.clip(model.config, image=i, text=t, pruning=pruning) for i, t in zip(vision, texts, strict=True)]
-            else:
-                mask = samples.get("attention_mask")
-                ragged, _ = _ragged(ids.to(model.device), None if mask is None else mask.to(model.device), None)
-                looking = flops.stream_lengths(self.texts(ragged, images)[1])
-                pairs = list(zip(vision, looking, strict=True))
-                if self.task == "vqa":
-                    costs = [flops.vqa(model.config, i, t, _ANSWER_TOKENS, pruning=pruning) for i, t in pairs]
-                else:
-                    alone = flops.stream_lengths(self.texts(ragged, None)[1])
-                    costs = [
-                        flops.retrieval(model.config, image=i, text=a, match=(i[-1], t), pruning=pruning)
-                        for (i, t), a in zip(pairs, alone, strict=True)
-                    ]
-        return Step(strength, keep_ratio, sum(cost.official for cost in costs) / len(costs))
+            costs = _COSTS[self.task](self, vision, images, ids, samples.get("attention_mask"))
+        gflops = None if costs is None else sum(cost.official for cost in costs) / len(costs)
+        return Step(strength, keep_ratio, gflops)
+
+    def looking(self, images: Tokens, ids: Tensor, mask: Tensor | None) -> tuple[RaggedBatch, list[list[int]]]:
+        """BLIP's texts, and their token counts with the images in view."""
+        device = self.model.device
+        texts, _ = _ragged(ids.to(device), None if mask is None else mask.to(device), None)
+        return texts, flops.stream_lengths(self.texts(texts, images)[1])
+
+
+Counts = list[list[int]]
+
+
+def _caption_costs(engine: _Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
+    """Cost of each instance of the samples; None where they have no texts."""
+    model = engine.model
+    return [flops.caption(model.config, lengths, _CAPTION_TOKENS, pruning=model.pruning) for lengths in vision]
+
+
+def _vqa_costs(engine: _Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
+    if ids is None:
+        return None
+    model, pairs = engine.model, zip(vision, engine.looking(images, ids, mask)[1], strict=True)
+    return [flops.vqa(model.config, i, t, _ANSWER_TOKENS, pruning=model.pruning) for i, t in pairs]
+
+
+def _retrieval_costs(engine: _Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
+    if ids is None:
+        return None
+    model, (texts, looking) = engine.model, engine.looking(images, ids, mask)
+    alone = flops.stream_lengths(engine.texts(texts, None)[1])
+    return [
+        flops.retrieval(model.config, image=i, text=a, match=(i[-1], t), pruning=model.pruning)
+        for i, t, a in zip(vision, looking, alone, strict=True)
+    ]
+
+
+def _clip_costs(engine: _Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
+    model = engine.model
+    if model.config.text is None:
+        texts = [None] * len(vision)
+    elif ids is None:
+        return None
+    else:
+        texts = flops.stream_lengths(model.encode_text(_clip_texts(model, ids.to(model.device))[0]).trace)
+    pairs = zip(vision, texts, strict=True)
+    return [flops.clip(model.config, image=i, text=t, pruning=model.pruning) for i, t in pairs]
+
+
+_COSTS = {"caption": _caption_costs, "vqa": _vqa_costs, "retrieval": _retrieval_costs, "clip": _clip_costs}
 
 
 def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Tokens, list[LayerTrace]]:
@@ -1034,6 +1062,11 @@ class _Kind:
     """`last_hidden_state` has not passed the last LayerNorm (CLIP)."""
     texts: bool = True
     """Whether texts go through our layers too."""
+
+    @property
+    def of_towers(self) -> bool:
+        """Whether it is one of CLIP's kin, towers that were never trained with a dictionary."""
+        return issubclass(TASKS[self.task].Config, CLIPConfig)
 
 
 _FEATURES = (("", "get_image_features", _image_features), ("", "get_text_features", _text_features))

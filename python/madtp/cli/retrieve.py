@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..tasks import task_of
 from .batch import (
     UNFINISHED,
     Item,
@@ -103,11 +104,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.index}: there is no such index; give images to make it from")
     check_output(args, rows or ())
     model = load_model(args, TASKS)
-    rerank = args.rerank
+    rerank, classifies = args.rerank, task_of(model).matches
     if rerank is None:
-        rerank = 16 if model.config.task == "retrieval" and rows is not None else 0
-    if rerank < 0 or (rerank and model.config.task == "clip"):
-        expected = "0, since CLIP has no classifier" if model.config.task == "clip" else "at least 0"
+        rerank = 16 if classifies and rows is not None else 0
+    if rerank < 0 or (rerank and not classifies):
+        expected = "at least 0" if classifies else "0, since CLIP has no classifier"
         raise ValueError(f"--rerank: expected {expected}, got {rerank}")
 
     rows, features, failed = _features(args, model, rows)
