@@ -53,7 +53,7 @@ def attention_with_importance(
         repeats.remember(key, backend, q, *operations, run=_one_after_the_other)
         return result
     q, k, v, cu_seqlens, _, max_seqlen, _, scale, causal, key_bias = checked(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias, with_offsets=False
     )
     return call("attention_with_importance", q, k, v, cu_seqlens, max_seqlen, scale, causal, key_bias)
 

@@ -75,10 +75,12 @@ def checked(
     causal: bool,
     key_bias: Tensor | None,
     grouped: bool = False,
+    with_offsets: bool = True,
 ) -> tuple:
     """The arguments of an attention as the implementations rely on them, or the ValueError that :func:`attention` describes.
 
-    ``grouped``: there may be fewer key heads than query heads.
+    ``grouped``: there may be fewer key heads than query heads. ``with_offsets``: False where the caller has checked offsets, and
+    lengths, of queries and keys.
     """
     checks.floats("q", q, 3, "[Tq, H, d]")
     heads, head_dim = q.shape[1:]
@@ -87,9 +89,10 @@ def checked(
     key_heads = key_head_count("k", k, heads) if grouped else heads
     checks.tensor("k", k, (None, key_heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
     checks.tensor("v", v, (k.shape[0], key_heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
-    checks.offsets("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, "q")
-    checks.offsets("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, "k")
-    checks.tensor("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B+1]", torch.int32, q.device)
+    if with_offsets:
+        checks.offsets("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, "q")
+        checks.offsets("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, "k")
+        checks.tensor("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B+1]", torch.int32, q.device)
     if key_bias is not None:
         score_dtype = torch.promote_types(q.dtype, torch.float32)
         checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", score_dtype, q.device)
