@@ -38,6 +38,53 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
         _library.impl(name, _refusing_tangents(name), "Autograd", with_keyset=True)
 
 
+def define_gradient(schema: str, run: Callable) -> None:
+    """Register an operator ``name_backward`` and, through it, the gradient of the operator ``name``, which was defined before.
+
+    The names in its schema say what is kept for it and what it returns, so that nothing else has to be written.
+
+    Args:
+        schema: ``name_backward(...) -> (...)``. An argument is named as an input or an output of the operator, or ``d_`` and an
+            output: the gradient there. Outputs without such an argument are not differentiable. A result is named ``d_`` and
+            the input whose gradient it is, and has its shape and dtype; of an input that is None it is empty, with the dtype
+            of the last gradient.
+        run: called with the arguments of the schema on every device.
+    """
+    backward_name = schema.partition("(")[0]
+    name = backward_name.removesuffix("_backward")
+    forward, backward = getattr(torch.ops.madtp_kernels, name).default._schema, torch._C.parse_schema(schema)
+    input_names, output_names = ([argument.name for argument in part] for part in (forward.arguments, forward.returns))
+    arguments, results = ([argument.name for argument in part] for part in (backward.arguments, backward.returns))
+    tensors = [argument.name for argument in backward.arguments if "Tensor" in str(argument.type)]
+    kept_tensors = [n for n in tensors if n in input_names or n in output_names]
+    kept_options = [n for n in arguments if n not in tensors]
+    differentiable = [n for n in output_names if f"d_{n}" in arguments]
+
+    def fake(*args):
+        given = dict(zip(arguments, args, strict=True))
+        like = [given[result.removeprefix("d_")] for result in results]
+        empty = given[tensors[-1]].new_empty
+        made = tuple(empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in like)
+        return made if len(made) > 1 else made[0]
+
+    def setup_context(ctx, inputs, output):
+        output = output if isinstance(output, tuple) else (output,)
+        values = dict(zip(input_names, inputs, strict=True)) | dict(zip(output_names, output, strict=True))
+        ctx.mark_non_differentiable(*(values[n] for n in output_names if n not in differentiable))
+        ctx.save_for_backward(*(values[n] for n in kept_tensors))
+        ctx.options = {n: values[n] for n in kept_options}
+
+    def gradient(ctx, *grads):
+        kept = dict(zip(kept_tensors, ctx.saved_tensors, strict=True))
+        values = kept | ctx.options | {f"d_{n}": grad for n, grad in zip(output_names, grads, strict=True)}
+        found = getattr(torch.ops.madtp_kernels, backward_name)(*(values[n] for n in arguments))
+        found = dict(zip(results, found if isinstance(found, (tuple, list)) else (found,), strict=True))
+        return tuple(None if kept.get(n) is None else found.get(f"d_{n}") for n in input_names)
+
+    define(schema, run, fake)
+    differentiate(name, setup_context, gradient)
+
+
 def differentiate(name: str, setup_context: Callable, backward: Callable) -> None:
     """Register the gradient formula of an operator defined before. There is none for forward-mode differentiation."""
     operator = getattr(torch.ops.madtp_kernels, name).default

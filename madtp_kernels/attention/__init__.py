@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, repeats
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 
 __all__ = ["attention"]
 
@@ -152,36 +152,15 @@ def sum_groups(gradient: Tensor, groups: int) -> Tensor:
     return wide.sum(2).to(gradient.dtype)
 
 
-def _fake_backward(q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, key_bias, d_out, d_lse, backend):
-    d_bias = lse.new_empty(0 if key_bias is None else k.shape[0])
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, *ctx.lengths_scale_causal, key_bias, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, key_bias)
-
-
-def _backward(ctx, d_out, d_lse):
-    *tensors, key_bias = ctx.saved_tensors
-    dq, dk, dv, d_bias = torch.ops.madtp_kernels.attention_backward(
-        *tensors, *ctx.lengths_scale_causal, key_bias, d_out, d_lse, ctx.backend
-    )
-    return dq, dk, dv, None, None, None, None, None, None, None if key_bias is None else d_bias, None
-
-
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, float scale, bool causal, Tensor? key_bias, str backend) -> (Tensor out, Tensor lse)",
     _run,
     _fake,
 )
-define(
+define_gradient(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
     "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, Tensor? key_bias, "
-    "Tensor d_out, Tensor d_lse, str backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_key_bias)",
+    "Tensor d_out, Tensor d_lse, str backend) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_key_bias)",
     _run_backward,
-    _fake_backward,
 )
-differentiate("attention", _setup_context, _backward)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, repeats
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 from . import reference
 
 __all__ = ["attention_importance"]
@@ -76,24 +76,6 @@ def _fake(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, backe
     return lse.new_empty(q.shape[0]), lse.new_empty(q.shape[0])
 
 
-def _fake_backward(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, d_received, d_cls):
-    d_bias = lse.new_empty(0) if key_bias is None else key_bias.new_empty(key_bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), out.new_empty(out.shape), lse.new_empty(lse.shape), d_bias
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.causal, key_bias, _ = inputs
-    ctx.save_for_backward(q, k, out, lse, cu_seqlens, key_bias)
-
-
-def _backward(ctx, d_received, d_cls):
-    q, k, out, lse, cu_seqlens, key_bias = ctx.saved_tensors
-    dq, dk, d_out, d_lse, d_bias = torch.ops.madtp_kernels.attention_importance_backward(
-        q, k, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.causal, key_bias, d_received, d_cls
-    )
-    return dq, dk, d_out, d_lse, None, None, None, None, None if key_bias is None else d_bias, None
-
-
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, bool causal, "
     "Tensor? key_bias"
@@ -103,10 +85,8 @@ define(
     backends.dispatch("attention_importance", "importance"),
     _fake,
 )
-define(
+define_gradient(
     f"attention_importance_backward({_ARGUMENTS}, Tensor d_received, Tensor d_cls) "
-    "-> (Tensor dq, Tensor dk, Tensor d_out, Tensor d_lse, Tensor d_key_bias)",
+    "-> (Tensor d_q, Tensor d_k, Tensor d_out, Tensor d_lse, Tensor d_key_bias)",
     reference.attention_importance_backward,
-    _fake_backward,
 )
-differentiate("attention_importance", _setup_context, _backward)

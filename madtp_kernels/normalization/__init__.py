@@ -5,11 +5,10 @@ The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import backends, checks, repeats
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 from . import reference
 
 __all__ = ["layer_norm"]
@@ -55,31 +54,13 @@ def layer_norm(
     return result
 
 
-def _fake_backward(x, weight, bias, cu_seqlens, eps, d_out):
-    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, cu_seqlens, ctx.eps, _ = inputs
-    ctx.save_for_backward(x, weight, bias, cu_seqlens)
-
-
-def _backward(ctx, d_out):
-    x, weight, bias, cu_seqlens = ctx.saved_tensors
-    dx, d_weight, d_bias = torch.ops.madtp_kernels.layer_norm_backward(x, weight, bias, cu_seqlens, ctx.eps, d_out)
-    return dx, d_weight, None if bias is None else d_bias, None, None, None
-
-
 define(
-    "layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, float eps, str backend) -> Tensor",
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, float eps, str backend) -> (Tensor out)",
     backends.dispatch("layer_norm", "normalization"),
     lambda x, *_: x.new_empty(x.shape),
 )
-define(
+define_gradient(
     "layer_norm_backward(Tensor x, Tensor weight, Tensor? bias, Tensor cu_seqlens, float eps, Tensor d_out) "
-    "-> (Tensor dx, Tensor d_weight, Tensor d_bias)",
+    "-> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
     reference.layer_norm_backward,
-    _fake_backward,
 )
-differentiate("layer_norm", _setup_context, _backward)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..attention import key_head_count
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 from . import reference
 
 __all__ = ["attention_received"]
@@ -95,35 +95,13 @@ def _fake(q, k, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, heads, set
     return lse.new_empty(sets, q.shape[0])
 
 
-def _fake_backward(q, k, lse, cu, most, scale, causal, key_bias, heads, sets, first, last, queries, d_received):
-    d_bias = lse.new_empty(0 if key_bias is None else k.shape[0])
-    return q.new_empty(q.shape), k.new_empty(k.shape), lse.new_empty(lse.shape), d_bias
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, lse, cu_seqlens, max_seqlen, scale, causal, key_bias, *choice, queries, _ = inputs
-    ctx.options = max_seqlen, scale, causal
-    ctx.choice = choice
-    ctx.save_for_backward(q, k, lse, cu_seqlens, key_bias, queries)
-
-
-def _backward(ctx, d_received):
-    q, k, lse, cu_seqlens, key_bias, queries = ctx.saved_tensors
-    dq, dk, d_lse, d_bias = torch.ops.madtp_kernels.attention_received_backward(
-        q, k, lse, cu_seqlens, *ctx.options, key_bias, *ctx.choice, queries, d_received
-    )
-    return dq, dk, d_lse, None, None, None, None, None if key_bias is None else d_bias, *[None] * 6
-
-
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, bool causal, Tensor? key_bias, "
     "str heads, int sets, int first, int last, Tensor? queries"
 )
-define(f"attention_received({_ARGUMENTS}, str backend) -> Tensor", backends.dispatch("attention_received", "received"), _fake)
-define(
+define(f"attention_received({_ARGUMENTS}, str backend) -> (Tensor received)", backends.dispatch("attention_received", "received"), _fake)
+define_gradient(
     f"attention_received_backward({_ARGUMENTS}, Tensor d_received) "
-    "-> (Tensor dq, Tensor dk, Tensor d_lse, Tensor d_key_bias)",
+    "-> (Tensor d_q, Tensor d_k, Tensor d_lse, Tensor d_key_bias)",
     reference.attention_received_backward,
-    _fake_backward,
 )
-differentiate("attention_received", _setup_context, _backward)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, repeats
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 from . import reference
 
 __all__ = ["score_tokens"]
@@ -81,35 +81,14 @@ def _fake(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bia
     return received.new_empty(x.shape[0]), received.new_empty(cu_seqlens.shape[0] - 1)
 
 
-def _fake_backward(x, dictionary, received, cls, cu_seqlens, bias, d_importance):
-    d_bias = received.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return tuple(t.new_empty(t.shape) for t in (x, dictionary, received, cls)) + (d_bias,)
-
-
-def _setup_context(ctx, inputs, output):
-    x, dictionary, received, cls, cu_seqlens, _, _, bias, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, dictionary, received, cls, cu_seqlens, bias)
-
-
-def _backward(ctx, d_importance, _):
-    x, dictionary, received, cls, cu_seqlens, bias = ctx.saved_tensors
-    dx, d_dictionary, d_received, d_cls, d_bias = torch.ops.madtp_kernels.score_tokens_backward(
-        x, dictionary, received, cls, cu_seqlens, bias, d_importance
-    )
-    return dx, d_dictionary, d_received, d_cls, None, None, None, None if bias is None else d_bias, None
-
-
 define(
     "score_tokens(Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, SymInt max_seqlen, "
     "float temperature, Tensor? bias, str backend) -> (Tensor importance, Tensor threshold)",
     backends.dispatch("score_tokens", "scoring"),
     _fake,
 )
-define(
+define_gradient(
     "score_tokens_backward(Tensor x, Tensor dictionary, Tensor received, Tensor cls, Tensor cu_seqlens, Tensor? bias, "
-    "Tensor d_importance) -> (Tensor dx, Tensor d_dictionary, Tensor d_received, Tensor d_cls, Tensor d_bias)",
+    "Tensor d_importance) -> (Tensor d_x, Tensor d_dictionary, Tensor d_received, Tensor d_cls, Tensor d_bias)",
     reference.score_tokens_backward,
-    _fake_backward,
 )
-differentiate("score_tokens", _setup_context, _backward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 from . import reference
 
 __all__ = ["match_tokens", "nearest_kept", "novelty"]
@@ -136,16 +136,6 @@ def _per_token(keys, *dtypes):
     return tuple(keys.new_empty(keys.shape[0], dtype=d or dtype) for d in dtypes)
 
 
-def _setup_context(ctx, inputs, output):
-    keys, _, cu_seqlens, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(keys, output[1], cu_seqlens)
-
-
-def _backward(ctx, d_novelty, _):
-    return torch.ops.madtp_kernels.novelty_backward(*ctx.saved_tensors, d_novelty), None, None, None, None
-
-
 define(
     "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, str backend) -> Tensor",
     backends.dispatch("nearest_kept", "similarity"),
@@ -157,10 +147,9 @@ define(
     backends.dispatch("novelty", "similarity"),
     lambda keys, *_: _per_token(keys, None, torch.int32),
 )
-define(
-    "novelty_backward(Tensor keys, Tensor nearest, Tensor cu_seqlens, Tensor d_novelty) -> Tensor",
+define_gradient(
+    "novelty_backward(Tensor keys, Tensor nearest, Tensor cu_seqlens, Tensor d_novelty) -> (Tensor d_keys)",
     reference.novelty_backward,
-    lambda keys, *_: keys.new_empty(keys.shape),
 )
 define(
     "match_tokens(Tensor keys, Tensor cu_seqlens, SymInt max_seqlen, Tensor? count, float? threshold, int protected, "
@@ -168,4 +157,3 @@ define(
     backends.dispatch("match_tokens", "similarity"),
     lambda keys, *_: _per_token(keys, torch.int32, None),
 )
-differentiate("novelty", _setup_context, _backward)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..registration import call, define, differentiate
+from ..registration import call, define, define_gradient
 from . import reference
 
 __all__ = ["unmerge"]
@@ -45,22 +45,11 @@ def unmerge(x: Tensor, rows: Tensor, cu_seqlens: Tensor, *, backend: str | None 
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _backward(ctx, d_out):
-    return torch.ops.madtp_kernels.unmerge_backward(*ctx.saved_tensors, d_out), None, None, None
-
-
 define(
-    "unmerge(Tensor x, Tensor rows, Tensor cu_seqlens, str backend) -> Tensor",
+    "unmerge(Tensor x, Tensor rows, Tensor cu_seqlens, str backend) -> (Tensor out)",
     backends.dispatch("unmerge", "unmerging"),
     lambda x, rows, *_: x.new_empty(rows.shape[0], x.shape[1]),
 )
-define(
-    "unmerge_backward(Tensor x, Tensor rows, Tensor cu_seqlens, Tensor d_out) -> Tensor",
-    reference.unmerge_backward,
-    lambda x, *_: x.new_empty(x.shape),
+define_gradient(
+    "unmerge_backward(Tensor x, Tensor rows, Tensor cu_seqlens, Tensor d_out) -> (Tensor d_x)", reference.unmerge_backward
 )
-differentiate("unmerge", _setup_context, _backward)
