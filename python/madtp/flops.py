@@ -126,38 +126,46 @@ def retrieval(
     text: Sequence[int] | None = None,
     match: tuple[int, Sequence[int]] | None = None,
     pruning: Pruning | bool = True,
+    pooled: bool = False,
 ) -> Flops:
     """Cost of BLIP retrieval's parts at inference: the feature of an image, that of a text, a pair's match.
 
     `image` and `text` are token counts before the first layer and after each, as in `vit` and `nlvr`; `match` is
     the number of image tokens and the counts of the text that looks at them. Pairs that share an image share
     its keys and values, which are counted for each here. MADTP's own figure for retrieval (153.2) is that of
-    a training step and has no counterpart. Raises ValueError if the lengths do not fit `config`.
+    a training step and has no counterpart. `pooled` as in `clip`. Raises ValueError if the lengths do not fit
+    `config`.
     """
     cost, layers = Counter(), config.text.num_hidden_layers
     if image is not None:
-        cost += _vit_cost(config.vision, _checked("image", image, config.vision.depth), pruning)
+        cost += _vit_cost(config.vision, _checked("image", image, config.vision.depth), pruning, pooled)
         cost["linear"] += config.vision.embed_dim * config.proj_dim
     if text is not None:
-        cost += _text_cost(config.text, config.vision, _checked("text", text, layers), [], pruning)
+        cost += _text_cost(config.text, config.vision, _checked("text", text, layers), [], pruning, pooled=pooled)
         cost["linear"] += config.text.hidden_size * config.proj_dim
     if match is not None:
         tokens, lengths = match
-        cost += _text_cost(config.text, config.vision, _checked("match", lengths, layers), [tokens], pruning)
+        cost += _text_cost(config.text, config.vision, _checked("match", lengths, layers), [tokens], pruning, pooled=pooled)
         cost["linear"] += 2 * config.text.hidden_size
     return _total(cost)
 
 
 def clip(
-    config, *, image: Sequence[int] | None = None, text: Sequence[int] | None = None, pruning: Pruning | bool = True
+    config,
+    *,
+    image: Sequence[int] | None = None,
+    text: Sequence[int] | None = None,
+    pruning: Pruning | bool = True,
+    pooled: bool = False,
 ) -> Flops:
     """Cost of CLIP's feature of an image and of that of a text.
 
     `config` has `.vision`, `.text` and `.embed_dim`; `image` and `text` are token counts before the first block and
     after each. `pruning` is the rule that was active; True: MADTP, False: none. Attention of text is counted
     as if it were not causal, as the official counter does. MADTP's own figure (395.70) is that of a training step:
-    both towers at 336 px and 77 tokens twice, for the momentum copies, and the queues. Raises ValueError if the
-    lengths do not fit `config`.
+    both towers at 336 px and 77 tokens twice, for the momentum copies, and the queues. `pooled`: of the last block
+    only the token was computed that the feature is read from; `official` knows nothing of it. Raises ValueError if
+    the lengths do not fit `config`.
     """
     cost = Counter()
     if image is not None:
@@ -174,12 +182,14 @@ def clip(
             cost["attention"] += 2 * lengths[-1] * width
             cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["norm"] += _LAYER_NORM * width  # what stands for the image
-        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision"))
+        one = pooled and getattr(vision, "pool", "class") == "class"
+        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision"), one)
     if text is not None:
         lengths = _checked("text", text, config.text.num_hidden_layers)
         width, heads = config.text.hidden_size, config.text.num_attention_heads
         entries = config.vision or VisionConfig(embed_dim=width, num_heads=heads, sd_dim=width)
-        cost += _blocks_cost(entries, lengths, width, heads, config.text.intermediate_size, _rule(pruning, "text"))
+        hidden, rule = config.text.intermediate_size, _rule(pruning, "text")
+        cost += _blocks_cost(entries, lengths, width, heads, hidden, rule, pooled)
         cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["linear"] += width * config.embed_dim
     return _total(cost)
@@ -205,27 +215,30 @@ def stream_lengths(traces) -> list[list[int]]:
 
 def _total(cost: Counter) -> Flops:
     # "unofficial" is what the official counter does not see of the kinds that it counts, not a kind of its own.
-    unofficial = cost.pop("unofficial", 0)
+    unofficial = cost.pop("unofficial", 0) - cost.pop("spared", 0)
     official = sum(cost[kind] for kind in ("linear", "attention", "norm", "alignment", "merge")) - unofficial
     parts = {kind: operations / 1e9 for kind, operations in cost.items()}
     return Flops(official / 1e9, sum(cost.values()) / 1e9, parts)
 
 
-def _vit_cost(config, lengths: list[int], pruning: Pruning | bool) -> Counter:
+def _vit_cost(config, lengths: list[int], pruning: Pruning | bool, pooled: bool = False) -> Counter:
     width, hidden = config.embed_dim, round(config.embed_dim * config.mlp_ratio)
     patches = (config.image_size // config.patch_size) ** 2
     cost = Counter()
     cost["linear"] += patches * 3 * config.patch_size**2 * width
-    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, _rule(pruning, "vision"))
+    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, _rule(pruning, "vision"), pooled)
     cost["norm"] += _LAYER_NORM * lengths[-1] * width
     return cost
 
 
-def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int, rule: Pruning) -> Counter:
+def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int, rule: Pruning, pooled: bool) -> Counter:
     """Pre-norm blocks; `config` has sd_num, sd_dim and map_func."""
     cost = Counter()
     alignment = config.sd_num * config.sd_dim + (width * config.sd_dim if config.map_func else 0)  # per token
     for layer, (before, after) in enumerate(zip(lengths, lengths[1:])):
+        if pooled and layer == len(lengths) - 2:
+            cost += _read_one(before, width, heads, hidden, norms=before + 1)
+            continue
         cost["norm"] += _LAYER_NORM * (before + after) * width
         _self_attention(cost, before, width, heads)
         rule.count(cost, layer, before, after, width=width, heads=heads, entries=config.sd_num, alignment=alignment)
@@ -233,8 +246,23 @@ def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int
     return cost
 
 
+def _read_one(tokens: int, width: int, heads: int, hidden: int, norms: int) -> Counter:
+    """A last layer of which one token is read; under "spared" what the official counter still sees."""
+    cost, whole = Counter(), Counter()
+    cost["linear"] += 2 * tokens * width * width + 2 * width * width
+    cost["norm"] += _LAYER_NORM * norms * width
+    cost["elementwise"] += width
+    _attend(cost, 1, tokens, width, heads)
+    _feed_forward(cost, 1, width, hidden)
+    _self_attention(whole, tokens, width, heads)
+    _feed_forward(whole, tokens, width, hidden)
+    whole["norm"] += _LAYER_NORM * 2 * tokens * width
+    cost["spared"] += sum(whole[kind] - cost[kind] for kind in ("linear", "attention", "norm"))
+    return cost
+
+
 def _text_cost(
-    text, vision, lengths: list[int], others: list[int], pruning: Pruning | bool, merge_from: int | None = None
+    text, vision, lengths: list[int], others: list[int], pruning: Pruning | bool, merge_from: int | None = None, pooled: bool = False
 ) -> Counter:
     """Text encoder whose words look at `others` (token counts), twice where `merge_from` is given."""
     width, heads, rule = text.hidden_size, text.num_attention_heads, _rule(pruning, "text")
@@ -242,6 +270,15 @@ def _text_cost(
     cost = Counter()
     cost["norm"] += _LAYER_NORM * lengths[0] * width
     for layer, (before, after) in enumerate(zip(lengths, lengths[1:])):
+        if pooled and layer == len(lengths) - 2:
+            cost += _read_one(before, width, heads, text.intermediate_size, norms=2)
+            for tokens in others:
+                cost["linear"] += 2 * width * width + 2 * tokens * text.encoder_width * width
+                _attend(cost, 1, tokens, width, heads)
+                cost["elementwise"] += width
+                cost["norm"] += _LAYER_NORM * width
+                cost["spared"] += (before - 1) * (2 * width * width + 2 * tokens * width + _LAYER_NORM * width)
+            continue
         _self_attention(cost, before, width, heads)
         cost["norm"] += _LAYER_NORM * before * width
         rule.count(cost, layer, before, after, width=width, heads=heads, entries=vision.sd_num, alignment=alignment)

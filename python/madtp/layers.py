@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, attention, attention_received, attention_with_importance, layer_norm
+from madtp_kernels.segments import sample_of
 
-from .linear import Linear
+from .linear import Linear, project
 from .pruning import Pruning, Tokens
 
 
@@ -77,6 +78,31 @@ def self_attention(qkv: Tensor, tokens: Tokens, heads: int, pruning: Pruning, *,
             q, k, v, cu_seqlens, cu_seqlens, most, most, causal=causal, key_bias=tokens.key_bias, backend=backend
         )
     return Attention(out.flatten(1), tokens, q, k, lse, received, cls, causal, backend)
+
+
+def single_attention(
+    values: Tensor, qkv: Linear, tokens: Tokens, rows: Tensor, heads: int, backend: str | None, causal: bool = False
+) -> Tensor:
+    """What :func:`self_attention` gives to the tokens in ``rows [B]``, one of each sample, without the queries of the others.
+
+    Args:
+        values: ``[T, D]`` of all tokens, as they enter the projection ``qkv``.
+
+    Returns:
+        ``[B, H * d]``.
+    """
+    width, one = qkv.out_features // 3, tokens.single(rows)
+    q = project(values[rows], qkv.weight[:width], qkv.bias[:width], tokens=one).unflatten(-1, (heads, -1))
+    kv = project(values, qkv.weight[width:], qkv.bias[width:], tokens=tokens).unflatten(-1, (2, heads, -1))
+    bias = tokens.key_bias
+    if causal and len(rows):  # a rule may have put tokens behind the one that is read
+        number = torch.arange(len(values), device=rows.device)
+        behind = number > rows[sample_of(tokens.cu_seqlens, len(number))]
+        hidden = behind.to(torch.promote_types(values.dtype, torch.float32)) * -1e4
+        bias = hidden if bias is None else bias + hidden
+    lengths = (one.cu_seqlens, tokens.cu_seqlens, 1, tokens.max_seqlen)
+    out, _ = attention(q, *kv.unbind(1), *lengths, key_bias=bias, backend=backend)
+    return out.flatten(1)
 
 
 def cached_attention(

@@ -12,10 +12,15 @@ from madtp_kernels.segments import sample_of
 from .pruning import Tokens
 
 
+def first_of(tokens: RaggedBatch) -> Tensor:
+    """``[B]`` int64: the row of each sample's first token; any row for an empty sample."""
+    # Empty samples at the end begin beyond the last row of an exact buffer.
+    return tokens.cu_seqlens[:-1].long().clamp(max=len(tokens.values) - 1)
+
+
 def first_rows(tokens: RaggedBatch) -> Tensor:
     """``[B, D]``: the first token of each sample, which stands for it; any row for an empty sample."""
-    # Empty samples at the end begin beyond the last row of an exact buffer.
-    return tokens.values[tokens.cu_seqlens[:-1].long().clamp(max=len(tokens.values) - 1)]
+    return tokens.values[first_of(tokens)]
 
 
 def rows_of(tokens: Tokens, ids: Tensor) -> Tensor:

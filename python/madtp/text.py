@@ -6,7 +6,7 @@ causal. Parameter names are BLIP's, with fused query/key/value projections.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,9 +18,10 @@ from madtp_kernels import RaggedBatch
 
 from .config import TextConfig
 from .guidance import QueryModel
-from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attention, self_attention
+from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attention, self_attention, single_attention
 from .linear import Linear, mlp
 from .pruning import LayerTrace, Pruning, Tokens
+from .rows import first_of
 from .vision import run_blocks
 
 EPS = 1e-12  # BERT's LayerNorm
@@ -159,6 +160,27 @@ class Layer(nn.Module):
         return y.with_values(self.output.LayerNorm(out, y)), trace
 
 
+    def read(
+        self,
+        x: Tokens,
+        dictionary: object,
+        pruning: Pruning,
+        layer: int,
+        *,
+        rows: Callable[[Tokens], Tensor],
+        others: Sequence[Tokens | Keys] = (),
+        query_groups: QueryGroups | None = None,
+    ) -> tuple[Tokens, LayerTrace]:
+        """As :meth:`madtp.vision.Block.read`: of the last layer, what becomes of one token of each sample."""
+        read, qkv = rows(x), self.attention.self.qkv
+        out = single_attention(x.values, qkv, x, read, self.num_heads, pruning.backend, self.causal)
+        y = self.attention.output(out, x.single(read))
+        if others:
+            y = self.crossattention(y, others, pruning.backend, query_groups)
+        out = mlp(y.values, self.intermediate.dense, self.output.dense, y.values, tokens=y)
+        return y.with_values(self.output.LayerNorm(out, y)), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
+
+
 class TextEncoder(nn.Module):
     """Text encoder of BLIP (`text_encoder.*`).
 
@@ -189,6 +211,7 @@ class TextEncoder(nn.Module):
         *,
         query_groups: QueryGroups | None = None,
         positions: Tensor | None = None,
+        pooled: bool = False,
     ) -> TextOutput:
         """Encode texts, alone or with what they look at.
 
@@ -198,13 +221,16 @@ class TextEncoder(nn.Module):
             dictionary, pruning, alignment_features: as in the vision transformer.
             query_groups: consecutive texts that share a sample of ``others``.
             positions: ``[T]`` int64; by default counted from the first token of each text.
+            pooled: only the first token of each text is read; the last layer computes no other, and the result has no other.
 
         Raises:
             ValueError: a text beyond the position embeddings, or no dictionary where one is needed.
         """
         tokens = input_ids if isinstance(input_ids, Tokens) else Tokens.start(input_ids)
         tokens = self.embeddings(tokens, tokens.ids if positions is None else positions)
-        layers = [partial(layer, others=others, query_groups=query_groups) for layer in self.encoder.layer]
+        *layers, last = self.encoder.layer
+        last = partial(last.read, rows=first_of) if pooled else last
+        layers = [partial(layer, others=others, query_groups=query_groups) for layer in (*layers, last)]
         query_models = [self.encoder.txt_query_model] * len(layers)
         return TextOutput(*run_blocks(layers, query_models, tokens, dictionary, pruning.on("text"), alignment_features))
 

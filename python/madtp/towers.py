@@ -22,8 +22,8 @@ from .layers import LayerNorm
 from .linear import Linear, ScaledLinear, mlp, project
 from .pruning import MADTP, LayerTrace, Pruning, Tokens
 from .pruning.official import fill_up, with_minimum
-from .rows import first_rows, rows_of
-from .vision import Block, run_blocks
+from .rows import first_of, first_rows, rows_of
+from .vision import Block, reading, run_blocks
 
 
 class Features(NamedTuple):
@@ -253,6 +253,7 @@ class ImageTower(nn.Module):
         pruning: Pruning,
         alignment_features: bool = False,
         states: list[Tokens] | None = None,
+        pooled: bool = False,
     ) -> Features:
         """Encode images.
 
@@ -260,6 +261,8 @@ class ImageTower(nn.Module):
             pixels: as :meth:`cut` takes them, or patches.
             dictionary, pruning, alignment_features: as :func:`madtp.vision.run_blocks`.
             states: a list to which the tokens before the first block and after each are added.
+            pooled: only the features are read. Where they are those of the class token, the last block computes no other
+                token, and the result has no other. Without effect where ``states`` are asked for.
 
         Raises:
             ValueError: pixels of a size that the tower does not take, or no dictionary where one is needed.
@@ -271,7 +274,7 @@ class ImageTower(nn.Module):
             raise ValueError("pruning: madtp scores tokens by the attention of a class token, which this tower has not")
         tokens = Tokens.start(tokens, prefix=self.config.prefix)
         rule = with_minimum(pruning.on("vision"), tokens.batch_size, tokens.device)
-        blocks = self.blocks
+        blocks = reading(self.blocks, first_of) if pooled and self.config.pool == "class" else self.blocks
         if states is not None:
             states.append(tokens)
             blocks = [partial(_recorded, block, states) for block in self.blocks]
@@ -313,6 +316,7 @@ class TextTower(nn.Module):
         pruning: Pruning,
         alignment_features: bool = False,
         compat: bool = False,
+        pooled: bool = False,
     ) -> Features:
         """Encode texts ``[T]`` int64; the last token of each answers for it.
 
@@ -320,6 +324,8 @@ class TextTower(nn.Module):
             input_ids: without padding, unless the tower was trained with it.
             dictionary, pruning, alignment_features: as :func:`madtp.vision.run_blocks`.
             compat: the official mode of pruned text (see :mod:`madtp.tasks.clip.model`).
+            pooled: only the features are read: the last block computes no other token, and the result has no other (but
+                in the official mode).
 
         Raises:
             ValueError: a text beyond the context, or no dictionary where one is needed.
@@ -338,9 +344,14 @@ class TextTower(nn.Module):
             tokens = Tokens.start(input_ids, protected_ids=eot)
             rule = with_minimum(rule, len(eot), eot.device)
         x = self.token_embeddings(tokens.values) + self.position_embeddings(tokens.ids.clamp(max=context - 1))
+
+        def last(tokens: Tokens) -> Tensor:
+            return (tokens.cu_seqlens[:-1] + eot).long() if compat else rows_of(tokens, eot)
+
+        pooled = pooled and not compat  # there, which token is read is known only when the last block has pruned
+        blocks = reading(self.blocks, last) if pooled else self.blocks
         tokens, *record = run_blocks(
-            self.blocks, self.query_models, tokens.with_values(x), dictionary, rule, alignment_features
+            blocks, self.query_models, tokens.with_values(x), dictionary, rule, alignment_features
         )
-        rows = tokens.cu_seqlens[:-1] + eot if compat else rows_of(tokens, eot)
-        x = self.norm(tokens.values[rows.long()])
+        x = self.norm(tokens.values if pooled else tokens.values[last(tokens)])
         return Features(x if self.proj is None else self.proj(x), tokens, *record)

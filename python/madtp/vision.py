@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from madtp_kernels import RaggedBatch, linear
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_features
-from .layers import LayerNorm, self_attention
+from .layers import LayerNorm, self_attention, single_attention
 from .linear import Linear, mlp
 from .pruning import LayerTrace, Pruning, Tokens
+from .rows import first_of
 
 
 class VisionOutput(NamedTuple):
@@ -65,6 +67,26 @@ class Block(nn.Module):
         return y.with_values(out), trace
 
 
+    def read(
+        self, x: Tokens, dictionary: object, pruning: Pruning, layer: int, *, rows: Callable[[Tokens], Tensor]
+    ) -> tuple[Tokens, LayerTrace]:
+        """:meth:`forward` of the last block where one token of each sample is read: the others get neither queries nor MLP.
+
+        Args:
+            x, pruning: as in :meth:`forward`; nothing is pruned, as no token that is left would be read.
+            rows: tokens -> ``[B]`` int64 rows that are read.
+
+        Returns:
+            One token of each sample, and a record that says that all tokens went through.
+        """
+        read = rows(x)
+        out = single_attention(self.norm1(x), self.attn.qkv, x, read, self.num_heads, pruning.backend, self.causal)
+        y = x.single(read)
+        y = y.with_values(self.attn.proj(out, residual=y.values, tokens=y))
+        out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
+        return y.with_values(out), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
+
+
 def run_blocks(
     blocks: Sequence[Block],
     query_models: Sequence[QueryModel],
@@ -95,6 +117,11 @@ def run_blocks(
         tokens, record = block(tokens, folded, pruning, layer)
         trace.append(record)
     return tokens, trace, features
+
+
+def reading(blocks: Sequence[Block], rows: Callable[[Tokens], Tensor]) -> list[Callable]:
+    """The blocks where of the last one only ``rows`` are read, see :meth:`Block.read`."""
+    return [*blocks[:-1], partial(blocks[-1].read, rows=rows)]
 
 
 def embed_patches(
@@ -165,7 +192,12 @@ class VisionTransformer(nn.Module):
         return embed_patches(pixels, self.patch_embed.proj, self.cls_token, self.pos_embed, self.config.image_size)
 
     def forward(
-        self, pixels: Tensor, dictionary: Tensor | None, pruning: Pruning, alignment_features: bool = False
+        self,
+        pixels: Tensor,
+        dictionary: Tensor | None,
+        pruning: Pruning,
+        alignment_features: bool = False,
+        pooled: bool = False,
     ) -> VisionOutput:
         """Encode images.
 
@@ -174,12 +206,14 @@ class VisionTransformer(nn.Module):
             dictionary: ``[M, sd_dim]`` cross-modal dictionary; may be None where the rule needs none.
             pruning: the rule.
             alignment_features: also sum up what each dictionary entry sees (training).
+            pooled: only CLS tokens are read: the last block computes no other, and the result has no other.
 
         Raises:
             ValueError: pixels of another size, or no dictionary where one is needed.
         """
         query_models = [self.img_query_model] * len(self.blocks)
+        blocks = reading(self.blocks, first_of) if pooled else self.blocks
         tokens, *record = run_blocks(
-            self.blocks, query_models, self.embed(pixels), dictionary, pruning.on("vision"), alignment_features
+            blocks, query_models, self.embed(pixels), dictionary, pruning.on("vision"), alignment_features
         )
         return VisionOutput(tokens.with_values(self.norm(tokens)), *record)

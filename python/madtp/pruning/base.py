@@ -99,6 +99,11 @@ class Tokens(RaggedBatch):
         merged = merge_tokens(self, into, sizes=self.sizes, carry=(self.ids,), backend=backend, **options)
         return self.survivors(merged.tokens, merged.carried[0], merged.sizes, proportional=proportional), merged
 
+    def single(self, rows: Tensor) -> Tokens:
+        """One token of each sample: those in ``rows [B]`` int64."""
+        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=self.device)
+        return Tokens.unchecked(self.values[rows], starts, 1, False, ids=self.ids[rows])
+
     @property
     def protected(self) -> Tensor:
         """``[C]`` bool: the tokens that no rule may drop: the first ones, and those that ``protected_ids`` names."""

@@ -55,7 +55,7 @@ class CLIPOutput:
 class CLIP(Model):
     """Images and texts in one space, ragged from the embeddings to the features."""
 
-    capturable = ("encode_image", "encode_text")
+    capturable = ("encode_image", "encode_text", "embed_image", "embed_text")
 
     def __init__(self, config: CLIPConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
@@ -74,6 +74,7 @@ class CLIP(Model):
         pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches,
         pruning: Pruning | float | None = None,
         alignment_features: bool = False,
+        pooled: bool = False,
     ) -> Features:
         """Features of images, normalised pixels ``[B, 3, S, S]``, or B images ``[3, H, W]`` where the tower takes pictures of
         several shapes; see :meth:`madtp.towers.ImageTower.cut` and :meth:`forward`.
@@ -85,7 +86,7 @@ class CLIP(Model):
             raise ValueError("encode_image: this model has a text tower only")
         pixels = self._patches(pixels)
         batch = pixels.vectors.batch_size if isinstance(pixels, Patches) else len(pixels)
-        return self.visual(pixels, self.space_dict, self._pruning(pruning, batch), alignment_features)
+        return self.visual(pixels, self.space_dict, self._pruning(pruning, batch), alignment_features, pooled)
 
     @renamed
     def encode_text(
@@ -93,13 +94,23 @@ class CLIP(Model):
         input_ids: RaggedBatch | Sequence[Tensor],
         pruning: Pruning | float | None = None,
         alignment_features: bool = False,
+        pooled: bool = False,
     ) -> Features:
         """Features of texts of int64 ids, each from its start token to its end-of-text token. See :meth:`forward`."""
         if self.config.text is None:
             raise ValueError("encode_text: this model has an image tower only")
         input_ids = self._ids(input_ids)
         rule, compat = self._pruning(pruning, input_ids.batch_size), self.config.text_mode == "compat"
-        return self.text(input_ids, self.space_dict, rule, alignment_features, compat)
+        return self.text(input_ids, self.space_dict, rule, alignment_features, compat, pooled)
+
+    def embed_image(self, pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches) -> Features:
+        """:meth:`encode_image` where only the features are wanted: the last block computes nothing that they are not read
+        from, and ``tokens`` may hold one token of each image."""
+        return self.encode_image(pixels, pooled=True)
+
+    def embed_text(self, input_ids: RaggedBatch | Sequence[Tensor]) -> Features:
+        """:meth:`encode_text` where only the features are wanted."""
+        return self.encode_text(input_ids, pooled=True)
 
     def _check_ids(self, input_ids: RaggedBatch, name: str) -> None:
         super()._check_ids(input_ids, name)

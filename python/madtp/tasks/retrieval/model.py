@@ -106,7 +106,7 @@ class RetrievalOutput:
 class Retrieval(Model):
     """Image and text encoder, both pruned; the text encoder also reads texts with an image in view."""
 
-    capturable = ("encode_image", "encode_text")
+    capturable = ("encode_image", "encode_text", "embed_image", "embed_text")
 
     def __init__(self, config: RetrievalConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
@@ -140,7 +140,11 @@ class Retrieval(Model):
 
     @renamed
     def encode_image(
-        self, pixels: Tensor, pruning: Pruning | float | None = None, alignment_features: bool = False
+        self,
+        pixels: Tensor,
+        pruning: Pruning | float | None = None,
+        alignment_features: bool = False,
+        pooled: bool = False,
     ) -> Encoded:
         """Features and tokens of images.
 
@@ -148,12 +152,13 @@ class Retrieval(Model):
             pixels: ``[B, 3, S, S]`` normalised images.
             pruning: for this call instead of the model's own; a number is MADTP at that temperature.
             alignment_features: also return them (training).
+            pooled: only the features are read: the last layer computes no other token, and ``tokens`` holds no other.
 
         Raises:
             ValueError: pixels of another size, or a temperature that makes no sense.
         """
         rule = self._pruning(pruning, len(pixels))
-        tokens, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, rule, alignment_features)
+        tokens, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, rule, alignment_features, pooled)
         return Encoded(F.normalize(self.vision_proj(first_rows(tokens)), dim=-1), tokens, *record)
 
     @renamed
@@ -162,6 +167,7 @@ class Retrieval(Model):
         input_ids: RaggedBatch | Sequence[Tensor],
         pruning: Pruning | float | None = None,
         alignment_features: bool = False,
+        pooled: bool = False,
     ) -> Encoded:
         """Features of texts on their own.
 
@@ -169,14 +175,23 @@ class Retrieval(Model):
             input_ids: C texts of int64 ids with [CLS] at position 0, as a ragged batch ``[T]`` or a list.
             pruning: for this call instead of the model's own; a number is MADTP at that temperature.
             alignment_features: also return them (training).
+            pooled: only the features are read: the last layer computes no other token, and ``tokens`` holds no other.
 
         Raises:
             ValueError: ids that do not fit the model, or a temperature that makes no sense.
         """
         input_ids = self._ids(input_ids)
         texts, rule = self._padded(input_ids, pruning)
-        tokens, *record = self.text_encoder(texts, (), self.space_dict, rule, alignment_features)
+        tokens, *record = self.text_encoder(texts, (), self.space_dict, rule, alignment_features, pooled=pooled)
         return Encoded(F.normalize(self.text_proj(first_rows(tokens)), dim=-1), tokens, *record)
+
+    def embed_image(self, pixels: Tensor) -> Encoded:
+        """:meth:`encode_image` where only the features are wanted, for which :meth:`match` has no tokens to look at."""
+        return self.encode_image(pixels, pooled=True)
+
+    def embed_text(self, input_ids: RaggedBatch | Sequence[Tensor]) -> Encoded:
+        """:meth:`encode_text` where only the features are wanted."""
+        return self.encode_text(input_ids, pooled=True)
 
     @renamed
     def match(
@@ -185,6 +200,7 @@ class Retrieval(Model):
         input_ids: RaggedBatch | Sequence[Tensor],
         pairs: Sequence[tuple[int, int]],
         pruning: Pruning | float | None = None,
+        pooled: bool = False,
     ) -> Matches:
         """Does a text belong to an image? Keys and values of an image are computed once for all of its pairs.
 
@@ -193,6 +209,7 @@ class Retrieval(Model):
             input_ids: texts as in :meth:`encode_text`.
             pairs: N pairs (image, text) of numbers, in any order.
             pruning: for this call instead of the model's own; a number is MADTP at that temperature.
+            pooled: the last layer computes only the token that the classifier reads; its record says that none was dropped.
 
         Raises:
             ValueError: no pairs, numbers beyond the images or texts, ids that do not fit the model.
@@ -214,7 +231,9 @@ class Retrieval(Model):
         values[texts.cu_seqlens[:-1].long()] = self.config.text.enc_token_id
         texts, rule = self._padded(texts.with_values(values), pruning)
         groups = QueryGroups.of(counts, self.device)
-        tokens, trace, _ = self.text_encoder(texts, (images,), self.space_dict, rule, query_groups=groups)
+        tokens, trace, _ = self.text_encoder(
+            texts, (images,), self.space_dict, rule, query_groups=groups, pooled=pooled
+        )
         logits = self.itm_head(first_rows(tokens))
         return Matches(torch.empty_like(logits).index_copy(0, order, logits), trace, order)
 
