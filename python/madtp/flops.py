@@ -145,7 +145,9 @@ def retrieval(
         cost["linear"] += config.text.hidden_size * config.proj_dim
     if match is not None:
         tokens, lengths = match
-        cost += _text_cost(config.text, config.vision, _checked("match", lengths, layers), [tokens], pruning, pooled=pooled)
+        cost += _text_cost(
+            config.text, config.vision, _checked("match", lengths, layers), [tokens], pruning, pooled=pooled
+        )
         cost["linear"] += 2 * config.text.hidden_size
     return _total(cost)
 
@@ -231,7 +233,9 @@ def _vit_cost(config, lengths: list[int], pruning: Pruning | bool, pooled: bool 
     return cost
 
 
-def _blocks_cost(config, lengths: list[int], width: int, heads: int, hidden: int, rule: Pruning, pooled: bool) -> Counter:
+def _blocks_cost(
+    config, lengths: list[int], width: int, heads: int, hidden: int, rule: Pruning, pooled: bool
+) -> Counter:
     """Pre-norm blocks; `config` has sd_num, sd_dim and map_func."""
     cost = Counter()
     alignment = config.sd_num * config.sd_dim + (width * config.sd_dim if config.map_func else 0)  # per token
@@ -262,7 +266,13 @@ def _read_one(tokens: int, width: int, heads: int, hidden: int, norms: int) -> C
 
 
 def _text_cost(
-    text, vision, lengths: list[int], others: list[int], pruning: Pruning | bool, merge_from: int | None = None, pooled: bool = False
+    text,
+    vision,
+    lengths: list[int],
+    others: list[int],
+    pruning: Pruning | bool,
+    merge_from: int | None = None,
+    pooled: bool = False,
 ) -> Counter:
     """Text encoder whose words look at `others` (token counts), twice where `merge_from` is given."""
     width, heads, rule = text.hidden_size, text.num_attention_heads, _rule(pruning, "text")

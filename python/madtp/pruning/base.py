@@ -332,8 +332,7 @@ class ScoredPruning(Pruning):
         **options: Tensor | None,
     ) -> tuple[Tokens, LayerTrace]:
         """The tokens after :func:`madtp_kernels.compact`, of which ``limit`` and ``options`` are arguments."""
-        batch = RaggedBatch.unchecked(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, tokens.bound)
-        compacted = compact(batch, importance, **limit, **self.compaction(tokens, layer, norm, **options))
+        compacted = compact(tokens, importance, **limit, **self.compaction(tokens, layer, norm, **options))
         return self.left(tokens, compacted, norm, importance, limit.get("threshold"))
 
     def compaction(

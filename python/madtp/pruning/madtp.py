@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from madtp_kernels import RaggedBatch, prune, score_tokens
+from madtp_kernels import prune, score_tokens
 
 from ..config import check_temperature
 from .base import ScoredPruning, register
@@ -45,8 +45,7 @@ class MADTP(ScoredPruning):
         # Both of :meth:`decide` and compaction in one call.
         entries, bias = dictionary
         compacted, importance, threshold = prune(
-            RaggedBatch.unchecked(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, tokens.bound),
-            block_input.values, entries, attention.attention_received, attention.cls_attention, self.temperature, bias=bias,
+            tokens, block_input.values, entries, attention.attention_received, attention.cls_attention, self.temperature, bias=bias,
             **self.compaction(tokens, layer, norm),
         )  # fmt: skip
         return self.left(tokens, compacted, norm, importance, threshold)

@@ -51,27 +51,36 @@ class PairsTask(Task):
     def embed_images(self, model: Model, pixels: Sequence[Tensor]) -> tuple[list[Embedding], Any]:
         """Embeddings of images that `model.processor.image` prepared, and the encoder's output."""
         one_shape = len({image.shape for image in pixels}) == 1
+        pooled = not self.matches and not model.guided
+        encode = model.embed_image if pooled else model.encode_image
         with torch.inference_mode():
-            output = graphs.run(model.encode_image, torch.stack(list(pixels))) if one_shape else model.encode_image(pixels)
-        return self._embeddings(model, output, "image"), output
+            output = graphs.run(encode, torch.stack(list(pixels))) if one_shape else encode(pixels)
+        return self._embeddings(model, output, "image", pooled), output
 
     def embed_texts(self, model: Model, ids: Sequence[Tensor]) -> tuple[list[Embedding], Any]:
         """Embeddings of texts that `model.processor.text` prepared, and the encoder's output."""
+        pooled = not model.guided  # the last layer's pruning is part of MADTP's official cost
         with torch.inference_mode():
-            output = graphs.run(model.encode_text, ids)
-        return self._embeddings(model, output, "text"), output
+            output = graphs.run(model.embed_text if pooled else model.encode_text, ids)
+        return self._embeddings(model, output, "text", pooled), output
 
-    def _embeddings(self, model: Model, output, kind: str) -> list[Embedding]:
+    def _embeddings(self, model: Model, output, kind: str, pooled: bool) -> list[Embedding]:
         features = F.normalize(output.features.float(), dim=-1).cpu()
         if not features.isfinite().all():
             raise not_finite("features", model)
         return [
-            Embedding(self.cost(**{kind: lengths}, pruning=model.pruning), vector, lengths)
+            Embedding(self.cost(**{kind: lengths}, pruning=model.pruning, pooled=pooled), vector, lengths)
             for vector, lengths in zip(features, flops.stream_lengths(output.trace), strict=True)
         ]
 
-    def cost(self, image: list[int] | None = None, text: list[int] | None = None, pruning: Pruning | bool = True) -> flops.Flops:
-        """Cost of an image's features, or a text's, or both."""
+    def cost(
+        self,
+        image: list[int] | None = None,
+        text: list[int] | None = None,
+        pruning: Pruning | bool = True,
+        pooled: bool = False,
+    ) -> flops.Flops:
+        """Cost of an image's features, or a text's, or both; ``pooled``: nothing else was computed of the last layer."""
         raise NotImplementedError
 
     # ---- evaluation

@@ -21,8 +21,8 @@ class CLIPTask(PairsTask):
     def text(self, caption):
         return self.processor.text(clean_sentence(caption, 30))
 
-    def cost(self, image=None, text=None, pruning=True):
-        return flops.clip(self.config, image=image, text=text, pruning=pruning)
+    def cost(self, image=None, text=None, pruning=True, pooled=False):
+        return flops.clip(self.config, image=image, text=text, pruning=pruning, pooled=pooled)
 
     def loss(self, model, batch, output, pruning, seed):
         scale = model.logit_scale.clamp(0, 4.6052).exp()

@@ -58,8 +58,8 @@ class RetrievalTask(PairsTask):
     recipe = Recipe(5, 32, 1e-7, 0.05)
     matches = True
 
-    def cost(self, image=None, text=None, pruning=True, match: tuple[int, list[int]] | None = None):
-        return flops.retrieval(self.config, image=image, text=text, match=match, pruning=pruning)
+    def cost(self, image=None, text=None, pruning=True, pooled=False, match: tuple[int, list[int]] | None = None):
+        return flops.retrieval(self.config, image=image, text=text, match=match, pruning=pruning, pooled=pooled)
 
     def match(self, model: Retrieval, images, ids: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[float]:
         """How well do the texts belong to the images of these pairs? See :func:`madtp.predict.match`."""
