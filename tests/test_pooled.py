@@ -24,8 +24,8 @@ def clip_inputs(generator, count=3):
 @by_rule
 @pytest.mark.parametrize("mode", ["clean", "compat"])
 def test_clip_features(rule, mode, generator):
-    """Whatever a rule has put behind the end-of-text token stays invisible to it. In the official mode the last layer's pruning
-    decides which token the feature is read from: it is computed whole."""
+    """Whatever a rule has put behind the end-of-text token stays invisible to it. In the official mode the last layer's
+    pruning decides which token the feature is read from: it is computed whole."""
     if mode == "compat" and rule is RULES["topk"]:
         rule = 3.0
     model = test_clip.make(mode=mode)
@@ -65,7 +65,6 @@ def test_a_sample_alone_and_in_a_batch(generator):
         for sample in range(3):
             alone = model.embed_image(pixels[sample : sample + 1]), model.embed_text(texts[sample : sample + 1])
             for ours, all_of_them in zip(alone, together, strict=True):
-                assert torch.equal(ours.tokens.values[0], all_of_them.tokens.values[sample])
                 torch.testing.assert_close(ours.features[0], all_of_them.features[sample], **CLOSE)
 
 
