@@ -86,7 +86,7 @@ class CLIP(Model):
             raise ValueError("encode_image: this model has a text tower only")
         pixels = self._patches(pixels)
         batch = pixels.vectors.batch_size if isinstance(pixels, Patches) else len(pixels)
-        return self.visual(pixels, self.space_dict, self._pruning(pruning, batch), alignment_features, pooled)
+        return self.visual(pixels, self.space_dict, self._pruning(pruning, batch), alignment_features, pooled=pooled)
 
     @renamed
     def encode_text(
@@ -101,7 +101,7 @@ class CLIP(Model):
             raise ValueError("encode_text: this model has an image tower only")
         input_ids = self._ids(input_ids)
         rule, compat = self._pruning(pruning, input_ids.batch_size), self.config.text_mode == "compat"
-        return self.text(input_ids, self.space_dict, rule, alignment_features, compat, pooled)
+        return self.text(input_ids, self.space_dict, rule, alignment_features, compat, pooled=pooled)
 
     def embed_image(self, pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches) -> Features:
         """:meth:`encode_image` where only the features are wanted: the last block computes nothing that they are not read
