@@ -37,8 +37,8 @@ class Flops:
     """Cost of one instance in GFLOPs (1e9 operations, one multiply-add = 1).
 
     `parts` splits `full` by kind: "linear" and "attention" (matrix products of the dense network), "norm"
-    (LayerNorm), "alignment", "importance", "threshold", "merge" (pruning; other rules have kinds of their own), "elementwise" (softmax, GELU,
-    sums). Kinds that cost nothing are absent.
+    (LayerNorm), "alignment", "importance", "threshold", "merge" (pruning; other rules have kinds of their own),
+    "elementwise" (softmax, GELU, sums). Kinds that cost nothing are absent.
     """
 
     official: float

@@ -113,7 +113,8 @@ class CudaRecorder:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
-        # A graph that is destroyed during a recording breaks it, and models with graphs are cyclic: nothing is collected.
+        # A graph that is destroyed during a recording breaks it, and models with graphs are cyclic: nothing is
+        # collected.
         gc.collect()
         collects = gc.isenabled()
         gc.disable()
@@ -602,8 +603,8 @@ class Captured:
         """Replay with inputs of the captured sizes; texts may be shorter.
 
         Raises:
-            ValueError: inputs of other sizes, or a model that has changed since (replaced weights, another pruning, other
-                settings, hooks, training mode) and has to be captured again. Weights may be written in place.
+            ValueError: inputs of other sizes, or a model that has changed since (replaced weights, another pruning,
+                other settings, hooks, training mode) and has to be captured again. Weights may be written in place.
         """
         model, recording = self._model, self._recording
         inputs = _prepared(model, inputs)

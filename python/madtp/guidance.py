@@ -1,7 +1,8 @@
 """MAG, the alignment guidance: how tokens are compared with the cross-modal dictionary.
 
 Two things are derived from the same comparison: the alignment that scores tokens (done inside
-`madtp_kernels.score_tokens`), and the features that training aligns between the modalities. Paper: arXiv 2403.02991, 3.2.
+`madtp_kernels.score_tokens`), and the features that training aligns between the modalities. Paper: arXiv 2403.02991,
+3.2.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class QueryModel(nn.Module):
     def fold(self, dictionary: Tensor) -> tuple[Tensor, Tensor | None]:
         """The dictionary ``[M, sd_dim]`` seen from the tokens: ``([M, width], bias [M] or None)``.
 
-        <x W^T + b, s> = <x, s W> + <s, b>: comparing with ``s W`` spares the map of every token. For a short text it costs as
-        much as a block, so blocks that share a map should share the result.
+        <x W^T + b, s> = <x, s W> + <s, b>: comparing with ``s W`` spares the map of every token. For a short text it
+        costs as much as a block, so blocks that share a map should share the result.
         """
         if self.q_map is None:
             return dictionary, None
@@ -60,6 +61,7 @@ def alignment_features(tokens: RaggedBatch, dictionary: Tensor, query_model: Que
 
 
 def alignment_loss(vision: Tensor, text: Tensor) -> Tensor:
-    """1 - cosine between the alignment features of the two modalities ``[B, M, sd_dim]``, averaged over samples and entries."""
+    """1 - cosine between the alignment features of the two modalities ``[B, M, sd_dim]``, averaged over samples and
+    entries."""
     vision, text = (F.normalize(features.float(), dim=-1, eps=1e-10) for features in (vision, text))
     return (1 - F.cosine_similarity(vision, text, dim=-1)).mean()

@@ -1,4 +1,5 @@
-"""LayerNorm and attention of packed tokens ``[T, D]``: over themselves, over what a decoder remembers, over another modality."""
+"""LayerNorm and attention of packed tokens ``[T, D]``: over themselves, over what a decoder remembers, over another
+modality."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def self_attention(qkv: Tensor, tokens: Tokens, heads: int, pruning: Pruning, *,
 def single_attention(
     values: Tensor, qkv: Linear, tokens: Tokens, rows: Tensor, heads: int, backend: str | None, causal: bool = False
 ) -> Tensor:
-    """What :func:`self_attention` gives to the tokens in ``rows [B]``, one of each sample, without the queries of the others.
+    """What :func:`self_attention` gives to the tokens in ``rows [B]``, one of each sample, without the queries of the
+    others.
 
     Args:
         values: ``[T, D]`` of all tokens, as they enter the projection ``qkv``.
@@ -115,7 +117,8 @@ def cached_attention(
         samples, heads: N, H.
         cache: of `transformers`, one entry ``[N, H, tokens, d]`` per layer; the new keys and values are added to it.
         layer: number of the layer.
-        visible: ``[N, tokens]`` bool, False for earlier or new tokens that are padding. A token that would see none sees itself.
+        visible: ``[N, tokens]`` bool, False for earlier or new tokens that are padding. A token that would see none
+            sees itself.
     """
     q, k, v = qkv.view(samples, -1, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)  # [N, H, L, d] each
     k, v = cache.update(k, v, layer)
@@ -155,7 +158,8 @@ class QueryGroups(NamedTuple):
 
 
 class CrossAttention(nn.Module):
-    """Ragged queries over ragged keys of another modality; returns the heads concatenated, before any output projection."""
+    """Ragged queries over ragged keys of another modality; returns the heads concatenated, before any output
+    projection."""
 
     def __init__(self, width: int, key_width: int, num_heads: int) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""What the models of all tasks share: the dictionary, the image encoder, how they are pruned, and checks of their inputs."""
+"""What the models of all tasks share: the dictionary, the image encoder, how they are pruned, and checks of their
+inputs."""
 
 from __future__ import annotations
 
@@ -42,9 +43,10 @@ class Model(nn.Module):
     Args:
         config: sizes.
         pruning: the rule by which tokens are dropped; a number is MADTP at that temperature, 0 runs dense.
-        grouping: "instance" prunes every sample by its own count; "batch" keeps equally many tokens of all samples of a batch,
-            the official code's batch-maximum execution. A task may have more.
-        proportional_attention: where ``pruning`` is a number: merged tokens weigh what they stand for (not in the paper).
+        grouping: "instance" prunes every sample by its own count; "batch" keeps equally many tokens of all samples of a
+            batch, the official code's batch-maximum execution. A task may have more.
+        proportional_attention: where ``pruning`` is a number: merged tokens weigh what they stand for (not in the
+            paper).
         backend: force an implementation of the kernels.
 
     Raises:
@@ -53,7 +55,8 @@ class Model(nn.Module):
 
     groupings: ClassVar[tuple[str, ...]] = ("instance", "batch")
     capturable: ClassVar[tuple[str, ...]] = ("forward",)
-    """Methods that :meth:`capture` takes: each sample's results are its own, so a CUDA graph serves smaller batches too."""
+    """Methods that :meth:`capture` takes: each sample's results are its own, so a CUDA graph serves smaller batches
+    too."""
 
     @renamed
     def __init__(
@@ -144,8 +147,8 @@ class Model(nn.Module):
             copied: the next replay of any graph of this model overwrites them.
 
         Raises:
-            ValueError: a model that is not on a CUDA device, is training, or has hooks; enabled gradients; inputs that do
-                not fit each other.
+            ValueError: a model that is not on a CUDA device, is training, or has hooks; enabled gradients; inputs that
+                do not fit each other.
             RuntimeError: CUDA refuses the recording.
         """
         if method not in self.capturable:

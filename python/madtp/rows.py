@@ -32,7 +32,8 @@ def rows_of(tokens: Tokens, ids: Tensor) -> Tensor:
 
 
 def gather_samples(batch: RaggedBatch, samples: Tensor) -> RaggedBatch:
-    """The samples of a ragged batch with these numbers ``[S]``, in that order. Waits for a device: the result is exact."""
+    """The samples of a ragged batch with these numbers ``[S]``, in that order. Waits for a device: the result is
+    exact."""
     lengths = batch.lengths[samples]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     start = (batch.cu_seqlens[:-1][samples] - cu_seqlens[:-1]).repeat_interleave(lengths)

@@ -1,7 +1,7 @@
 """BERT layers on ragged tokens: encoders with MAG and DTP that may look at images, and a decoder that writes text.
 
-One layer serves all: without cross-attention, with one other modality, or with the two images of BLIP-NLVR; bidirectional or
-causal. Parameter names are BLIP's, with fused query/key/value projections.
+One layer serves all: without cross-attention, with one other modality, or with the two images of BLIP-NLVR;
+bidirectional or causal. Parameter names are BLIP's, with fused query/key/value projections.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Layer(nn.Module):
         cache=None,
         visible: Tensor | None = None,
     ) -> tuple[Tokens, LayerTrace]:
-        """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of it, for
-        which ``visible`` is as in :func:`madtp.layers.cached_attention`."""
+        """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of
+        it, for which ``visible`` is as in :func:`madtp.layers.cached_attention`."""
         qkv = self.attention.self.qkv(x.values, tokens=x)
         if cache is None:
             attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
@@ -158,7 +158,6 @@ class Layer(nn.Module):
             y = self.crossattention(y, others, pruning.backend, query_groups)
         out = mlp(y.values, self.intermediate.dense, self.output.dense, y.values, tokens=y)
         return y.with_values(self.output.LayerNorm(out, y)), trace
-
 
     def read(
         self,
@@ -187,7 +186,8 @@ class TextEncoder(nn.Module):
     Args:
         config: sizes.
         sd_dim: width of a dictionary entry.
-        merge_from: None for one other modality. Else there are two, and from this layer on they are merged by a linear layer.
+        merge_from: None for one other modality. Else there are two, and from this layer on they are merged by a linear
+            layer.
     """
 
     def __init__(self, config: TextConfig, sd_dim: int, merge_from: int | None = None) -> None:
@@ -221,7 +221,8 @@ class TextEncoder(nn.Module):
             dictionary, pruning, alignment_features: as in the vision transformer.
             query_groups: consecutive texts that share a sample of ``others``.
             positions: ``[T]`` int64; by default counted from the first token of each text.
-            pooled: only the first token of each text is read; the last layer computes no other, and the result has no other.
+            pooled: only the first token of each text is read; the last layer computes no other, and the result has no
+                other.
 
         Raises:
             ValueError: a text beyond the position embeddings, or no dictionary where one is needed.
@@ -268,7 +269,8 @@ class TextDecoder(nn.Module):
         self.cls.predictions = LMHead(config)
 
     def keys(self, memory: Tokens) -> list[Keys]:
-        """What every layer looks at, from encoder states ``[S, encoder_width]``: computed once for all steps and beams."""
+        """What every layer looks at, from encoder states ``[S, encoder_width]``: computed once for all steps and
+        beams."""
         return [layer.crossattention.self.keys(memory) for layer in self.bert.encoder.layer]
 
     def forward(

@@ -1,4 +1,5 @@
-"""Pre-norm transformer blocks on ragged tokens, with MAG and DTP in each, and BLIP's vision transformer made of them."""
+"""Pre-norm transformer blocks on ragged tokens, with MAG and DTP in each, and BLIP's vision transformer made of
+them."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tokens, dictionary: tuple[Tensor, Tensor | None] | None, pruning: Pruning, layer: int
     ) -> tuple[Tokens, LayerTrace]:
-        """Tokens ``[T, D]`` through the block; ``dictionary`` as the rule sees it (:meth:`madtp.guidance.QueryModel.fold`)."""
+        """Tokens ``[T, D]`` through the block; ``dictionary`` as the rule sees it
+        (:meth:`madtp.guidance.QueryModel.fold`)."""
         qkv = self.attn.qkv(self.norm1(x), tokens=x)
         attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
         y = x.with_values(self.attn.proj(attention.out, residual=x.values, tokens=x))
@@ -66,11 +68,11 @@ class Block(nn.Module):
         out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
         return y.with_values(out), trace
 
-
     def read(
         self, x: Tokens, dictionary: object, pruning: Pruning, layer: int, *, rows: Callable[[Tokens], Tensor]
     ) -> tuple[Tokens, LayerTrace]:
-        """:meth:`forward` of the last block where one token of each sample is read: the others get neither queries nor MLP.
+        """:meth:`forward` of the last block where one token of each sample is read: the others get neither queries nor
+        MLP.
 
         Args:
             x, pruning: as in :meth:`forward`; nothing is pruned, as no token that is left would be read.
@@ -98,8 +100,8 @@ def run_blocks(
     """Tokens through all blocks, each with its query model.
 
     Returns:
-        The final tokens, one record per block, and the alignment features ``[B, M, sd_dim]`` summed over the blocks (None
-        unless ``with_features``).
+        The final tokens, one record per block, and the alignment features ``[B, M, sd_dim]`` summed over the blocks
+        (None unless ``with_features``).
 
     Raises:
         ValueError: no dictionary where the rule or the features need one.
@@ -157,7 +159,8 @@ def embed_patches(
 def _embedded_in_few_passes(
     images: Tensor, starts: Tensor, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor
 ) -> Tensor:
-    """``[B, P + 1, D]`` tokens with positions: one copy cuts the pictures into patches, one sum puts the rows in their places.
+    """``[B, P + 1, D]`` tokens with positions: one copy cuts the pictures into patches, one sum puts the rows in their
+    places.
 
     ``starts [B+1]`` int32 are the offsets of the pictures in use. A row's bits do not depend on the number of rows.
     """

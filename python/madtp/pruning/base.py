@@ -29,8 +29,8 @@ class Tokens(RaggedBatch):
     Attributes:
         ids: ``[C]`` int32: position of the original token in its sample; ``-(1 + layer)`` for one made in that layer.
         sizes: ``[C]`` float32: how many original tokens each stands for; None: one each.
-        key_bias: ``[C]`` added to the logits of each key, in attention over these tokens and in cross-attention to them; None:
-            nothing. Proportional attention puts the log of the sizes here.
+        key_bias: ``[C]`` added to the logits of each key, in attention over these tokens and in cross-attention to
+            them; None: nothing. Proportional attention puts the log of the sizes here.
         prefix: how many first tokens of a sample (CLS, registers) no rule may drop.
         protected_ids: ``[B]`` int32: id of one more token of each sample that no rule may drop.
         normed: the LayerNorm that was already applied to these rows, and what came out ``[C, D]``.
@@ -92,7 +92,8 @@ class Tokens(RaggedBatch):
     def merged(
         self, into: Tensor, *, proportional: bool = False, backend: str | None = None, **options: Any
     ) -> tuple[Tokens, Merged]:
-        """These tokens with each merged into row ``into [C]`` or dropped (-1), weighted by their sizes, ids carried along.
+        """These tokens with each merged into row ``into [C]`` or dropped (-1), weighted by their sizes, ids carried
+        along.
 
         ``options`` are those of :func:`madtp_kernels.merge_tokens` but ``append``.
         """
@@ -138,8 +139,8 @@ class LayerTrace:
     threshold: Tensor | None = None
     """``[B]`` float32; None where the rule has none, or keeps a number of tokens."""
     rows: Tensor | None = None
-    """``[T]`` int32: which row that left stands for each token that entered, -1: none; None where the rule does not say.
-    :func:`madtp_kernels.unmerge` takes it."""
+    """``[T]`` int32: which row that left stands for each token that entered, -1: none; None where the rule does not
+    say. :func:`madtp_kernels.unmerge` takes it."""
     appends: bool = False
     """Whether the last row of a pruned sample is a token that this layer made of those that it dropped."""
 
@@ -176,8 +177,8 @@ def register(rule: type[Pruning]) -> type[Pruning]:
 class Pruning:
     """How tokens are pruned: this one drops nothing, a subclass overrides :meth:`__call__`.
 
-    A rule is a frozen dataclass of hashable settings (numbers, strings, tuples), which are saved with a model and tell apart
-    its CUDA graphs. It holds nothing that changes during a forward, and nothing in it waits for a device.
+    A rule is a frozen dataclass of hashable settings (numbers, strings, tuples), which are saved with a model and tell
+    apart its CUDA graphs. It holds nothing that changes during a forward, and nothing in it waits for a device.
 
     Args:
         proportional_attention: a merged token weighs as many as it stands for, in attention and in cross-attention.
@@ -187,7 +188,8 @@ class Pruning:
 
     name: ClassVar[str] = "dense"
     importance: ClassVar[str | None] = None
-    """"max": ``attention.attention_received`` and ``.cls_attention`` are computed along with the attention; None: they are not."""
+    """"max": ``attention.attention_received`` and ``.cls_attention`` are computed along with the attention; None: they
+    are not."""
     needs_dictionary: ClassVar[bool] = False
     """Whether the rule compares tokens with the model's cross-modal dictionary."""
     bounds: ClassVar[tuple[float, float]] = (1e-6, 1e6)
@@ -237,7 +239,8 @@ class Pruning:
             tokens: ``[C, D]`` after the attention sub-layer, residual added.
             block_input: ``[C, D]`` as they entered the block.
             attention: of the block: keys, importance, and what more a rule may compute from them.
-            dictionary: what tokens are compared with, ``([M, D], bias [M] or None)``; None unless :attr:`needs_dictionary`.
+            dictionary: what tokens are compared with, ``([M, D], bias [M] or None)``; None unless
+                :attr:`needs_dictionary`.
             layer: number of the layer, from 0.
             norm: LayerNorm that follows; a rule whose kernel can applies it in the same pass (``Tokens.normed``).
 
@@ -295,7 +298,8 @@ class Pruning:
 
 
 class ScoredPruning(Pruning):
-    """A rule that scores tokens, keeps the best, and makes one token of the others, which goes last. Override :meth:`decide`."""
+    """A rule that scores tokens, keeps the best, and makes one token of the others, which goes last. Override
+    :meth:`decide`."""
 
     def decide(
         self, block_input: Tokens, attention: Attention, dictionary: tuple[Tensor, Tensor | None] | None, layer: int
@@ -346,7 +350,8 @@ class ScoredPruning(Pruning):
             options["protected"] = tokens.protected
         weights = None if norm is None else (norm.weight, norm.bias, norm.eps)
         return {
-            "ids": tokens.ids, "sizes": sizes, "merged_id": -(1 + layer), "norm": weights, "backend": self.backend, **options
+            "ids": tokens.ids, "sizes": sizes, "merged_id": -(1 + layer), "norm": weights,
+            "backend": self.backend, **options,
         }  # fmt: skip
 
     def left(

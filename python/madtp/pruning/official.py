@@ -1,7 +1,8 @@
-"""What exists only because MADTP's own code does so, and its checkpoints were trained with it. Nothing else knows of this.
+"""What exists only because MADTP's own code does so, and its checkpoints were trained with it. Nothing else knows of
+this.
 
-Batches and pairs whose samples keep equally many tokens, texts with padding that is scored and merged, a minimum below which CLIP
-does not prune, and the order in which a top-k on a GPU leaves tokens.
+Batches and pairs whose samples keep equally many tokens, texts with padding that is scored and merged, a minimum below
+which CLIP does not prune, and the order in which a top-k on a GPU leaves tokens.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def official(rule: Pruning, reason: str, **settings: Tensor | bool | None) -> Pr
 def with_minimum(
     rule: Pruning, batch: int, device: torch.device, least: Tensor | None = None, **settings: bool
 ) -> Pruning:
-    """MADTP as CLIP's code runs it: a sample is pruned only if more tokens survive than ``least [B]`` int32 says, by default 1.
+    """MADTP as CLIP's code runs it: a sample is pruned only if more tokens survive than ``least [B]`` int32 says, by
+    default 1.
 
-    With a ``least``, other rules are refused; without, they stay as they are, and a batch whose samples are tied has one.
+    With a ``least``, other rules are refused; without, they stay as they are, and a batch whose samples are tied has
+    one.
     """
     if least is None:
         if not isinstance(rule, (ScoredPruning, Official)):
@@ -128,7 +131,8 @@ class PaddedTokens(Tokens):
 
 
 def fill_up(texts: RaggedBatch, length: int, padding_id: int) -> tuple[RaggedBatch, Tensor]:
-    """Texts ``[T]`` filled up with ``padding_id`` to ``length`` tokens each, and which of them are padding ``[B * length]``."""
+    """Texts ``[T]`` filled up with ``padding_id`` to ``length`` tokens each, and which of them are padding ``[B *
+    length]``."""
     values, mask = RaggedBatch.unchecked(texts.values, texts.cu_seqlens, length, texts.bound).to_padded(padding_id)
     offsets = torch.arange(len(values) + 1, dtype=torch.int32, device=values.device) * length
     return RaggedBatch(values.flatten(), offsets, length), ~mask.flatten()
@@ -141,10 +145,12 @@ def padded(texts: RaggedBatch, length: int, padding_id: int, dtype: torch.dtype)
 
 
 def weakest_last(source: Tensor, importance: Tensor, cu_seqlens_in: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The order in which `torch.topk(sorted=False)` leaves the kept tokens on a GPU, on which official CLIP text depends.
+    """The order in which `torch.topk(sorted=False)` leaves the kept tokens on a GPU, on which official CLIP text
+    depends.
 
-    It collects everything above the K-th largest score by ascending index, and only then the K-th itself (and its equals).
-    So of each pruned sample the kept token with the lowest score goes behind the other kept ones; the merged token stays last.
+    It collects everything above the K-th largest score by ascending index, and only then the K-th itself (and its
+    equals). So of each pruned sample the kept token with the lowest score goes behind the other kept ones; the merged
+    token stays last.
 
     Args:
         source: ``[T']`` int32 row that each row of the result came from; negative for merged tokens.
@@ -167,8 +173,8 @@ def weakest_last(source: Tensor, importance: Tensor, cu_seqlens_in: Tensor, cu_s
 
 
 def mask_after_pruning(before: PaddedTokens, after: Tokens, importance: Tensor, layer: int) -> Tensor:
-    """Which tokens are padding after a layer pruned: kept ones stay what they are, and the merged token is hidden if the
-    most important of the tokens that went into it was, which is what the official text encoder makes of its mask.
+    """Which tokens are padding after a layer pruned: kept ones stay what they are, and the merged token is hidden if
+    the most important of the tokens that went into it was, which is what the official text encoder makes of its mask.
 
     Returns:
         ``[T']`` bool. Nothing waits for a device.
