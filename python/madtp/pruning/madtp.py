@@ -46,8 +46,8 @@ class MADTP(ScoredPruning):
         # Both of :meth:`decide` and compaction in one call.
         entries, bias = dictionary
         compacted, importance, threshold = prune(
-            tokens, block_input.values, entries, attention.attention_received, attention.cls_attention, self.temperature,
-            bias=bias, **self.compaction(tokens, layer, norm),
+            tokens, block_input.values, entries, attention.attention_received, attention.cls_attention,
+            self.temperature, bias=bias, **self.compaction(tokens, layer, norm),
         )  # fmt: skip
         return self.left(tokens, compacted, norm, importance, threshold)
 
