@@ -109,7 +109,7 @@ class RedTask(Task):
     def forward(self, model, batch, pruning, *args, **kwargs):
         return model(batch["pixels"], None, pruning)
 
-    def loss(self, model, batch, output, temperature, seed):
+    def loss(self, model, batch, output, pruning, seed):
         return {"answer": nn.functional.binary_cross_entropy(model.redness(output), batch["red"].float())}
 
     def records(self, model, batch, output):
@@ -158,7 +158,7 @@ def test_training(model, images):
     examples = [CaptionExample(path, number, ("red",)) for number, path in enumerate(images)]
     batch = task.collate([task.instance(example, np.random.default_rng(0)) for example in examples])
     objective = Objective(model, task, Settings(reduction=0.3, epochs=1, batch_size=5, lr=1e-3, weight_decay=0.0))
-    loss, terms, (measured, dense) = objective(batch, 0.5, (0, 0))
+    loss, terms, (measured, dense), _ = objective(batch, 0.5, (0, 0))
     assert list(terms) == ["answer"] and measured < dense
     loss.backward()
     assert model.head.weight.grad.abs().max() > 0
