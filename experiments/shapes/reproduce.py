@@ -44,8 +44,17 @@ class Run(NamedTuple):
 
 
 METHODS: dict[str, tuple[str, ...]] = {
-    "ranked-novelty": ("--method", "ranked_novelty", "--ramp", "0"),
-    "ranked-novelty-importance": ("--method", "ranked_novelty", "--rule", "order=importance", "--ramp", "0"),
+    "ranked-novelty": ("--method", "ranked_novelty", "--rule", "second_look=0", "--ramp", "0"),
+    "ranked-novelty-importance": (
+        "--method",
+        "ranked_novelty",
+        "--rule",
+        "second_look=0",
+        "--rule",
+        "order=importance",
+        "--ramp",
+        "0",
+    ),
     "madtp-sizes": ("--method", "madtp", "--use-sizes"),
     "madtp": ("--method", "madtp"),
     "madtp-nearest": ("--method", "madtp_nearest"),
@@ -112,7 +121,7 @@ MINUTES = {
 COMMON = (
     "--texts", "8", "--batch-size", "16", "--warmup", "50", "--weight-decay", "0.03", "--beta2", "0.98", "--clip", "1",
     "--precision", "bfloat16", "--no-augment", "--workers", "0", "--save-as", "float16",
-    "--evaluate-every", "200", "--save-every", "60",
+    "--save-every", "60",
 )  # fmt: skip
 """Of every run."""
 
@@ -148,11 +157,12 @@ def training(
     model: object, output: Path, steps: int, rate: float, scale: int = 1, **options: object
 ) -> tuple[str, ...]:
     """A command that trains a saved model on shapes."""
-    drawn = "" if scale == 1 else f",scale={scale}"
+    drawn, pairs = ("", 256) if scale == 1 else (f",scale={scale}", 64)
     size = () if scale == 1 else ("--image-size", str(96 * scale))
     return (
         "-m", "madtp", "compress", "--model", str(model), "--annotations", f"shapes:train{drawn}", "--dev",
-        f"shapes:dev{drawn}", "--output", str(output), "--steps", str(steps), "--lr", str(rate), *COMMON, *size,
+        f"shapes:dev,pairs={pairs}{drawn}", "--output", str(output), "--steps", str(steps), "--lr", str(rate),
+        "--evaluate-every", str(steps // 5), *COMMON, *size,
         *(part for option, value in options.items() for part in (f"--{option}", str(value))),
     )  # fmt: skip
 
