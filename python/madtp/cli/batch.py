@@ -90,14 +90,6 @@ def input_rows(path: str) -> tuple[str | list[bytes], Path]:
     return path, Path(path).parent
 
 
-def image_of(row: dict, folder: Path) -> Path:
-    """The path of a row's image."""
-    image = row.get("image")
-    if not isinstance(image, str):
-        raise ValueError(f"'image' must be a path, got {image!r}")
-    return folder / image
-
-
 def truncation(model, text: str) -> dict:
     """What a record says of a text that the model does not read to its end."""
     return {"truncated": True} if model.processor.cuts(text) else {}

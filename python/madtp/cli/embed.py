@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..options import UsageError, option
 from ..tasks import ImageInputs
+from ..tasks.base import image_of
 from .batch import (
     UNFINISHED,
     Item,
     Overlays,
     check_output,
     cost_of,
-    image_of,
     image_rows,
     run_rows,
     settings_of,

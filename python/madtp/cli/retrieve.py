@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..tasks import task_of
+from ..tasks.base import image_of
 from .batch import (
     UNFINISHED,
     Item,
@@ -20,7 +21,6 @@ from .batch import (
     add_images,
     add_output,
     check_output,
-    image_of,
     image_rows,
     report,
     run_rows,

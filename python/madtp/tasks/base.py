@@ -187,16 +187,8 @@ class Task:
         Raises:
             ValueError: the row is malformed; ImageError, TextError: its image or text cannot be used.
         """
-        image = self.image_path(row, folder)
+        image = image_of(row, folder)
         return Prepared((image,), self.processor(image))
-
-    @staticmethod
-    def image_path(row: dict, folder: Path) -> Path:
-        """The path of a row's image."""
-        image = row.get("image")
-        if not isinstance(image, str):
-            raise ValueError(f"'image' must be a path, got {image!r}")
-        return folder / image
 
     def answer(self, model: Model, instances: Sequence, **options) -> tuple[list[Answer], Any]:
         """Answer a batch of instances; also returns the model's output.
@@ -352,6 +344,14 @@ class Task:
         if random is not None:
             image = augment(image, self.processor.image_size, random)
         return self.processor.image(image)
+
+
+def image_of(row: dict, folder: Path) -> Path:
+    """The path of a row's image."""
+    image = row.get("image")
+    if not isinstance(image, str):
+        raise ValueError(f"'image' must be a path, got {image!r}")
+    return folder / image
 
 
 def not_finite(what: str, model: Model) -> FloatingPointError:

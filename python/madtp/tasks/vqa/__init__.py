@@ -20,7 +20,7 @@ from ...layers import QueryGroups
 from ...options import UsageError, given, option, positive
 from ...processing import Processor, clean_question
 from ..annotations import VQAExample, first_object, read_blip_vqa, read_vqa_v2
-from ..base import Answer, ImageInputs, Options, Prepared, Recipe, Task, check_finite
+from ..base import Answer, ImageInputs, Options, Prepared, Recipe, Task, check_finite, image_of
 from ..losses import answer_loss
 from ..metrics import vqa_accuracy, vqa_score
 from .model import VQA, VQAConfig
@@ -148,7 +148,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
     score_name = "VQA score"
 
     def prepare(self, row, folder=Path()):
-        image, question = self.image_path(row, folder), row.get("question")
+        image, question = image_of(row, folder), row.get("question")
         if "question" not in row:
             raise ValueError("'question' is missing, and there is no --question")
         if not isinstance(question, str):
