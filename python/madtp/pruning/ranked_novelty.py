@@ -1,0 +1,141 @@
+"""Ranked novelty: a token goes if one that matters more is like it, and is merged into the most similar survivor. No
+training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from madtp_kernels import nearest_kept, novelty, score_tokens
+from madtp_kernels.segments import sample_of, sums
+
+from .base import register
+from .merging import MergingPruning, own_rows
+
+ORDERS = ("attention", "cls", "norm", "importance", "index")
+KEYS = ("concatenated", "per_head", "averaged")
+
+
+@register
+@dataclass(frozen=True)
+class RankedNovelty(MergingPruning):
+    """Drops tokens that are like one that matters more; each is merged into the survivor with the most similar key.
+
+    With k the layer's keys, a the order and s the sizes of a sample's tokens (without protected ones):
+
+        n_j = 1 - max { cos(k_i, k_j) : a_i > a_j, or a_i = a_j and i before j }     (2 for the first of all)
+        c_j = (a_j / mean a) ^ attention_exponent * n_j ^ novelty_exponent * s_j ^ size_exponent
+
+    and tokens with ``c_j`` up to the layer's threshold go, at most two thirds. Novelty against *all* tokens would let
+    both of two like tokens go; in an order one of every group of likes stays. The form is that of density-peaks
+    clustering (Rodriguez and Laio, Science 2014), with attention received for the density; thresholds per layer are
+    ATM's, too (arXiv 2505.15160).
+
+    Args:
+        order: what matters: "attention" received, the maximum over heads summed over queries; "cls": that of the first
+            token; "norm" of the token, which needs no attention weights; MADTP's "importance", which needs a
+            dictionary; "index": earlier tokens matter more.
+        weight: what stands in the score for ``a``, if not the order.
+        keys: what a cosine is taken of: heads "concatenated", in which those with longer keys count more; "per_head",
+            the mean of the cosines of all heads; heads "averaged": a fraction of the work, slightly worse.
+        attention_exponent, novelty_exponent, size_exponent: of the score.
+        second_look: with thresholds, a token whose score is above this multiple of the threshold once its novelty is
+            taken against the survivors alone stays after all; 0: no such look.
+    """
+
+    name: ClassVar[str] = "ranked_novelty"
+
+    order: str = "attention"
+    weight: str | None = None
+    keys: str = "concatenated"
+    attention_exponent: float = 0.25
+    novelty_exponent: float = 1.0
+    size_exponent: float = 0.3
+    second_look: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, choices in (
+            ("order", self.order, ORDERS), ("weight", self.weight, (None, *ORDERS)), ("keys", self.keys, KEYS),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+    def _uses(self, *orders: str) -> bool:
+        return self.order in orders or self.weight in orders
+
+    @property
+    def importance(self) -> str | None:
+        return "max" if self._uses("attention", "cls", "importance") else None
+
+    @property
+    def needs_dictionary(self) -> bool:
+        return self._uses("importance")
+
+    def _importance(self, order, tokens, block_input, attention, dictionary):
+        """``[C]``: what each token is worth by ``order``."""
+        if order == "attention":
+            if tokens.prefix == 1:
+                return attention.attention_received
+            return attention.received("max", slice(tokens.prefix, None))
+        if order == "cls":
+            return attention.cls_attention
+        if order == "norm":
+            return torch.linalg.vector_norm(tokens.values, dim=1, dtype=_wide(tokens))
+        if order == "importance":
+            entries, bias = dictionary
+            return score_tokens(
+                block_input.values, entries, attention.attention_received, attention.cls_attention, tokens.cu_seqlens,
+                tokens.max_seqlen, 1.0, bias=bias, backend=self.backend,
+            )[0]  # fmt: skip
+        return 1 / (1 + tokens.ids.clamp(min=0).to(_wide(tokens)))
+
+    def score(self, tokens, block_input, attention, dictionary, layer):
+        protected, cu_seqlens = tokens.protected, tokens.cu_seqlens
+        wide, sample = _wide(tokens), sample_of(cu_seqlens, len(protected))
+        keys = attention.keys
+        if self.keys == "averaged":
+            keys = keys.mean(1)
+        elif self.keys == "per_head":  # heads of unit length: the cosine of all is the mean of the heads'
+            keys = F.normalize(keys, dim=2)
+        order = self._importance(self.order, tokens, block_input, attention, dictionary).to(wide).detach()
+        # A protected token ranks below all, so that nothing is compared with it.
+        new = novelty(
+            keys, cu_seqlens, tokens.max_seqlen, rank=order.masked_fill(protected, -1.0), backend=self.backend
+        )
+        weight = order
+        if self.weight not in (None, self.order):
+            weight = self._importance(self.weight, tokens, block_input, attention, dictionary).to(wide)
+        # In float64 the place of a token in its buffer (vectorised or not) does not show in the result.
+        weight = weight.double().masked_fill(protected, 0.0)
+        mean = sums(weight, cu_seqlens) / self.prunable(tokens).clamp(min=1)
+        score = (weight / mean[sample]) ** self.attention_exponent * new.double() ** self.novelty_exponent
+        if self.size_exponent and tokens.sizes is not None:
+            score = score * tokens.sizes.double() ** self.size_exponent
+        score = torch.nan_to_num(score, nan=0.0, posinf=torch.finfo(torch.float32).max)
+        return score.to(wide), ~protected, {"keys": keys, "new": new, "total": score}
+
+    def similarities(self, tokens, gone, width, heads):
+        depth = width // heads if self.keys == "averaged" else width
+        return tokens * tokens / 2 * depth + gone * (tokens - gone) * depth + gone * depth
+
+    def into(self, tokens, goes, threshold, keys, new, total):
+        stays = ~goes & ~tokens.protected
+        nearest = nearest_kept(keys, stays, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
+        if self.second_look and threshold is not None:
+            # What a token resembled may have gone, too: it stays if it is new beside all that is left.
+            rows = goes.nonzero()[:, 0] if goes.device.type == "cpu" else own_rows(tokens).long()
+            others = nearest[rows].clamp(min=0).long()
+            cosine = F.cosine_similarity(
+                keys[rows].flatten(1).to(new.dtype), keys[others].flatten(1).to(new.dtype), dim=1
+            )
+            change = ((1 - cosine).double() / new[rows].double().clamp(min=1e-12)) ** self.novelty_exponent
+            goes = goes.index_copy(0, rows, goes[rows] & (total[rows] * change <= threshold * self.second_look))
+        return torch.where(goes, nearest, own_rows(tokens))
+
+
+def _wide(tokens):
+    return torch.promote_types(tokens.dtype, torch.float32)

@@ -1,0 +1,451 @@
+"""Rules that merge tokens: each against its formula in float64, sample by sample; their limits; their calibration."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import backends_here
+
+from madtp.config import VisionConfig
+from madtp.layers import self_attention
+from madtp.pruning import (
+    ATM,
+    METHODS,
+    EViT,
+    MADTPNearest,
+    MergingPruning,
+    PiToMe,
+    Pruning,
+    RankedNovelty,
+    Tokens,
+    ToMe,
+    calibrate,
+)  # fmt: skip
+from madtp.vision import VisionTransformer
+from madtp_kernels import RaggedBatch
+
+HEADS, DIM = 3, 8
+WIDTH = HEADS * DIM
+LENGTHS = [17, 1, 2, 40, 3]
+
+every_backend = pytest.mark.parametrize("backend", [b for b in backends_here() if b.values[0] in ("reference", "cpu")])
+
+
+def case(generator, dtype=torch.float64, lengths=LENGTHS, prefix=1, sizes=True):
+    """Tokens after attention, those that entered, q, k, v in one row, and a dictionary."""
+    total = sum(lengths)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # Keys in groups of likes, as in pictures.
+    qkv = normal(total, 3, HEADS, DIM)
+    qkv[:, 1] = normal(6, HEADS, DIM)[torch.arange(total) * 7 % 6] + 0.5 * normal(total, HEADS, DIM)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    batch = RaggedBatch(normal(total, WIDTH).to(dtype), cu_seqlens, max(lengths))
+    tokens = Tokens.start(batch, prefix=prefix)
+    if sizes:
+        counts = torch.randint(1, 4, (total,), generator=generator).float()
+        tokens = tokens.survivors(batch, tokens.ids, counts, proportional=True)
+    return tokens, tokens.with_values(normal(total, WIDTH).to(dtype)), qkv.to(dtype), (normal(5, WIDTH).to(dtype), None)
+
+
+def run(rule, tokens, entering, qkv, dictionary, layer=0):
+    attention = self_attention(qkv.flatten(1), entering, HEADS, rule)
+    return rule(tokens, block_input=entering, attention=attention, dictionary=dictionary, layer=layer)
+
+
+# ---- formulas, one sample at a time
+
+
+def probabilities(qkv, sizes):
+    q, k = qkv[:, 0].transpose(0, 1), qkv[:, 1].transpose(0, 1)
+    return (q @ k.mT * DIM**-0.5 + sizes.log()).softmax(-1)  # [H, L, L]
+
+
+def cosines(keys):
+    unit = F.normalize(keys.flatten(1), dim=1)
+    return unit @ unit.mT
+
+
+def novelty_among_greater(cosine, order, others):
+    """1 - the largest cosine to a token of higher order among ``others`` (indices), earlier ones first among equals."""
+    result = {}
+    for j in others:
+        greater = [i for i in others if (order[i], -i) > (order[j], -j)]
+        result[j] = 2.0 if not greater else 1 - max(float(cosine[i, j]) for i in greater)
+    return result
+
+
+def ranked_novelty(rule, x, entering, qkv, sizes, dictionary, prefix, threshold=None, gone=None):
+    """Which tokens go, and into which."""
+    length, p = len(x), probabilities(qkv, sizes)
+    others = list(range(prefix, length))
+    received = p.amax(0)[prefix:].sum(0)
+    orders = {"attention": received, "norm": x.norm(dim=1), "index": 1 / (1 + torch.arange(length))}
+    value = p @ qkv[:, 2].transpose(0, 1)
+    norms = value.norm(dim=2)
+    orders["cls"] = (p[:, 0] * norms).sum(0) / (norms.sum(0) + 1e-8)
+    keys = {"averaged": qkv[:, 1].mean(1), "concatenated": qkv[:, 1], "per_head": F.normalize(qkv[:, 1], dim=2)}[
+        rule.keys
+    ]
+    cosine, order = cosines(keys), orders[rule.order]
+    new = novelty_among_greater(cosine, order, others)
+    mean = sum(float(order[j]) for j in others) / max(len(others), 1)
+    factor = {
+        j: (float(order[j]) / mean) ** rule.attention_exponent * float(sizes[j]) ** rule.size_exponent for j in others
+    }
+    score = {j: factor[j] * new[j] ** rule.novelty_exponent for j in others}
+    most = math.floor(len(others) * rule.most + 1e-4)
+    ascending = sorted(others, key=lambda j: (score[j], -j))
+    if threshold is None:
+        goes = ascending[: min(gone, most)]
+    else:
+        goes = [j for j in ascending[:most] if score[j] <= threshold]
+    stays = [j for j in others if j not in goes]
+    into = {j: max(stays, key=lambda i: (float(cosine[i, j]), -i)) for j in goes}
+    if rule.second_look and threshold is not None:
+        look = rule.second_look * threshold
+        into = {j: i for j, i in into.items() if factor[j] * (1 - float(cosine[i, j])) ** rule.novelty_exponent <= look}
+    return into
+
+
+def tome(rule, x, entering, qkv, sizes, dictionary, prefix, threshold=None, gone=None):
+    cosine = cosines(qkv[:, 1].mean(1) if rule.keys == "averaged" else qkv[:, 1])
+    sources = [j for j in range(prefix, len(x)) if j % 2 == 0]
+    targets = [j for j in range(prefix, len(x)) if j % 2 == 1]
+    partner = {j: max(targets, key=lambda i: (float(cosine[i, j]), -i)) for j in sources} if targets else {}
+    ascending = sorted(partner, key=lambda j: (1 - float(cosine[partner[j], j]), j))[: (len(x) - prefix) // 2]
+    if threshold is None:
+        return {j: partner[j] for j in ascending[:gone]}
+    return {j: partner[j] for j in ascending if 1 - float(cosine[partner[j], j]) <= threshold}
+
+
+def pitome(rule, x, entering, qkv, sizes, dictionary, prefix, threshold=None, gone=None):
+    cosine, others = cosines(qkv[:, 1].mean(1)), list(range(prefix, len(x)))
+    value = {j: float(F.elu(cosine[j, others] - rule.margin).mean()) for j in others}
+    ranked = sorted(others, key=lambda j: (-value[j], j))
+    if rule.form == "protect":
+        chosen = ranked[: 2 * gone]
+        sources, targets = chosen[::2], chosen[1::2]
+        return {j: max(targets, key=lambda i: (float(cosine[i, j]), -i)) for j in sources if targets}
+    sources = [j for i, j in enumerate(ranked) if (i + prefix) % 2 == 0]
+    targets = [j for j in ranked if j not in sources]
+    partner = {j: max(targets, key=lambda i: float(cosine[i, j])) for j in sources} if targets else {}
+    gone = min(gone, (len(x) - prefix) // 2)
+    return {j: partner[j] for j in sorted(partner, key=lambda j: 1 - float(cosine[partner[j], j]))[:gone]}
+
+
+def merged(x, sizes, into):
+    """Rows, ids and sizes after merging by sizes."""
+    stays = [j for j in range(len(x)) if j not in into]
+    members = {j: [j, *(i for i, target in into.items() if target == j)] for j in stays}
+    weight = sizes.double()
+    rows = [sum(weight[i] * x[i] for i in members[j]) / sum(weight[i] for i in members[j]) for j in stays]
+    return torch.stack(rows), stays, [float(sum(sizes[i] for i in members[j])) for j in stays]
+
+
+RULES = {
+    "ranked_novelty": (RankedNovelty(), ranked_novelty),
+    "averaged": (RankedNovelty(keys="averaged", second_look=0.5), ranked_novelty),
+    "concatenated, norm": (RankedNovelty(keys="concatenated", order="norm", novelty_exponent=2.0), ranked_novelty),
+    "cls": (RankedNovelty(order="cls", attention_exponent=1.0, size_exponent=0.0, most=0.4), ranked_novelty),
+    "index": (RankedNovelty(order="index", attention_exponent=0.0), ranked_novelty),
+    "tome": (ToMe(), tome),
+    "atm": (ATM(keys="concatenated"), tome),
+    "pitome": (PiToMe(), pitome),
+    "pitome, protect": (PiToMe(form="protect", margin=0.5), pitome),
+}
+THRESHOLD = {"ranked_novelty": 0.35, "tome": 0.8, "atm": 0.8}
+
+
+@every_backend
+@pytest.mark.parametrize("prefix", [1, 0, 3])
+@pytest.mark.parametrize("limit", ["threshold", "count"])
+@pytest.mark.parametrize("name", RULES)
+def test_rule_is_its_formula(name, limit, prefix, backend, generator):
+    rule, oracle = RULES[name]
+    if limit == "threshold" and rule.name not in THRESHOLD:
+        pytest.skip("its authors choose a number of tokens")
+    if prefix != 1 and getattr(rule, "order", None) == "cls":
+        pytest.skip("the attention of CLS needs one")
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    lengths = [17, 1, 40, 9] if rule.name == "pitome" else LENGTHS  # two tokens alone have the same energy
+    tokens, entering, qkv, dictionary = inputs = case(generator, dtype, lengths, prefix=prefix)
+    threshold = THRESHOLD.get(rule.name)
+    rule = replace(
+        rule, backend=backend, **({"thresholds": (threshold,)} if limit == "threshold" else {"counts": (5,)})
+    )
+    left, trace = run(rule, *inputs)
+    went = 0
+    for b, (start, stop) in enumerate(itertools.pairwise(tokens.cu_seqlens.tolist())):
+        part = slice(start, stop)
+        gone = None if limit == "threshold" else min(5, math.floor((max(stop - start - prefix, 0)) * rule.most + 1e-4))
+        x, sizes = tokens.values[part].double(), tokens.sizes[part].double()
+        into = oracle(
+            rule, x, entering.values[part].double(), qkv[part].double(), sizes, dictionary, prefix,
+            threshold=threshold if limit == "threshold" else None, gone=gone,
+        )  # fmt: skip
+        rows, stays, counts = merged(x, sizes, into)
+        went += len(into)
+        ours = slice(*left.cu_seqlens[b : b + 2].tolist())
+        assert left.ids[ours].tolist() == stays, f"sample {b}"
+        assert left.sizes[ours].tolist() == counts
+        torch.testing.assert_close(left.values[ours].double(), rows, atol=1e-5, rtol=1e-5)
+        expected = {j: stays.index(into.get(j, j)) + ours.start for j in range(stop - start)}
+        assert trace.rows[part].tolist() == list(expected.values())
+    assert went > 5  # the case says something
+    torch.testing.assert_close(left.key_bias, left.sizes.to(left.key_bias.dtype).log())
+
+
+@every_backend
+def test_evit_fuses_the_rest_by_its_attention(backend, generator):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    tokens, _, qkv, _ = inputs = case(generator, dtype, sizes=False)
+    left, trace = run(EViT(shares=(0.3,), backend=backend), *inputs)
+    for b, (start, stop) in enumerate(itertools.pairwise(tokens.cu_seqlens.tolist())):
+        x, p = tokens.values[start:stop].double(), probabilities(qkv[start:stop].double(), torch.ones(stop - start))
+        weight = p[:, 0].mean(0)
+        gone = sorted(range(1, stop - start), key=lambda j: float(weight[j]))[: round((stop - start - 1) * 0.3)]
+        gone = gone if len(gone) > 1 else []  # one alone would only change its place
+        stays = [j for j in range(stop - start) if j not in gone]
+        rows = [x[j] for j in stays] + ([sum(weight[j] * x[j] for j in gone)] if gone else [])
+        ours = slice(*left.cu_seqlens[b : b + 2].tolist())
+        assert left.ids[ours].tolist() == stays + [-1] * bool(gone)
+        torch.testing.assert_close(left.values[ours].double(), torch.stack(rows), atol=1e-5, rtol=1e-5)
+    assert trace.kept.tolist() == [11, 0, 1, 27, 2]
+
+
+@every_backend
+@pytest.mark.parametrize("weights", ["importance", "sizes"])
+def test_madtp_merges_into_the_nearest_survivor(backend, weights, generator):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    tokens, entering, qkv, dictionary = inputs = case(generator, dtype)
+    rule = MADTPNearest(temperature=3.0, weights=weights, proportional_attention=True, backend=backend)
+    left, trace = run(rule, *inputs)
+    went = 0
+    for b, (start, stop) in enumerate(itertools.pairwise(tokens.cu_seqlens.tolist())):
+        x, sizes, length = tokens.values[start:stop].double(), tokens.sizes[start:stop].double(), stop - start
+        p, v = probabilities(qkv[start:stop].double(), sizes), qkv[start:stop, 2].double()
+        others = range(1, length)
+        received, norms = p.amax(0)[1:].sum(0), (p @ v.transpose(0, 1)).norm(dim=2)
+        cls = (p[:, 0] * norms).sum(0) / (norms.sum(0) + 1e-8)
+        alignment = entering.values[start:stop].double() @ dictionary[0].double().mT
+        best = alignment.amax(1)
+        importance = torch.zeros(length, dtype=torch.float64)
+        if length > 1:
+            share = [v[1:] / (v[1:].sum() + 1e-8) for v in (received, best)]
+            importance[1:] = (share[0] + share[1] + cls[1:]) / 3
+            weight = (alignment[1:] / 3.0).softmax(0)
+            theta = float((weight * importance[1:, None]).sum(0).min())
+            torch.testing.assert_close(trace.threshold[b].double(), torch.tensor(theta).double(), atol=1e-6, rtol=1e-5)
+        goes = [j for j in others if float(importance[j]) <= theta]
+        if len(goes) < 2 or len(goes) == length - 1:
+            goes = []
+        went += len(goes)
+        cosine, stays = cosines(qkv[start:stop, 1].double()), [j for j in range(length) if j not in goes]
+        into = {j: max((i for i in stays if i), key=lambda i: float(cosine[i, j])) for j in goes}
+        factor = importance if weights == "importance" else sizes
+        rows = []
+        for j in stays:
+            members = [j, *(i for i in goes if into[i] == j)]
+            total = sum(factor[i] for i in members)
+            rows.append(x[j] if len(members) == 1 else sum(factor[i] * x[i] for i in members) / total)
+        ours = slice(*left.cu_seqlens[b : b + 2].tolist())
+        assert left.ids[ours].tolist() == stays
+        torch.testing.assert_close(left.values[ours].double(), torch.stack(rows), atol=1e-4, rtol=1e-4)
+    assert went > 5
+
+
+# ---- what all of them promise
+
+EVERY = [
+    RankedNovelty(thresholds=(0.3,)), RankedNovelty(shares=(0.3,)), RankedNovelty(counts=(4,), order="importance"),
+    ToMe(counts=(4,)), ATM(thresholds=(0.4,)), PiToMe(shares=(0.2,)), PiToMe(counts=(3,), form="protect"),
+    EViT(shares=(0.3,)), MADTPNearest(temperature=3.0),
+]  # fmt: skip
+names = [f"{rule.name}-{i}" for i, rule in enumerate(EVERY)]
+
+
+def alone(tokens, part):
+    """The rows of one sample as a batch of its own."""
+    length = part.stop - part.start
+    batch = RaggedBatch(tokens.values[part].clone(), torch.tensor([0, length], dtype=torch.int32), length)
+    return Tokens.start(batch).survivors(batch, tokens.ids[part].clone(), tokens.sizes[part].clone(), proportional=True)
+
+
+@every_backend
+@pytest.mark.parametrize("rule", EVERY, ids=names)
+def test_same_sample_alone_and_in_a_batch(rule, backend, generator):
+    tokens, entering, qkv, dictionary = inputs = case(generator, torch.float32, [9, 1, 33, 2, 70, 4])
+    rule = replace(rule, backend=backend)
+    left, _ = run(rule, *inputs)
+    for b, (start, stop) in enumerate(itertools.pairwise(tokens.cu_seqlens.tolist())):
+        part = slice(start, stop)
+
+        one, _ = run(rule, alone(tokens, part), alone(entering, part), qkv[part].clone(), dictionary)
+        ours = slice(*left.cu_seqlens[b : b + 2].tolist())
+        assert one.ids.tolist() == left.ids[ours].tolist()
+        assert one.sizes.tolist() == left.sizes[ours].tolist()
+        if backend == "cpu":
+            assert torch.equal(one.values, left.values[ours])
+        torch.testing.assert_close(one.values, left.values[ours], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=names)
+def test_nothing_waits_for_a_device(rule):
+    tokens, entering, qkv, dictionary = case(torch.Generator().manual_seed(0), torch.float32)
+
+    def off(t):
+        fields = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in vars(t).items()}
+        return Tokens.unchecked(**{**fields, "bound": True})
+
+    run(rule, off(tokens), off(entering), qkv.to("meta"), (dictionary[0].to("meta"), None))
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=names)
+def test_rule_survives_json(rule):
+    assert Pruning.from_dict(rule.to_dict()) == rule
+    assert METHODS[rule.name] is type(rule)
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in EVERY if isinstance(rule, MergingPruning)], ids=lambda rule: rule.name
+)
+def test_higher_strength_keeps_no_more(rule, generator):
+    inputs = case(generator, torch.float32)
+    assert not rule.at(0.0).active
+    left = [run(rule.at(s), *inputs)[0].lengths for s in (0.0, 0.3, 0.6, 1.0, 1.5, 3.0)]
+    assert left[0].tolist() == LENGTHS
+    assert all((after <= before).all() for before, after in itertools.pairwise(left))
+    assert (left[-1] < left[0]).any()
+
+
+def test_a_protected_token_stays(generator):
+    tokens, entering, qkv, dictionary = case(generator, torch.float32)
+    last = (tokens.lengths - 1).clamp(min=1)
+    tokens, entering = (
+        Tokens.unchecked(**{**vars(t), "protected_ids": last.int()}) for t in (tokens, entering)
+    )  # fmt: skip
+    for rule in EVERY:
+        left, _ = run(rule, tokens, entering, qkv, dictionary)
+        for b, n in enumerate(LENGTHS):
+            ids = left.ids[slice(*left.cu_seqlens[b : b + 2].tolist())].tolist()
+            assert 0 in ids
+            assert n < 2 or n - 1 in ids, (rule.name, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shares": (0.1,), "counts": (3,)}, "expected one of them, got shares and counts"),
+        ({"shares": (1.5,)}, "shares from 0 to 1"),
+        ({"thresholds": (-1.0,)}, "numbers >= 0"),
+        ({"strength": -1}, "strength"),
+        ({"most": 1.5}, "most"),
+        ({"order": "luck"}, "order: expected one of"),
+        ({"keys": "none"}, "keys: expected one of"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RankedNovelty(**settings)
+
+
+def test_too_few_limits_are_named(generator):
+    with pytest.raises(ValueError, match="got 2 for layer 2"):
+        run(RankedNovelty(shares=(0.1, 0.1)), *case(generator, torch.float32), layer=2)
+
+
+# ---- calibration
+
+
+@pytest.fixture
+def vision(generator):
+    """A small image tower, and images."""
+    torch.manual_seed(generator.initial_seed() % 2**31)
+    model = VisionTransformer(VisionConfig(32, 4, WIDTH, 4, HEADS, sd_dim=WIDTH)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or "pos" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    images = torch.randn(24, 3, 4, 4, generator=generator)
+    return model, F.interpolate(images, size=(32, 32), mode="nearest") + 0.1 * torch.randn(
+        24, 3, 32, 32, generator=generator
+    )
+
+
+def forward_of(model, pixels):
+    from madtp import flops
+
+    def forward(rule):
+        with torch.inference_mode():
+            output = model(pixels, None, rule)
+        first = output.tokens.values[output.tokens.cu_seqlens[:-1].long()]
+        return first, [
+            flops.vit(model.config, row, guided=False).official for row in flops.stream_lengths(output.trace)
+        ]
+
+    return forward
+
+
+@pytest.mark.parametrize("method", ["ranked_novelty", "tome", "atm", "pitome"])
+def test_calibration_meets_its_target(method, vision):
+    model, pixels = vision
+    forward = forward_of(model, pixels)
+    result = calibrate(forward, method, 0.3, 4, tolerance=0.005)
+    assert abs(result.saving - 0.3) <= 0.01
+    assert result.rule.name == method
+    assert len(result.rule.limit[1]) == 4
+    assert result.inputs == len(pixels)
+    # What was found is what the rule does.
+    dense, costs = forward(Pruning())[0], forward(result.rule)
+    assert 1 - sum(costs[1]) / len(pixels) / result.dense_gflops == pytest.approx(result.saving)
+    assert F.cosine_similarity(costs[0].double(), dense.double()).mean() == pytest.approx(result.cosine)
+    assert max(cosine for saving, cosine in result.tried.values()) >= result.cosine - 0.01
+    assert Pruning.from_dict(result.to_dict()["rule"]) == result.rule
+
+
+def test_thresholds_give_every_image_its_own_number(vision):
+    model, pixels = vision
+    pixels = pixels.clone()
+    pixels[:12] = pixels[:12, :, :4, :4].repeat(1, 1, 8, 8) + 0.01 * pixels[:12]  # one patch, everywhere
+    result = calibrate(forward_of(model, pixels), "ranked_novelty", 0.3, 4, schedule="flat", tolerance=0.01)
+    costs = torch.tensor(forward_of(model, pixels)(result.rule)[1])
+    assert costs[:12].mean() < 0.9 * costs[12:].mean()
+    assert result.deviation > 0.03
+    equal = calibrate(
+        forward_of(model, pixels), "ranked_novelty", 0.3, 4, adaptive=False, schedule="flat", tolerance=0.02
+    )
+    assert equal.deviation < 1e-6
+
+
+def test_cost_is_met_over_more_inputs(vision):
+    model, pixels = vision
+    result = calibrate(
+        forward_of(model, pixels[:8]),
+        "ranked_novelty",
+        0.3,
+        4,
+        many=forward_of(model, pixels),
+        schedule="flat",
+        tolerance=0.005,
+    )
+    assert result.inputs == 24
+    assert abs(result.saving - 0.3) <= 0.01
+
+
+def test_calibration_refuses_what_it_cannot_do(vision):
+    forward = forward_of(*vision)
+    with pytest.raises(ValueError, match="method: expected one of"):
+        calibrate(forward, "best", 0.3, 4)
+    with pytest.raises(ValueError, match="'madtp' has no limits"):
+        calibrate(forward, "madtp", 0.3, 4)
+    with pytest.raises(ValueError, match="target: expected a share"):
+        calibrate(forward, "tome", 1.3, 4)
+    with pytest.raises(ValueError, match="at the nearest, expected 95"):
+        calibrate(forward, "tome", 0.95, 4, schedule="flat")
+    with pytest.raises(ValueError, match="expected one pass of 5 layers"):
+        calibrate(forward, "ranked_novelty", 0.3, 5, schedule="flat")
