@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import backends_here
 
+from madtp import flops
 from madtp.config import VisionConfig
 from madtp.layers import self_attention
 from madtp.pruning import (
@@ -101,10 +102,8 @@ def ranked_novelty(rule, x, entering, qkv, sizes, dictionary, prefix, threshold=
     score = {j: factor[j] * new[j] ** rule.novelty_exponent for j in others}
     most = math.floor(len(others) * rule.most + 1e-4)
     ascending = sorted(others, key=lambda j: (score[j], -j))
-    if threshold is None:
-        goes = ascending[: min(gone, most)]
-    else:
-        goes = [j for j in ascending[:most] if score[j] <= threshold]
+    number = most if gone is None else min(gone, most)
+    goes = [j for j in ascending[:number] if threshold is None or score[j] <= threshold]
     stays = [j for j in others if j not in goes]
     into = {j: max(stays, key=lambda i: (float(cosine[i, j]), -i)) for j in goes}
     if rule.second_look and threshold is not None:
@@ -360,6 +359,31 @@ def test_too_few_limits_are_named(generator):
         run(RankedNovelty(shares=(0.1, 0.1)), *case(generator, torch.float32), layer=2)
 
 
+# ---- cost
+
+
+def test_cost_of_a_rule_is_its_products():
+    config, lengths = VisionConfig(32, 4, WIDTH, 4, HEADS, sd_dim=WIDTH), [65, 55, 50, 50, 40]
+    dense = flops.vit(config, lengths, pruning=False)
+    for rule, products in (
+        (ToMe(counts=(5,)), lambda n, m: ((n - 1) / 2) ** 2 * DIM + 2 * (n - m) * WIDTH),
+        (
+            RankedNovelty(shares=(0.1,)),
+            lambda n, m: ((n - 1) ** 2 / 2 + (n - m) * (m - 1) + (n - m)) * WIDTH + 2 * (n - m) * WIDTH,
+        ),
+    ):
+        ours = flops.vit(config, lengths, pruning=rule)
+        expected = sum(products(n, m) for n, m in itertools.pairwise(lengths)) / 1e9
+        assert ours.official - dense.official == pytest.approx(expected)
+        assert ours.parts["similarity"] > 0
+    # A layer without a limit costs nothing; importance counts in the whole only.
+    first = flops.vit(config, [65, 55, 55, 55, 55], pruning=ToMe(counts=(10, 0, 0, 0)))
+    assert first.parts["similarity"] * 1e9 == pytest.approx(32**2 * DIM)
+    rule = RankedNovelty(shares=(0.1,))
+    assert flops.vit(config, lengths, pruning=rule).full > flops.vit(config, lengths, pruning=rule).official
+    assert flops.vit(config, lengths, pruning=replace(rule, streams=("text",))) == dense
+
+
 # ---- calibration
 
 
@@ -378,14 +402,12 @@ def vision(generator):
 
 
 def forward_of(model, pixels):
-    from madtp import flops
-
     def forward(rule):
         with torch.inference_mode():
             output = model(pixels, None, rule)
         first = output.tokens.values[output.tokens.cu_seqlens[:-1].long()]
         return first, [
-            flops.vit(model.config, row, guided=False).official for row in flops.stream_lengths(output.trace)
+            flops.vit(model.config, row, pruning=rule).official for row in flops.stream_lengths(output.trace)
         ]
 
     return forward

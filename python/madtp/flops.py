@@ -37,8 +37,8 @@ class Flops:
     """Cost of one instance in GFLOPs (1e9 operations, one multiply-add = 1).
 
     `parts` splits `full` by kind: "linear" and "attention" (matrix products of the dense network), "norm"
-    (LayerNorm), "alignment", "importance", "threshold", "merge" (pruning; other rules have kinds of their own),
-    "elementwise" (softmax, GELU, sums). Kinds that cost nothing are absent.
+    (LayerNorm), "alignment", "importance", "threshold", "similarity" (cosines by which a rule finds tokens), "merge"
+    (pruning), "elementwise" (softmax, GELU, sums). Kinds that cost nothing are absent.
     """
 
     official: float
@@ -218,7 +218,8 @@ def stream_lengths(traces) -> list[list[int]]:
 def _total(cost: Counter) -> Flops:
     # "unofficial" is what the official counter does not see of the kinds that it counts, not a kind of its own.
     unofficial = cost.pop("unofficial", 0) - cost.pop("spared", 0)
-    official = sum(cost[kind] for kind in ("linear", "attention", "norm", "alignment", "merge")) - unofficial
+    counted = ("linear", "attention", "norm", "alignment", "similarity", "merge")
+    official = sum(cost[kind] for kind in counted) - unofficial
     parts = {kind: operations / 1e9 for kind, operations in cost.items()}
     return Flops(official / 1e9, sum(cost.values()) / 1e9, parts)
 

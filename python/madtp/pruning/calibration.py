@@ -276,6 +276,10 @@ class _Fitting(Pruning):
     def strength(self) -> float:
         return 1.0
 
+    def count(self, cost, layer, before, after, **sizes):
+        if self.wanted[layer]:
+            self.rule.limited("shares", (1.0,)).count(cost, layer, before, after, **sizes)
+
     def fitted(self, layers: int) -> MergingPruning:
         if len(self.record) != layers:
             ran = len(self.record)
@@ -296,7 +300,7 @@ class _Fitting(Pruning):
             return rule.limited(self.kind, self.wanted)(
                 tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
             )
-        wanted = self.wanted[layer] if len(self.wanted) > 1 else self.wanted[0]
+        wanted = self.wanted[layer]
         if wanted <= 0:
             self.record.append(0.0)
             return tokens, LayerTrace(tokens.cu_seqlens, tokens.cu_seqlens, tokens.ids)

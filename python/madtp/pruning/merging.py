@@ -137,23 +137,15 @@ class MergingPruning(Pruning):
         """Multiply-adds of cosines for a sample of ``tokens`` that can be merged, of which ``gone`` are."""
         raise NotImplementedError
 
-    def operations(
-        self, layer: int, before: int, after: int, width: int, heads: int, prefix: int = 1
-    ) -> dict[str, float]:
-        """Multiply-adds of the rule itself in one layer on one sample, by the kinds of :class:`madtp.flops.Flops`.
-
-        Args:
-            layer, before, after: number of the layer, tokens that enter and that leave.
-            width, heads: of the tokens.
-            prefix: protected tokens.
-        """
+    def count(self, cost, layer, before, after, *, width, heads, entries, alignment):
         if not self.active or not self.limit_of(layer)[1]:
-            return {}
-        gone = before - after
-        cost = {"similarity": self.similarities(max(before - prefix, 0), gone, width, heads), "merge": 2 * gone * width}
-        if self.importance:  # logits a second time, where a kernel cannot share the attention's
-            cost["importance"] = before * before * (width + 4 * heads) + before * width
-        return cost
+            return
+        cost["similarity"] += self.similarities(max(before - 1, 0), before - after, width, heads)
+        cost["merge"] += 2 * (before - after) * width
+        if self.importance:
+            cost["importance"] += before * before * (width + 4 * heads) + before * width
+        if self.needs_dictionary:
+            cost["alignment"] += alignment * max(before - 1, 0)
 
     def choose(self, tokens: Tokens, score: Tensor, free: Tensor, layer: int) -> Tensor:
         """``[C]`` bool: the tokens that go, of those that are free to."""

@@ -38,6 +38,10 @@ class MADTPNearest(MADTP):
         if self.weights not in ("importance", "sizes"):
             raise ValueError(f"weights: expected 'importance' or 'sizes', got {self.weights!r}")
 
+    def count(self, cost, layer, before, after, **sizes):
+        super().count(cost, layer, before, after, **sizes)
+        cost["similarity"] += (before - after) * max(after - 1, 0) * sizes["width"]
+
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
         if not self.active:
             return tokens, LayerTrace(tokens.cu_seqlens, tokens.cu_seqlens, tokens.ids)
