@@ -9,7 +9,8 @@ import madtp_kernels
 # From the bottom up; a module may import those of its own row and of the rows above this one in the list.
 LAYERS = {
     "machinery": "files hub image_transform index inputs jsonl options processes search",
-    "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers vision",
+    "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers "
+    "vision",
     "tasks": "tasks",
     "weights": "checkpoints weights",
     "use": "bulk compress data evaluate patch predict varlen",
@@ -30,7 +31,9 @@ def imported(path, package):
 
 
 def edges(package):
-    """(file, module it is part of, module of the same package that it imports), both as the package's listing names them."""
+    """(file, module it is part of, module of the same package that it imports), both as the package's listing names
+    them.
+    """
     name, root = package.__name__, Path(package.__file__).parent
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)

@@ -107,8 +107,9 @@ def _images_below(folder: str) -> list[str]:
 
 
 def stream_images(sources: Sequence[str | os.PathLike]) -> Iterator[str]:
-    """The same paths one by one, for folders of any size: files are in the same order, but those of folders behind links come
-    after all others of their source, and what two sources have in common comes twice where a file is named before its folder.
+    """The same paths one by one, for folders of any size: files are in the same order, but those of folders behind
+    links come after all others of their source, and what two sources have in common comes twice where a file is named
+    before its folder.
     """
     seen: set[tuple[int, int]] = set()
     for source in map(os.fspath, sources):
@@ -125,8 +126,8 @@ def stream_images(sources: Sequence[str | os.PathLike]) -> Iterator[str]:
 
 
 def _walk(folder: str, seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
-    """Each folder from this one down once, in the order of names: its place below, names of its files, whether it can be read.
-    Folders in ``seen`` are left out, and those that were visited are added.
+    """Each folder from this one down once, in the order of names: its place below, names of its files, whether it can
+    be read. Folders in ``seen`` are left out, and those that were visited are added.
 
     Links to folders are followed last: by then all that were there under their own names have been seen.
     """

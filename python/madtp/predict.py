@@ -60,7 +60,9 @@ def caption(model, images: Sequence, batch_size: int = 8, **options) -> list[Cap
 
 
 def vqa(model, questions: Sequence[tuple], batch_size: int = 8, **options) -> list[VQAAnswer]:
-    """Answers to (image, question) pairs; options are those of :meth:`madtp.tasks.vqa.VQATask.answer`, see :func:`answer`."""
+    """Answers to (image, question) pairs; options are those of :meth:`madtp.tasks.vqa.VQATask.answer`, see
+    :func:`answer`.
+    """
     return answer(model, questions, batch_size, **options)
 
 

@@ -39,7 +39,7 @@ class Item(NamedTuple):
     image: Path
     inputs: object
     """What the model's processor made of it."""
-    added: dict = {}
+    added: dict = {}  # noqa: RUF012
     """What else its record says."""
 
 

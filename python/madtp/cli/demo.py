@@ -81,7 +81,7 @@ class Demo(Command, RunOptions, _DemoOptions):
         directory.mkdir(parents=True, exist_ok=True)
         check_output(directory / "pairs.jsonl", option="--output-dir")
         trained = self.model != "random:base"
-        models = dense, pruned = self._models(trained)
+        models = _, pruned = self._models(trained)
         split = Shapes("test")
         samples = [_question(pruned, split, index, [template]) for index, template in enumerate(TEMPLATES)]
         answers, outputs = zip(*(_ask(model, samples) for model in models), strict=True)

@@ -139,8 +139,8 @@ class TextOptions:
     """For models that prune texts in two ways."""
 
     text_mode: str | None = option(
-        "prune texts as they are, or padded as in the official code, whose checkpoints were trained that way (default: the "
-        "saved model's, or clean)",
+        "prune texts as they are, or padded as in the official code, whose checkpoints were trained that way "
+        "(default: the saved model's, or clean)",
         choices=["clean", "compat"],
         group=_HOW,
     )

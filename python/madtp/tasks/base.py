@@ -60,8 +60,8 @@ class Inputs:
     """The inputs of `madtp TASK`; a task adds options that name them directly."""
 
     input: str | None = option(
-        "read rows like the one below instead, one per line (-: standard input); paths start from the folder of the file, or "
-        "from the current one for a pipe; other fields of a row are copied to its record",
+        "read rows like the one below instead, one per line (-: standard input); paths start from the folder of the "
+        "file, or from the current one for a pipe; other fields of a row are copied to its record",
         metavar="JSONL",
     )
 
@@ -127,8 +127,8 @@ class Recipe(NamedTuple):
 class Task:
     """One task. Subclasses override what is specific to it.
 
-    An *instance* is what the processor returns for one input. In training, a *batch* is a dict with ``pixels``, ``texts`` (one
-    int64 id tensor each), and whatever the loss needs.
+    An *instance* is what the processor returns for one input. In training, a *batch* is a dict with ``pixels``,
+    ``texts`` (one int64 id tensor each), and whatever the loss needs.
 
     Args:
         model: provides the processor and the configuration.

@@ -68,8 +68,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, identities: T
 
 @torch.no_grad()
 def hard_negatives(similarity: Tensor, identities: Tensor, generator: torch.Generator) -> list[int | None]:
-    """For each row of ``similarity [B, B]`` (scaled) a column with another identity, drawn by its softmax; None where all
-    have the same."""
+    """For each row of ``similarity [B, B]`` (scaled) a column with another identity, drawn by its softmax; None where
+    all have the same."""
     weights = similarity.float().softmax(1).cpu()
     weights = weights.masked_fill((identities[:, None] == identities).cpu(), 0)
     # A column that rounds to nothing may still be the only one.

@@ -80,7 +80,9 @@ class PairsTask(Task):
         pruning: Pruning | bool = True,
         pooled: bool = False,
     ) -> flops.Flops:
-        """Cost of an image's features, or a text's, or both; ``pooled``: nothing else was computed of the last layer."""
+        """Cost of an image's features, or a text's, or both; ``pooled``: nothing else was computed of the last
+        layer.
+        """
         raise NotImplementedError
 
     # ---- evaluation

@@ -100,8 +100,8 @@ class Caption(Model):
             images: ``output.images`` of a forward.
             prompt_ids: ``[P]`` int64 that each caption begins with, [DEC] first.
             num_beams: of the beam search; 1 is greedy, and 3 is the default.
-            max_length, min_length: in tokens, the prompt included; by default 20, unless ``max_new_tokens`` is given, and 5 or,
-                where texts end before, as long as they may be.
+            max_length, min_length: in tokens, the prompt included; by default 20, unless ``max_new_tokens`` is given,
+                and 5 or, where texts end before, as long as they may be.
             top_p: sample from the most likely tokens that together have this probability (0.9 in BLIP).
             repetition_penalty: by default 1 (none), and 1.1 when sampling, as in BLIP.
             options: see :func:`madtp.generation.generate`.
@@ -110,8 +110,8 @@ class Caption(Model):
             One int64 tensor per image: what follows the prompt, without [SEP] and padding.
 
         Raises:
-            ValueError: lengths beyond the model's positions, a prompt that is not ``[P]`` int64, a ``top_p`` beyond 0..1 or beside
-                ``num_beams``, or an option that is not served.
+            ValueError: lengths beyond the model's positions, a prompt that is not ``[P]`` int64, a ``top_p`` beyond
+                0..1 or beside ``num_beams``, or an option that is not served.
         """
         from ...generation import generate
 

@@ -5,10 +5,11 @@ Pruned text exists in two modes, which are different models (`CLIPConfig.text_mo
 * "clean": a text is its own tokens, nothing is padded. Kept tokens stay in order, and the end-of-text token (EOT), from
   whose state the feature is read, is never dropped. Merged tokens stand behind it, where it cannot see them; they count
   for what later layers keep, and for the alignment features.
-* "compat": what MADTP's official code computes on a GPU, and what its checkpoints were trained with. Texts are padded with
-  zeros to the full context, and the padding is scored, kept and merged like words. The causal mask follows the order that the
-  official top-k leaves (:func:`madtp.pruning.official.weakest_last`), and the feature is read at EOT's original position, whichever
-  token is there by then. A layer is pruned only if more than that position + 2 tokens survive.
+* "compat": what MADTP's official code computes on a GPU, and what its checkpoints were trained with. Texts are padded
+  with zeros to the full context, and the padding is scored, kept and merged like words. The causal mask follows the
+  order that the official top-k leaves (:func:`madtp.pruning.official.weakest_last`), and the feature is read at EOT's
+  original position, whichever token is there by then. A layer is pruned only if more than that position + 2 tokens
+  survive.
 
 At temperature 0 both give the same features.
 """
@@ -76,8 +77,8 @@ class CLIP(Model):
         alignment_features: bool = False,
         pooled: bool = False,
     ) -> Features:
-        """Features of images, normalised pixels ``[B, 3, S, S]``, or B images ``[3, H, W]`` where the tower takes pictures of
-        several shapes; see :meth:`madtp.towers.ImageTower.cut` and :meth:`forward`.
+        """Features of images, normalised pixels ``[B, 3, S, S]``, or B images ``[3, H, W]`` where the tower takes
+        pictures of several shapes; see :meth:`madtp.towers.ImageTower.cut` and :meth:`forward`.
 
         Raises:
             ValueError: a model without an image tower, or pixels that it does not take.
@@ -104,8 +105,8 @@ class CLIP(Model):
         return self.text(input_ids, self.space_dict, rule, alignment_features, compat, pooled=pooled)
 
     def embed_image(self, pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches) -> Features:
-        """:meth:`encode_image` where only the features are wanted: the last block computes nothing that they are not read
-        from, and ``tokens`` may hold one token of each image."""
+        """:meth:`encode_image` where only the features are wanted: the last block computes nothing that they are not
+        read from, and ``tokens`` may hold one token of each image."""
         return self.encode_image(pixels, pooled=True)
 
     def embed_text(self, input_ids: RaggedBatch | Sequence[Tensor]) -> Features:
@@ -119,8 +120,8 @@ class CLIP(Model):
             check_ends(input_ids, text.eos_token_id, name)
         elif checks.may_read(input_ids.values) and (input_ids.lengths != text.max_position_embeddings).any():
             raise ValueError(
-                f"{name}: expected texts that are filled up to {text.max_position_embeddings} tokens, as in training, got "
-                f"{input_ids.lengths.tolist()}"
+                f"{name}: expected texts that are filled up to {text.max_position_embeddings} tokens, as in training, "
+                f"got {input_ids.lengths.tolist()}"
             )
 
     def _patches(self, pixels: Tensor | RaggedBatch | Sequence[Tensor] | Patches) -> Tensor | RaggedBatch | Patches:

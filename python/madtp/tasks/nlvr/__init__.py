@@ -218,9 +218,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         return [(number, statement) for number, count in counts for statement in range(count)]
 
     def forward(self, model, batch, pruning, alignment_features=False):
-        return forward_pairs(
-            model, batch["pixels"], batch["texts"], batch["statements"], pruning, alignment_features
-        )
+        return forward_pairs(model, batch["pixels"], batch["texts"], batch["statements"], pruning, alignment_features)
 
     def loss(self, model, batch, output, pruning, seed):
         return {"answer": F.cross_entropy(output.logits.float(), batch["labels"].to(model.device))}

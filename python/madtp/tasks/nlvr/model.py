@@ -54,8 +54,8 @@ class NLVROutput:
 class NLVR(Model):
     """Two images and a statement per sample, ragged from the embeddings to the head.
 
-    Beside the groupings of every model there is "pair", which ties the two images of a pair as the official code does at batch
-    size 1.
+    Beside the groupings of every model there is "pair", which ties the two images of a pair as the official code does
+    at batch size 1.
     """
 
     groupings = ("instance", "pair", "batch")

@@ -36,8 +36,8 @@ def forward_pairs(
         pruning, alignment_features: as of the model.
 
     Returns:
-        The output for all statements; `vision`, `image_embeds` and the vision features ``[2P, M, sd_dim]`` are those of the
-        2P images.
+        The output for all statements; `vision`, `image_embeds` and the vision features ``[2P, M, sd_dim]`` are those
+        of the 2P images.
 
     Raises:
         ValueError: numbers of images and texts that do not fit.
@@ -47,7 +47,8 @@ def forward_pairs(
     input_ids, pairs = model._ids(input_ids), len(statements)
     if len(pixels) != 2 * pairs or input_ids.batch_size != sum(statements):
         raise ValueError(
-            f"input_ids: expected {sum(statements)} texts for {2 * pairs} images, got {input_ids.batch_size} for {len(pixels)}"
+            f"input_ids: expected {sum(statements)} texts for {2 * pairs} images, got {input_ids.batch_size} for "
+            f"{len(pixels)}"
         )
     rule = model._pruning(pruning, 2 * pairs)
     images = model.visual_encoder(model._pixels(pixels), model.space_dict, rule, alignment_features)

@@ -1,13 +1,13 @@
 """BLIP retrieval with MADTP pruning: features of images and texts that can be compared, and a classifier of pairs.
 
-Features of a collection are computed once and compared by their product; the best matches are then scored as pairs, for which
-the texts look at the images' tokens, without encoding the images again.
+Features of a collection are computed once and compared by their product; the best matches are then scored as pairs,
+for which the texts look at the images' tokens, without encoding the images again.
 
 Pruned text exists in two modes, which are different models (`RetrievalConfig.text_mode`):
 
 * "clean": a text is its own tokens, nothing is padded.
-* "compat": what MADTP's official code computes, and what its checkpoints were trained with. Texts are padded to 35 tokens. The
-  padding is never attended to, but is scored, counted, and merged like words.
+* "compat": what MADTP's official code computes, and what its checkpoints were trained with. Texts are padded to 35
+  tokens. The padding is never attended to, but is scored, counted, and merged like words.
 
 At temperature 0 both give the same result.
 """
@@ -209,7 +209,8 @@ class Retrieval(Model):
             input_ids: texts as in :meth:`encode_text`.
             pairs: N pairs (image, text) of numbers, in any order.
             pruning: for this call instead of the model's own; a number is MADTP at that temperature.
-            pooled: the last layer computes only the token that the classifier reads; its record says that none was dropped.
+            pooled: the last layer computes only the token that the classifier reads; its record says that none was
+                dropped.
 
         Raises:
             ValueError: no pairs, numbers beyond the images or texts, ids that do not fit the model.

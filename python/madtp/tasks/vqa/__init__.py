@@ -159,7 +159,8 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
         """Answers to questions.
 
         Args:
-            candidates: rank these, by scoring the ``k`` (128 by default) that begin most likely; by default answers are written.
+            candidates: rank these, by scoring the ``k`` (128 by default) that begin most likely; by default answers are
+                written.
             options: of :meth:`madtp.tasks.vqa.model.VQA.generate`, for answers that are written.
 
         Raises:
@@ -206,8 +207,8 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
         for number, example in enumerate(examples):
             if len(example.answers) < 2:
                 raise ValueError(
-                    f"question {number} ({example.question!r}): {len(example.answers)} answers of annotators to compare "
-                    "with, two at least are needed; test splits and Visual Genome cannot be scored here"
+                    f"question {number} ({example.question!r}): {len(example.answers)} answers of annotators to "
+                    "compare with, two at least are needed; test splits and Visual Genome cannot be scored here"
                 )
         return [
             {

@@ -116,7 +116,8 @@ class VQA(Model):
         Args:
             questions: ``output.questions`` of a forward.
             num_beams: of the beam search; 1 is greedy.
-            max_length, min_length: in tokens, [DEC] included; at most 10 by default, unless ``max_new_tokens`` is given.
+            max_length, min_length: in tokens, [DEC] included; at most 10 by default, unless ``max_new_tokens`` is
+                given.
             options: see :func:`madtp.generation.generate`.
 
         Returns:
@@ -138,8 +139,8 @@ class VQA(Model):
     def rank(self, questions: Tokens, answers: RaggedBatch | Sequence[Tensor], k: int = 128) -> Ranking:
         """Score candidate answers, as the official code does by default.
 
-        The k candidates with the most likely first token are scored by minus the summed loss of all their tokens. The loss is
-        label-smoothed (0.1) as in training, which BLIP's evaluation inherits from it.
+        The k candidates with the most likely first token are scored by minus the summed loss of all their tokens. The
+        loss is label-smoothed (0.1) as in training, which BLIP's evaluation inherits from it.
 
         Args:
             questions: ``output.questions`` of a forward.
