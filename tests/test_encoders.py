@@ -1,5 +1,6 @@
 """Encoders of images and texts of other families than MADTP's: their dense features against transformers' own classes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,8 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import madtp
-from madtp import CheckpointError
+from madtp import CheckpointError, CLIPConfig
+from madtp.config import CLIPVisionConfig
+from madtp.pruning import Tokens
+from madtp.tasks.clip.model import CLIP
+from madtp.weights import randomize
 from madtp.weights.key_maps import FAMILIES
+from madtp_kernels import RaggedBatch
 
 VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 PICTURES = {"image_size": 32, "patch_size": 8}
@@ -387,3 +393,36 @@ def test_half_precision_weights_run_in_the_dtype_that_is_asked_for(saved, tmp_pa
     for dtype in (torch.float32, torch.bfloat16):
         features = madtp.load(tmp_path, dtype=dtype, device=DEVICE).encode_image(pixels).features
         assert features.dtype == dtype and features.isfinite().all()
+
+
+# ---- merged tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["attention", "mean", "mean, normalised last", "class"])
+@torch.inference_mode()
+def test_merging_likes_changes_no_pooled_vector(kind, generator):
+    """A token that stands for three counts three times in a mean and in the attention head; one that stands for itself, once."""
+    pool, late = kind.split(",")[0], "last" in kind
+    vision = CLIPVisionConfig(
+        32,
+        8,
+        embed_dim=64,
+        depth=1,
+        num_heads=4,
+        sd_dim=64,
+        class_token=pool != "attention",
+        pool=pool,
+        norm_after_pool=late,
+    )
+    tower = CLIP(CLIPConfig(vision, None, 64)).to(DEVICE).eval()
+    randomize(tower)
+    tower, prefix = tower.visual, vision.prefix
+    rows = normal(generator, prefix + 3, 64)
+    copies = torch.tensor([1] * prefix + [3, 1, 2], device=DEVICE)
+    apart = Tokens.start(RaggedBatch.from_list([rows.repeat_interleave(copies, 0), rows]), prefix=prefix)
+    together = Tokens.start(RaggedBatch.from_list([rows, rows]), prefix=prefix)
+    sizes = torch.cat([copies, torch.ones_like(copies)]).float()
+    together = dataclasses.replace(together, sizes=sizes)
+    close(tower.pool(together), tower.pool(apart).cpu())
+    counted = tower.pool(dataclasses.replace(together, sizes=None))
+    assert pool == "class" or (counted[0] - tower.pool(apart)[0]).abs().max() > 1e-3

@@ -12,7 +12,7 @@ LAYERS = {
     "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers "
     "vision",
     "tasks": "tasks",
-    "weights": "checkpoints weights",
+    "weights": "weights",
     "use": "bulk compress data evaluate patch predict varlen",
     "commands": "__main__ cli report",
 }

@@ -124,7 +124,11 @@ def test_saved_copied_pickled_and_moved(name, generator, tmp_path):
             madtp.remove_patch(other)
             assert torch.equal(pooled(image_side(other)(**given)), expected)
         model.save_pretrained(tmp_path)
-        halved = pooled(image_side(model.to(torch.bfloat16))(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}))
+        halved = pooled(
+            image_side(model.to(torch.bfloat16))(
+                **{k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}
+            )
+        )
         assert halved.dtype == torch.bfloat16
         model.to(torch.float32)
     again = type(model).from_pretrained(tmp_path).eval()
