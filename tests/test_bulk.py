@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -475,7 +476,9 @@ def test_two_processes_that_are_stopped_twice(command, tmp_path, models):
         more = ["--model", models / "clip", "--backend", "reference", "--output", f"{tmp_path}/out/"]
         more += ["--devices", "cpu,cpu", "--workers", "0", *options]
         line = [sys.executable, "-m", "madtp", "embed", *sources, *map(str, more)]
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell's background processes ignore Ctrl-C, and so would what they start.
+        listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
 
     rng, done = random.Random(), tmp_path / "out/stats"
     for number in (signal.SIGINT, signal.SIGKILL):

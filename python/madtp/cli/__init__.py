@@ -18,12 +18,13 @@ import madtp_kernels
 
 from ..options import UsageError
 from ..tasks import TASKS
-from . import calibrate, compress, evaluate, retrieve
+from . import calibrate, compress, evaluate
 from .answer import command_of
 from .demo import Demo
 from .embed import Embed
 from .info import Info
 from .options import register
+from .retrieve import Retrieve
 
 _EXAMPLES = """\
 examples:
@@ -60,9 +61,9 @@ def parser() -> argparse.ArgumentParser:
     for task in TASKS.values():
         if task.Inputs is not None:
             register(commands, command_of(task))
-    for module in (retrieve, compress, calibrate):
+    for module in (compress, calibrate):
         module.add_parser(commands)
-    for command in (Embed, evaluate.command(), Demo, Info):
+    for command in (Retrieve, Embed, evaluate.command(), Demo, Info):
         register(commands, command)
     for command in commands.choices.values():
         command.add_argument("--quiet", action="store_true", help="no progress, notes or warnings, errors only")

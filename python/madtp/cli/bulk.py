@@ -376,6 +376,7 @@ def _add(summary, other: dict) -> None:
 
 def _end_with_parent() -> None:
     """Have Linux interrupt this process when the one that started it ends, however that ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     PR_SET_PDEATHSIG = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..tasks import task_of
+from ..files import check_output as check_file
+from ..files import open_regular
+from ..options import UsageError, option, positive
+from ..tasks import ImageInputs, task_of
 from ..tasks.base import image_of
+from .answer import OutputOptions
 from .batch import (
     UNFINISHED,
     Item,
     TokenMeter,
-    add_images,
-    add_output,
     check_output,
     image_rows,
     report,
@@ -28,7 +29,7 @@ from .batch import (
     truncation,
 )
 from .embed import TASKS
-from .options import add_model, add_model_options, load_model, positive
+from .options import Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
 
 _log = logging.getLogger("madtp")
 
@@ -39,9 +40,10 @@ examples:
   madtp retrieve --model DIR --index photos.index --text "a cat"
   madtp retrieve --model DIR photos/ --texts captions.txt --direction image-to-text --top 1
 
-The index keeps the features of the images: the next time, only those that are new or have changed are
-encoded. With a BLIP model, the best matches are scored again by the classifier that looks at image and text
-together, and ordered by its logit ("match") plus the similarity, as BLIP does. CLIP has the similarity only.
+The index is a folder like those of madtp embed: the next time, only images that are new or have changed are
+encoded. Embeddings of madtp embed are searched as they are (docs/scale.md). With a BLIP model, the best matches are
+scored again by the classifier that looks at image and text together, and ordered by its logit ("match") plus the
+similarity, as BLIP does. CLIP has the similarity only.
 
 a row of the output; row is the number of the query:
   {{"row": 1, "text": "a dog on a beach",
@@ -49,59 +51,61 @@ a row of the output; row is the number of the query:
 {UNFINISHED}"""
 
 
-def add_parser(commands) -> None:
-    """Register the command."""
-    parser = commands.add_parser(
-        "retrieve",
-        help="find images by text, or texts by image",
-        description="Finds the images that texts describe, or the texts that describe images (BLIP retrieval "
-        "models, CLIP).",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(kw_only=True)
+class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInputs, ModelSource, Command):
+    """Images that texts describe, or texts that describe images."""
+
+    name = "retrieve"
+    help = "find images by text, or texts by image"
+    description = (
+        "Finds the images that texts describe, or the texts that describe images (BLIP retrieval models, CLIP)."
     )
-    add_model(parser)
-    add_images(parser, '{"image": "a.jpg"}')
-    parser.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
-    parser.add_argument("--texts", metavar="FILE", help="texts, one per line or a JSON list (-: from standard input)")
-    parser.add_argument(
-        "--direction",
-        choices=["text-to-image", "image-to-text"],
-        default="text-to-image",
-        help="what is asked for what (default: text-to-image)",
+    examples = _EXAMPLES
+
+    text: Sequence[str] | None = option("a text; may be given several times", action="append", metavar="TEXT")
+    texts: str | None = option("texts, one per line or a JSON list (-: from standard input)", metavar="FILE")
+    direction: str = option("what is asked for what", "text-to-image", choices=["text-to-image", "image-to-text"])
+    index: str | None = option(
+        "keep the vectors of the images in this folder; without images, search those that are there, or in a folder or "
+        "file of madtp embed",
+        metavar="FOLDER",
     )
-    parser.add_argument(
-        "--index", metavar="FILE", help="keep the features of the images here; without images, search those that it has"
+    ann: str | None = option(
+        "with --index and without images: an index of faiss or usearch (.usearch) over the same vectors, which names "
+        "candidates",
+        metavar="FILE",
     )
-    parser.add_argument("--top", type=positive, default=10, metavar="N", help="matches per query (default: 10)")
-    parser.add_argument(
-        "--rerank",
+    top: int = option("matches per query", 10, type=positive, metavar="N")
+    rerank: int | None = option(
+        "score the best K again with BLIP's classifier, which reads the pictures (default: 16; 0 for CLIP, which has "
+        "none, and where only an index is given)",
         type=int,
         metavar="K",
-        help="score the best K again with BLIP's classifier, which reads the pictures (default: 16; 0 for CLIP, which "
-        "has none, and where only an index is given)",
     )
-    add_output(parser, "images or texts")
-    add_model_options(parser, text_modes=True)
-    parser.set_defaults(run=run, usage_error=parser.error)
+
+    def run(self) -> int:
+        return _run(self)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Rank images for texts, or texts for images."""
-    from ..files import check_output as check_file
+def _run(args: Retrieve) -> int:
     from ..inputs import read_texts
 
     if bool(args.text) == bool(args.texts):
-        args.usage_error("give either --text or --texts")
+        raise UsageError("give either --text or --texts")
+    if args.ann and (not args.index or args.images or args.input or args.direction == "image-to-text"):
+        raise UsageError("--ann: of no use but where texts search an --index")
     texts = args.text or read_texts(args.texts)
     rows = None
     if args.images or args.input:
         rows = _rows(args)
-        if args.index:
-            check_file(args.index, option="--index")
+        if args.index and not os.path.exists(args.index):
+            check_file(args.index.rstrip(os.sep), option="--index")
     elif not args.index:
-        args.usage_error("give images, --input or an --index to search")
+        raise UsageError("give images, --input or an --index to search")
     elif not Path(args.index).exists():
         raise ValueError(f"{args.index}: there is no such index; give images to make it from")
+    elif args.ann:
+        open_regular(args.ann).close()
     check_output(args, rows or ())
     model = load_model(args, TASKS)
     rerank, classifies = args.rerank, task_of(model).matches
@@ -111,15 +115,14 @@ def run(args: argparse.Namespace) -> int:
         expected = "at least 0" if classifies else "0, since CLIP has no classifier"
         raise ValueError(f"--rerank: expected {expected}, got {rerank}")
 
-    rows, features, failed = _features(args, model, rows)
+    rows, collection, failed = _collection(args, model, rows)
     if args.direction == "image-to-text":
-        return _image_to_text(args, model, texts, rows, features, failed, rerank)
-    usable = [row["image"] for number, row in enumerate(rows, 1) if number not in failed]
-    code = _text_to_image(args, model, texts, usable, features, rerank)
+        return _image_to_text(args, model, texts, rows, collection, failed, rerank)
+    code = _text_to_image(args, model, texts, collection, rerank)
     return max(code, report(failed, len(rows), "images could not be searched"))
 
 
-def _rows(args: argparse.Namespace) -> list[dict]:
+def _rows(args: Retrieve) -> list[dict]:
     from ..jsonl import numbered, row_of
 
     source, folder = image_rows(args)
@@ -133,38 +136,40 @@ def _rows(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _features(args, model, rows: list[dict] | None):
-    """Images, those of the index unless they are given, features ``[N, P]`` of the ones that can be used, and why the
-    others, by number from 1, cannot."""
-    from ..index import Index, to_text
+def _collection(args, model, rows: list[dict] | None):
+    """Images, those of the index unless they are given, the vectors of the ones that can be used, and why the others,
+    by number from 1, cannot."""
+    from ..bulk.vectors import ImageIndex, Vectors
     from ..predict import embed_images
 
     settings = settings_of(args, model, texts=False)
     for name in ("model", "tokenizer", "device", "backend"):  # the fingerprint has what matters
         del settings[name]
-    kept = TokenMeter(["image_tokens"])
+    meter = TokenMeter(["image_tokens"])
 
     def embed(pixels: list) -> list[dict]:
-        return kept.seen(
+        return meter.seen(
             [
-                {"features": to_text(embedding.features), "image_tokens": embedding.tokens}
+                {"embedding": embedding.features.numpy(), "image_tokens": embedding.tokens}
                 for embedding in embed_images(model, pixels)[0]
             ]
         )
 
     if rows is None:
-        with Index(args.index, settings, write=False) as index:
-            if not index.images:
-                raise ValueError(f"{args.index}: this index is empty")
-            return [{"image": image} for image in index.images], index.features(index.images), {}
+        vectors = Vectors.open(args.index, settings)
+        names = [name for name, alive in zip(vectors.names, vectors.usable(), strict=True) if alive]
+        if not names:
+            raise ValueError(f"{args.index}: this index is empty")
+        return [{"image": name} for name in names], vectors, {}
     images = [row["image"] for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         path = args.index or Path(folder) / "index"
         try:
-            with Index(path, settings) as index:
-                options = {"unit": "images", "note": kept.note, "progress": False if args.quiet else None}
+            with ImageIndex(path, settings) as index:
+                options = {"unit": "images", "note": meter.note, "progress": False if args.quiet else None}
                 added, failed = index.update(images, model.processor.image, embed, args.batch_size, **options)
-                features = index.features([image for number, image in enumerate(images, 1) if number not in failed])
+                usable = [image for number, image in enumerate(images, 1) if number not in failed]
+                vectors = Vectors([index.vectors.rows(index.numbers(usable))], usable)
         except KeyboardInterrupt:
             if args.index:
                 print("madtp: interrupted; the index has what is done", file=sys.stderr)
@@ -173,15 +178,16 @@ def _features(args, model, rows: list[dict] | None):
         print(f"{args.index}: {added} of {len(images)} images encoded anew", file=sys.stderr)
     if len(failed) == len(images):
         raise ValueError(f"none of {len(images)} images can be used; the first: {failed[1]}")
-    return rows, features, failed
+    return rows, vectors, failed
 
 
-def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
+def _text_to_image(args, model, texts, collection, rerank: int) -> int:
     import torch
 
+    from ..bulk.vectors import candidates
     from ..predict import embed_texts
 
-    collection = torch.from_numpy(features)
+    count = max(args.top, rerank)
 
     def prepare(number: int, row: dict) -> Item:
         return Item(number, Path(), model.processor.text(row["text"]), truncation(model, row["text"]))
@@ -189,21 +195,24 @@ def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
     def answer(items: list[Item]) -> list[dict]:
         ids = [item.inputs for item in items]
         embeddings, _ = embed_texts(model, ids)
-        similarity = torch.stack([embedding.features for embedding in embeddings]) @ collection.mT
-        found = _best(similarity, max(args.top, rerank))
+        queries = torch.stack([embedding.features for embedding in embeddings])
+        if args.ann:  # more than are asked for, since its own order may be coarser
+            found, scores = collection.scored(queries, candidates(args.ann, queries, max(100, 4 * count)), count)
+        else:
+            found, scores = collection.search(queries, count)
         pairs = [(image, text) for text, row in enumerate(found) for image in row[:rerank]]
-        matches = _match(args, model, images, ids, pairs)
+        matches = _match(args, model, collection.names, ids, pairs)
         return [
             {
                 "images": _ranked(
                     "image",
-                    [(images[image], similarity[text, image], matches.get((image, text))) for image in row],
+                    [(collection.names[n], score, matches.get((n, text))) for n, score in zip(*row, strict=True)],
                     args.top,
                 ),
                 "text_tokens": embeddings[text].tokens,
                 **items[text].added,
             }
-            for text, row in enumerate(found)
+            for text, row in enumerate(zip(found, scores, strict=True))
         ]
 
     return run_rows(
@@ -211,16 +220,17 @@ def _text_to_image(args, model, texts, images, features, rerank: int) -> int:
         [{"text": text} for text in texts],
         prepare,
         answer,
-        settings=_settings(args, model, rerank, images, features),
+        settings=_settings(args, model, rerank, collection),
         tokens=["text_tokens"],
         keep=["text"],
         unit="texts",
     )
 
 
-def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> int:
-    import torch
+def _image_to_text(args, model, texts, rows, collection, failed, rerank: int) -> int:
+    import numpy as np
 
+    from ..bulk.vectors import Vectors
     from ..predict import embed_images, embed_texts, match
 
     ids, embeddings = [model.processor.text(text) for text in texts], []
@@ -228,9 +238,9 @@ def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> i
         _log.warning("%d texts are not read to their end, since the model reads no more", truncated)
     for start in range(0, len(ids), args.batch_size):
         embeddings += embed_texts(model, ids[start : start + args.batch_size])[0]
-    collection = torch.stack([embedding.features for embedding in embeddings])
+    described = Vectors([np.stack([embedding.features.numpy() for embedding in embeddings])], texts)
     usable = [number for number in range(1, len(rows) + 1) if number not in failed]
-    place = {number: position for position, number in enumerate(usable)}
+    place = dict(zip(usable, np.flatnonzero(collection.usable()).tolist(), strict=True))
 
     def prepare(number: int, row: dict) -> Item:
         if number in failed:
@@ -238,9 +248,8 @@ def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> i
         return Item(number, Path(row["image"]), model.processor.image(row["image"]) if rerank else None)
 
     def answer(items: list[Item]) -> list[dict]:
-        queries = torch.from_numpy(features[[place[item.row] for item in items]])
-        similarity = queries @ collection.mT
-        found = _best(similarity, max(args.top, rerank))
+        queries = collection.rows([place[item.row] for item in items])
+        found, scores = described.search(queries, max(args.top, rerank))
         matches = {}
         if rerank:
             _, output = embed_images(model, [item.inputs for item in items])
@@ -250,11 +259,11 @@ def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> i
             {
                 "texts": _ranked(
                     "text",
-                    [(texts[text], similarity[image, text], matches.get((image, text))) for text in row],
+                    [(texts[n], score, matches.get((image, n))) for n, score in zip(*row, strict=True)],
                     args.top,
                 )
             }
-            for image, row in enumerate(found)
+            for image, row in enumerate(zip(found, scores, strict=True))
         ]
 
     return run_rows(
@@ -262,16 +271,15 @@ def _image_to_text(args, model, texts, rows, features, failed, rerank: int) -> i
         rows,
         prepare,
         answer,
-        settings=_settings(args, model, rerank, texts, collection.numpy()),
+        settings=_settings(args, model, rerank, collection, texts=described.digest()),
         tokens=[],
         answers=["texts"],
         keep=["image"],
     )
 
 
-def _settings(args, model, rerank: int, names: Sequence[str], features) -> dict:
+def _settings(args, model, rerank: int, collection, **more) -> dict:
     """What determines the matches; among it the collection that is searched."""
-    digest = hashlib.sha256(json.dumps(list(names)).encode() + features.tobytes())
     return settings_of(
         args,
         model,
@@ -279,13 +287,10 @@ def _settings(args, model, rerank: int, names: Sequence[str], features) -> dict:
         text_mode=model.config.text_mode,
         top=args.top,
         rerank=rerank,
-        collection=f"sha256 {digest.hexdigest()[:16]}",
+        ann=args.ann,
+        collection=collection.digest(),
+        **more,
     )
-
-
-def _best(similarity, count: int) -> list[list[int]]:
-    """Columns of each row with the largest values, in descending order, equal ones by number."""
-    return similarity.sort(dim=1, descending=True, stable=True).indices[:, :count].tolist()
 
 
 def _match(args, model, images: Sequence[str], ids: list, pairs: list[tuple[int, int]]) -> dict:

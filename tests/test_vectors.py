@@ -1,0 +1,115 @@
+"""Embeddings on disk: searched exactly, by true cosine, whatever their number and whoever wrote them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from madtp.bulk import vectors as module
+from madtp.bulk.vectors import ImageIndex, Vectors, candidates
+from madtp.jsonl import ResumeError
+
+
+@pytest.fixture
+def random(generator):
+    return lambda *shape: torch.randn(*shape, generator=generator).numpy()
+
+
+def best(collection, queries, count):
+    """By definition, in float64: ids of each query, the most similar first, equal ones by number."""
+    with np.errstate(invalid="ignore"):
+        usable = np.isfinite(collection).all(1) & collection.any(1)
+        unit = collection.astype(np.float64) / np.linalg.norm(collection.astype(np.float64), axis=1, keepdims=True)
+    scores = np.where(usable, queries @ np.nan_to_num(unit).T / np.linalg.norm(queries, axis=1, keepdims=True), -2)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : min(count, usable.sum())]
+    return order.tolist(), np.take_along_axis(scores, order, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("count", [1, 7, 5000])
+def test_search_is_exact(random, monkeypatch, dtype, count):
+    monkeypatch.setattr(module, "_BLOCK", 100)
+    parts = [10 * random(n, 16).astype(dtype) for n in (250, 1, 99)]
+    parts[0][3], parts[0][120] = np.nan, np.inf
+    parts[2][5] = 0
+    collection, queries = Vectors(parts, [str(n) for n in range(350)]), random(6, 16)
+    ids, scores = collection.search(queries, count)
+    expected, exact = best(np.concatenate(parts), queries, count)
+    assert ids == expected
+    np.testing.assert_allclose(scores, exact, atol=1e-6)
+    assert (
+        collection.usable().sum() == 347 and np.abs(np.linalg.norm(collection.rows([0, 251]), axis=1) - 1).max() < 1e-6
+    )
+
+
+def test_equal_vectors_come_in_their_order_and_scores_are_cosines(random, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 4)
+    vector = random(16)
+    collection = Vectors([np.stack([vector * scale for scale in range(1, 11)])], list("abcdefghij"))
+    ids, scores = collection.search(7 * vector[None], 5)
+    assert ids == [[0, 1, 2, 3, 4]] and all(1 - 1e-6 < score <= 1 for score in scores[0])
+    assert min(collection.search(-vector[None], 3)[1][0]) >= -1
+
+
+def test_files_of_every_kind(random, tmp_path):
+    array = random(5, 8)
+    lines = [
+        {"row": n + 1, "image": f"{n}.jpg", **({"index": n - (n > 2)} if n != 2 else {"error": "?"})} for n in range(6)
+    ]
+    for name in ("x.npy", "x.safetensors"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    np.save(tmp_path / "x.npy", array)
+    save_file({"features": array}, tmp_path / "x.safetensors")
+    (tmp_path / "laion/img_emb").mkdir(parents=True)
+    (tmp_path / "laion/metadata").mkdir()
+    for n, rows in enumerate((array[:3], array[3:])):
+        np.save(tmp_path / f"laion/img_emb/img_emb_{n}.npy", rows.astype(np.float16))
+        records = [{"image_path": f"{k if k < 2 else k + 1}.jpg"} for k in range(3 * n, 3 * n + len(rows))]
+        (tmp_path / f"laion/metadata/metadata_{n}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for name in ("x.npy", "x.safetensors", "laion"):
+        found = Vectors.open(tmp_path / name)
+        assert found.names == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
+        assert found.search(array, 1)[0] == [[0], [1], [2], [3], [4]]
+    with pytest.raises(FileNotFoundError):
+        Vectors.open(tmp_path / "absent")
+    (tmp_path / "x.npy.jsonl").unlink()
+    for wrong in ("x.npy", "x.npy.jsonl", "."):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            Vectors.open(tmp_path / wrong)
+    with pytest.raises(ValueError, match="8 wide"):
+        Vectors([array], list("abcde")).search(random(1, 9), 1)
+
+
+def test_an_index_has_one_writer_and_one_model(tmp_path):
+    with ImageIndex(tmp_path / "i", {"model": 1}), pytest.raises(ResumeError, match="written by another process"):
+        ImageIndex(tmp_path / "i", {"model": 1}).__enter__()
+    with pytest.raises(ResumeError, match="model: 1 then, 2 now"):
+        Vectors.open(tmp_path / "i", {"model": 2})
+    assert len(Vectors.open(tmp_path / "i", {"model": 1})) == 0
+
+
+@pytest.mark.parametrize("kind", ["faiss", "usearch"])
+def test_candidates_of_other_indexes(random, tmp_path, kind):
+    array, queries = random(200, 16), random(3, 16)
+    if kind == "faiss":
+        faiss = pytest.importorskip("faiss")
+        index, path = faiss.IndexFlatIP(16), tmp_path / "image.index"
+        index.add(array)
+        faiss.write_index(index, str(path))
+    else:
+        usearch = pytest.importorskip("usearch.index")
+        index, path = usearch.Index(ndim=16, metric="cos"), tmp_path / "image.usearch"
+        index.add(np.arange(200), array)
+        index.save(str(path))
+    collection = Vectors([array], [str(n) for n in range(200)])
+    # Products of vectors that have no length of 1 are no cosines; scores are.
+    ids, scores = collection.scored(queries, candidates(path, queries, 200), 5)
+    expected, exact = collection.search(queries, 5)
+    assert ids == expected
+    np.testing.assert_allclose(scores, exact, atol=1e-6)
+    assert all(len(set(found)) == len(found) == 200 for found in candidates(path, queries, 1000))
+    assert collection.scored(queries, [[-1, 500, 3], [], [7, 7]], 5)[0] == [[3], [], [7]]
+    with pytest.raises(ValueError, match="16 numbers"):
+        candidates(path, random(1, 8), 1)
