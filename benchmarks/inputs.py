@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from madtp_kernels import RaggedBatch
+from measure import DEVICE
 from torch import Tensor
 
-from measure import DEVICE
+from madtp_kernels import RaggedBatch
 
 HEADS, HEAD_DIM, WIDTH, ENTRIES, LENGTH = 12, 64, 768, 100, 577
 
@@ -66,13 +66,8 @@ def texts(count: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
 
 
 def temperature_that_saves(reduction: float, saved: Callable[[float], float], first: float | None = None) -> float:
-    """Bisect for the temperature at which ``saved(temperature)``, a share of the GFLOPs, is ``reduction`` within 0.01."""
-    low, high = 0.5, 64.0
-    middle = first or (low * high) ** 0.5
-    for _ in range(12):
-        reached = saved(middle)
-        if abs(reached - reduction) < 0.01:
-            break
-        low, high = (middle, high) if reached < reduction else (low, middle)
-        middle = (low * high) ** 0.5
-    return middle
+    """The temperature from 0.5 to 64 at which ``saved(temperature)``, a share of the GFLOPs, is ``reduction`` within 0.01."""
+    from madtp.search import find_strength  # not above: benchmarks of kernels alone need no model layer
+
+    left = 1 - reduction
+    return find_strength(lambda temperature: 1 - saved(temperature), left, first or 5.7, 0.01 / left, (0.5, 64.0))
