@@ -47,8 +47,8 @@ def tokens(lengths: list[int], *shape: int, dtype: torch.dtype, seed: int) -> Te
 
 
 def images(count: int, size: int = 384, seed: int = 0) -> Tensor:
-    """``[count, 3, size, size]`` pictures of smooth blobs; each image has its own mixture of coarse and fine structure, so
-    that images differ in how many of their tokens matter."""
+    """``[count, 3, size, size]`` pictures of smooth blobs; each image has its own mixture of coarse and fine
+    structure, so that images differ in how many of their tokens matter."""
     rng = generator(seed)
     pictures = torch.zeros(count, 3, size, size)
     for cells in (2, 4, 8, 16, 32):
@@ -66,7 +66,8 @@ def texts(count: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
 
 
 def temperature_that_saves(reduction: float, saved: Callable[[float], float], first: float | None = None) -> float:
-    """The temperature from 0.5 to 64 at which ``saved(temperature)``, a share of the GFLOPs, is ``reduction`` within 0.01."""
+    """The temperature from 0.5 to 64 at which ``saved(temperature)``, a share of the GFLOPs, is ``reduction`` within
+    0.01."""
     from madtp.search import find_strength  # not above: benchmarks of kernels alone need no model layer
 
     left = 1 - reduction

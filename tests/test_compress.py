@@ -1,4 +1,5 @@
-"""`madtp compress` and `madtp calibrate`, from annotation files to a saved model: killed, in two processes, wrongly used."""
+"""`madtp compress` and `madtp calibrate`, from annotation files to a saved model: killed, in two processes, wrongly
+used."""
 
 import dataclasses
 import json
@@ -151,9 +152,9 @@ madtp_load = madtp.load
 def test_two_processes_compute_what_one_does(data, tmp_path, capsys, monkeypatch):
     """CLIP's loss compares the samples of both processes. The dev split has an odd number of instances.
 
-    In float64, where no token changes sides of a threshold because a batch of another size rounds otherwise. The learning rate is
-    small, since Adam makes as much of a rounding error as of a gradient where the gradient is zero. The loss itself is computed
-    in float32, and its gradients are what is compared.
+    In float64, where no token changes sides of a threshold because a batch of another size rounds otherwise. The
+    learning rate is small, since Adam makes as much of a rounding error as of a gradient where the gradient is zero.
+    The loss itself is computed in float32, and its gradients are what is compared.
     """
     environment = {
         **os.environ,
@@ -189,12 +190,12 @@ def test_two_processes_compute_what_one_does(data, tmp_path, capsys, monkeypatch
 
 
 def test_accumulated_batches_make_one_step(data, tmp_path):
-    """Gradients, of which Adam keeps means, are those of the whole batch. Without distillation, which counts the tokens of one
-    forward.
+    """Gradients, of which Adam keeps means, are those of the whole batch. Without distillation, which counts the
+    tokens of one forward.
 
-    In float64 no token changes sides of a threshold because a batch of another size rounds otherwise, and at a learning rate of
-    0 no rounding error becomes a step. What is left is the loss, a mean over logits in float32: an error of a few units in the
-    last place for each of the four instances of a step.
+    In float64 no token changes sides of a threshold because a batch of another size rounds otherwise, and at a
+    learning rate of 0 no rounding error becomes a step. What is left is the loss, a mean over logits in float32: an
+    error of a few units in the last place for each of the four instances of a step.
     """
     momenta, root = [], data / "pictures"
     for batch_size, accumulate in ((4, 1), (2, 2)):

@@ -1,4 +1,5 @@
-"""The parts of compression: losses against plain formulas, views of pictures, the order of examples, the official tables."""
+"""The parts of compression: losses against plain formulas, views of pictures, the order of examples, the official
+tables."""
 
 import dataclasses
 import itertools
@@ -130,7 +131,8 @@ def test_distillation_pulls_every_stream_to_the_model_as_it_was(name, tmp_path):
 
 
 def centred_tokens(model, batches):
-    """Per batch, per layer that is pruned: the tokens that enter it, mapped as its query model does, less their mean."""
+    """Per batch, per layer that is pruned: the tokens that enter it, mapped as its query model does, less their
+    mean."""
     found, queries = [], []
     for module in model.modules():
         if isinstance(module, Block) or (isinstance(module, Layer) and not module.causal):
@@ -213,8 +215,8 @@ def distance(tokens, rows, dense):
 
 
 def pruned_streams(generator, samples=5):
-    """Tokens of which some stand for others and one for nothing, in a buffer with more rows than tokens; what they were; which
-    row stands for each."""
+    """Tokens of which some stand for others and one for nothing, in a buffer with more rows than tokens; what they
+    were; which row stands for each."""
     lengths = torch.randint(3, 9, (samples,), generator=generator).tolist()
     dense = RaggedBatch.from_list([torch.randn(length, 6, generator=generator) + 1 for length in lengths])
     states, rows, first = [], [], 0

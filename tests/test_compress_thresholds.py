@@ -1,4 +1,5 @@
-"""Rules with a threshold per layer in training: thresholds are quantiles, follow the batch, and a run goes on with them."""
+"""Rules with a threshold per layer in training: thresholds are quantiles, follow the batch, and a run goes on with
+them."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ EARLIER = (
     *(Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)),
     *(Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")),
 )
-"""Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each: a record of that age
-counts under these names only, and a new run of the same name replaces it."""
+"""Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each: a record of
+that age counts under these names only, and a new run of the same name replaces it."""
 SHORT = (RUNS[0],)
 """Of `--short`: the main row."""
 CALIBRATED = (0.3, 0.5)
@@ -110,7 +110,8 @@ ANATOMY = {
 BATCH_MAXIMUM = Run("madtp", 0.8, 0)
 """The model that is also evaluated with equally many tokens for all samples of a batch."""
 LARGE, LARGE_STEPS, LARGE_DENSE_STEPS = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 1500, 600
-"""Runs at 577 tokens: pictures are drawn at twice the size, and the dense model is trained on from interpolated positions."""
+"""Runs at 577 tokens: pictures are drawn at twice the size, and the dense model is trained on from interpolated
+positions."""
 TIMED = [run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp")]
 SECONDS = {"pruned": 0.9, "dense": 0.6, "large": 5.0}
 """Of a step on one thread of an Emerald Rapids core; the other figures are minutes."""

@@ -1,9 +1,10 @@
-"""The task of shapes as the trainer takes it: batches drawn in memory, and for the dense model what makes it learn at all.
+"""The task of shapes as the trainer takes it: batches drawn in memory, and for the dense model what makes it learn at
+all.
 
-Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone tells, for each
-patch, which shape and colour lies there; then the statements come, simple templates first, and the text encoder also tells
-the two counts that a statement is about, and has one head of its cross-attention shown where to look. The heads for that are
-dropped afterwards.
+Plain classification stays at chance for a very long time. What makes it learn: first the image encoder alone tells,
+for each patch, which shape and colour lies there; then the statements come, simple templates first, and the text
+encoder also tells the two counts that a statement is about, and has one head of its cross-attention shown where to
+look. The heads for that are dropped afterwards.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Stage(NamedTuple):
     statements: int
     """Per pair."""
     images: bool
-    """Whether the image encoder learns. Where it does not, a step costs less than half, and the text encoder, which takes
-    longest to find out what it is there for, sees as many statements."""
+    """Whether the image encoder learns. Where it does not, a step costs less than half, and the text encoder, which
+    takes longest to find out what it is there for, sees as many statements."""
     guided: bool
     """Whether a head of the cross-attention is shown where to look. Without it answers stay at chance."""
 
@@ -162,7 +163,8 @@ def patch_loss(heads: Heads, images: Tensor, drawn: Batch) -> Tensor:
 
 
 def look(cross: nn.Module, x, images) -> Tensor:
-    """Where the first head of a cross-attention looks from the first word of each statement: logits ``[2P, K, N + 1]``."""
+    """Where the first head of a cross-attention looks from the first word of each statement: logits
+    ``[2P, K, N + 1]``."""
     first, sides = x.values[x.cu_seqlens[:-1].long()], []
     for attention, image in zip((cross.self0, cross.self1), images, strict=True):
         width, pairs = attention.query.out_features // attention.num_heads, image.batch_size
@@ -173,8 +175,8 @@ def look(cross: nn.Module, x, images) -> Tensor:
 
 
 def look_loss(looks: Tensor, drawn: Batch) -> Tensor:
-    """One cross-attention head of each layer but the first, ``looks [layers, 2P, K, N + 1]``: equally at CLS and at each object
-    in question. The more objects there are the less is left for CLS, which is a way to count them.
+    """One cross-attention head of each layer but the first, ``looks [layers, 2P, K, N + 1]``: equally at CLS and at
+    each object in question. The more objects there are the less is left for CLS, which is a way to count them.
     """
     target = F.pad(drawn.relevant.float(), (1, 0), value=1.0)
     target = target / target.sum(-1, keepdim=True)

@@ -1,4 +1,5 @@
-"""The processes that work on one job together, as `torchrun` starts them. In a process alone everything here does nothing."""
+"""The processes that work on one job together, as `torchrun` starts them. In a process alone everything here does
+nothing."""
 
 from __future__ import annotations
 

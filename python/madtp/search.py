@@ -18,7 +18,8 @@ def find_strength(
     tolerance: float = 0.01,
     bounds: tuple[float, float] = BOUNDS,
 ) -> float:
-    """The strength of a pruning (MADTP: the temperature) at which a model costs ``target``, bracketed and then bisected.
+    """The strength of a pruning (MADTP: the temperature) at which a model costs ``target``, bracketed and then
+    bisected.
 
     Args:
         cost: measures at a strength, in the unit of the target; falls as the strength rises.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .options import THREADS, check_device, positive
 
-DRAWN = "shapes:"  # begins the name of examples that are drawn, not read; that of madtp.compress.examples, which is slow to import
+DRAWN = "shapes:"
+"""What examples begin with that are drawn, not read; that of madtp.compress.examples, which is slow to import."""
 
 
 def share(text: str) -> float:
@@ -130,7 +131,8 @@ def begin(args: argparse.Namespace, *files: str) -> None:
 
 
 def load_source(args: argparse.Namespace, task: str | None, device: str):
-    """The model to train, on this process's device, with its own temperature; what it lacks is initialised from the seed."""
+    """The model to train, on this process's device, with its own temperature; what it lacks is initialised from the
+    seed."""
     import torch
 
     import madtp

@@ -12,8 +12,8 @@ __all__ = ["BracketController"]
 class BracketController:
     """Follows a target cost by bracketing: steps are halved when the target lies behind, and grow until then.
 
-    A model that learns changes what it costs at the same strength, so that a bracket does not stay one. Steps are factors,
-    because what a temperature does depends on its ratio to the products with the dictionary.
+    A model that learns changes what it costs at the same strength, so that a bracket does not stay one. Steps are
+    factors, because what a temperature does depends on its ratio to the products with the dictionary.
 
     Args:
         strength: where to begin (MADTP: the temperature); within the bounds, which it never leaves.

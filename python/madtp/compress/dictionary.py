@@ -47,9 +47,10 @@ def dictionary_from_examples(model: Model, task: Task, examples: Sequence, seed:
 def dictionary_from_tokens(model: Model, forward: Callable[[], object], generator: torch.Generator) -> Tensor:
     """Entries that are tokens of the model: as many from each layer of each modality, less that layer's mean token.
 
-    The threshold of a sample is the lowest importance that any entry sees (see :func:`madtp_kernels.score_tokens`). Entries
-    drawn from a normal distribution, as MADTP's begin, are nearest to a few outlying tokens only, which are important ones: even
-    the lowest temperature then drops half of the tokens. Entries that are tokens lie near all kinds of them.
+    The threshold of a sample is the lowest importance that any entry sees (see :func:`madtp_kernels.score_tokens`).
+    Entries drawn from a normal distribution, as MADTP's begin, are nearest to a few outlying tokens only, which are
+    important ones: even the lowest temperature then drops half of the tokens. Entries that are tokens lie near all
+    kinds of them.
 
     Args:
         model: its query models say how its tokens are compared with the dictionary.

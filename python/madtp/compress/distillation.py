@@ -1,4 +1,5 @@
-"""What a dense model makes of the tokens, as a target for a pruned one: of each token the mean over all that it stands for."""
+"""What a dense model makes of the tokens, as a target for a pruned one: of each token the mean over all that it stands
+for."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def assignment(trace: Sequence[LayerTrace]) -> Tensor:
 
 
 def _rows(layer: LayerTrace, ids: Tensor) -> Tensor:
-    """The row that stands for each token that entered a layer, found again by its id; for dropped ones the appended row.
+    """The row that stands for each token that entered a layer, found again by its id; for dropped ones the appended
+    row.
 
     Args:
         layer: record of a rule that does not say it.
@@ -58,7 +60,8 @@ def _rows(layer: LayerTrace, ids: Tensor) -> Tensor:
 def distillation_loss(tokens: RaggedBatch, rows: Tensor, dense: RaggedBatch) -> Tensor:
     """How far tokens are from the mean of the dense tokens that they stand for.
 
-    The mean squared error over the variance of the dense tokens; both are taken over the batches of all processes together.
+    The mean squared error over the variance of the dense tokens; both are taken over the batches of all processes
+    together.
 
     Args:
         tokens: ``[T', D]`` final states of a pruned stream.

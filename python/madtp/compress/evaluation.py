@@ -45,7 +45,8 @@ def evaluate(
     workers: int = 0,
     score: bool = True,
 ) -> Evaluation:
-    """Score and cost of examples, each counted once, however many processes share them; without ``score`` the cost only."""
+    """Score and cost of examples, each counted once, however many processes share them; without ``score`` the cost
+    only."""
     pruning, found = model.rule(pruning), []
     for numbers, batch in evaluation_batches(task, examples, batch_size=batch_size, workers=workers):
         output = task.forward(model, batch, pruning)

@@ -1,4 +1,5 @@
-"""From a batch to the loss: what the task asks, the alignment of the modalities, and what a dense model makes of the tokens."""
+"""From a batch to the loss: what the task asks, the alignment of the modalities, and what a dense model makes of the
+tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Objective(nn.Module):
     def forward(
         self, batch: dict, pruning: Pruning | float, seed: Sequence[int], dense: Sequence[RaggedBatch] = ()
     ) -> Result:
-        """Loss and cost of a batch. ``dense`` are the states of :class:`Teacher` for the same batch, with distillation."""
+        """Loss and cost of a batch. ``dense`` are the states of :class:`Teacher` for the same batch, with
+        distillation."""
         pruning = self.model.rule(pruning)
         aligns = self.aligns and pruning.active and pruning.needs_dictionary
         output = self.task.forward(self.model, batch, pruning, aligns)

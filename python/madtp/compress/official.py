@@ -8,8 +8,8 @@ from ..tasks import Recipe
 class OfficialController:
     """Adds to the temperature or takes from it, by how many GFLOPs an epoch's model misses the target.
 
-    The tables are made for the sizes that MADTP was published with. Other than in its scripts the temperature is the same on
-    every process, VQA's cost is measured, and 0 (no pruning) is as low as it gets.
+    The tables are made for the sizes that MADTP was published with. Other than in its scripts the temperature is the
+    same on every process, VQA's cost is measured, and 0 (no pruning) is as low as it gets.
 
     Args:
         recipe: of the task, whose table is followed.

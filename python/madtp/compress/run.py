@@ -101,8 +101,8 @@ class Run:
     def advance(self, **metrics: float) -> None:
         """Count a step, and its metrics for :meth:`averages`.
 
-        If a checkpoint is due, everything is copied here and written at the next call: by then the lines of this step are in
-        the log, so that a run which goes on from the checkpoint lacks none of them.
+        If a checkpoint is due, everything is copied here and written at the next call: by then the lines of this step
+        are in the log, so that a run which goes on from the checkpoint lacks none of them.
         """
         if self._taken is not None:
             self._write(self._taken)

@@ -39,23 +39,24 @@ class Settings:
     distill: float = 0.0
     """Weight of the distance of the surviving tokens from what they are in the model as it was, without pruning."""
     dictionary: str | None = None
-    """"tokens": the dictionary begins as tokens of the model; "keep": as it is; by default as it is where the model prunes
-    by it already."""
+    """"tokens": the dictionary begins as tokens of the model; "keep": as it is; by default as it is where the model
+    prunes by it already."""
     controller: str = "bracket"
     """"bracket" follows the target at every step; "official" moves once per epoch, by the published tables."""
     temperature: float | None = None
-    """Strength at which the controller begins (MADTP: the temperature); by default the rule's, or the official script's."""
+    """Strength at which the controller begins (MADTP: the temperature); by default the rule's, or the official
+    script's."""
     ramp: float = 0.4
     """Share of the steps over which the bracketing controller's target falls from the initial cost to the goal."""
     shares: tuple[float, ...] = ()
-    """Share of the tokens that each vision layer drops, for rules with a limit per layer; the last one stands for all further
-    layers. Thresholds follow the quantiles of the batch, and the controller's strength is the power to which a layer keeps its
-    share of tokens."""
+    """Share of the tokens that each vision layer drops, for rules with a limit per layer; the last one stands for all
+    further layers. Thresholds follow the quantiles of the batch, and the controller's strength is the power to which a
+    layer keeps its share of tokens."""
     memory: float = 0.95
     """Of the moving average by which thresholds follow."""
     schedule: str = "epoch"
-    """The learning rate follows its cosine per "epoch" (official) or per "step"; "decay" stays at the highest rate and falls
-    in a line over the last quarter of the steps."""
+    """The learning rate follows its cosine per "epoch" (official) or per "step"; "decay" stays at the highest rate and
+    falls in a line over the last quarter of the steps."""
     warmup: int = 0
     """Steps over which the learning rate rises to the highest one; needs a schedule by step."""
     final_lr: float = 0.0

@@ -1,7 +1,8 @@
-"""A threshold per layer, for rules that have one: from the scores of some inputs, and following those of the batch in training.
+"""A threshold per layer, for rules that have one: from the scores of some inputs, and following those of the batch in
+training.
 
-No labels are needed. A layer is to drop a share of the tokens that enter it on average; how many a single image keeps is its
-own affair. Layers are calibrated one after the other, because what one drops decides what the next one sees.
+No labels are needed. A layer is to drop a share of the tokens that enter it on average; how many a single image keeps
+is its own affair. Layers are calibrated one after the other, because what one drops decides what the next one sees.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training loop of `madtp compress` and `madtp calibrate`: to a target cost, resumable, in one process or several.
 
-A run lives in a directory (:class:`madtp.compress.run.Run`). Everything random depends on the seed and the position in the
-run, so that a run that was killed goes on exactly, and processes differ in nothing but their share of the batches.
+A run lives in a directory (:class:`madtp.compress.run.Run`). Everything random depends on the seed and the position in
+the run, so that a run that was killed goes on exactly, and processes differ in nothing but their share of the batches.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def train(
         examples: to train on.
         dev: the split on which the strength of the pruning is set and, with labels, the best weights are chosen.
         settings: what determines the result.
-        output: directory for the saved model and ``result.json``; the run itself is in ``output/run``: ``metrics.jsonl``,
-            the checkpoint, and TensorBoard's files where it is installed. Called again in the same way, a run goes on.
-            Where several machines train together, they have to share it.
+        output: directory for the saved model and ``result.json``; the run itself is in ``output/run``:
+            ``metrics.jsonl``, the checkpoint, and TensorBoard's files where it is installed. Called again in the same
+            way, a run goes on. Where several machines train together, they have to share it.
         origin: what else the result depends on, as JSON values: the run only goes on if they are the same.
         workers: processes that prepare pictures, per training process; 0: none beside it.
         save_every: seconds between checkpoints.
@@ -239,7 +239,8 @@ class Trainer:
             self._calibrated(self.controller.strength)
 
     def _calibrated(self, strength: float, count: int = CALIBRATED) -> Pruning:
-        """The rule for the model as it is now; ``count`` examples of the dev split set its thresholds, if it has any."""
+        """The rule for the model as it is now; ``count`` examples of the dev split set its thresholds, if it has
+        any."""
         batches = []
         if isinstance(self.dial, Following):
             made = evaluation_batches(self.task, self.dev[:count], **self._size())
@@ -406,7 +407,8 @@ class Trainer:
         return self._solve(self._calibrated, self.controller.strength or self.dial.start, self.dial.bounds)
 
     def _solve(self, at: Callable[[float], Pruning], start: float, bounds: tuple[float, float]) -> float:
-        """The strength at which the rule ``at(strength)`` costs what it should on the dev split; ``start`` if there is none."""
+        """The strength at which the rule ``at(strength)`` costs what it should on the dev split; ``start`` if there is
+        none."""
 
         def share(strength: float) -> float:
             found = self._evaluate(at(strength), self.dev[:MEASURED], score=False)

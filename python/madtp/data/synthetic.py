@@ -587,7 +587,8 @@ def _draw_blobs(random: np.random.Generator, variants: int, scale: int) -> np.nd
 
 
 def _read_photos(folder: Path, split: int, side: int) -> np.ndarray:
-    """``[N, 3, side, side]`` uint8: the middle of every third photograph of a folder, by name, from number ``split`` on."""
+    """``[N, 3, side, side]`` uint8: the middle of every third photograph of a folder, by name, from number ``split``
+    on."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if len(paths) < len(SPLITS):
         raise ValueError(f"photos: expected at least {len(SPLITS)} PNG or JPEG files in {folder}, got {len(paths)}")
