@@ -232,3 +232,15 @@ def test_thresholds_are_those_of_all_processes_together(tmp_path):
         started.append(subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True))
     for process in started:
         assert process.communicate(timeout=120)[0].strip() == f"{[float(n) for n in range(10)]} 3.0"
+
+
+def test_ranked_novelty_is_trained_by_shares(tmp_path):
+    """A rule of the package, and one of a limit that every picture shares."""
+    for name, adaptive in (("ranked_novelty", True), ("tome", False)):
+        model, task, examples, dev = fresh(tmp_path)
+        model.pruning = METHODS[name]()
+        settings = replace(SETTINGS, steps=2, average=0.0, shares=(0.3, 0.2))
+        result = train(model, task, examples, dev, settings, tmp_path / name / "out", log_every=1, progress=False)
+        rule = madtp.load(tmp_path / name / "out").pruning
+        assert rule.name == name and len(rule.thresholds if adaptive else rule.shares) == 3
+        assert result["reduction"] > 0.05 and rule.active
