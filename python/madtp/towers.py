@@ -20,7 +20,7 @@ from .config import CLIPConfig
 from .guidance import QueryModel
 from .layers import LayerNorm
 from .linear import Linear, ScaledLinear, mlp, project
-from .pruning import MADTP, LayerTrace, Pruning, Tokens
+from .pruning import LayerTrace, Pruning, Tokens
 from .pruning.official import fill_up, with_minimum
 from .rows import first_of, first_rows, rows_of
 from .vision import Block, reading, run_blocks
@@ -270,8 +270,8 @@ class ImageTower(nn.Module):
         tokens = self.embed(pixels if isinstance(pixels, Patches) else self.cut(pixels))
         if self.norm_pre is not None:
             tokens = tokens.with_values(self.norm_pre(tokens.values))
-        if pruning.active and isinstance(pruning, MADTP) and not self.config.class_token:
-            raise ValueError("pruning: madtp scores tokens by the attention of a class token, which this tower has not")
+        if pruning.active and not self.config.class_token and _reads_class_token(pruning):
+            raise ValueError(f"pruning: {pruning.name} scores tokens by the attention of a class token, which this tower lacks")
         tokens = Tokens.start(tokens, prefix=self.config.prefix)
         rule = with_minimum(pruning.on("vision"), tokens.batch_size, tokens.device)
         blocks = reading(self.blocks, first_of) if pooled and self.config.pool == "class" else self.blocks
@@ -281,6 +281,12 @@ class ImageTower(nn.Module):
         tokens, *record = run_blocks(blocks, self.query_models, tokens, dictionary, rule, alignment_features)
         x = self.pool(tokens, pruning.backend)
         return Features(x if self.proj is None else self.proj(x), tokens, *record)
+
+
+def _reads_class_token(pruning: Pruning) -> bool:
+    """Whether a rule needs the attention of a class token, which SigLIP has not."""
+    orders = {getattr(pruning, "order", None), getattr(pruning, "weight", None)}
+    return pruning.name.startswith("madtp") or pruning.name == "evit" or bool(orders & {"cls", "importance"})
 
 
 def _recorded(block: Block, states: list[Tokens], *inputs) -> tuple[Tokens, LayerTrace]:
