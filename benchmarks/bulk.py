@@ -39,6 +39,7 @@ def main():
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backend")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -48,7 +49,7 @@ def main():
         torch.set_num_threads(args.threads)
     vision = VisionConfig(224, 32, embed_dim=768, depth=12, num_heads=12, sd_dim=768, map_func=True)
     config = CLIPConfig(vision, CLIPTextConfig(512, 12, 8, 2048), embed_dim=512)
-    options = {"config": config, "temperature": args.temperature, "device": args.device}
+    options = {"config": config, "temperature": args.temperature, "device": args.device, "backend": args.backend}
     model = madtp.load("random:base", dtype=getattr(torch, args.dtype), **options)
     embedder = Embedder(model)
     workers = default_workers(args.device) if args.workers is None else args.workers

@@ -136,6 +136,13 @@ def test_captions_and_answers(models, images):
     assert set(chosen["answer"]) <= {"a", "b", "c"} and all(score < 0 for score in chosen["score"])
 
 
+def test_tokens_of_an_instance(models):
+    embedder, answerer = madtp.Embedder(models / "clip"), madtp.Answerer(models / "vqa")
+    assert embedder.tokens(torch.zeros(3, 48, 48)) == 37 and embedder.tokens(torch.zeros(3, 48, 96)) == 73
+    assert madtp.Embedder(models / "clip", text="text").tokens(torch.zeros(9, dtype=torch.int64)) == 9
+    assert answerer.tokens((torch.zeros(3, 48, 48), torch.zeros(5, dtype=torch.int64))) == 42
+
+
 def test_it_is_small_and_loads_where_it_is_called(models):
     for one in (
         madtp.Embedder(models / "clip", temperature=3.0),

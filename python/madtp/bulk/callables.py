@@ -10,6 +10,7 @@ cannot be answered has its reason in the column "error", and the others of its b
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -213,8 +214,10 @@ class Answering:
     def tokens(self, instance) -> int:
         """How many tokens an instance has at the first layer: what fills a batch."""
         pixels, *texts = instance if isinstance(instance, tuple) else (instance,)
+        if pixels.dim() == 1:  # a text's ids
+            return len(pixels)
         vision = self.model.config.vision
-        count = vision.num_patches + 1 if pixels.dim() > 1 else len(pixels)
+        count = math.prod(side // vision.patch_size for side in pixels.shape[-2:]) + getattr(vision, "prefix", 1)
         return count + sum(len(ids) for ids in texts)
 
     def columns(self, answers: list[dict | Failure]) -> dict[str, np.ndarray]:
