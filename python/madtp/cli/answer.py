@@ -9,17 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from ..options import UsageError, option
 from ..tasks import ImageInputs, Prepared, Task
-from .batch import (
-    UNFINISHED,
-    Overlays,
-    check_output,
-    input_rows,
-    row_seed,
-    run_rows,
-    settings_of,
-    shortened,
-    truncation,
-)
+from .batch import UNFINISHED, Overlays, check_output, row_seed, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import RESUMED, BulkOptions, is_bulk, run_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, grouping, load_model
 
@@ -52,9 +42,7 @@ class Answer(Command):
         arguments = self.arguments()
         if isinstance(self, BulkOptions) and is_bulk(self):
             return self._many(arguments)
-        source, folder = self.rows(), Path()
-        if source is None:
-            source, folder = input_rows(self.input)
+        source, folder = source_of(self)
         check_output(self, source)
         overlays = Overlays(self, source)
         model = load_model(self, [self.task.name])

@@ -13,11 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..options import UsageError, add_options
 from ..pruning import MADTP
-from ..tasks import ImageInputs
 from ..tasks.base import digested
-from .options import BatchOptions
 
 _log = logging.getLogger("madtp")
 
@@ -43,40 +40,10 @@ class Item(NamedTuple):
     """What else its record says."""
 
 
-def add_images(parser: argparse.ArgumentParser, row: str = "") -> None:
-    """Where images come from."""
-    add_options(parser, ImageInputs)
-
-
-def add_output(parser: argparse.ArgumentParser, unit: str = "images") -> None:
-    """Where records go, and how many rows the model gets at a time."""
-    parser.add_argument("--output", metavar="JSONL", help="where the records go (default, or -: standard output)")
-    add_batch(parser, unit)
-
-
-def add_batch(parser: argparse.ArgumentParser, unit: str) -> None:
-    """How many rows the model gets at a time, and what to do with an output that is there."""
-    add_options(parser, BatchOptions)
-
-
-def add_overlay(parser: argparse.ArgumentParser) -> None:
-    """Pictures of surviving patches."""
-    parser.add_argument(
-        "--save-overlay",
-        metavar="PATH",
-        help="draw the surviving patches of each layer over the image: a picture file for a single image, or a folder",
-    )
-
-
-def image_rows(args: argparse.Namespace) -> tuple[str | list, Path]:
+def source_of(options) -> tuple[str | list, Path]:
     """The rows that the options name, and the folder that their paths are relative to."""
-    from ..inputs import find_images
-
-    if bool(args.images) == bool(args.input):
-        raise UsageError("give either images or --input")
-    if args.input:
-        return input_rows(args.input)
-    return [{"image": path} for path in find_images(args.images)], Path()
+    rows = options.rows()
+    return input_rows(options.input) if rows is None else (rows, Path())
 
 
 def input_rows(path: str) -> tuple[str | list[bytes], Path]:

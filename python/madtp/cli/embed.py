@@ -15,9 +15,9 @@ from .batch import (
     Overlays,
     check_output,
     cost_of,
-    image_rows,
     run_rows,
     settings_of,
+    source_of,
     truncation,
 )
 from .bulk import MANY, RESUMED, BulkOptions, is_bulk, run_bulk
@@ -81,7 +81,7 @@ def _few(args: Embed) -> int:
     if args.texts:
         source, folder = [{"text": text} for text in read_texts(args.texts)], Path()
     else:
-        source, folder = image_rows(args)
+        source, folder = source_of(args)
     for path in (args.output, f"{args.output}.jsonl"):
         check_file(path, option="--output")
     check_output(args, source)

@@ -263,15 +263,3 @@ THREADS = RunOptions.__dataclass_fields__["threads"].metadata["help"]
 def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
     """Add :class:`ModelSource`."""
     add_options(parser, ModelSource)
-
-
-def add_model_options(
-    parser: argparse.ArgumentParser,
-    *,
-    groupings: Sequence[str] = (),
-    text_modes: bool = False,
-    temperature: bool = True,
-) -> None:
-    """Add :class:`PruningOptions`, :class:`RunOptions`, :class:`TextOptions`."""
-    kinds = (PruningOptions,) * temperature + (RunOptions,) + (TextOptions,) * text_modes
-    add_options(parser, dataclass(type("_", kinds[::-1], {}), kw_only=True))

@@ -22,10 +22,10 @@ from .batch import (
     Item,
     TokenMeter,
     check_output,
-    image_rows,
     report,
     run_rows,
     settings_of,
+    source_of,
     truncation,
 )
 from .embed import TASKS
@@ -125,7 +125,7 @@ def _run(args: Retrieve) -> int:
 def _rows(args: Retrieve) -> list[dict]:
     from ..jsonl import numbered, row_of
 
-    source, folder = image_rows(args)
+    source, folder = source_of(args)
     rows = []
     for number, row in numbered(source):
         try:
