@@ -237,6 +237,13 @@ def test_a_run_does_not_go_on_under_other_settings(tmp_path):
         Run(tmp_path, {}, {"lr": 0.2, "steps": 5})
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    Run(tmp_path, {}, {"lr": 0.1}).save()
+    Run(tmp_path, {}, {"lr": 0.1, "clip": None, "shares": ()}, defaults={"clip": None, "shares": ()})
+    with pytest.raises(ValueError, match="clip: None then, 1.0 now"):
+        Run(tmp_path, {}, {"lr": 0.1, "clip": 1.0}, defaults={"clip": None})
+
+
 def test_a_checkpoint_that_is_not_whole_never_replaces_one_that_is(tmp_path):
     class Breaks:
         def state_dict(self):
