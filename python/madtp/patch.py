@@ -1,4 +1,4 @@
-"""One line for users of transformers: its BLIP and CLIP models run ragged and pruned, on their own weights.
+"""One line for users of transformers: its BLIP models and image encoders run ragged and pruned, on their own weights.
 
     model = BlipForConditionalGeneration.from_pretrained("Salesforce/blip-image-captioning-base")
     inputs = processor(images, return_tensors="pt")
@@ -20,7 +20,8 @@ The towers of the model (vision transformer, text encoder, text decoder) get ano
   of transformers (5.17 to 5.24) takes it and does not pass it on to its cross-attention.
 * transformers' `BlipForQuestionAnswering` lets the decoder look at padded question tokens, so that an answer depends on the
   longest question of the batch. Here it does not: answers are those that transformers gives to one question at a time.
-* Attention matrices and hidden states of the layers are not kept: asking for them is an error. A decoder returns a cache where
+* Attention matrices are not kept, nor BLIP's hidden states: asking for them is an error. Those of image encoders come whole: a
+  row for every patch, that of the token it was merged into. A decoder returns a cache where
   one was given (a `DynamicCache`) or `use_cache=True` asks for it.
 * The weights stay where they are and are read at each call: whatever is done to them, in place or by new parameters, counts.
 * The modules inside a tower are not called. What only a call would notice is refused, by apply_patch or by the next call: hooks,
