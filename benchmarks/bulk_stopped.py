@@ -146,7 +146,7 @@ def main():
         # Ray's own reader gives up on a damaged archive; it reads the others.
         tars = [str(args.folder / f"{t:05d}.tar") for t in range(TARS) if t not in (7, 9)]
         dataset = embed(
-            ray.data.read_webdataset(tars, decoder=False), str(args.folder / "model"), actors=2, backend="reference"
+            ray.data.read_webdataset(tars, decoder=None), str(args.folder / "model"), actors=2, backend="reference"
         )
         known = {row["image_path"]: vector for row, vector in zip(rows, vectors, strict=True)}
         worst = count = wrong = 0

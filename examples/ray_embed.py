@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--cpus", type=float, default=1, help="of each actor")
     args = parser.parse_args()
     if args.source.endswith(".tar"):
-        dataset = ray.data.read_webdataset(sorted(glob.glob(args.source)), decoder=False)
+        dataset = ray.data.read_webdataset(sorted(glob.glob(args.source)), decoder=None)
     else:
         dataset = ray.data.read_binary_files(args.source, include_paths=True).drop_columns(["bytes"])
     embed(dataset, args.model, actors=args.actors, gpus=args.gpus, cpus=args.cpus).write_parquet(args.output)

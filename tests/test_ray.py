@@ -32,6 +32,8 @@ def cluster():
     import ray.data
 
     variables = {name: os.environ[name] for name in ("PYTHONPATH", "MADTP_KERNELS_BUILD") if name in os.environ}
+    # Actors import this file for the class below.
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), variables.get("PYTHONPATH")]))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray
@@ -65,7 +67,7 @@ def test_two_actors_of_which_one_dies(cluster, models, tmp_path):
     """Nothing is lost, nothing is there twice, and vectors are those of an embedder alone."""
     module = example("ray_embed")
     tars = save_tars(tmp_path, 6, 8, bad=("0030004",))
-    dataset = ray.data.read_webdataset([str(path) for path in tars], decoder=False)
+    dataset = ray.data.read_webdataset([str(path) for path in tars], decoder=None)
     dataset = dataset.map_batches(
         Mortal,
         fn_constructor_kwargs={"model": str(models / "clip"), "mark": str(tmp_path / "mark"), "backend": "reference"},
@@ -85,7 +87,7 @@ def test_two_actors_of_which_one_dies(cluster, models, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert all(row["txt"].decode() == f"text {row['__key__']}" for row in rows)
     # The example itself, written to files.
-    dataset = ray.data.read_webdataset([str(path) for path in tars[:2]], decoder=False)
+    dataset = ray.data.read_webdataset([str(path) for path in tars[:2]], decoder=None)
     module.embed(dataset, str(models / "clip"), backend="reference").write_parquet(str(tmp_path / "out"))
     import pyarrow.parquet as pq
 
