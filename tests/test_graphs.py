@@ -30,7 +30,7 @@ from madtp_kernels import RaggedBatch
 
 SIZE = 64  # of the pictures
 COUNT, LONGEST = 11, 21
-METHODS = {"retrieval": ["encode_image", "encode_text"], "clip": ["encode_image", "encode_text"]}
+METHODS = dict.fromkeys(("retrieval", "clip"), ["encode_image", "encode_text", "embed_image", "embed_text"])
 NAMES = [name for name in CASES if name != "nlvr, batch"]  # whose samples depend on each other: it runs eagerly
 CALLS = [(name, method) for name in NAMES for method in METHODS.get(name.partition(",")[0], ["forward"])]
 each_call = pytest.mark.parametrize("name, method", CALLS, ids=lambda part: part.replace(", ", "-"))
@@ -116,7 +116,7 @@ def inputs_of(name, method, data, numbers):
     """What a method takes, for these samples."""
     pixels, ids, clip_ids = data
     texts = [(clip_ids if name.startswith("clip") else ids)[number] for number in numbers]
-    if method == "encode_text":
+    if method in ("encode_text", "embed_text"):
         return (texts,)
     if name.startswith("nlvr"):
         return pixels[numbers].transpose(0, 1).flatten(0, 1), texts
@@ -277,10 +277,11 @@ def test_neither_loading_nor_running_waits_or_touches_the_host(name, method, tem
             12,
         )
         both = [pixels] if task == "caption" else [pixels, ids]
-        taken = {"encode_text": [ids], "encode_image": [pixels]}.get(method, both)
+        text = method.endswith("_text")
+        taken = [ids] if text else [pixels] if method.endswith("_image") else both
         with NoHostMemory():
             graphs.run(bound(model, method), *taken)
-    assert len(model.graphs) == 1 + (method != "encode_text")
+    assert len(model.graphs) == 1 + (not text)
 
 
 @torch.inference_mode()
@@ -557,7 +558,7 @@ def test_capture_of_one_tower(data):
         captured = model.capture(*inputs_of("clip", method, data, range(3)), method=method, **options)
         inputs = inputs_of("clip", method, data, range(3, 6))
         check_same(captured(*inputs), getattr(model, method)(*inputs))
-    with pytest.raises(ValueError, match="method: expected one of encode_image, encode_text, got 'forward'"):
+    with pytest.raises(ValueError, match="method: expected one of encode_image, encode_text, embed_image, embed_text, got 'forward'"):
         model.capture(*inputs_of("nlvr", "forward", data, range(3)))
 
 

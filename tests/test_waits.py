@@ -12,6 +12,7 @@ import torch
 from test_tasks import CONFIGS, TEXT, VISION
 
 from madtp import NLVRConfig
+from madtp.pruning import Random, TopK
 from madtp.tasks import TASKS
 from madtp_kernels import RaggedBatch
 
@@ -50,6 +51,25 @@ def test_forward(name, temperature, features):
     model = TASKS[task].Model(config, temperature, **options).to("meta").eval()
     with torch.inference_mode():
         model(*inputs(task, config.vision.image_size), alignment_features=features)
+
+
+@pytest.mark.parametrize("rule", [TopK(0.4), Random(0.4, proportional_attention=True)], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("name", ["nlvr", "caption", "vqa", "retrieval", "clip"])
+def test_rules(name, rule):
+    config, _ = CASES[name]
+    model = TASKS[name].Model(config, rule).to("meta").eval()
+    with torch.inference_mode():
+        model(*inputs(name, config.vision.image_size))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["retrieval", "retrieval, compat", "clip", "clip, compat"])
+def test_embeddings(name, temperature):
+    config, _ = CASES[name]
+    model = TASKS[name.partition(",")[0]].Model(config, temperature).to("meta").eval()
+    pixels, texts = inputs(name, config.vision.image_size)
+    with torch.inference_mode():
+        model.embed_image(pixels), model.embed_text(texts)
 
 
 def test_waiting_is_noticed():
