@@ -469,5 +469,5 @@ def test_calibration_refuses_what_it_cannot_do(vision):
         calibrate(forward, "tome", 1.3, 4)
     with pytest.raises(ValueError, match="at the nearest, expected 95"):
         calibrate(forward, "tome", 0.95, 4, schedule="flat")
-    with pytest.raises(ValueError, match="expected one pass of 5 layers"):
-        calibrate(forward, "ranked_novelty", 0.3, 5, schedule="flat")
+    with pytest.raises(ValueError, match="expected one pass of 6 layers"):
+        calibrate(forward, "ranked_novelty", 0.3, 6, schedule="flat")

@@ -4,8 +4,8 @@ settings that the record holds are not run again.
   python experiments/real/measure.py --weights weights/vit-s.safetensors --photos PHOTOS --record results/224.jsonl
   python experiments/real/measure.py ... --image-size 448 --savings .33 .43 --test 80 --record results/448.jsonl
 
-Each rule is calibrated on photographs of the split "train" and measured on the split "test": cosine of the features to
-those of the unpruned encoder, and whether the nearest photograph of "train" is the same. GFLOPs are products of
+Each rule is calibrated on some photographs and measured on others: cosine of the features to those of the unpruned
+encoder, and whether the nearest of 120 further photographs is the same. GFLOPs are products of
 matrices, one multiply-add each, and include the cosines by which a rule finds and the sums by which it merges tokens.
 """
 
@@ -97,7 +97,7 @@ def figures(model, rule, values, dense, bank, batch_size) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="what encoder.py wrote")
-    parser.add_argument("--photos", type=Path, required=True, help="folder of test-*.jpg and train-*.jpg")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of *.jpg")
     parser.add_argument("--record", type=Path, required=True, help="JSON lines, one per setting; appended to")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--savings", nargs="+", type=float, default=[0.3, 0.4, 0.5, 0.58], help="shares of the GFLOPs")
@@ -121,12 +121,13 @@ def main() -> None:
     def load(paths: list[Path]) -> torch.Tensor:
         return encoder.pixels(paths, args.image_size).to(dtype)
 
-    test = load(encoder.photographs(args.photos, "test")[: args.test])
-    train = encoder.photographs(args.photos, "train")
-    calibration = load(train[: args.calibrate])
-    many = load(train[: args.many]) if args.many else None
+    photos = encoder.photographs(args.photos)
+    test = load(photos[: args.test])
+    others = photos[args.test :]
+    calibration = load(others[: args.calibrate])
+    many = load(others[: args.many]) if args.many else None
     dense, _ = runner(model, test, args.batch_size)(Pruning())
-    bank, _ = runner(model, load(train[:120]), args.batch_size)(Pruning())
+    bank, _ = runner(model, load(others[:120]), args.batch_size)(Pruning())
     args.record.parent.mkdir(parents=True, exist_ok=True)
     # All rules at one cost before the next cost: an interrupted run has something to compare.
     for saving in args.savings:

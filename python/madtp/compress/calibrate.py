@@ -1,4 +1,7 @@
-"""Calibration of a model whose weights stay as they are: only the dictionary is learnt, from pairs without labels."""
+"""Calibration of a model whose weights stay as they are, from pairs without labels.
+
+MADTP's dictionary is learnt, and the limits of rules that merge tokens are set.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..files import open_regular
 from ..model import Model
-from ..tasks import TASKS
+from ..pruning import Calibration, MergingPruning, Pruning, calibrate
+from ..rows import first_rows
+from ..tasks import TASKS, task_of
 from ..tasks.annotations import AnnotationError
 
 
@@ -65,3 +72,56 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
     if not examples:
         raise AnnotationError(path, None, "there are no rows")
     return examples
+
+
+def calibrate_rule(
+    model: Model,
+    examples: Sequence,
+    method: str | MergingPruning,
+    reduction: float | None = None,
+    *,
+    target_gflops: float | None = None,
+    inputs: int = 40,
+    batch_size: int = 16,
+) -> Calibration:
+    """Set the limits of a rule for a model and a cost, from examples without labels; nothing is trained.
+
+    Args:
+        model: of any task; it keeps its own rule.
+        examples: as :func:`read_pairs` returns them. The first ``inputs`` choose the schedule, all meet the cost.
+        method: a rule, or its name; see :func:`madtp.pruning.calibrate`.
+        reduction: share of the GFLOPs to save, or
+        target_gflops: what an instance is to cost on average.
+        inputs: how many examples go through the model at once.
+        batch_size: of the other passes.
+
+    Raises:
+        ValueError: not one of the two targets, or what :func:`madtp.pruning.calibrate` raises.
+        ImageError, TextError: an example cannot be used.
+    """
+    if (reduction is None) == (target_gflops is None):
+        raise ValueError("reduction, target_gflops: expected one of them")
+    task = task_of(model)
+    instances = [task.instance(example) for example in examples]
+
+    def over(instances: list, size: int):
+        batches = [task.collate(instances[start : start + size]) for start in range(0, len(instances), size)]
+
+        @torch.inference_mode()
+        def forward(rule: Pruning):
+            features, costs = [], []
+            for batch in batches:
+                output = task.forward(model, batch, rule)
+                features.append(first_rows(task.states(output)[0][0]))
+                costs += task.costs(task.streams(output, batch), rule, task.written(batch))
+            return torch.cat(features), [cost.official for cost in costs]
+
+        return forward
+
+    model.eval()
+    first = over(instances[:inputs], inputs)
+    if reduction is None:
+        dense = first(Pruning())[1]
+        reduction = 1 - target_gflops / (sum(dense) / len(dense))
+    many = over(instances, batch_size) if len(instances) > inputs else None
+    return calibrate(first, method, reduction, model.config.vision.depth, many=many)

@@ -177,7 +177,7 @@ def calibrate(
     return Calibration(
         rule=rule, target=target, saving=1 - float(cost.mean()) / dense_gflops,
         deviation=float(savings.std(correction=0)), least=float(savings.min()), most=float(savings.max()),
-        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cosines), schedule=schedule,
+        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=schedule,
         gflops=float(cost.mean()), dense_gflops=dense_gflops, tried=tried,
     )  # fmt: skip
 
@@ -281,8 +281,10 @@ class _Fitting(Pruning):
             self.rule.limited("shares", (1.0,)).count(cost, layer, before, after, **sizes)
 
     def fitted(self, layers: int) -> MergingPruning:
+        ran = len(self.record)
+        if ran == layers - 1:  # a last layer of which only one row is read merges nothing
+            self.record.append(0.0)
         if len(self.record) != layers:
-            ran = len(self.record)
             raise ValueError(f"forward: expected one pass of {layers} layers with all inputs, in one stream; {ran} ran")
         if self.adaptive:
             return self.rule.limited("thresholds", tuple(self.record))
