@@ -96,7 +96,7 @@ class build_native(Command):
 
 
 class build_with_native(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+    sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012 (a list in setuptools, too)
 
 
 class bdist_wheel_with_native(bdist_wheel):

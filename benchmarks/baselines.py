@@ -18,9 +18,7 @@ EPS = 1e-8  # MADTP adds it to every denominator
 # ---- attention on padded batches [B, H, L, d] --------------------------------------------------------------------
 
 
-def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention with its matrix: out ``[B, H, L, d]`` and the probabilities ``[B, H, L, L]``; ``mask [B, L]`` or None."""
     logits = q @ k.mT * q.shape[-1] ** -0.5
     if mask is not None:
@@ -59,9 +57,7 @@ def eager_scores(
     return importance, threshold
 
 
-def eager_compact(
-    x: Tensor, importance: Tensor, threshold: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
+def eager_compact(x: Tensor, importance: Tensor, threshold: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Every sample by its own count, packed: rows ``[T', D]`` and their offsets. For batches that prune every sample."""
     lengths = cu_seqlens.diff()
     sample = torch.repeat_interleave(lengths)

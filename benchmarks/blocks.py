@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import inputs
 import torch
-from madtp.weights import randomize
+from measure import DEVICE, DTYPES
+from torch import Tensor
+
 from madtp.config import VisionConfig
 from madtp.pruning import MADTP, Tokens
 from madtp.vision import Block, VisionTransformer
+from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
-from torch import Tensor
-
-import inputs
-from measure import DEVICE, DTYPES
 
 DENSE = MADTP(0.0)
 

@@ -71,7 +71,9 @@ def hugging_face_captions(images: Tensor, patched: bool = False) -> list[list[in
     """The same captions from transformers, eager as it is or patched."""
     theirs = hugging_face(patched)
     separator = theirs.config.text_config.sep_token_id
-    prompt = torch.tensor([[*PROMPT, separator]], device=images.device).repeat(len(images), 1)  # it cuts off the last id
+    prompt = torch.tensor([[*PROMPT, separator]], device=images.device).repeat(
+        len(images), 1
+    )  # it cuts off the last id
     with torch.inference_mode():
         rows = theirs.generate(
             images, prompt, num_beams=BEAMS, max_length=MAX_LENGTH, min_length=MIN_LENGTH, do_sample=False

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file are not installed
 
-import measure  # noqa: E402
+import measure
 
 RECORDS = pytest.StashKey[list]()
 

@@ -46,7 +46,7 @@ def candidates(name: str, dtype: torch.dtype):
     state = theirs.state_dict()
     with torch.device("meta"):
         ours = TASKS["clip"].Model(family.config_of(config.to_dict(), state))
-    state = {key: state_value for key, state_value in family.to_ours(state).items()}
+    state = dict(family.to_ours(state))
     missing = {key: torch.zeros(value.shape) for key, value in ours.state_dict().items() if key not in state}
     ours.load_state_dict(state | missing, assign=True)
     ours, theirs = ours.to(dtype).eval(), theirs.to(dtype)

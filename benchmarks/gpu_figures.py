@@ -556,7 +556,9 @@ DRY = False
 PARTS: dict[str, Callable[[Log], None]] = {
     "build": build,
     "build-tiles": functools.partial(build, tiles=True),
-    "build-short": lambda log: build(log, parts=[part for part in REHEARSALS if part not in ("same-float32", "layer-norm")]),
+    "build-short": lambda log: build(
+        log, parts=[part for part in REHEARSALS if part not in ("same-float32", "layer-norm")]
+    ),
     "ceilings": ceilings,
     "attention": attended,
     "scoring": scored,

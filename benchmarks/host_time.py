@@ -27,14 +27,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from madtp.pruning import base as dtp
-from madtp.pruning import madtp as rule
+from torch import Tensor
+
 from madtp.config import TextConfig
 from madtp.pruning import MADTP, Tokens
+from madtp.pruning import base as dtp
+from madtp.pruning import madtp as rule
 from madtp.text import Layer, TwinCrossAttention
 from madtp.vision import Block
 from madtp_kernels import RaggedBatch, backends, checks, compact, prune
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from test_triton_aot import Target
@@ -47,11 +48,12 @@ WIDTH, ENTRIES = 768, 100
 @contextlib.contextmanager
 def pretending(capability: int):
     """Tensors of the CPU take the GPU's path; yields a counter of the launches by kernel."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
     from madtp_kernels import triton_utils
     from madtp_kernels.attention import triton as attention
     from madtp_kernels.linear import triton as linear
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     launches: collections.Counter[str] = collections.Counter()
     launch = JITFunction.run

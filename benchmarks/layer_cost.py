@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import measure
 import torch
+
 from madtp.config import TextConfig, VisionConfig
 from madtp.pruning import MADTP
 from madtp.text import TextEncoder
 from madtp.vision import VisionTransformer
 from madtp_kernels import RaggedBatch
-
-import measure
 
 WIDTH, LAYERS, ROUNDS = 32, 12, 200
 
@@ -63,7 +63,11 @@ def main() -> None:
             start = time.perf_counter()
             call()
             least[name] = min(least[name], time.perf_counter() - start)
-    print(measure.processor_lines(Path(__file__).parent / "results")[0], f"; {options.dtype}, torch {torch.__version__}", sep="")
+    print(
+        measure.processor_lines(Path(__file__).parent / "results")[0],
+        f"; {options.dtype}, torch {torch.__version__}",
+        sep="",
+    )
     for name, seconds in least.items():
         print(f"{name:14s} {seconds / LAYERS * 1e6:6.0f} us per layer")
 

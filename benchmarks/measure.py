@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import madtp_kernels
 import torch
 import torch.nn.functional as F
+
+import madtp_kernels
 from madtp_kernels import backends, native
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -291,7 +292,13 @@ def _cpu_name() -> str:
 
 
 # What decides how fast products run: the flags of the kernel, and what they are called here.
-_FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "avx512_fp16": "AVX-512 FP16", "amx_bf16": "AMX BF16"}
+_FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_fp16": "AVX-512 FP16",
+    "amx_bf16": "AMX BF16",
+}
 
 
 def cpu_features() -> list[str]:
@@ -340,7 +347,9 @@ def _commit() -> str | None:
 def environment(device_name: str | None = None) -> dict:
     """What a record depends on besides the code: device, versions, threads, the backend that served, ceilings."""
     if not device_name:
-        device_name = torch.cuda.get_device_name() if ON_GPU else f"{_cpu_name()} ({len(os.sched_getaffinity(0))} cores)"
+        device_name = (
+            torch.cuda.get_device_name() if ON_GPU else f"{_cpu_name()} ({len(os.sched_getaffinity(0))} cores)"
+        )
     try:
         import triton
 

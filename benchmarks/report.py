@@ -1,7 +1,8 @@
 """Tables and plots from benchmark records.
 
 Reads the files that `pytest benchmarks/ --records FILE` writes, those of pytest-benchmark's `--benchmark-json` and the figures of
-`gpu_check.sh` (`*.jsonl`), prints markdown tables, and draws PNG plots where matplotlib is installed. Needs neither torch nor the packages that were measured.
+`gpu_check.sh` (`*.jsonl`), prints markdown tables, and draws PNG plots where matplotlib is installed. Needs neither torch nor the
+packages that were measured.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def operations_table(records: list[dict]) -> str:
                 ", ".join(rates),
             ]
         )
-    return markdown(["operation", "dtype", "batch", "ms", "speed-up over", "rate (of the ceiling)"], rows) if rows else ""
+    return (
+        markdown(["operation", "dtype", "batch", "ms", "speed-up over", "rate (of the ceiling)"], rows) if rows else ""
+    )
 
 
 def blocks_table(records: list[dict]) -> str:
@@ -139,7 +142,16 @@ def blocks_table(records: list[dict]) -> str:
         times, subject = record["milliseconds"], record["subject"]
         note = f", spread {record['spread']:.0%}" if "spread" in record else ""
         others = [f"{name} {_ms(value)} ms ({_times(value / times[subject])})" for name, value in times.items()]
-        rows.append([f"{record['name']}{note}", record["dtype"], record["batch"], subject, _ms(times[subject]), ", ".join(others[1:])])
+        rows.append(
+            [
+                f"{record['name']}{note}",
+                record["dtype"],
+                record["batch"],
+                subject,
+                _ms(times[subject]),
+                ", ".join(others[1:]),
+            ]
+        )
     return markdown(["benchmark", "dtype", "batch", "ours", "ms", "others (speed-up over them)"], rows) if rows else ""
 
 
@@ -302,9 +314,13 @@ def gpu_model_table(figures: list[dict]) -> str:
 
 def gpu_report(figures: list[dict]) -> str:
     def last(figure: str, field: str, otherwise):
-        return next((line[field] for line in reversed(figures) if line["figure"] == figure and field in line), otherwise)
+        return next(
+            (line[field] for line in reversed(figures) if line["figure"] == figure and field in line), otherwise
+        )
 
-    ceilings = f"Copy {last('copy', 'gbps', 0):.0f} GB/s, bfloat16 product {last('product 8192', 'tflops', 0):.0f} TFLOP/s."
+    ceilings = (
+        f"Copy {last('copy', 'gbps', 0):.0f} GB/s, bfloat16 product {last('product 8192', 'tflops', 0):.0f} TFLOP/s."
+    )
     parts = [f"## {last('device before', 'name', 'unknown device')}", ceilings]
     for title, table in (("Model", gpu_model_table(figures)), ("Operations", gpu_operations_table(figures))):
         if table:
@@ -407,8 +423,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files, or folders of them")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write plots here; in one folder per device, if there are several")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file, not to the terminal")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write plots here; in one folder per device, if there are several"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables to this file, not to the terminal"
+    )
     parser.add_argument("--only", choices=TABLES, help="this table only")
     options = parser.parse_args(arguments)
     lines = [path for path in options.results if path.suffix == ".jsonl"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import baselines
+import blocks
+import inputs
 import pytest
 import torch
+from measure import DTYPES, ON_GPU, Comparison, Goal, WrongAnswer, relative_error, require
+
 from madtp.config import VisionConfig
 from madtp.flops import vit
 from madtp.pruning import Tokens
 from madtp_kernels import RaggedBatch
-
-import baselines
-import blocks
-import inputs
-from measure import DTYPES, ON_GPU, Comparison, Goal, WrongAnswer, relative_error, require
 
 BATCH = 64 if ON_GPU else 8
 BATCHES = [1, 8, 32, 128] if ON_GPU else [1, 8, 32]

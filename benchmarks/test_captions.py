@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 
-import pytest
-import torch
-
 import captions
 import inputs
+import pytest
+import torch
 from measure import DEVICE, ON_GPU, Comparison, Goal, WrongAnswer, require
 
 REDUCTIONS = (0.5, 0.8)  # of the official GFLOPs

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import nlvr
 import pytest
 import torch
-
-import nlvr
 from measure import DTYPES, ON_GPU, Comparison, Goal, WrongAnswer, relative_error, require
 
 BATCHES = [1, 8, 16, 64] if ON_GPU else [1, 8, 16]

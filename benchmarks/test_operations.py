@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import functools
 
+import baselines
+import inputs
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import DEVICE, DTYPES, ON_GPU, Comparison, Goal, WrongAnswer, environment_kernels, relative_error, require
+
 from madtp_kernels import (
     attention,
     attention_importance,
@@ -19,10 +23,6 @@ from madtp_kernels import (
     prune,
     score_tokens,
 )
-
-import baselines
-import inputs
-from measure import DEVICE, DTYPES, ON_GPU, Comparison, Goal, WrongAnswer, environment_kernels, relative_error, require
 
 # The first is the one that goals are stated for.
 BATCHES = ["64 x 577", "64 uneven", "8 x 577", "1 x 577"] if ON_GPU else ["8 x 577", "8 uneven", "1 x 577"]
@@ -106,7 +106,9 @@ class Attended:
     def check_importance(self) -> None:
         self.check_attention()
         together = self.attend_with_importance()
-        require(together[0], self.exact[0], 2 * relative_error(self.pack(self.fused()), self.exact[0]) + ROUNDING, "out")
+        require(
+            together[0], self.exact[0], 2 * relative_error(self.pack(self.fused()), self.exact[0]) + ROUNDING, "out"
+        )
         alone = self.importance(*self.attend())
         eager = self.eager_with_scores()[1:]
         for number, name in enumerate(("received", "cls")):
@@ -381,7 +383,13 @@ class Multiplied:
     def ours(self, rows: slice = slice(None), backend: str | None = None):
         residual = None if self.residual is None else self.residual[rows]
         return linear(
-            self.x[rows], self.weight, self.bias, self.cu, activation=self.activation, residual=residual, backend=backend
+            self.x[rows],
+            self.weight,
+            self.bias,
+            self.cu,
+            activation=self.activation,
+            residual=residual,
+            backend=backend,
         )
 
     def grouped(self):

@@ -50,7 +50,7 @@ def eager(x, blocks, merge):
             stays, gone = order[:, merge:].sort(1).values, order[:, :merge]
             target = partner.gather(1, gone)[..., None]
 
-            def fold(t):
+            def fold(t, gone=gone, stays=stays, target=target):
                 a, b, wide = t[:, ::2], t[:, 1::2], t.shape[2]
                 moved = a.gather(1, gone[..., None].expand(-1, -1, wide))
                 b = b.scatter_reduce(1, target.expand(-1, -1, wide), moved, "sum")

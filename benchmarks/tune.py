@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from madtp_kernels.linear import tiles
 from madtp_kernels.linear import triton as implementation
 from madtp_kernels.linear.tiles import Tile
@@ -38,7 +39,9 @@ CALLS, REPLAYS = 8, 5
 class Product:
     """Operands of one product; logits are of about 1."""
 
-    def __init__(self, rows: int, width: int, columns: int, activation: str, residual: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, columns: int, activation: str, residual: bool, dtype: torch.dtype
+    ) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
 
         def normal(*shape: int) -> torch.Tensor:
@@ -96,7 +99,7 @@ def candidates(dtype: torch.dtype) -> tuple[Tile, ...]:
 def rehearse(part: int, parts: int) -> None:
     """Compile every tile with every ending."""
     kinds = (torch.bfloat16, torch.float32)
-    for dtype, tile in [(dtype, tile) for dtype in kinds for tile in candidates(dtype)][part::parts]:
+    for dtype, tile in [(kind, tile) for kind in kinds for tile in candidates(kind)][part::parts]:
         for width, columns, activation, residual in PRODUCTS:
             product = Product(256, width, columns, activation, residual, dtype)
             try:
@@ -119,7 +122,7 @@ def measure(dtype: torch.dtype, write: Callable[[dict], None]) -> None:
             expected = None
             for share in shares:
                 used = round(capacity * share)
-                call = lambda p=product, n=used: p.by_pytorch(slice(n))  # noqa: E731
+                call = lambda p=product, n=used: p.by_pytorch(slice(n))
                 write({**facts, "figure": "F.linear over the tokens", "share": share, "us": microseconds(call, calls)})
             for tile in candidates(dtype):
                 try:
@@ -132,7 +135,9 @@ def measure(dtype: torch.dtype, write: Callable[[dict], None]) -> None:
                         us = microseconds(lambda p=product, t=tile, cu=cu_seqlens: p.by(t, cu), calls)
                         write({**facts, "figure": "tile", "tile": [*tile], "share": share, "us": us, "same_bits": same})
                 except Exception as error:
-                    write({**facts, "figure": "tile", "tile": [*tile], "error": f"{type(error).__name__}: {error}"[:300]})
+                    write(
+                        {**facts, "figure": "tile", "tile": [*tile], "error": f"{type(error).__name__}: {error}"[:300]}
+                    )
                     torch.cuda.synchronize()
             torch.cuda.empty_cache()
 

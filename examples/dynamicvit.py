@@ -14,6 +14,8 @@ def dynamicvit(x: RaggedBatch, predictor: torch.nn.Module, keep_rate: float = 0.
 
 if __name__ == "__main__":
     x = RaggedBatch.from_list([torch.randn(197, 384), torch.randn(120, 384)])
-    predictor = torch.nn.Sequential(torch.nn.Linear(384, 96), torch.nn.GELU(), torch.nn.Linear(96, 1), torch.nn.Flatten(0))
+    predictor = torch.nn.Sequential(
+        torch.nn.Linear(384, 96), torch.nn.GELU(), torch.nn.Linear(96, 1), torch.nn.Flatten(0)
+    )
     with torch.inference_mode():
         print("tokens:", x.lengths.tolist(), "->", dynamicvit(x, predictor).tokens.lengths.tolist())

@@ -26,4 +26,6 @@ if __name__ == "__main__":
     position_ids = torch.cat([torch.arange(640), torch.arange(300)])
     is_image = (position_ids >= 35) & (position_ids < 290)
     kept = fastv(x, q, k, lse, is_image, position_ids)
-    print("tokens:", x.lengths.tolist(), "->", kept.tokens.lengths.tolist(), "positions:", kept.carried[0][:40].tolist())
+    print(
+        "tokens:", x.lengths.tolist(), "->", kept.tokens.lengths.tolist(), "positions:", kept.carried[0][:40].tolist()
+    )

@@ -7,7 +7,6 @@ library and torch only; where a compiled extension is looked for is in ``native.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import importlib.machinery
@@ -175,7 +174,9 @@ def check_requirements() -> None:
     except ImportError as error:
         raise BuildError(f"torch cannot be imported in {sys.prefix}: {error}") from error
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < MINIMUM_TORCH:
-        raise BuildError(f"torch {torch.__version__} is too old: at least {'.'.join(map(str, MINIMUM_TORCH))} is needed")
+        raise BuildError(
+            f"torch {torch.__version__} is too old: at least {'.'.join(map(str, MINIMUM_TORCH))} is needed"
+        )
     if not _sources(".cpp"):
         raise BuildError(f"no C++ sources in {source_dir()}")
     if not Path(headers := sysconfig.get_path("include"), "Python.h").exists():
@@ -234,7 +235,12 @@ def _commands() -> tuple[dict[Path, list[str]], list[str], dict]:
     nvcc, without_cuda = _cuda_toolkit()
     facts = {"environment": environment_tag(), "compiler": compiler_version(cxx), "cuda": nvcc and nvcc.release}
     headers = [torch_dir / "include", torch_dir / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
-    flags = [*cxx, *_COMPILE_FLAGS, f"-I{source_dir()}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags = [
+        *cxx,
+        *_COMPILE_FLAGS,
+        f"-I{source_dir()}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+    ]
     # No rpath: torch is always imported first, so the process already holds these libraries.
     link = [*cxx, "-shared", "-fopenmp", f"-L{torch_dir / 'lib'}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10"]
     commands = {}
@@ -292,7 +298,11 @@ def compile_extension(
     object_dir.mkdir(parents=True, exist_ok=True)
     stale = [source for source, path in objects.items() if not path.exists()]
     # MAX_JOBS is the variable that torch's own builds read.
-    jobs = int(os.environ.get("MAX_JOBS", "")) if os.environ.get("MAX_JOBS", "").isdigit() else len(os.sched_getaffinity(0))
+    jobs = (
+        int(os.environ.get("MAX_JOBS", ""))
+        if os.environ.get("MAX_JOBS", "").isdigit()
+        else len(os.sched_getaffinity(0))
+    )
     with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
         pending = {}
         for source in stale:

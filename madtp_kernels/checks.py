@@ -148,4 +148,4 @@ def unit_stride(value: Tensor | None) -> Tensor | None:
     """The tensor itself if its last dimension is dense, else a contiguous copy: what the kernels rely on. None stays None."""
     if value is None:
         return None
-    return value if value.stride(-1) == 1 or value.shape[-1] <= 1 and value.is_contiguous() else value.contiguous()
+    return value if value.stride(-1) == 1 or (value.shape[-1] <= 1 and value.is_contiguous()) else value.contiguous()

@@ -67,8 +67,7 @@ def collect() -> dict:
         "gpus": _gpus(),
         "extension": _extension(),
         "backends": {
-            device: {name: backends.availability(name, device) for name in backends.NAMES}
-            for device in ("cpu", "cuda")
+            device: {name: backends.availability(name, device) for name in backends.NAMES} for device in ("cpu", "cuda")
         },
     }
 

@@ -72,7 +72,9 @@ def _compile(folder: Path) -> Path:
     setting = build.setting()
     if setting == "0":
         tag = build.environment_tag()
-        raise build.BuildError(f"no extension compiled for {tag} is installed, and {build.SETTING}=0 forbids compiling one")
+        raise build.BuildError(
+            f"no extension compiled for {tag} is installed, and {build.SETTING}=0 forbids compiling one"
+        )
     build.check_requirements()
     command, failure = shlex.join(build.compiler()), folder / "failure.json"
     with _exclusive(folder.parent):
@@ -88,7 +90,12 @@ def _compile(folder: Path) -> Path:
             if error.transient:
                 raise
             folder.mkdir(parents=True, exist_ok=True)
-            record = {"compiler": command, "reason": str(error), "time": time.time(), "output": error.output.splitlines()}
+            record = {
+                "compiler": command,
+                "reason": str(error),
+                "time": time.time(),
+                "output": error.output.splitlines(),
+            }
             failure.write_text(json.dumps(record, indent=2), encoding="utf-8")
             raise build.BuildError(f"{error} (details in {failure})") from error
         failure.unlink(missing_ok=True)

@@ -224,7 +224,9 @@ def padded_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, heads: int) -> Ite
         which of them exist (a row that does not is one of the same sample's, so it is always safe to read). Samples without
         queries or without keys are in no group.
     """
-    starts = [(q0, q1 - q0, k0, k1 - k0) for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True)]
+    starts = [
+        (q0, q1 - q0, k0, k1 - k0) for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q), spans(cu_seqlens_k), strict=True)
+    ]
     left = sorted((s for s in starts if s[1] and s[3]), key=lambda s: (s[1] * s[3], s[1]), reverse=True)
     device = cu_seqlens_q.device
     while left:

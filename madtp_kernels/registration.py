@@ -117,7 +117,7 @@ def plain(args: tuple) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             if differentiates and arg.requires_grad:
                 return False
-        elif isinstance(arg, Tensor) or kind is tuple and arg and not plain(arg):
+        elif isinstance(arg, Tensor) or (kind is tuple and arg and not plain(arg)):
             return False
     return True
 

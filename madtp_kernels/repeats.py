@@ -47,7 +47,7 @@ def signature(operation: Callable, tensors: tuple[Tensor | None, ...], options: 
         if tensor is None:
             key.append(None)
             continue
-        if type(tensor) not in _KINDS or differentiates and tensor.requires_grad:
+        if type(tensor) not in _KINDS or (differentiates and tensor.requires_grad):
             return None
         stride = tensor.stride()
         if stride and stride[-1] != 1:  # a copy would be made

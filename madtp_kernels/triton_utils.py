@@ -74,8 +74,8 @@ class Replayed:
     them, later ones run them unasked.
 
     Args:
-        run: called with ``implementations`` and the arguments of the call; None: the one implementation. Every call has to pass tensors of the same dtypes,
-            devices, shapes, strides and alignment, and the same other arguments.
+        run: called with ``implementations`` and the arguments of the call; None: the one implementation. Every call has
+            to pass tensors of the same dtypes, devices, shapes, strides and alignment, and the same other arguments.
     """
 
     def __init__(self, run: Callable | None, implementations: tuple[Callable, ...]) -> None:

@@ -26,7 +26,9 @@ def pytest_addoption(parser):
         help="directory of golden tensors to check instead of tests/golden: one family, or a folder of families "
         "(may be given several times)",
     )
-    parser.addoption("--seed", type=int, metavar="N", help="seed of the random inputs, to repeat what a failure printed")
+    parser.addoption(
+        "--seed", type=int, metavar="N", help="seed of the random inputs, to repeat what a failure printed"
+    )
 
 
 def pytest_configure(config):

@@ -29,7 +29,9 @@ OPERATIONS = {
 SIMILARITY = ("nearest_kept", "novelty", "match_tokens")
 
 # Which axis of an argument counts tokens, by the offsets that describe it. `x` is a tensor or a RaggedBatch.
-_QUERY_TOKENS = dict.fromkeys("q out x received cls importance protected ids sizes keys kept rank queries".split(), 0) | {"lse": 1}
+_QUERY_TOKENS = dict.fromkeys(
+    "q out x received cls importance protected ids sizes keys kept rank queries".split(), 0
+) | {"lse": 1}
 _KEY_TOKENS = dict.fromkeys("k v key_bias".split(), 0)
 _SAMPLES = ("threshold", "keep_count", "min_keep", "count")
 
@@ -122,7 +124,9 @@ def attention_case(
     }
 
 
-def importance_case(generator, lengths, heads=2, head_dim=8, dtype=torch.float32, *, causal=False, bias=False, gain=1.0):
+def importance_case(
+    generator, lengths, heads=2, head_dim=8, dtype=torch.float32, *, causal=False, bias=False, gain=1.0
+):
     """Queries and keys with the result that the reference's attention has for them."""
     attended = attention_case(generator, lengths, heads, head_dim, dtype, causal=causal, bias=bias, gain=gain)
     out, lse = madtp_kernels.attention(**attended, backend="reference")
@@ -230,7 +234,11 @@ def nearest_case(generator, lengths, width=8, dtype=torch.float32):
 def novelty_case(generator, lengths, width=8, dtype=torch.float32, *, rank=False):
     case = keys_case(generator, lengths, width, dtype)
     if rank:  # few values, so that equal ones are ordered by position
-        case["rank"] = torch.randint(0, 5, (sum(lengths),), generator=generator).to(DEVICE).to(torch.promote_types(dtype, torch.float32))
+        case["rank"] = (
+            torch.randint(0, 5, (sum(lengths),), generator=generator)
+            .to(DEVICE)
+            .to(torch.promote_types(dtype, torch.float32))
+        )
     return case
 
 
@@ -420,7 +428,9 @@ def assert_no_worse_than_torch(ours, eager, exact, magnitude, what):
     assert not ours.isnan().any(), f"{what}: NaN"
 
     def error(values):
-        return torch.where(values.double() == exact, 0.0, (values.double() - exact).abs()).nan_to_num(0, 0, 0).max().item()
+        return (
+            torch.where(values.double() == exact, 0.0, (values.double() - exact).abs()).nan_to_num(0, 0, 0).max().item()
+        )
 
     assert (ours.isinf() == exact.isinf()).all(), what
     largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0

@@ -20,7 +20,40 @@ from madtp.config import TextConfig, VisionConfig
 from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize
 
-UNEVEN = [577, 1, 0, 2, 33, 64, 65, 3, 128, 1, 17, 40, 0, 5, 260, 9, 2, 2, 31, 100, 12, 7, 1, 50, 3, 64, 20, 4, 0, 6, 90, 15]
+UNEVEN = [
+    577,
+    1,
+    0,
+    2,
+    33,
+    64,
+    65,
+    3,
+    128,
+    1,
+    17,
+    40,
+    0,
+    5,
+    260,
+    9,
+    2,
+    2,
+    31,
+    100,
+    12,
+    7,
+    1,
+    50,
+    3,
+    64,
+    20,
+    4,
+    0,
+    6,
+    90,
+    15,
+]
 TEMPERATURES = [0.0, 1.0, 3.0, 10.0]
 
 every_backend = pytest.mark.parametrize("backend", backends_here())
@@ -142,7 +175,9 @@ def sample_of(out, position, count):
     """What is compared: every layer's surviving ids of the three streams, and the outputs of one sample."""
     streams = [(out.vision, position), (out.vision, position + count), (out.text, position)]
     ids = [
-        record.ids[record.cu_seqlens[row] : record.cu_seqlens[row + 1]].tolist() for trace, row in streams for record in trace
+        record.ids[record.cu_seqlens[row] : record.cu_seqlens[row + 1]].tolist()
+        for trace, row in streams
+        for record in trace
     ]
     outputs = [out.logits[position], out.last_hidden_state[position]]
     outputs += [out.image_embeds[position], out.image_embeds[position + count]]
@@ -167,7 +202,9 @@ def test_nlvr_gives_the_same_answer_alone_and_in_a_batch(backend, temperature, m
         alone = sample_of(forward(model, pixels, texts, [s], temperature, backend), 0, 1)
         for what, other in (("alone", alone), ("permuted", permuted[s])):
             assert other[0] == batch[s][0], f"sample {s} {what} keeps other tokens"
-            torch.testing.assert_close(other[2], batch[s][2], atol=1e-5, rtol=1e-5, msg=lambda m, s=s, w=what: f"{s} {w}: {m}")
+            torch.testing.assert_close(
+                other[2], batch[s][2], atol=1e-5, rtol=1e-5, msg=lambda m, s=s, w=what: f"{s} {w}: {m}"
+            )
     if temperature:
         # The claim would be empty if nothing were pruned, or everything alike.
         lengths = torch.tensor([[len(ids) for ids in sample[0]] for sample in batch])

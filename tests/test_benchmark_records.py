@@ -21,7 +21,11 @@ def measure(monkeypatch):
 def test_a_run_on_another_processor_than_the_records_says_so(measure, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "_cpu_info", lambda: {"model name": "Some Xeon", "flags": "fpu avx2 avx512f amx_bf16"})
     monkeypatch.setattr(measure, "environment_kernels", lambda: "amx")
-    for folder, cpu, kernels in (("cpu-intel", "Some Xeon", "amx"), ("cpu-amd", "AMD EPYC", "avx512bf16"), ("cpu-old", "Some Xeon", "avx2")):
+    for folder, cpu, kernels in (
+        ("cpu-intel", "Some Xeon", "amx"),
+        ("cpu-amd", "AMD EPYC", "avx512bf16"),
+        ("cpu-old", "Some Xeon", "avx2"),
+    ):
         (tmp_path / folder).mkdir()
         content = {"environment": {"cpu": cpu, "extension": {"cpu": kernels}}, "records": []}
         (tmp_path / folder / "2026-01-01.json").write_text(json.dumps(content))

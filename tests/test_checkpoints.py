@@ -263,11 +263,15 @@ def test_missing_unexpected_and_misshapen_weights_are_named(model):
 def test_an_incomplete_projection_is_named(model):
     state = to_official(model.state_dict())
     del state["text_encoder.encoder.layer.1.attention.self.key.weight"]
-    with pytest.raises(CheckpointError, match=r"layer\.1\.attention\.self\.qkv\.weight.*unexpected.*self\.query\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"layer\.1\.attention\.self\.qkv\.weight.*unexpected.*self\.query\.weight"
+    ):
         madtp.load(state)
 
 
-@pytest.mark.parametrize("key", ["visual_encoder.patch_embed.proj.weight", "text_encoder.embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize(
+    "key", ["visual_encoder.patch_embed.proj.weight", "text_encoder.embeddings.word_embeddings.weight"]
+)
 def test_something_else_than_blip_nlvr(key, model):
     state = state_of(model)
     del state[key]
@@ -344,7 +348,10 @@ def test_truncated_files(suffix, share, model, tmp_path):
         ({"model": {"a": 1}}, "expected tensors under 'model'"),
         ({"epoch": 3, "temperature": 1.0}, "expected tensors under 'model'"),
         ({"model": {}, "temperature": 1.0}, r"its keys \(there are none\) do not tell what it is for"),
-        ({"model": {"a": torch.zeros(1)}, "temperature": "hot"}, r"odd\.pth: temperature: expected a number, got 'hot'"),
+        (
+            {"model": {"a": torch.zeros(1)}, "temperature": "hot"},
+            r"odd\.pth: temperature: expected a number, got 'hot'",
+        ),
     ],
 )
 def test_files_with_other_contents(content, message, tmp_path):
@@ -395,7 +402,9 @@ def test_a_hub_id_without_a_network(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="nobody/no-such-model: neither a path, nor reachable on the hub, nor downloaded"):
+    with pytest.raises(
+        CheckpointError, match="nobody/no-such-model: neither a path, nor reachable on the hub, nor downloaded"
+    ):
         madtp.load("nobody/no-such-model")
 
 
@@ -441,7 +450,10 @@ def test_save_and_load_round_trip(model, batch, tmp_path):
 def test_whether_merged_tokens_have_sizes_is_saved(model, tmp_path):
     madtp.save_pretrained(madtp.load(state_of(model), use_sizes=True, tokenizer="demo"), tmp_path / "sizes")
     madtp.save_pretrained(madtp.load(state_of(model), tokenizer="demo"), tmp_path / "plain")
-    assert madtp.load(tmp_path / "sizes").pruning.proportional_attention and not madtp.load(tmp_path / "sizes", use_sizes=False).pruning.proportional_attention
+    assert (
+        madtp.load(tmp_path / "sizes").pruning.proportional_attention
+        and not madtp.load(tmp_path / "sizes", use_sizes=False).pruning.proportional_attention
+    )
     assert not madtp.load(tmp_path / "plain").pruning.proportional_attention
 
 
@@ -614,7 +626,8 @@ def test_official_names_of_the_other_tasks():
 
 
 @pytest.mark.parametrize(
-    "task, parameters, tensors", [("vqa", 361_555_772, 790), ("caption", 224_048_444, 474), ("retrieval", 223_821_059, 474)]
+    "task, parameters, tensors",
+    [("vqa", 361_555_772, 790), ("caption", 224_048_444, 474), ("retrieval", 223_821_059, 474)],
 )
 def test_the_real_sizes_have_the_official_number_of_parameters(task, parameters, tensors):
     """Of retrieval's official 447,563,779 the momentum copies are not ours."""

@@ -260,9 +260,7 @@ def test_debug_shows_where_an_error_comes_from():
 def test_answers_to_a_file_of_pairs(madtp_command, model, tmp_path):
     for batch_size in (1, 4):
         output = tmp_path / f"answers{batch_size}.jsonl"
-        code, out, err = madtp_command(
-            "nlvr", *MODEL, "--input", PAIRS, "--output", output, "--batch-size", batch_size
-        )
+        code, out, err = madtp_command("nlvr", *MODEL, "--input", PAIRS, "--output", output, "--batch-size", batch_size)
         assert (code, err) == (0, "") and f"{len(TEXTS)} rows in {output}" in out
         expected = predict.nlvr(model, [(LEFT, RIGHT, text) for text in TEXTS])
         records = read(output)
@@ -331,9 +329,7 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(madtp_command, t
     assert code == 0 and "6 rows in" in out
 
 
-@pytest.mark.parametrize(
-    "signal_number, exit_code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize("signal_number, exit_code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_a_killed_run_goes_on(madtp_command, small, tmp_path, signal_number, exit_code):
     row = {"images": [str(small / LEFT), str(small / RIGHT)], "text": TEXT}
     rows = [{**row, "text": f"{n} dogs"} if n % 10 else "{" for n in range(1, 101)]

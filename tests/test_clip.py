@@ -93,7 +93,9 @@ def tower_alone(tower, x, dictionary, temperature, *, causal, min_keep, compat=F
 
     for layer in range(len(tower.blocks)):
         block = f"blocks.{layer}"
-        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        q, k, v = (
+            linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        )
         logits = q @ k.mT * q.shape[-1] ** -0.5
         if causal:
             logits = logits.masked_fill(torch.ones_like(logits[0]).triu(1).bool(), -math.inf)
@@ -145,7 +147,9 @@ def image_alone(model, picture, temperature):
     x = torch.cat([tower.cls_token[0], patches]) + tower.pos_embed[0]
     x = tower.norm_pre(x).double().cpu()
     x, history, margin = tower_alone(tower, x, model.space_dict, temperature, causal=False, min_keep=1)
-    row = F.layer_norm(x[0], x[0].shape, tower.norm_post.weight.double().cpu(), tower.norm_post.bias.double().cpu(), 1e-5)
+    row = F.layer_norm(
+        x[0], x[0].shape, tower.norm_post.weight.double().cpu(), tower.norm_post.bias.double().cpu(), 1e-5
+    )
     return tower.proj.weight.double().cpu() @ row, history, margin
 
 
@@ -237,7 +241,9 @@ def test_too_few_survivors_leave_a_layer_alone(stream, generator):
         assert bool(first.pruned[sample]) == (count > least and length - 1 - count >= 2)
         if length - 1 - count >= 2:
             seen.add(count - least)
-    assert {0, 1} <= seen or stream == "compat" and min(seen) <= 0 < max(seen), "both sides of the rule have to come up"
+    assert {0, 1} <= seen or (stream == "compat" and min(seen) <= 0 < max(seen)), (
+        "both sides of the rule have to come up"
+    )
 
 
 # ---- the order of kept tokens ---------------------------------------------------------------------------------------
@@ -478,8 +484,14 @@ def test_hugging_face_files_and_state_dicts(generator, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps: expected the same in both towers, got 1e-06 and 1e-05"),
-        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act: expected the same in both towers, got quick_gelu and gelu"),
+        (
+            {"vision_config": {"layer_norm_eps": 1e-6}},
+            "layer_norm_eps: expected the same in both towers, got 1e-06 and 1e-05",
+        ),
+        (
+            {"text_config": {"hidden_act": "gelu"}},
+            "hidden_act: expected the same in both towers, got quick_gelu and gelu",
+        ),
         (
             {"vision_config": {"hidden_act": "relu"}, "text_config": {"hidden_act": "relu"}},
             "hidden_act: expected one of quick_gelu, gelu, gelu_tanh, got 'relu'",

@@ -286,7 +286,8 @@ def test_settings_that_make_no_sense():
     Settings(**good)
     for name, value in (
         ("reduction", 1.0), ("reduction", -0.1), ("epochs", 0), ("accumulate", 0), ("lr", float("nan")),
-        ("ramp", -0.1), ("distill", -1.0), ("dictionary", "random"), ("controller", "none"), ("schedule", "never"), ("precision", "float16"),
+        ("ramp", -0.1), ("distill", -1.0), ("dictionary", "random"), ("controller", "none"),
+        ("schedule", "never"), ("precision", "float16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: expected"):
             Settings(**good | {name: value})
@@ -422,7 +423,7 @@ def test_a_target_that_cannot_be_reached_leaves_a_model_all_the_same(data, tmp_p
         (44, 0.5, False),
         (3, 0.999, False),
         (214, 0.3, False),
-    ],  # fmt: skip
+    ],
 )
 def test_a_target_is_met_within_five_percent_of_it(gflops, reduction, met):
     miss = training.missed({"gflops": gflops, "dense_gflops": 100}, reduction)

@@ -75,7 +75,6 @@ class Golden:
         known = {f.name for f in dataclasses.fields(kind)}
         return kind(**{k: v for k, v in self.config[section].items() if k in known})
 
-
     def told(self, tensor, pattern, otherwise):
         """A number that the manifest's words about a tensor tell."""
         meaning = self.manifest.get("files", {}).get("golden.safetensors", {}).get(tensor, {}).get("meaning", "")
@@ -95,7 +94,7 @@ def tokens_by_origin(ids, n):
 def check_stream(trace, sample, golden, prefix, case, column):
     """Every layer of one sample keeps exactly the official tokens, and scored them alike."""
     n = int(golden[f"{prefix}.tokens_in"][case, 0])
-    incoming = list(range(n))
+    incoming = previous_official = list(range(n))
     for layer, record in enumerate(trace):
         cu = record.cu_seqlens
         ours = tokens_by_origin(record.ids[cu[sample] : cu[sample + 1]], n)
@@ -110,7 +109,7 @@ def check_stream(trace, sample, golden, prefix, case, column):
             if f"{prefix}.importance" in golden:
                 scores = record.importance[cu_in[sample] + 1 : cu_in[sample + 1]].cpu()
                 official = golden[f"{prefix}.importance"][case, layer, column, : len(incoming)]
-                expected = dict(zip(previous_official if layer else range(n), official.tolist(), strict=True))
+                expected = dict(zip(previous_official, official.tolist(), strict=True))
                 torch.testing.assert_close(
                     scores, torch.tensor([expected[i] for i in incoming]), **TOLERANCE, msg=where
                 )
@@ -268,7 +267,10 @@ def test_vision_transformer(family, backend):
     for temperature, cases in cases_by_temperature(case_temperature, results["vision.robust"], backend):
         with torch.inference_mode():
             out = model(
-                pixels[case_input[cases]].to(DEVICE), dictionary, MADTP(temperature, backend=backend), alignment_features=True
+                pixels[case_input[cases]].to(DEVICE),
+                dictionary,
+                MADTP(temperature, backend=backend),
+                alignment_features=True,
             )
         rows = out.tokens.to_list()
         for sample, case in enumerate(cases):

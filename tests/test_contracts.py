@@ -83,7 +83,9 @@ def other_dtype(value):
     return value.to(torch.int64 if value.dtype in (torch.int32, torch.bool) else torch.int16)
 
 
-@pytest.mark.parametrize("damage", [other_dtype, lambda v: v[None], lambda v: v.tolist()], ids=["dtype", "dims", "list"])
+@pytest.mark.parametrize(
+    "damage", [other_dtype, lambda v: v[None], lambda v: v.tolist()], ids=["dtype", "dims", "list"]
+)
 @pytest.mark.parametrize("op, name", ARGUMENTS, ids=lambda value: value)
 def test_wrong_dtype_dimensions_or_type(op, name, damage, backend, generator):
     case = full_case(op, name, generator)
@@ -121,7 +123,13 @@ def test_tokens_to_compact_that_are_no_ragged_batch(backend, generator):
     case = case_of("compact", generator)
     refuses("compact", {**case, "x": case["x"].values}, backend, "^x: expected a RaggedBatch", r"got float32\[11, 16\]")
     batch = RaggedBatch(torch.zeros(TOKENS, 2, 3, device=DEVICE), offsets(LENGTHS), 6)
-    refuses("compact", {**case, "x": batch}, backend, r"^x\.values: expected floating-point \[T, D\]", r"float32\[11, 2, 3\]")
+    refuses(
+        "compact",
+        {**case, "x": batch},
+        backend,
+        r"^x\.values: expected floating-point \[T, D\]",
+        r"float32\[11, 2, 3\]",
+    )
 
 
 # ---- offsets and length bounds
@@ -230,7 +238,13 @@ def test_threshold_and_keep_count_exclude_each_other(both, backend, generator):
     case = case_of("compact", generator)
     counts = torch.ones(BATCH, dtype=torch.int32, device=DEVICE)
     case |= {"keep_count": counts} if both else {"threshold": None}
-    refuses("compact", case, backend, "^threshold, keep_count: expected exactly one of them, got", "both" if both else "neither")
+    refuses(
+        "compact",
+        case,
+        backend,
+        "^threshold, keep_count: expected exactly one of them, got",
+        "both" if both else "neither",
+    )
 
 
 @pytest.mark.parametrize("name, values, message", [

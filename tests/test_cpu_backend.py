@@ -49,7 +49,12 @@ def same_bits(ours, theirs):
 def in_fresh_process(arguments, **environment):
     """Standard output of a Python process; its failure is the test's."""
     done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, cwd=TESTS, timeout=600
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        cwd=TESTS,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -79,7 +84,10 @@ def test_unknown_instruction_set_is_refused_by_name():
     assert instruction_set("avx1024") is None
     program = "from madtp_kernels import native; native.load().build_info()"
     done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"MADTP_KERNELS_CPU": "avx1024"}, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env=os.environ | {"MADTP_KERNELS_CPU": "avx1024"},
+        capture_output=True,
+        text=True,
     )
     assert "avx1024" in done.stderr and "portable" in done.stderr
 
@@ -93,7 +101,9 @@ def test_tiles_leave_those_of_pytorch_alone(generator):
     heads = case["q"].transpose(0, 1)[None]
 
     def theirs():
-        return torch.nn.functional.linear(x, weight), torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return torch.nn.functional.linear(x, weight), torch.nn.functional.scaled_dot_product_attention(
+            heads, heads, heads
+        )
 
     want_theirs, want_ours = theirs(), run("attention_with_importance", case, "cpu")
     for _ in range(3):

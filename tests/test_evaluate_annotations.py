@@ -71,9 +71,7 @@ def test_blip_vqa_weighs_answers_by_how_many_gave_them():
 
 def test_visual_genome_has_its_own_root_weight_and_no_question_ids():
     first, second = read_blip_vqa(FOLDER / "vg_qa.json")
-    assert first == VQAExample(
-        ROOT / "vg/image/2.jpg", "How many windows are there?", None, ("four",), dataset="vg"
-    )
+    assert first == VQAExample(ROOT / "vg/image/2.jpg", "How many windows are there?", None, ("four",), dataset="vg")
     assert second.answer_weights() == {"nobody": 0.2}
     with pytest.raises(ValueError, match="visual_genome_root"):
         annotations.read_blip_vqa(FOLDER / "vg_qa.json", ROOT)
@@ -81,9 +79,7 @@ def test_visual_genome_has_its_own_root_weight_and_no_question_ids():
 
 def test_blip_vqa_test_has_no_answers():
     image = ROOT / "test2015/COCO_test2015_000000000262.jpg"
-    assert read_blip_vqa(FOLDER / "vqa_test.json") == [
-        VQAExample(image, "What is the colour of the tram?", 262, ())
-    ]
+    assert read_blip_vqa(FOLDER / "vqa_test.json") == [VQAExample(image, "What is the colour of the tram?", 262, ())]
 
 
 def test_original_vqa_joins_questions_and_annotations_by_question_id():
@@ -94,9 +90,7 @@ def test_original_vqa_joins_questions_and_annotations_by_question_id():
     )
     folder = ROOT / "val2014"
     assert examples == [
-        VQAExample(
-            folder / "COCO_val2014_000000000042.jpg", "Does the dog wear a collar?", 42000, ("no",) * 4
-        ),
+        VQAExample(folder / "COCO_val2014_000000000042.jpg", "Does the dog wear a collar?", 42000, ("no",) * 4),
         VQAExample(
             folder / "COCO_val2014_000000000073.jpg",
             "How many wheels can be seen?",

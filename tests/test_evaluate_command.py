@@ -533,7 +533,7 @@ def test_a_label_that_is_unknown(command, data, tmp_path):
     rows[2]["label"] = "Maybe"
     (tmp_path / "odd.json").write_text(json.dumps(rows))
     code, _, err = command("nlvr", annotations=tmp_path / "odd.json")
-    assert code == 2 and "odd.json: record 3: 'label': expected \"True\" or \"False\", got \"Maybe\"" in err
+    assert code == 2 and 'odd.json: record 3: \'label\': expected "True" or "False", got "Maybe"' in err
 
 
 def test_plots(command, tmp_path, monkeypatch):

@@ -43,7 +43,13 @@ def samples(*tensors):
     """The tensors' rows of each sample, in float64, with the index of the first."""
     start = 0
     for length in LENGTHS:
-        yield start, *(t[start : start + length].double() if t.is_floating_point() else t[start : start + length] for t in tensors)
+        yield (
+            start,
+            *(
+                t[start : start + length].double() if t.is_floating_point() else t[start : start + length]
+                for t in tensors
+            ),
+        )
         start += length
 
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from torch.utils.flop_counter import FlopCounterMode
 
 import madtp
@@ -244,9 +243,7 @@ def test_retrieval_agrees_with_torchs_flop_counter(monkeypatch, pictures, texts)
     counts = [flops.retrieval(model.config, text=t, pruning=False) for t in flops.stream_lengths(text.trace)]
     assert total == products(counts)
     total, matches = measured(lambda: model.match(image.tokens, texts, [(2, 0), (0, 1), (1, 1)]))
-    counts = [
-        flops.retrieval(model.config, match=(10, t), pruning=False) for t in flops.stream_lengths(matches.text)
-    ]
+    counts = [flops.retrieval(model.config, match=(10, t), pruning=False) for t in flops.stream_lengths(matches.text)]
     assert total == products(counts)
     # Two texts of one image cost less than twice one: the image's keys and values are computed once.
     alone, _ = measured(lambda: model.match(image.tokens, texts[:1], [(0, 0)]))

@@ -196,7 +196,9 @@ def test_any_batch_gets_what_it_gets_without_graphs(name, method, temperature, d
         check_same(ours, theirs)
     if temperature:
         traces = [theirs.vision if method == "forward" else theirs.trace for _, theirs in held]
-        assert any(bool(record.pruned.any()) for trace in traces for record in trace), "nothing was pruned: the claim would be empty"
+        assert any(bool(record.pruned.any()) for trace in traces for record in trace), (
+            "nothing was pruned: the claim would be empty"
+        )
 
 
 @torch.inference_mode()
@@ -558,7 +560,9 @@ def test_capture_of_one_tower(data):
         captured = model.capture(*inputs_of("clip", method, data, range(3)), method=method, **options)
         inputs = inputs_of("clip", method, data, range(3, 6))
         check_same(captured(*inputs), getattr(model, method)(*inputs))
-    with pytest.raises(ValueError, match="method: expected one of encode_image, encode_text, embed_image, embed_text, got 'forward'"):
+    with pytest.raises(
+        ValueError, match="method: expected one of encode_image, encode_text, embed_image, embed_text, got 'forward'"
+    ):
         model.capture(*inputs_of("nlvr", "forward", data, range(3)))
 
 

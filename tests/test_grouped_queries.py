@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from helpers import DEVICE, EAGER, assert_no_worse_than_torch, attention_case, backends_here, in_float64, interpreted, run
+from helpers import (
+    DEVICE,
+    EAGER,
+    assert_no_worse_than_torch,
+    attention_case,
+    backends_here,
+    in_float64,
+    interpreted,
+    run,
+)
 
 from madtp_kernels import BackendError, attention, attention_with_importance, backends
 
@@ -46,9 +55,13 @@ def test_a_sample_has_the_same_bits_alone(backend, generator):
     out, lse = run("attention", case, backend)
     start = lengths[0]
     alone = case | {name: case[name][start:] for name in "qkv"}
-    alone |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, lengths[1]], dtype=torch.int32, device=DEVICE))
+    alone |= dict.fromkeys(
+        ("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, lengths[1]], dtype=torch.int32, device=DEVICE)
+    )
     ours = run("attention", alone, backend)
-    check = torch.testing.assert_close if backend == "reference" else lambda a, b: torch.equal(a, b) or pytest.fail("bits")
+    check = (
+        torch.testing.assert_close if backend == "reference" else lambda a, b: torch.equal(a, b) or pytest.fail("bits")
+    )
     check(ours[0], out[start:])
     check(ours[1], lse[:, start:])
 

@@ -195,7 +195,9 @@ def written(captioners, ours: bool, **options):
             )  # fmt: skip
             return answers(sequences, 3)
         memory = Tokens.start(RaggedBatch.from_padded(images, torch.ones(images.shape[:2], device=DEVICE)))
-        return [words.tolist() for words in generation.generate(decoder, memory, prompts, official_lengths=False, **options)]
+        return [
+            words.tolist() for words in generation.generate(decoder, memory, prompts, official_lengths=False, **options)
+        ]
 
 
 @pytest.mark.parametrize("name", generation.OPTIONS)
@@ -218,13 +220,22 @@ def test_options_of_generate_that_are_not_served(name, captioners):
 @pytest.mark.parametrize(
     "options, message",
     [
-        *(({name: EFFECTS[name][0]}, f"{name}: only sampling takes it") for name in ("top_k", "top_p", "temperature", "min_p")),
-        *(({name: EFFECTS[name][0]}, f"{name}: only beam search takes it") for name in ("length_penalty", "early_stopping")),
+        *(
+            ({name: EFFECTS[name][0]}, f"{name}: only sampling takes it")
+            for name in ("top_k", "top_p", "temperature", "min_p")
+        ),
+        *(
+            ({name: EFFECTS[name][0]}, f"{name}: only beam search takes it")
+            for name in ("length_penalty", "early_stopping")
+        ),
         ({"max_new_tokens": 2}, "max_new_tokens: give either this or max_length, got both"),
         ({"max_new_tokens": 38, "max_length": None}, "max_new_tokens: expected at least 1 and at most 37, got 38"),
         ({"max_length": 41}, "max_length: expected more than the prompt's 3 and at most 40, got 41"),
         ({"min_length": 15}, "min_length: expected at most the longest text's 14 tokens, got 15"),
-        ({"seeds": [1, 2, 3, 4], "do_sample": True, "min_p": 0.1}, "min_p: sampling with seeds takes temperature, top_k, top_p"),
+        (
+            {"seeds": [1, 2, 3, 4], "do_sample": True, "min_p": 0.1},
+            "min_p: sampling with seeds takes temperature, top_k, top_p",
+        ),
     ],
 )
 def test_options_of_generate_without_an_effect(options, message, captioners):
@@ -250,7 +261,9 @@ def test_answers_are_those_to_one_question_at_a_time(generator, directory):
     with torch.inference_mode():
         images = theirs.vision_model(pixels).last_hidden_state
         states = theirs.text_encoder(padded, attention_mask=mask, encoder_hidden_states=images).last_hidden_state
-        expected = [theirs.generate(text[None], pixels[b : b + 1], num_beams=3, max_length=9) for b, text in enumerate(ids)]
+        expected = [
+            theirs.generate(text[None], pixels[b : b + 1], num_beams=3, max_length=9) for b, text in enumerate(ids)
+        ]
         output = ours(pixels, ids)
         found = ours.generate(output.questions, num_beams=3, max_length=9, official_lengths=False)
     real = mask.bool()
@@ -352,7 +365,9 @@ def test_without_a_dictionary_there_is_a_warning(generator, directory, caplog):
 def test_position_numbers_in_older_files_are_left_out_by_name(generator, directory, caplog):
     hugging_face("caption", generator).save_pretrained(directory)
     key = "text_decoder.bert.embeddings.position_ids"
-    save_file(load_file(directory / "model.safetensors") | {key: torch.arange(40)[None]}, directory / "model.safetensors")
+    save_file(
+        load_file(directory / "model.safetensors") | {key: torch.arange(40)[None]}, directory / "model.safetensors"
+    )
     with caplog.at_level(logging.INFO, logger="madtp"):
         load(directory)
     assert f"ignored as position numbers: {key}" in caplog.text
@@ -366,7 +381,9 @@ def test_tokenizer_of_the_directory(complete, generator, directory):
     if complete:
         demo.save_pretrained(directory)
     else:
-        vocabulary = [entry for entry in Path(demo_vocabulary()).read_text().splitlines() if entry not in ("[DEC]", "[ENC]")]
+        vocabulary = [
+            entry for entry in Path(demo_vocabulary()).read_text().splitlines() if entry not in ("[DEC]", "[ENC]")
+        ]
         (directory / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     processor = load(directory).processor
     assert processor.tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [DEC, ENC]

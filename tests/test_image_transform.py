@@ -19,7 +19,20 @@ from madtp.image_transform import ImageTransform
 from madtp.processing import CLIPProcessor, ImageError, load_image
 
 SIDE = 32
-SIZES = [(SIDE, SIDE), (451, 300), (300, 451), (33, 32), (32, 47), (31, 400), (400, 31), (7, 5), (5, 7), (1, 1), (1, 90), (64, 65)]
+SIZES = [
+    (SIDE, SIDE),
+    (451, 300),
+    (300, 451),
+    (33, 32),
+    (32, 47),
+    (31, 400),
+    (400, 31),
+    (7, 5),
+    (5, 7),
+    (1, 1),
+    (1, 90),
+    (64, 65),
+]
 
 
 @pytest.fixture
@@ -47,7 +60,13 @@ CLIP_SETTINGS = [
     {"size": 21, "crop_size": SIDE, "do_normalize": False},
     {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False, "resample": 0},
     {"size": SIDE, "crop_size": [SIDE, SIDE], "do_rescale": False},
-    {"do_resize": False, "crop_size": SIDE, "image_mean": [0.5, 0.25, 0.0], "image_std": [0.1, 0.2, 1.5], "resample": 4},
+    {
+        "do_resize": False,
+        "crop_size": SIDE,
+        "image_mean": [0.5, 0.25, 0.0],
+        "image_std": [0.1, 0.2, 1.5],
+        "resample": 4,
+    },
     {"size": SIDE, "crop_size": SIDE, "rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 1.0, "resample": 5},
     {"size": SIDE, "crop_size": SIDE, "do_normalize": None, "image_mean": None, "do_pad": False, "pad_size": None},
 ]
@@ -82,8 +101,12 @@ def test_the_two_rules_are_the_defaults_of_transformers(rng):
         assert torch.equal(ImageTransform.squash(384)(image), theirs(BlipImageProcessorPil(), image))
     assert ImageTransform.from_settings({}, "clip") == ImageTransform.centre(224)
     assert ImageTransform.from_settings({}, "blip") == ImageTransform.squash(384)
-    assert ImageTransform.from_settings({"image_processor_type": "BlipImageProcessor"}, "clip") == ImageTransform.squash(384)
-    assert ImageTransform.from_settings({"feature_extractor_type": "CLIPFeatureExtractor"}, "blip") == ImageTransform.centre(224)
+    assert ImageTransform.from_settings(
+        {"image_processor_type": "BlipImageProcessor"}, "clip"
+    ) == ImageTransform.squash(384)
+    assert ImageTransform.from_settings(
+        {"feature_extractor_type": "CLIPFeatureExtractor"}, "blip"
+    ) == ImageTransform.centre(224)
 
 
 def encoded(image, kind="PNG", **options):
@@ -99,7 +122,7 @@ def test_pictures_of_every_kind(rng):
     alpha.putalpha(Image.fromarray(rng.integers(0, 256, (41, 70), dtype=np.uint8)))
     white = Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha).convert("RGB")
     grey = wide.convert("L")
-    sixteen = Image.fromarray((np.asarray(grey).astype(np.uint16) * 257))
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6
     palette = wide.quantize(64)
@@ -133,9 +156,15 @@ def test_pictures_of_every_kind(rng):
         ({"do_flip_channel_order": True}, "not supported: do_flip_channel_order = True"),
         ({"do_pad": True, "size_divisor": 8}, "not supported: do_pad = True, size_divisor = 8"),
         ({"rescale_offset": 1}, "not supported: rescale_offset = 1"),
-        ({"image_processor_type": "ConvNextImageProcessor"}, "image_processor_type: expected one of CLIPImageProcessor, .*'ConvNextImageP"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor"},
+            "image_processor_type: expected one of CLIPImageProcessor, .*'ConvNextImageP",
+        ),
         ({"image_processor_type": "ChineseCLIPImageProcessor"}, "image_processor_type"),
-        ({"size": {"longest_edge": 30}}, "size: expected 'shortest_edge', or 'height' and 'width', got {'longest_edge': 30}"),
+        (
+            {"size": {"longest_edge": 30}},
+            "size: expected 'shortest_edge', or 'height' and 'width', got {'longest_edge': 30}",
+        ),
         ({"size": {"shortest_edge": 30, "longest_edge": 90}}, "size: expected 'shortest_edge'"),
         ({"size": {"shortest_edge": 0}}, "size: expected sides of 1 to 10000 pixels, got 0"),
         ({"size": True}, "size: expected sides"),
@@ -148,7 +177,10 @@ def test_pictures_of_every_kind(rng):
         ({"image_std": [0.5, 0, 1]}, "image_std: expected numbers other than 0"),
         ({"image_mean": [0.5, float("nan"), 1]}, "image_mean: expected finite numbers"),
         ({"rescale_factor": "small"}, "rescale_factor: expected a number, got 'small'"),
-        ({"image_processor_type": "BlipImageProcessor", "do_center_crop": True}, "crop_size: expected sides .* got None"),
+        (
+            {"image_processor_type": "BlipImageProcessor", "do_center_crop": True},
+            "crop_size: expected sides .* got None",
+        ),
         ({"resample": None}, "resample: expected one of PIL's filters, 0 to 5, got None"),
     ],
 )
@@ -190,7 +222,9 @@ def test_the_part_that_is_seen(size, rng):
     seen = processor.view(image)
     assert abs(seen.width - seen.height) <= 1 and min(seen.size) == min(size)
     left, top = (size[0] - seen.width) / 2, (size[1] - seen.height) / 2
-    assert np.array_equal(np.asarray(seen), np.asarray(image)[int(top) : int(top) + seen.height, int(left) : int(left) + seen.width])
+    assert np.array_equal(
+        np.asarray(seen), np.asarray(image)[int(top) : int(top) + seen.height, int(left) : int(left) + seen.width]
+    )
     assert CLIPProcessor(20, 514, 40, "demo").view(image) is image
 
 
@@ -214,7 +248,11 @@ def hugging_face(directory, image_size=SIDE):
 
 FILES = {
     "none": (None, None, {"size": SIDE, "crop_size": SIDE}),
-    "file": ("preprocessor_config.json", {"size": 40, "crop_size": SIDE, "resample": 2, "image_processor_type": "CLIPImageProcessor"}, None),
+    "file": (
+        "preprocessor_config.json",
+        {"size": 40, "crop_size": SIDE, "resample": 2, "image_processor_type": "CLIPImageProcessor"},
+        None,
+    ),
     "old": ("preprocessor_config.json", {"size": SIDE, "crop_size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor"}, None),
     "nested": ("processor_config.json", {"image_processor": {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}}, None),
 }  # fmt: skip
@@ -232,7 +270,9 @@ def test_features_of_clip_are_those_of_transformers(kind, rng, tmp_path):
     used = {key: value for key, value in used.items() if not key.endswith("_type")}
     ours, processor = madtp.load(tmp_path), CLIPImageProcessorPil(**used)
     for size in ((451, 300), (300, 451), (600, 400), (800, 33)):
-        image = Image.fromarray(np.kron(rng.integers(0, 256, (9, 11, 3)), np.ones((64, 64, 1))).astype(np.uint8)).resize(size)
+        image = Image.fromarray(
+            np.kron(rng.integers(0, 256, (9, 11, 3)), np.ones((64, 64, 1))).astype(np.uint8)
+        ).resize(size)
         pixels = ours.processor.image(image)
         assert torch.equal(pixels, theirs(processor, image))
         expected = model.get_image_features(pixels[None]).pooler_output[0]
@@ -291,7 +331,9 @@ def test_directories_of_blip_bring_their_processor(generator, rng, tmp_path):
 
     blip("caption", generator).save_pretrained(tmp_path)
     settings = {"size": {"height": 64, "width": 64}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | {"image_processor_type": "BlipImageProcessor"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(settings | {"image_processor_type": "BlipImageProcessor"})
+    )
     image = colours(rng, 90, 50)
     assert torch.equal(madtp.load(tmp_path).processor.image(image), theirs(BlipImageProcessorPil(**settings), image))
 

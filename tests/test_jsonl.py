@@ -36,9 +36,7 @@ def output(tmp_path):
     return tmp_path / "out.jsonl"
 
 
-EXPECTED = [
-    {"row": n, "square": n * n} if n != 5 else {"row": 5, "error": "x is negative: -5"} for n in range(1, 13)
-]
+EXPECTED = [{"row": n, "square": n * n} if n != 5 else {"row": 5, "error": "x is negative: -5"} for n in range(1, 13)]
 
 
 def read(path):
@@ -136,9 +134,7 @@ def test_whatever_part_of_the_file_reached_the_disk_is_enough(source, output):
         output.unlink()
 
 
-@pytest.mark.parametrize(
-    "garbage", [b"\0" * 40, b'{"row": 9, "squ\n', b'"row"\n', b'{"row": 2, "square": 4}\n']
-)
+@pytest.mark.parametrize("garbage", [b"\0" * 40, b'{"row": 9, "squ\n', b'"row"\n', b'{"row": 2, "square": 4}\n'])
 def test_garbage_at_the_end_is_cut_off(source, output, garbage):
     with pytest.raises(Stop):
         run(source, output, stopping_after(1))

@@ -18,7 +18,9 @@ every_backend = pytest.mark.parametrize("backend", backends_here())
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 
 
-def case_of(generator, lengths=LENGTHS, width=24, columns=40, dtype=torch.float32, activation=None, spare=0, **left_out):
+def case_of(
+    generator, lengths=LENGTHS, width=24, columns=40, dtype=torch.float32, activation=None, spare=0, **left_out
+):
     """Arguments of `linear` with logits of about 1; ``bias=False`` and ``residual=False`` leave those out."""
     tokens = sum(lengths)
     case = {
@@ -191,7 +193,9 @@ def test_gradients_see_tokens_only(backend, activation, generator):
     grads = []
     for spare in (0, 5):
         wide = case | {name: spare_rows(case[name].detach(), spare) for name in ("x", "residual")}
-        leaves = [t.detach().clone().requires_grad_() for t in (wide["x"], wide["weight"], wide["bias"], wide["residual"])]
+        leaves = [
+            t.detach().clone().requires_grad_() for t in (wide["x"], wide["weight"], wide["bias"], wide["residual"])
+        ]
         wide |= dict(zip(("x", "weight", "bias", "residual"), leaves, strict=True))
         out = linear(**wide, backend=backend)
         seed = normal(generator, *out.shape) if seed is None else seed
@@ -200,7 +204,9 @@ def test_gradients_see_tokens_only(backend, activation, generator):
         rows = alone.shape[0]
         torch.testing.assert_close(buffered[:rows], alone)
         assert (buffered[rows:] == 0).all()
-    exact = {n: v.double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in case.items()}
+    exact = {
+        n: v.double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in case.items()
+    }
     leaves = [exact[n] for n in ("x", "weight", "bias", "residual")]
     expected = torch.autograd.grad(formula(**exact), leaves, seed[:tokens].double())
     for got, want in zip(grads[0], expected, strict=True):
@@ -251,7 +257,9 @@ def test_sizes_that_do_not_fit(name, axis, generator):
 
 @pytest.mark.parametrize("activation", ["relu", "", 1])
 def test_unknown_activation(activation, generator):
-    with pytest.raises(ValueError, match="^activation: expected None or one of 'gelu', 'gelu_tanh', 'quick_gelu', 'silu', got "):
+    with pytest.raises(
+        ValueError, match="^activation: expected None or one of 'gelu', 'gelu_tanh', 'quick_gelu', 'silu', got "
+    ):
         linear(**case_of(generator, activation=activation))
 
 
@@ -271,7 +279,9 @@ def test_offsets_that_describe_no_batch(bounds, generator):
 def test_cuda_takes_pytorchs_product(generator):
     case = case_of(generator, activation="gelu")
     assert backends.resolve("linear", "linear", "cuda", case["x"])[1] is reference.linear
-    assert torch.equal(linear(**case, backend="cuda"), F.gelu(F.linear(case["x"], case["weight"], case["bias"])) + case["residual"])
+    assert torch.equal(
+        linear(**case, backend="cuda"), F.gelu(F.linear(case["x"], case["weight"], case["bias"])) + case["residual"]
+    )
 
 
 # ---- the CPU kernel
@@ -393,7 +403,9 @@ def test_tables_hold_tiles_that_were_tried(implementation):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda t: t[:, 1:9], lambda t: t[:, :0], lambda t: t[:, :5].contiguous()], ids=["address", "empty", "stride"]
+    "spoil",
+    [lambda t: t[:, 1:9], lambda t: t[:, :0], lambda t: t[:, :5].contiguous()],
+    ids=["address", "empty", "stride"],
 )
 def test_the_copy_engine_needs_aligned_operands(implementation, spoil):
     x, weight = product(64, 64, 64)

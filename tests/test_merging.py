@@ -144,7 +144,9 @@ def test_as_an_operator(backend, generator):
 
     torch._dynamo.reset()
     rows = int(merge_tokens(**case, append="sum").tokens.cu_seqlens[-1])
-    for ours, theirs in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(x, case["into"]), call(x, case["into"]), strict=True):
+    for ours, theirs in zip(
+        torch.compile(call, fullgraph=True, backend="aot_eager")(x, case["into"]), call(x, case["into"]), strict=True
+    ):
         assert torch.equal(ours[:rows], theirs[:rows])
 
 
@@ -282,7 +284,9 @@ def test_the_best_tokens(ties, generator):
     protected = (torch.rand(sum(lengths), generator=generator) < 0.2).to(DEVICE)
     for guard in (None, protected):
         for count in (counts, 2, 0):
-            got = top_tokens(spare_rows(scores, 4), count, offsets(lengths), protected=0 if guard is None else spare_rows(guard, 4))
+            got = top_tokens(
+                spare_rows(scores, 4), count, offsets(lengths), protected=0 if guard is None else spare_rows(guard, 4)
+            )
             assert not got[sum(lengths) :].any()
             start = 0
             for b, length in enumerate(lengths):
@@ -307,7 +311,11 @@ def test_above_a_threshold(generator):
     assert shared[:50].tolist() == (scores[:50] > 0.5).tolist()
     few = top_tokens(scores, 3, offsets(lengths), threshold=0.5)
     assert (few == (shared & top_tokens(scores, 3, offsets(lengths)))).all()
-    assert top_tokens(scores, None, offsets(lengths), threshold=100.0, protected=1).nonzero()[:, 0].tolist() == [0, 9, 10]
+    assert top_tokens(scores, None, offsets(lengths), threshold=100.0, protected=1).nonzero()[:, 0].tolist() == [
+        0,
+        9,
+        10,
+    ]
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 5])

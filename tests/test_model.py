@@ -138,7 +138,11 @@ def merged_stream(generator, lengths, width):
     repeated = RaggedBatch.from_lengths(repeat_rows(tokens.values, sizes), counts)
     ids = torch.zeros(sum(lengths), dtype=torch.int32, device=DEVICE)
     bias = sizes.log()
-    return Tokens(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, False, ids, sizes, bias), Tokens.start(repeated), sizes
+    return (
+        Tokens(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, False, ids, sizes, bias),
+        Tokens.start(repeated),
+        sizes,
+    )
 
 
 @pytest.mark.parametrize("backend", backends_here())
@@ -232,7 +236,8 @@ def test_sizes_in_double_precision(batch):
     clear = [
         pair
         for pair in range(PAIRS)
-        if min(clearance(double.vision, pair), clearance(double.vision, pair + PAIRS), clearance(double.text, pair)) > 1e-4
+        if min(clearance(double.vision, pair), clearance(double.vision, pair + PAIRS), clearance(double.text, pair))
+        > 1e-4
     ]
     assert clear, "all pairs are on a knife edge"
     torch.testing.assert_close(double.logits.float()[clear], single.logits[clear], atol=1e-3, rtol=1e-3)
@@ -324,7 +329,9 @@ def test_gradients_of_a_pruned_model_agree_with_the_reference(backend, batch):
     for key, theirs in grads["reference"].items():
         assert theirs is not None and theirs.isfinite().all(), key
         scale = theirs.abs().max().item()
-        torch.testing.assert_close(grads[backend][key], theirs, atol=1e-4 * scale + 1e-7, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            grads[backend][key], theirs, atol=1e-4 * scale + 1e-7, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}"
+        )
     assert grads["reference"]["space_dict"].abs().max() > 0, "the dictionary learns through the merge weights"
 
 
@@ -366,7 +373,9 @@ def test_inference_after_a_change_of_weights_uses_the_new_ones(batch):
         assert torch.equal(after, answer(fresh, batch).logits), change.__name__
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or not Path("/proc/self/statm").exists(), reason="resident memory of a process on Linux")
+@pytest.mark.skipif(
+    DEVICE != "cpu" or not Path("/proc/self/statm").exists(), reason="resident memory of a process on Linux"
+)
 def test_memory_does_not_grow_with_the_numbers_of_rows_that_pruning_makes():
     """Libraries that compile a product for each number of rows keep it: megabytes for each layer of each pair."""
     model = make().to(torch.bfloat16)
@@ -439,7 +448,9 @@ def test_unknown_grouping():
 
 def test_texts_may_come_as_a_list_or_as_a_ragged_batch(model, batch):
     pixels, texts = batch
-    assert torch.equal(answer(model, (pixels, texts)).logits, answer(model, (pixels, RaggedBatch.from_list(texts))).logits)
+    assert torch.equal(
+        answer(model, (pixels, texts)).logits, answer(model, (pixels, RaggedBatch.from_list(texts))).logits
+    )
 
 
 # ---- the real size

@@ -89,7 +89,9 @@ def test_an_entry_at_minus_infinity_for_the_first_tokens_only(dtype, generator):
     case = scoring_case(generator, [260], 4, 3, dtype)
     case["x"][:] = torch.rand(260, 4, generator=generator)
     case["x"][1:200, 0] = -6e4 if dtype == torch.float16 else -3e38
-    case["dictionary"][:, 0] = torch.tensor([6e4, 0.0, 0.0]) if dtype == torch.float16 else torch.tensor([3.0, 0.0, 0.0])
+    case["dictionary"][:, 0] = (
+        torch.tensor([6e4, 0.0, 0.0]) if dtype == torch.float16 else torch.tensor([3.0, 0.0, 0.0])
+    )
     assert_as_reference("score_tokens", case)
 
 

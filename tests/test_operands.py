@@ -17,7 +17,11 @@ every_damage = pytest.mark.parametrize("bad", BAD_OFFSETS, ids=str)
 
 
 def offsets_of(case):
-    return case["x"].cu_seqlens if isinstance(case.get("x"), RaggedBatch) else case.get("cu_seqlens_k", case.get("cu_seqlens"))
+    return (
+        case["x"].cu_seqlens
+        if isinstance(case.get("x"), RaggedBatch)
+        else case.get("cu_seqlens_k", case.get("cu_seqlens"))
+    )
 
 
 @every_operation
@@ -68,7 +72,9 @@ def direct(monkeypatch, call):
 @every_operation
 def test_operands_of_another_size(op, generator, monkeypatch):
     """Every tensor but the offsets in turn one row shorter than it should be, or of another dtype."""
-    case = CASES[op](generator, LENGTHS, **{"bias": True} if op == "score_tokens" else {})  # which ties the number of entries
+    case = CASES[op](
+        generator, LENGTHS, **{"bias": True} if op == "score_tokens" else {}
+    )  # which ties the number of entries
     operator, args = direct(monkeypatch, lambda: OPERATIONS[op](**case, backend="cpu"))
     shortened = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg is not offsets_of(case)]
     assert shortened
@@ -107,7 +113,9 @@ def test_a_temperature_and_a_scale_beyond_float32(value, backend, generator):
 
 
 def leading(op):
-    return {"compact": "importance", "score_tokens": "x"}.get(op, "keys" if "keys" in op or op in ("novelty", "match_tokens", "nearest_kept") else "q")
+    return {"compact": "importance", "score_tokens": "x"}.get(
+        op, "keys" if "keys" in op or op in ("novelty", "match_tokens", "nearest_kept") else "q"
+    )
 
 
 @pytest.mark.parametrize("backend", backends_here())
@@ -131,7 +139,10 @@ def test_forward_mode_differentiation_is_refused(op, backend, generator):
 
 def test_forward_mode_differentiation_of_the_rest_is_refused(generator):
     x, weight, cu_seqlens = normal(generator, 15, 8), normal(generator, 8, 8), offsets(LENGTHS)
-    for function in (lambda x: linear(x, weight, None, cu_seqlens), lambda x: layer_norm(x, weight[0], None, cu_seqlens, 1e-6)):
+    for function in (
+        lambda x: linear(x, weight, None, cu_seqlens),
+        lambda x: layer_norm(x, weight[0], None, cu_seqlens, 1e-6),
+    ):
         with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
             torch.func.jvp(function, (x,), (x,))
 
@@ -145,7 +156,9 @@ def test_not_a_number_ranks_as_in_the_reference(generator, monkeypatch):
     importance.numpy().view(np.uint32)[9] = 0xFFC00000  # NaN with its sign set
     results = [operator(args[0], importance, *args[2:-1], backend) for backend in ("cpu", "reference")]
     for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0)) or torch.allclose(ours, theirs, equal_nan=True, atol=1e-5)
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0)) or torch.allclose(
+            ours, theirs, equal_nan=True, atol=1e-5
+        )
 
 
 def test_a_batch_with_other_values_is_not_checked_again(generator, monkeypatch):

@@ -13,13 +13,10 @@ from helpers import (
     backends_here,
     compaction_case,
     flat,
-    importance_case,
     interpreted,
     normal,
     offsets,
     run,
-    scoring_case,
-    spare_rows,
     total,
     with_spare_rows,
 )
@@ -28,7 +25,13 @@ from madtp_kernels import RaggedBatch, attention, attention_importance, compact,
 
 LENGTHS = [5, 0, 1, 9]
 OPTIONS = {
-    "attention": [{}, {"causal": True}, {"bias": True}, {"key_heads": 1, "causal": True, "bias": True}, {"key_lengths": [3, 2, 0, 7], "causal": True, "bias": True}],
+    "attention": [
+        {},
+        {"causal": True},
+        {"bias": True},
+        {"key_heads": 1, "causal": True, "bias": True},
+        {"key_lengths": [3, 2, 0, 7], "causal": True, "bias": True},
+    ],
     "attention_importance": [{}, {"causal": True, "bias": True}],
     "attention_with_importance": [{}, {"causal": True, "bias": True}],
     "score_tokens": [{}, {"bias": True, "temperature": 0.3}],
@@ -48,12 +51,16 @@ OPTIONS = {
     ],
 }
 VARIANTS = [
-    pytest.param(op, options, id=f"{op}-{'+'.join(options) or 'plain'}") for op, many in OPTIONS.items() for options in many
+    pytest.param(op, options, id=f"{op}-{'+'.join(options) or 'plain'}")
+    for op, many in OPTIONS.items()
+    for options in many
 ]
 every_backend = pytest.mark.parametrize("backend", backends_here())
 every_variant = pytest.mark.parametrize("op, options", VARIANTS)
 WITHOUT_GRADIENT = ("nearest_kept", "match_tokens")
-every_differentiable_variant = pytest.mark.parametrize("op, options", [v for v in VARIANTS if v.values[0] not in WITHOUT_GRADIENT])
+every_differentiable_variant = pytest.mark.parametrize(
+    "op, options", [v for v in VARIANTS if v.values[0] not in WITHOUT_GRADIENT]
+)
 
 # float32 sums in another order
 CLOSE = dict(atol=2e-5, rtol=2e-5)
@@ -234,7 +241,13 @@ def test_selection_and_threshold_carry_no_gradient(generator):
     importance, threshold = score_tokens(**case)
     assert importance.requires_grad and not threshold.requires_grad
     tokens = RaggedBatch(case["x"], case["cu_seqlens"], case["max_seqlen"])
-    result = compact(tokens, importance, threshold, sizes=torch.ones_like(importance), norm=(torch.ones(16, device=DEVICE), None, 1e-6))
+    result = compact(
+        tokens,
+        importance,
+        threshold,
+        sizes=torch.ones_like(importance),
+        norm=(torch.ones(16, device=DEVICE), None, 1e-6),
+    )
     assert result.tokens.values.requires_grad and result.normed.requires_grad
     assert not result.ids.is_floating_point() and not result.sizes.requires_grad
     assert not result.tokens.cu_seqlens.requires_grad
@@ -334,7 +347,14 @@ def layer(x, cu_seqlens, dictionary, backend=""):
     norm = (torch.ones(width, device=x.device), None, 1e-6)
     result = prune(tokens, x, dictionary, received, cls, 0.5, norm=norm, backend=backend, exact=False)
     kept = result.compacted.tokens
-    return kept.values, kept.cu_seqlens, result.compacted.ids, result.compacted.normed, result.importance, result.threshold
+    return (
+        kept.values,
+        kept.cu_seqlens,
+        result.compacted.ids,
+        result.compacted.normed,
+        result.importance,
+        result.threshold,
+    )
 
 
 @every_backend
@@ -423,7 +443,9 @@ def test_gradients_do_not_depend_on_rows_beyond_the_last_offset(generator):
                 grads.append(torch.autograd.grad(loss, leaves_of(own).values()))
             for name, exact, wide in zip(leaves_of(differentiable(case)), *grads, strict=True):
                 part = wide[tuple(slice(size) for size in exact.shape)]
-                torch.testing.assert_close(part, exact, **CLOSE, msg=lambda m, o=op, n=name: f"{o}, gradient of {n}: {m}")
+                torch.testing.assert_close(
+                    part, exact, **CLOSE, msg=lambda m, o=op, n=name: f"{o}, gradient of {n}: {m}"
+                )
 
 
 def strided(value, generator):

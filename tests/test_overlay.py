@@ -94,8 +94,7 @@ def test_patches_follow_the_picture_whatever_its_shape(output):
 def test_layers_can_be_chosen(output):
     image = Image.new("RGB", (40, 40))
     widths = {
-        layers: nlvr_overlay(image, image, output, CONFIG, layers=layers, height=40).width
-        for layers in ((1,), (2, 1))
+        layers: nlvr_overlay(image, image, output, CONFIG, layers=layers, height=40).width for layers in ((1,), (2, 1))
     }
     assert widths[2, 1] - widths[1,] == 40 + GAP
     for layers in ((0,), (3,)):

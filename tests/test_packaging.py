@@ -306,7 +306,7 @@ def test_a_failure_that_passes_is_not_kept(site, tmp_path):
     compiler = tmp_path / "g++"
 
     def behaves(script):
-        compiler.write_text(f"#!/bin/sh\ncase \"$*\" in *--version*) echo fake; exit;; esac\n{script}\n")
+        compiler.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo fake; exit;; esac\n{script}\n')
         compiler.chmod(0o755)
 
     for script in ("echo 'fatal error: error writing to x.s: No space left on device' >&2; exit 1", "kill -9 $$"):

@@ -77,11 +77,16 @@ def results(task, model, inputs):
     with torch.inference_mode():
         if task == "caption":
             output, pixels = model(**inputs), inputs["pixel_values"]
-            pooled, sequences = model.vision_model(pixels).pooler_output, model.generate(pixels, num_beams=3, max_length=12)
+            pooled, sequences = (
+                model.vision_model(pixels).pooler_output,
+                model.generate(pixels, num_beams=3, max_length=12),
+            )
             return [output.logits[real], output.image_embeds, pooled, sequences]
         if task == "vqa":
             images = model.vision_model(inputs["pixel_values"]).last_hidden_state
-            questions = model.text_encoder(inputs["input_ids"], inputs["attention_mask"], encoder_hidden_states=images)[0]
+            questions = model.text_encoder(inputs["input_ids"], inputs["attention_mask"], encoder_hidden_states=images)[
+                0
+            ]
             alone = [
                 model.generate(ids[mask][None], pixels[None], num_beams=3, max_length=9)
                 for ids, mask, pixels in zip(inputs["input_ids"], real, inputs["pixel_values"], strict=True)
@@ -90,7 +95,12 @@ def results(task, model, inputs):
         if task == "retrieval":
             return [model(**inputs, use_itm_head=head).itm_score for head in (True, False)]
         output = model(**inputs)
-        return [output.logits_per_image, output.image_embeds, output.text_embeds, output.vision_model_output.last_hidden_state]
+        return [
+            output.logits_per_image,
+            output.image_embeds,
+            output.text_embeds,
+            output.vision_model_output.last_hidden_state,
+        ]
 
 
 def close(ours, theirs):
@@ -122,7 +132,9 @@ def test_ends_of_clip_texts(generator):
         expected = results("clip", model, inputs)
         madtp.apply_patch(model, temperature=0)
         close(results("clip", model, inputs), expected)
-    with pytest.raises(ValueError, match="attention_mask: expected texts without padding before their end-of-text token"):
+    with pytest.raises(
+        ValueError, match="attention_mask: expected texts without padding before their end-of-text token"
+    ):
         model(**inputs | {"attention_mask": inputs["attention_mask"].roll(1, 1)})
     with pytest.raises(ValueError, match="position_ids: a patched model does not take it here"):
         model(**inputs, position_ids=torch.arange(12, device=DEVICE)[None])
@@ -134,7 +146,11 @@ def test_states_of_texts_of_different_lengths(make, generator):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.inference_mode():
         images = model.vision_model(inputs["pixel_values"]).last_hidden_state
-        for options in ({}, {"encoder_hidden_states": images}, {"position_ids": torch.arange(3, 15, device=DEVICE)[None]}):
+        for options in (
+            {},
+            {"encoder_hidden_states": images},
+            {"position_ids": torch.arange(3, 15, device=DEVICE)[None]},
+        ):
             expected = model.text_encoder(ids, attention_mask=mask, **options).last_hidden_state
             madtp.apply_patch(model, temperature=0)
             states = model.text_encoder(ids, attention_mask=mask, **options).last_hidden_state
@@ -252,7 +268,9 @@ def test_pruned_as_our_own_model(task, make, generator, tmp_path):
                 assert answers(sequences, 2) == [caption.tolist() for caption in expected]
         elif task == "vqa":
             expected = ours.generate(output.questions, num_beams=3, max_length=9, official_lengths=False)
-            assert answers(model.generate(**inputs, num_beams=3, max_length=9), 1) == [answer.tolist() for answer in expected]
+            assert answers(model.generate(**inputs, num_beams=3, max_length=9), 1) == [
+                answer.tolist() for answer in expected
+            ]
             images = model.vision_model(pixels).last_hidden_state
             states = model.text_encoder(inputs["input_ids"], inputs["attention_mask"], encoder_hidden_states=images)
             torch.testing.assert_close(states.last_hidden_state, output.questions.tokens.to_padded()[0], **SAME)
@@ -329,7 +347,9 @@ def test_padding_of_outputs(make, generator):
     flipped = model.text_decoder(ids, encoder_hidden_states=padded.flip(0), encoder_attention_mask=mask.flip(0)).logits
     torch.testing.assert_close(flipped.flip(0), logits, **SAME)
     for mask_of_all in (None, torch.ones_like(mask)):
-        with pytest.raises(ValueError, match="encoder_hidden_states: rows of zeros may be the padding of a patched tower"):
+        with pytest.raises(
+            ValueError, match="encoder_hidden_states: rows of zeros may be the padding of a patched tower"
+        ):
             model.text_decoder(ids, encoder_hidden_states=padded.flip(0), encoder_attention_mask=mask_of_all)
     with pytest.raises(ValueError, match="expected what a patched tower returned"):
         attention_mask(padded.flip(0))
@@ -392,10 +412,14 @@ def test_targets_out_of_reach(make, generator):
     madtp.remove_patch(model)
     for target in ({"keep_ratio": 0.96}, {"keep_ratio": 0.01}, {"target_gflops": 1e-6}):
         name, value = next(iter(target.items()))
-        with pytest.raises(ValueError, match=f"^{name}: {value:.4g} is out of reach on these samples, which allow ") as error:
+        with pytest.raises(
+            ValueError, match=f"^{name}: {value:.4g} is out of reach on these samples, which allow "
+        ) as error:
             madtp.apply_patch(model, **target, **options)
         assert not hasattr(model, "_madtp")
-        least, most, *closest = map(float, re.findall(r" (\d[\d.e-]*)", str(error.value).partition("which")[2].replace(";", "")))
+        least, most, *closest = map(
+            float, re.findall(r" (\d[\d.e-]*)", str(error.value).partition("which")[2].replace(";", ""))
+        )
         assert least < most and len(closest) == (2 if value == 0.96 else 1)
         assert not any(abs(found / value - 1) < 0.02 for found in closest)
         if name == "keep_ratio":  # what is said to be possible is
@@ -590,7 +614,9 @@ def test_a_number_of_texts_that_does_not_fit(make, generator):
 
 def test_models_that_cannot_be_patched(make):
     small = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    with pytest.raises(TypeError, match="expected one of BlipForConditionalGeneration, .*, CLIPModel, .*, got BertModel"):
+    with pytest.raises(
+        TypeError, match="expected one of BlipForConditionalGeneration, .*, CLIPModel, .*, got BertModel"
+    ):
         madtp.apply_patch(BertModel(small), temperature=0)
     model = make("vqa")
     with pytest.raises(ValueError, match="model: expected one that apply_patch has patched"):
@@ -610,7 +636,9 @@ def test_models_that_cannot_be_patched(make):
         madtp.apply_patch(CLASSES["caption"](blip_config()), temperature=0)
     adapted = make("vqa")
     adapted.text_encoder.encoder.layer[1].attention.self.key = torch.nn.Sequential(torch.nn.Linear(96, 96))
-    with pytest.raises(ValueError, match="text_encoder.encoder.layer.1.attention.self.key is a Sequential, expected a Linear"):
+    with pytest.raises(
+        ValueError, match="text_encoder.encoder.layer.1.attention.self.key is a Sequential, expected a Linear"
+    ):
         madtp.apply_patch(adapted, temperature=0)
 
 

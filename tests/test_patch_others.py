@@ -271,7 +271,9 @@ def test_a_few_numbers_of_a_weight(name, edit, inference, make, generator):
         edit(model.vision_model.get_submodule(name).weight)
         found = model.vision_model(inputs["pixel_values"]).last_hidden_state
         madtp.remove_patch(model)
-        torch.testing.assert_close(found, model.vision_model(inputs["pixel_values"]).last_hidden_state, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found, model.vision_model(inputs["pixel_values"]).last_hidden_state, atol=1e-4, rtol=1e-4
+        )
         assert (found - before).abs().max() > 1e-3
 
 
@@ -303,7 +305,9 @@ def test_weights_that_are_lent_for_one_call(make, generator):
     expected = torch.func.functional_call(model, others, kwargs=inputs).logits_per_image.detach()
     madtp.apply_patch(model, temperature=0)
     own = model(**inputs).logits_per_image
-    torch.testing.assert_close(torch.func.functional_call(model, others, kwargs=inputs).logits_per_image, expected, **SAME)
+    torch.testing.assert_close(
+        torch.func.functional_call(model, others, kwargs=inputs).logits_per_image, expected, **SAME
+    )
     assert torch.equal(model(**inputs).logits_per_image, own)
 
 
@@ -412,7 +416,10 @@ def test_masks_hide_tokens_of_any_states(kind, make, generator):
         ).logits
         torch.testing.assert_close(found[real], torch.stack(expected)[real], **SAME)
     states = model.vision_model(pixels).last_hidden_state
-    for mask, message in ((seen[:, :9], "encoder_attention_mask .4, 65.: got .4, 9."), (0 * seen, "at least one token of each")):
+    for mask, message in (
+        (seen[:, :9], "encoder_attention_mask .4, 65.: got .4, 9."),
+        (0 * seen, "at least one token of each"),
+    ):
         with pytest.raises(ValueError, match=message):
             model.text_decoder(ids, encoder_hidden_states=states, encoder_attention_mask=mask)
 
@@ -464,7 +471,10 @@ def test_what_a_configuration_asks_for(name, make, generator):
     [
         ({"cache_implementation": "static"}, "cache: a patched decoder takes a DynamicCache, got StaticCache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions: a patched model"),
-        ({"generation_config": GenerationConfig(output_hidden_states=True, return_dict_in_generate=True)}, "output_hidden_states: "),
+        (
+            {"generation_config": GenerationConfig(output_hidden_states=True, return_dict_in_generate=True)},
+            "output_hidden_states: ",
+        ),
     ],
 )
 def test_ways_to_generate_that_are_refused(options, message, make, generator):
@@ -536,6 +546,8 @@ def test_dictionaries_of_another_width(widths, make):
         return
     for task in sorted(CLASSES):
         model = make(task)
-        with pytest.raises(ValueError, match=f"^dictionary: its entries are {width} wide, .* holds no visual_encoder.{missing}"):
+        with pytest.raises(
+            ValueError, match=f"^dictionary: its entries are {width} wide, .* holds no visual_encoder.{missing}"
+        ):
             madtp.apply_patch(model, temperature=1.0, dictionary=dictionary)
         assert not hasattr(model, "_madtp")

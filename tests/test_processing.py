@@ -15,7 +15,16 @@ import torch
 from PIL import Image, ImageOps
 
 from madtp import processing
-from madtp.processing import ImageError, TextError, clean_question, clean_sentence, load_clip_tokenizer, load_image, load_tokenizer, to_pixels
+from madtp.processing import (
+    ImageError,
+    TextError,
+    clean_question,
+    clean_sentence,
+    load_clip_tokenizer,
+    load_image,
+    load_tokenizer,
+    to_pixels,
+)
 from madtp.tasks import TASKS
 from madtp.tasks.metrics import vqa_score
 from madtp.tasks.nlvr import NLVRProcessor
@@ -414,9 +423,9 @@ def test_demo_vocabulary_serves_a_larger_model_with_random_weights():
 
 def test_tokenizer_of_another_model_is_refused(vocabulary):
     with pytest.raises(ValueError, match="30524 entries.*made for 200,"):
-        NLVRProcessor(vocab_size=200, tokenizer=vocabulary).tokenizer
+        _ = NLVRProcessor(vocab_size=200, tokenizer=vocabulary).tokenizer
     with pytest.raises(ValueError, match="made for 40000"):
-        NLVRProcessor(vocab_size=40000, tokenizer=vocabulary).tokenizer
+        _ = NLVRProcessor(vocab_size=40000, tokenizer=vocabulary).tokenizer
 
 
 def test_directory_without_a_vocabulary(tmp_path):
@@ -542,7 +551,9 @@ def test_the_tokenizer_beside_a_weights_file(tmp_path):
 
 def test_the_first_texts_may_come_from_several_threads(monkeypatch):
     loaded, load = [], processing.load_tokenizer
-    monkeypatch.setattr(processing, "load_tokenizer", lambda source: (time.sleep(0.1), loaded.append(source), load(source))[-1])
+    monkeypatch.setattr(
+        processing, "load_tokenizer", lambda source: (time.sleep(0.1), loaded.append(source), load(source))[-1]
+    )
     processor = TASKS["vqa"].Processor(32, 200, 40, "demo")
     texts = [f"what is {number}?" * (number % 9 + 1) for number in range(64)]
     with ThreadPoolExecutor(8) as pool:

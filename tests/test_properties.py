@@ -48,7 +48,9 @@ def lengths_of(tokens, batch):
     """Sample lengths with empty and single-token samples among them, and now and then one that dwarfs the others."""
     short = st.one_of(st.sampled_from([0, 1, 2, 3]), st.integers(0, max(1, tokens // 8)))
     many = st.lists(short, min_size=1, max_size=batch).filter(lambda lengths: sum(lengths) <= tokens)
-    giant = st.tuples(st.lists(st.integers(0, 2), max_size=batch - 1), st.integers(0, tokens // 2), st.integers(0, batch))
+    giant = st.tuples(
+        st.lists(st.integers(0, 2), max_size=batch - 1), st.integers(0, tokens // 2), st.integers(0, batch)
+    )
     uneven = giant.map(lambda drawn: drawn[0][: drawn[2]] + [drawn[1]] + drawn[0][drawn[2] :])
     return st.one_of(many, uneven)
 
@@ -125,8 +127,15 @@ def check_both(case, backend):
     ours = run("attention_with_importance", case, backend)
     eager = EAGER["attention_with_importance"](**case)
     logit = largest_logit(case)
-    magnitudes = ((1 + logit) * largest(case["v"]), 1 + logit, (1 + logit) * largest(exact[2]), (1 + logit) * largest(exact[3]))
-    for name, *results, magnitude in zip(("out", "lse", "received", "cls"), ours, eager, exact, magnitudes, strict=True):
+    magnitudes = (
+        (1 + logit) * largest(case["v"]),
+        1 + logit,
+        (1 + logit) * largest(exact[2]),
+        (1 + logit) * largest(exact[3]),
+    )
+    for name, *results, magnitude in zip(
+        ("out", "lse", "received", "cls"), ours, eager, exact, magnitudes, strict=True
+    ):
         assert_no_worse_than_torch(*results, magnitude, name)
 
 
@@ -211,26 +220,30 @@ def test_attention(backend, dtype):
             most = 6 if small else 60
             key_lengths = [data.draw(st.integers(0, most)) for _ in lengths] if len(lengths) < 20 else lengths[::-1]
         heads = data.draw(st.integers(1, 3 if small else 33), "heads")
-        head_dim = data.draw(st.sampled_from([32, 17] if small else [32, 40, 48, 64, 80, 96, 128, 1, 17, 33, 72, 100, 256]))
+        head_dim = data.draw(
+            st.sampled_from([32, 17] if small else [32, 40, 48, 64, 80, 96, 128, 1, 17, 33, 72, 100, 256])
+        )
         options = {"causal": data.draw(st.booleans(), "causal"), "bias": data.draw(st.booleans(), "bias")}
         options["gain"] = data.draw(st.sampled_from([1.0, 4.0]), "gain")
-        case = attention_case(
-            generator_of(data), lengths, heads, head_dim, dtype, key_lengths=key_lengths, **options
-        )
+        case = attention_case(generator_of(data), lengths, heads, head_dim, dtype, key_lengths=key_lengths, **options)
         check_attention(case, backend)
 
     each_example(backend, 20, check)
 
 
 @every_dtype
-@pytest.mark.parametrize("build, check_case", [(importance_case, check_importance), (both_case, check_both)], ids=["alone", "fused"])
+@pytest.mark.parametrize(
+    "build, check_case", [(importance_case, check_importance), (both_case, check_both)], ids=["alone", "fused"]
+)
 @every_backend
 def test_attention_importance(backend, build, check_case, dtype):
     def check(data):
         lengths = draw_lengths(data, backend)
         small = interpreted(backend)
         heads = data.draw(st.integers(1, 3 if small else 33), "heads")
-        head_dim = data.draw(st.sampled_from([32, 17] if small else [32, 40, 48, 64, 80, 96, 128, 1, 17, 33, 72, 100, 256]))
+        head_dim = data.draw(
+            st.sampled_from([32, 17] if small else [32, 40, 48, 64, 80, 96, 128, 1, 17, 33, 72, 100, 256])
+        )
         options = {"causal": data.draw(st.booleans(), "causal"), "bias": data.draw(st.booleans(), "bias")}
         options["gain"] = data.draw(st.sampled_from([1.0, 4.0]), "gain")
         check_case(build(generator_of(data), lengths, heads, head_dim, dtype, **options), backend)
@@ -333,7 +346,11 @@ def test_pruning_preserves_what_the_tokens_stand_for(backend):
         result = compact(**case, backend=backend)
         before = case["x"].with_values(case["sizes"]).to_list()
         for b, (sizes, ids) in enumerate(
-            zip(result.tokens.with_values(result.sizes).to_list(), result.tokens.with_values(result.ids).to_list(), strict=True)
+            zip(
+                result.tokens.with_values(result.sizes).to_list(),
+                result.tokens.with_values(result.ids).to_list(),
+                strict=True,
+            )
         ):
             ids = ids.tolist()
             assert sizes.sum() == before[b].sum()

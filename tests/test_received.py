@@ -23,7 +23,13 @@ def formula(case):
             s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), float("-inf"))
         p = s.softmax(-1) if b > a else s
         queries = case["queries"]
-        chosen = range(b - a) if queries is None else range(b - a)[queries] if isinstance(queries, slice) else queries[a:b].nonzero()[:, 0]
+        chosen = (
+            range(b - a)
+            if queries is None
+            else range(b - a)[queries]
+            if isinstance(queries, slice)
+            else queries[a:b].nonzero()[:, 0]
+        )
         p = p[:, list(chosen)].unflatten(0, (key_heads if case["per_key_head"] else 1, -1))
         columns.append((p.amax(1) if case["heads"] == "max" else p.mean(1)).sum(1))
     result = torch.cat(columns, 1)
@@ -57,7 +63,12 @@ def test_grouped_queries(backend, heads, key_heads, per_key_head, generator):
     if interpreted(backend) and heads > 7:
         pytest.skip("too much for the interpreter")
     for reduction in ("mean", "max"):
-        options = {"key_heads": key_heads, "per_key_head": per_key_head, "reduction": reduction, "queries": slice(-3, None)}
+        options = {
+            "key_heads": key_heads,
+            "per_key_head": per_key_head,
+            "reduction": reduction,
+            "queries": slice(-3, None),
+        }
         check(received_case(generator, [5, 1, 20], heads, 8, causal=True, **options), backend)
 
 
@@ -82,8 +93,13 @@ def test_the_mean_adds_up_to_the_number_of_queries(backend, generator):
 def test_heads_in_two_shards_are_heads_in_one(backend, generator):
     """What tensor parallelism needs: the mean of the means and the maximum of single heads' maxima."""
     case = received_case(generator, [6, 9], 4, 8)
-    halves = [case | {"q": case["q"][:, s], "k": case["k"][:, s], "lse": case["lse"][s]} for s in (slice(0, 2), slice(2, 4))]
-    whole, shards = run("attention_received", case, backend)[0], [run("attention_received", c, backend)[0] for c in halves]
+    halves = [
+        case | {"q": case["q"][:, s], "k": case["k"][:, s], "lse": case["lse"][s]} for s in (slice(0, 2), slice(2, 4))
+    ]
+    whole, shards = (
+        run("attention_received", case, backend)[0],
+        [run("attention_received", c, backend)[0] for c in halves],
+    )
     torch.testing.assert_close(torch.stack(shards).mean(0), whole, atol=1e-6, rtol=1e-6)
 
 
@@ -103,7 +119,15 @@ def test_queries_that_see_no_key_give_nothing(backend, generator):
     case = received_case(generator, [3, 4], bias=True)
     case["key_bias"][:3] = float("-inf")
     case["lse"] = attention(
-        case["q"], case["k"], case["k"], case["cu_seqlens"], case["cu_seqlens"], 4, 4, key_bias=case["key_bias"], backend="reference"
+        case["q"],
+        case["k"],
+        case["k"],
+        case["cu_seqlens"],
+        case["cu_seqlens"],
+        4,
+        4,
+        key_bias=case["key_bias"],
+        backend="reference",
     )[1]
     (got,) = run("attention_received", case, backend)
     assert (got[:3].nan_to_num(7) == 0).all() and got[3:].isfinite().all()

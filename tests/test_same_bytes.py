@@ -22,14 +22,19 @@ VISION = VisionConfig(image_size=64, patch_size=8, embed_dim=256, depth=3, num_h
 MODELS_OF = {
     "nlvr": NLVRConfig(VISION, TextConfig(256, 3, 4, 512, 200, 40, 256), merge_from=1),
     "clip": CLIPConfig(
-        VisionConfig(64, 8, 256, 3, 4, sd_num=20, sd_dim=64, map_func=True), CLIPTextConfig(64, 2, 2, 96, 514, 40), embed_dim=64
+        VisionConfig(64, 8, 256, 3, 4, sd_num=20, sd_dim=64, map_func=True),
+        CLIPTextConfig(64, 2, 2, 96, 514, 40),
+        embed_dim=64,
     ),
 }
 RUNS = 4
 COMMANDS = {
     f"{name}-{dtype}": [*arguments.split(), "--dtype", dtype, "--threads", "1"]
     for name, arguments in (
-        ("answers", "nlvr --model plain.pth --tokenizer demo --temperature 2 --input pairs.jsonl --batch-size 3 --output"),
+        (
+            "answers",
+            "nlvr --model plain.pth --tokenizer demo --temperature 2 --input pairs.jsonl --batch-size 3 --output",
+        ),
         ("embeddings", "embed --model clip pictures --batch-size 2 --output"),
     )
     for dtype in ("float32", "bfloat16")
@@ -59,7 +64,10 @@ def folder(tmp_path_factory):
     for number in range(5):
         pixels = np.kron(random.integers(0, 256, (6, 7, 3)), np.ones((9 + number, 9, 1)))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / "pictures" / f"{number}.png")
-    rows = [f'{{"images": ["pictures/{i}.png", "pictures/{(i + 1) % 5}.png"], "text": "{"two dogs " * (i + 1)}"}}' for i in range(5)]
+    rows = [
+        f'{{"images": ["pictures/{i}.png", "pictures/{(i + 1) % 5}.png"], "text": "{"two dogs " * (i + 1)}"}}'
+        for i in range(5)
+    ]
     (folder / "pairs.jsonl").write_text("\n".join(rows) + "\n")
     for task, config in MODELS_OF.items():
         model = TASKS[task].Model(config, temperature=2.0).eval()

@@ -52,7 +52,7 @@ def formula_novelty(keys, rank=None):
     length = len(table)
     for i in range(length):
         for j in range(length):
-            if i == j or rank is not None and (rank[j], -j) <= (rank[i], -i):
+            if i == j or (rank is not None and (rank[j], -j) <= (rank[i], -i)):
                 table[i, j] = -1
     return 1 - table.amax(1) if length else table.new_zeros(0)
 
@@ -234,7 +234,9 @@ def test_the_cuda_backend_says_that_it_has_no_source(op, monkeypatch):
         if op == "compact":
             assert backends._resolve(op, "", "cuda", "cuda", torch.float32) == ("cuda", "cuda")
         else:
-            with pytest.raises(BackendError, match=f"^{op}: backend 'cuda' .* no CUDA source for it: the triton backend"):
+            with pytest.raises(
+                BackendError, match=f"^{op}: backend 'cuda' .* no CUDA source for it: the triton backend"
+            ):
                 backends._resolve(op, "", "cuda", "cuda", torch.float32)
     finally:
         backends._resolve.cache_clear()

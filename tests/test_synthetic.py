@@ -35,11 +35,7 @@ def counts_of(noun: str, pair) -> tuple[int, int]:
     shape = next((1 + SHAPES.index(word) for word in words if word in SHAPES), None)
     assert colour or shape
     assert all(word in (*COLOURS, *SHAPES, "object") for word in words)
-    found = (
-        (pair.shapes > 0)
-        & (colour is None or pair.colours == colour)
-        & (shape is None or pair.shapes == shape)
-    )
+    found = (pair.shapes > 0) & (colour is None or pair.colours == colour) & (shape is None or pair.shapes == shape)
     return tuple(int(image.sum()) for image in np.broadcast_to(found, pair.shapes.shape))
 
 
@@ -199,9 +195,7 @@ def test_tensors_are_what_the_processor_makes_of_the_files(tmp_path, train):
 
 
 def test_the_vocabulary_has_exactly_the_words_of_the_sentences(train):
-    used = {
-        i for index in range(400) for s in train.pair(index, 16).statements for i in token_ids(s.sentence)
-    }
+    used = {i for index in range(400) for s in train.pair(index, 16).statements for i in token_ids(s.sentence)}
     assert used == {3, 5, *range(7, 52), 53}  # [SEP], the words (6 is [unused0]) and [ENC], but no [UNK]
     longest = max(len(token_ids(s.sentence)) for index in range(100) for s in train.pair(index).statements)
     assert longest == MAX_TOKENS

@@ -181,7 +181,9 @@ def test_cached_greedy_words_are_those_of_a_plain_recomputation(task, fixed_pixe
         for number in range(COUNT):
             memory = encoded(model, task, pixels, texts, number)
             options = {"num_beams": 1, "max_length": longest, "min_length": shortest}
-            (ours,) = model.generate(memory, PROMPT, **options) if task == "caption" else model.generate(memory, **options)
+            (ours,) = (
+                model.generate(memory, PROMPT, **options) if task == "caption" else model.generate(memory, **options)
+            )
             sequence = start
             while len(sequence) < longest:
                 scores = next_words(model, memory, sequence)
@@ -206,7 +208,9 @@ def beam_search(words_after, prompt, beams, longest, shortest, length_of):
             if len(sequence) < shortest:
                 scores[SEP] = -torch.inf
             best = scores.topk(2 * beams)
-            candidates += [(score + s, sequence, w) for s, w in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            candidates += [
+                (score + s, sequence, w) for s, w in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
         candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * beams]
         running = []
         for rank, (score, sequence, word) in enumerate(candidates):
@@ -305,7 +309,9 @@ def test_ranking_is_the_label_smoothed_likelihood_of_each_candidate(pixels, text
             order = probabilities.argsort(descending=True, stable=True)
             assert ranking.candidates[number].tolist() == order[:5].tolist()
             assert everything.candidates[number].tolist() == order.tolist()
-            torch.testing.assert_close(ranking.first_token_probabilities[number].cpu(), probabilities[order[:5]], **CLOSE)
+            torch.testing.assert_close(
+                ranking.first_token_probabilities[number].cpu(), probabilities[order[:5]], **CLOSE
+            )
             scores = []
             for candidate in order.tolist():
                 answer, score = answers[candidate], 0.0
@@ -364,9 +370,7 @@ def test_decoders_weigh_merged_tokens_by_their_sizes(pixels, texts):
         assert images.sizes.max() > 1
         counts = images.sizes.long()
         rows = images.with_values(images.sizes).to_list()
-        tokens = RaggedBatch.from_lengths(
-            images.values.repeat_interleave(counts, 0), [int(row.sum()) for row in rows]
-        )
+        tokens = RaggedBatch.from_lengths(images.values.repeat_interleave(counts, 0), [int(row.sum()) for row in rows])
         keys = model.text_decoder.keys(Tokens.start(tokens))
         states = model.text_decoder(model._ids(texts), keys)
         logits = model.text_decoder.logits(states.values)
@@ -478,7 +482,8 @@ def pictures():
     generator = torch.Generator().manual_seed(3)
     sizes = ((40, 60), (64, 64), (90, 30))
     return [
-        Image.fromarray(torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8).numpy()) for size in sizes
+        Image.fromarray(torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8).numpy())
+        for size in sizes
     ]
 
 
@@ -560,7 +565,9 @@ def test_wrong_inputs_of_a_captioner(pixels, texts):
             with pytest.raises(ValueError, match=r"prompt_ids: expected int64 \[P\], got"):
                 model.generate(images, prompt)
         for longest in (4, 49):
-            with pytest.raises(ValueError, match=f"max_length: expected more than the prompt's 4 and at most 48, got {longest}"):
+            with pytest.raises(
+                ValueError, match=f"max_length: expected more than the prompt's 4 and at most 48, got {longest}"
+            ):
                 model.generate(images, PROMPT, max_length=longest)
         for top_p in (0.0, 1.5):
             with pytest.raises(ValueError, match=f"top_p: expected a number above 0 and at most 1, got {top_p}"):
@@ -576,7 +583,9 @@ def test_wrong_inputs_of_question_answering(pixels, texts):
     with torch.inference_mode():
         questions = model(pixels, texts).questions
         answers = [torch.tensor([5, 6, 7]), torch.tensor([5])]
-        with pytest.raises(ValueError, match="answers: expected at least two tokens each and k >= 1, got 1 and k = 128"):
+        with pytest.raises(
+            ValueError, match="answers: expected at least two tokens each and k >= 1, got 1 and k = 128"
+        ):
             model.rank(questions, answers)
         with pytest.raises(ValueError, match="answers: expected at least two tokens each and k >= 1, got 3 and k = 0"):
             model.rank(questions, answers[:1], k=0)

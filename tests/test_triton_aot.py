@@ -21,9 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import madtp_kernels
 import pytest
 import torch
+
+import madtp_kernels
 
 TARGETS = [80, 90, 100]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,7 +156,10 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         yield label
 
     x, flags = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, dtype=torch.bool)
-    for label, *choice in [("mean", "mean", 1, 0, 2**31 - 1, None), ("maximum, all options", "max", heads, -1, 5, flags)]:
+    for label, *choice in [
+        ("mean", "mean", 1, 0, 2**31 - 1, None),
+        ("maximum, all options", "max", heads, -1, 5, flags),
+    ]:
         bias = per_token if choice[-1] is not None else None
         received.attention_received(q, k, lse, cu, tokens, 0.125, bias is not None, bias, *choice)
         yield label
@@ -193,14 +197,15 @@ def variants():
     """For each launch of an inference in batches of 1 to 64: kernel, the constants and options that it is compiled for, and
     what Triton specialises on in its run-time arguments. Nothing is compiled.
     """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
     from madtp_kernels.attention import triton as attention
     from madtp_kernels.compaction import triton as compaction
     from madtp_kernels.importance import triton as importance
     from madtp_kernels.linear import triton as linear
     from madtp_kernels.normalization import triton as normalization
     from madtp_kernels.scoring import triton as scoring
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     seen = set()
 
@@ -240,10 +245,11 @@ def variants():
 def keys():
     """For arguments of all kinds: what `launch` and what Triton makes of them, as text."""
     import triton
-    from madtp_kernels.linear.triton import _linear_kernel as kernel
-    from madtp_kernels.triton_utils import specialisation
     from triton.runtime import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from madtp_kernels.linear.triton import _linear_kernel as kernel
+    from madtp_kernels.triton_utils import specialisation
 
     driver.set_active(Target(90))
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
@@ -255,7 +261,7 @@ def keys():
         TensorDescriptor.from_tensor(x.float(), [16, 32]),
     ]  # fmt: skip
     numbers = [-16, -1, 0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, True, 1.0]
-    constants = {name: 16 for name in kernel.arg_names[12:]} | {"num_warps": 4, "num_stages": 2}
+    constants = dict.fromkeys(kernel.arg_names[12:], 16) | {"num_warps": 4, "num_stages": 2}
     cases = [(usual | {name: value}, constants) for name in names[:6] for value in tensors]
     cases += [(usual | {name: value}, constants) for name in names[6:] for value in numbers]
     cases += [(usual, constants | {name: 32}) for name in constants]
@@ -263,7 +269,9 @@ def keys():
     binder = kernel.device_caches[0][-1]
     for arguments, fixed in cases:
         _, theirs, options = binder(*arguments.values(), debug=False, **fixed)
-        found.append((str(specialisation(kernel, tuple(arguments.values()), fixed)), str((theirs, sorted(options.items())))))
+        found.append(
+            (str(specialisation(kernel, tuple(arguments.values()), fixed)), str((theirs, sorted(options.items()))))
+        )
     assert triton.knobs.runtime.debug is False
     return found
 
@@ -271,10 +279,11 @@ def keys():
 def direct_launches():
     """After each of some launches of a kernel: whether Triton launched it, and what was handed to a compiled kernel."""
     import triton
-    from madtp_kernels import triton_utils
-    from madtp_kernels.compaction.triton import _count_kernel as kernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from madtp_kernels import triton_utils
+    from madtp_kernels.compaction.triton import _count_kernel as kernel
 
     by_triton, direct, launch = [], [], JITFunction.run
 
@@ -302,7 +311,7 @@ def direct_launches():
     step(scores[4:], threshold, None)
     step(scores, threshold, None, BLOCK=128)
     step(scores, threshold, None, BLOCK=128)
-    hook = lambda *_, **__: None  # noqa: E731
+    hook = lambda *_, **__: None
     triton.knobs.runtime.launch_enter_hook.add(hook)
     step(scores, threshold, None)
     triton.knobs.runtime.launch_enter_hook.remove(hook)
@@ -316,10 +325,11 @@ def direct_launches():
 def repeated_calls():
     """For linear layers and prunings called in different ways: by how many kernels Triton launched, how many were run directly,
     how many specialisations were looked up; and whether what was run got this call's tensors."""
-    from madtp_kernels import RaggedBatch, backends, checks, linear, prune, triton_utils
-    from madtp_kernels.linear import triton as linear_triton
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from madtp_kernels import RaggedBatch, backends, checks, linear, prune, triton_utils
+    from madtp_kernels.linear import triton as linear_triton
 
     by_triton, direct, looked_up, launch, look_up = [], [], [], JITFunction.run, triton_utils.specialisation
 
@@ -352,7 +362,11 @@ def repeated_calls():
         own = all(tensor.data_ptr() in passed for tensor in tensors)
         history.append([len(by_triton), len(direct), len(looked_up), own])
 
-    x, weight, cu = torch.zeros(9, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16), torch.tensor([0, 8]).int()
+    x, weight, cu = (
+        torch.zeros(9, 64, dtype=torch.bfloat16),
+        torch.zeros(32, 64, dtype=torch.bfloat16),
+        torch.tensor([0, 8]).int(),
+    )
     for _ in range(3):
         call(linear, x, weight, None, cu)
     call(linear, torch.zeros_like(x), weight.clone(), None, cu.clone())
@@ -491,7 +505,9 @@ def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others():
 
 def kernels_in_the_source():
     modules = Path(madtp_kernels.__file__).parent.glob("*/triton.py")
-    return {name for module in modules for name in re.findall(r"^def (_\w+_kernel)\(", module.read_text(), re.MULTILINE)}
+    return {
+        name for module in modules for name in re.findall(r"^def (_\w+_kernel)\(", module.read_text(), re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -204,9 +204,7 @@ def importance_inputs(lengths, dtype, causal, biased, heads=3, width=20):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_importance(dtype, causal, biased):
     arguments = importance_inputs(LENGTHS, dtype, causal, biased)
-    expected = importance_reference.attention_importance(
-        *wide(*arguments[:4]), *arguments[4:8], *wide(arguments[8])
-    )
+    expected = importance_reference.attention_importance(*wide(*arguments[:4]), *arguments[4:8], *wide(arguments[8]))
     got = attention_importance_with(1, *arguments)
     for name, mine, reference in zip(("received", "cls"), got, expected, strict=True):
         # Products of 16-bit inputs are exact in float32: the tolerance is float32's for every dtype, at sums of about 10.
@@ -482,7 +480,9 @@ def test_importance_of_bad_logits_is_as_bad_as_the_reference_says(name, value):
     lengths = [5, 70]
     cu = offsets(lengths)
     q, k, v = random_qkv(sum(lengths), 3, 16, torch.float32)
-    {"q": q, "k": k}[name][5 + 33, 1, 2] = float(value)  # one element of one head: a maximum over heads must not hide it
+    {"q": q, "k": k}[name][5 + 33, 1, 2] = float(
+        value
+    )  # one element of one head: a maximum over heads must not hide it
     shared = (cu, max(lengths), 0.3, False, None)
     out, lse = attention_reference.attention(q, k, v, cu, cu, 70, 70, 0.3, False, None)
     expected = importance_reference.attention_importance(q, k, out, lse, *shared)
@@ -559,7 +559,18 @@ def test_flash_attention_refuses(flash, case):
 def test_flash_attention_of_this_pytorch_takes_what_it_is_called_with():
     operator, options = attention_triton._flash()
     names = [argument.name for argument in operator._schema.arguments]
-    first = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
+    first = [
+        "query",
+        "key",
+        "value",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
     assert names[: len(first)] == first and {"scale", *options} <= set(names)
 
 

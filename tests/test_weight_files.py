@@ -42,7 +42,10 @@ def archive(compression=zipfile.ZIP_STORED, **parts):
 
 
 CONTENTS = {
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "a pointer of Git LFS.*git lfs pull",
+    ),
     "page": (b"<html>404</html>", "a web page, perhaps an error"),
     "long page": (b"\n<!DOCTYPE html>" + b" <p>" * 500, "a web page"),
     "text": (b"e epochs: 3\nlr: 1e-5\n", "a text file that begins 'e epochs: 3 lr: 1e-5'"),
@@ -55,7 +58,10 @@ CONTENTS = {
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 40, "GGUF, which llama.cpp reads"),
     "noise": (bytes(range(100, 250)), "in no format that is known here"),
     "zip": (archive(readme="hello"), "a ZIP archive, but not one that torch.save wrote"),
-    "header": ((1 << 20).to_bytes(8, "little") + b"{", "damaged or cut off: its header alone should have 1048576 of 9 bytes"),
+    "header": (
+        (1 << 20).to_bytes(8, "little") + b"{",
+        "damaged or cut off: its header alone should have 1048576 of 9 bytes",
+    ),
     "bomb": (
         archive(zipfile.ZIP_DEFLATED, a__data_pkl=b"\x80\x02}q\0.", a__data__0=b"\0" * 50_000_000),
         "refused, because its .* bytes would unpack to 500000.*torch.save does not compress",
@@ -86,7 +92,9 @@ def test_safetensors_and_torch_files_under_the_other_name(model, tmp_path):
 def test_safetensors_whose_header_is_as_long_as_another_format_is_marked(length, tmp_path):
     """A pickle begins with the byte 0x80, an archive with PK."""
     path = tmp_path / "model.safetensors"
-    header = json.dumps({"w": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).ljust(length)  # padded, as the format has it
+    header = json.dumps({"w": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).ljust(
+        length
+    )  # padded, as the format has it
     path.write_bytes(length.to_bytes(8, "little") + header.encode() + b"\0\0\x80\x3f")
     assert read_file(path)[0]["w"].item() == 1.0
 
@@ -163,7 +171,9 @@ def test_nothing_is_allocated_for_weights_that_do_not_fit(model):
     import dataclasses
 
     text = dataclasses.replace(SIZES.text, vocab_size=9_999_999, intermediate_size=9_999_999)
-    with pytest.raises(CheckpointError, match=r"of another shape: .*word_embeddings\.weight \[200, 128\] instead of \[9999999, 128\]"):
+    with pytest.raises(
+        CheckpointError, match=r"of another shape: .*word_embeddings\.weight \[200, 128\] instead of \[9999999, 128\]"
+    ):
         madtp.load(state_of(model), config=dataclasses.replace(SIZES, text=text))
 
 

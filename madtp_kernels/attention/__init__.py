@@ -125,7 +125,10 @@ def _run(*args):
     if groups == 1 or name != "cpu":
         return implementation(*args)
     # The C++ kernel pairs head with head: every first query head of a group, every second one, ... on the same keys.
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+    out, lse = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[1::-1], dtype=torch.float32),
+    )
     for i in range(groups):
         out[:, i::groups], lse[i::groups] = implementation(q[:, i::groups], k, v, *rest)
     return out, lse

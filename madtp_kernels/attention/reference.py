@@ -85,7 +85,9 @@ def attention_backward(
         q_g, out_g, d_out_g = (t[rows_q].transpose(1, 2).to(dtype) for t in (q, out, d_out))  # [G, H, Lq, d]
         k_g, v_g = (t[rows_k].transpose(1, 2).to(dtype) for t in (k, v))
         lse_g, d_lse_g = (t[:, rows_q].transpose(0, 1)[..., None].to(dtype) for t in (lse, d_lse))  # [G, H, Lq, 1]
-        p = padded_probabilities(q_g, k_g, lse_g, seen_q, seen_k, scale, causal, None if key_bias is None else key_bias[rows_k])
+        p = padded_probabilities(
+            q_g, k_g, lse_g, seen_q, seen_k, scale, causal, None if key_bias is None else key_bias[rows_k]
+        )
         mean_dp = (d_out_g * out_g).sum(-1, keepdim=True)
         ds = p * (d_out_g @ v_g.mT - mean_dp + d_lse_g)
         dq[rows_q[seen_q]] = (scale * ds @ k_g).transpose(1, 2)[seen_q].to(q.dtype)
@@ -97,7 +99,14 @@ def attention_backward(
 
 
 def padded_probabilities(
-    q: Tensor, k: Tensor, lse: Tensor, seen_q: Tensor, seen_k: Tensor, scale: float, causal: bool, key_bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    seen_q: Tensor,
+    seen_k: Tensor,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
 ) -> Tensor:
     """``[G, H, Lq, Lk]`` probabilities exp(s - lse) of samples padded to the same lengths.
 

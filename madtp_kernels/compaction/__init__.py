@@ -113,7 +113,7 @@ def compact(
         if value is None:
             continue
         checks.tensor(name, value, (batch,), "[B]", torch.int32, device)
-        if checks.may_read(value) and batch and (value.min() < 0 or name == "groups" and value.max() >= batch):
+        if checks.may_read(value) and batch and (value.min() < 0 or (name == "groups" and value.max() >= batch)):
             legal = f"0..B-1 = 0..{batch - 1}" if name == "groups" else ">= 0"
             raise ValueError(f"{name}: expected {legal}, got {value.min()}..{value.max()}")
     if norm is not None:
@@ -194,9 +194,7 @@ def _run_backward(x, importance, threshold, keep_count, cu_seqlens, max_seqlen, 
         importance[:, None].to(x.dtype), importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups,
         min_keep, rows, None, -1, None, None, 0.0, exact, backend,
     )  # fmt: skip
-    return reference.compact_backward(
-        x, importance, cu_seqlens, sizes, cu_out, source[: d_values.shape[0]], d_values
-    )
+    return reference.compact_backward(x, importance, cu_seqlens, sizes, cu_out, source[: d_values.shape[0]], d_values)
 
 
 def _fake_backward(x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, sizes, cu_out,
@@ -209,7 +207,7 @@ def _setup_context(ctx, inputs, output):
         x, importance, threshold, keep_count, cu_seqlens, ctx.max_seqlen, protected, groups, min_keep, _, sizes, _,
         norm_weight, norm_bias, ctx.norm_eps, _, ctx.backend,
     ) = inputs  # fmt: skip
-    values, cu_out, ids_out, sizes_out, normed = output
+    values, cu_out, ids_out, sizes_out, _ = output
     ctx.mark_non_differentiable(cu_out, ids_out, sizes_out)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(

@@ -113,7 +113,13 @@ def layer_norm(values: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
 
 
 def compact_backward(
-    x: Tensor, importance: Tensor, cu_seqlens: Tensor, sizes: Tensor | None, cu_out: Tensor, source: Tensor, d_values: Tensor
+    x: Tensor,
+    importance: Tensor,
+    cu_seqlens: Tensor,
+    sizes: Tensor | None,
+    cu_out: Tensor,
+    source: Tensor,
+    d_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and importance: a scatter of d_values, and through the merge weights into the importance.
 

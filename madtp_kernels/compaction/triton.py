@@ -79,7 +79,9 @@ def _select(
         o_j = start + tl.arange(0, BLOCK)
         mask = o_j < length
         prunable = mask & (o_j > 0) & pruned
-        stays = _kept(importance, threshold, cut, protected, bos, o_j, prunable, length, RANKED) | (mask & (prunable == 0))
+        stays = _kept(importance, threshold, cut, protected, bos, o_j, prunable, length, RANKED) | (
+            mask & (prunable == 0)
+        )
         order = tl.cumsum(stays.to(tl.int32), 0)
         tl.store(places + bos + o_j, tl.where(stays, placed + order - 1, -1), mask=mask)
         placed += tl.max(order, 0)
@@ -99,9 +101,7 @@ def _select_kernel(
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
     bound = tl.load(threshold + i_b)
     kept = _count(importance, bound, protected, bos, length, BLOCK)
-    _select(
-        importance, bound, 0, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept, False, BLOCK
-    )
+    _select(importance, bound, 0, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept, False, BLOCK)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _rank_kernel(
 
     # The largest key that `count` keys reach, bit by bit: 33 bits of rank, then those of the position that can be set.
     cut = tl.full((), 0, tl.int64)
-    for step in range(0, 33 + position_bits):
+    for step in range(33 + position_bits):
         bit = tl.where(step < 33, 32 + POSITION_BITS - step, 32 + position_bits - step)
         candidate = cut + (tl.full((), 1, tl.int64) << bit.to(tl.int64))
         reached = 0
@@ -147,9 +147,7 @@ def _rank_kernel(
             reached += tl.sum((key >= candidate).to(tl.int32), 0)
         if reached >= count:
             cut = candidate
-    _select(
-        importance, 0.0, cut, protected, min_keep, places, dropped, rows_out, i_b, bos, length, count, True, BLOCK
-    )
+    _select(importance, 0.0, cut, protected, min_keep, places, dropped, rows_out, i_b, bos, length, count, True, BLOCK)
 
 
 @triton.jit
@@ -287,8 +285,18 @@ def _selected(
     rows_out = torch.empty(batch, dtype=torch.int32, device=importance.device)
     if groups is None and threshold is not None:
         launch(
-            _select_kernel, batch,
-            importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens, BLOCK=BLOCK, num_warps=4
+            _select_kernel,
+            batch,
+            importance,
+            threshold,
+            protected,
+            min_keep,
+            places,
+            dropped,
+            rows_out,
+            cu_seqlens,
+            BLOCK=BLOCK,
+            num_warps=4,
         )
         return places, dropped, rows_out
     own_counts = keep_count

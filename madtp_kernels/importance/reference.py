@@ -71,7 +71,9 @@ def attention_importance_backward(
     for rows, seen, _, _ in padded_groups(cu_seqlens, cu_seqlens, q.shape[1]):
         q_g, k_g, out_g = (t[rows].transpose(1, 2).to(dtype) for t in (q, k, out))  # [G, H, L, d]
         lse_g = lse[:, rows].transpose(0, 1)[..., None]
-        p = padded_probabilities(q_g, k_g, lse_g, seen, seen, scale, causal, None if key_bias is None else key_bias[rows])
+        p = padded_probabilities(
+            q_g, k_g, lse_g, seen, seen, scale, causal, None if key_bias is None else key_bias[rows]
+        )
         prunable = seen.clone()
         prunable[:, 0] = False  # token 0 receives nothing
         received, cls = (torch.where(prunable, d[rows].to(dtype), 0.0) for d in (d_received, d_cls))  # [G, L]

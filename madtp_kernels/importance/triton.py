@@ -163,7 +163,7 @@ def _add_blocks_kernel(
     tokens = (tl.load(cu_seqlens + pid // token_blocks + 1) - bos).to(tl.int32) - 1
     o_n = (pid % token_blocks) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i_m in range(0, tl.cdiv(tokens, BLOCK_M)):
+    for i_m in range(tl.cdiv(tokens, BLOCK_M)):
         m_n = o_n < tokens
         if CAUSAL:
             m_n = m_n & (o_n // BLOCK_N * BLOCK_N // BLOCK_M <= i_m)  # the blocks left out were never stored

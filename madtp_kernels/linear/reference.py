@@ -45,9 +45,7 @@ def linear(
     return out if residual is None else out + residual
 
 
-def linear_backward(
-    x: Tensor, weight: Tensor, cu_seqlens: Tensor, dz: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward(x: Tensor, weight: Tensor, cu_seqlens: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias from that of z = x weight^T + bias.
 
     Sums over tokens leave out the rows beyond T, whatever they hold; dx is zero there, so that sums of other layers may

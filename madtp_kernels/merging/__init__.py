@@ -1,8 +1,8 @@
 """Choosing tokens and merging them into others: public functions, checks, dispatch, registration, gradient.
 
 `compact` is MADTP's rule in one launch: one merged token per sample, its threshold, its exceptions. Here is what other
-pruners do: any choice of tokens, dropped, merged into one row of a sample or into a row they name. The formula is in `reference.py`, the GPU
-kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/merging.cpp`.
+pruners do: any choice of tokens, dropped, merged into one row of a sample or into a row they name. The formula is in
+`reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/merging.cpp`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,15 @@ def merge_tokens(
     if sizes is not None:
         checks.tensor("sizes", sizes, (tokens,), "[T]", torch.float32, device)
     for i, carried in enumerate(carry):
-        if not isinstance(carried, Tensor) or carried.dim() < 1 or carried.shape[0] != tokens or carried.device != device:
-            raise ValueError(f"carry[{i}]: expected [T, ...] = [{tokens}, ...] on {device}, got {checks.describe(carried)}")
+        if (
+            not isinstance(carried, Tensor)
+            or carried.dim() < 1
+            or carried.shape[0] != tokens
+            or carried.device != device
+        ):
+            raise ValueError(
+                f"carry[{i}]: expected [T, ...] = [{tokens}, ...] on {device}, got {checks.describe(carried)}"
+            )
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
     sizes = values.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
@@ -117,7 +124,9 @@ def _check_into(into: Tensor, cu_seqlens: Tensor) -> None:
     bad = ~inside | (defined >= 0) & ((sample[target] != sample) | (defined[target] != target))
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise ValueError(f"into: expected -1 or a row of the same sample that stays, got {int(into[first])} for token {first}")
+        raise ValueError(
+            f"into: expected -1 or a row of the same sample that stays, got {int(into[first])} for token {first}"
+        )
 
 
 def top_tokens(
@@ -182,11 +191,11 @@ def top_tokens(
     guarded = valid & (protected if isinstance(protected, Tensor) else row - cu_seqlens[sample] < protected)
     if unit > 1:
         if checks.may_read(cu_seqlens) and (cu_seqlens % unit).any():
-            raise ValueError(f"cu_seqlens: expected lengths that are multiples of the unit {unit}, got {cu_seqlens.tolist()}")
+            raise ValueError(
+                f"cu_seqlens: expected lengths that are multiples of the unit {unit}, got {cu_seqlens.tolist()}"
+            )
         units, shared = (t[: capacity // unit * unit].unflatten(0, (-1, unit)) for t in (scores, guarded))
-        chosen = top_tokens(
-            units.mean(1), count, cu_seqlens // unit, threshold=threshold, protected=shared.any(1)
-        )
+        chosen = top_tokens(units.mean(1), count, cu_seqlens // unit, threshold=threshold, protected=shared.any(1))
         return torch.cat([chosen.repeat_interleave(unit), chosen.new_zeros(capacity % unit)])
     ranked = valid & ~guarded
     if threshold is not None:

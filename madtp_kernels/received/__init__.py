@@ -99,7 +99,11 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale, bool causal, Tensor? key_bias, "
     "str heads, int sets, int first, int last, Tensor? queries"
 )
-define(f"attention_received({_ARGUMENTS}, str backend) -> (Tensor received)", backends.dispatch("attention_received", "received"), _fake)
+define(
+    f"attention_received({_ARGUMENTS}, str backend) -> (Tensor received)",
+    backends.dispatch("attention_received", "received"),
+    _fake,
+)
 define_gradient(
     f"attention_received_backward({_ARGUMENTS}, Tensor d_received) "
     "-> (Tensor d_q, Tensor d_k, Tensor d_lse, Tensor d_key_bias)",

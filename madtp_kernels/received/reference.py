@@ -77,7 +77,9 @@ def attention_received_backward(
         q_g, k_g = (t[rows].transpose(1, 2).to(dtype) for t in (q, k))  # [G, H, L, d]
         k_g = k_g.repeat_interleave(groups, 1)
         lse_g = lse[:, rows].transpose(0, 1)[..., None]
-        p = padded_probabilities(q_g, k_g, lse_g, seen, seen, scale, causal, None if key_bias is None else key_bias[rows])
+        p = padded_probabilities(
+            q_g, k_g, lse_g, seen, seen, scale, causal, None if key_bias is None else key_bias[rows]
+        )
         length, position = seen.sum(1)[:, None], torch.arange(seen.shape[1], device=q.device)
         begin, end = ((length + edge if edge < 0 else torch.full_like(length, edge)) for edge in (first, last))
         counts = seen & (position >= begin) & (position < end)

@@ -100,7 +100,20 @@ def _tile(
     o_j = tl.arange(0, BLOCK_J)
     if ONE_BLOCK:
         alignment = _alignment(
-            x, dictionary, bias, x_token, dictionary_entry, tokens, 0, WIDTH, M, BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION
+            x,
+            dictionary,
+            bias,
+            x_token,
+            dictionary_entry,
+            tokens,
+            0,
+            WIDTH,
+            M,
+            BLOCK_J,
+            BLOCK_M,
+            BLOCK_K,
+            EVEN,
+            PRECISION,
         )
         best = _best(alignment, 0, M, BLOCK_M)
         tl.store(importance + o_j, best, mask=o_j < tokens)
@@ -150,7 +163,7 @@ def _merge(
         mass = tl.zeros((BLOCK_M,), tl.float32)
         weighted = tl.zeros((BLOCK_M,), tl.float32)
         aligned = tl.zeros((BLOCK_M,), tl.float32)
-        for i_t in range(0, tiles):
+        for i_t in range(tiles):
             row = left + tl.cast(i_t, tl.int64) * (STATISTICS * entries) + o_m
             tile_peak = tl.load(row)
             new_peak = tl.maximum(peak, tile_peak)

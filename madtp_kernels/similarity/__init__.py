@@ -19,7 +19,12 @@ __all__ = ["match_tokens", "nearest_kept", "novelty"]
 
 def _rows(keys: Tensor) -> Tensor:
     """``[T, D]`` or ``[T, H, d]`` keys as ``[T, D]`` rows of unit stride: heads are concatenated."""
-    if not isinstance(keys, Tensor) or keys.dim() not in (2, 3) or keys.dtype not in checks.FLOATS or 0 in keys.shape[1:]:
+    if (
+        not isinstance(keys, Tensor)
+        or keys.dim() not in (2, 3)
+        or keys.dtype not in checks.FLOATS
+        or 0 in keys.shape[1:]
+    ):
         meaning = "[T, D] or [T, H, d] with at least one feature"
         raise ValueError(f"keys: expected floating-point {meaning}, got {checks.describe(keys)}")
     return checks.unit_stride(keys.flatten(1))
@@ -72,7 +77,9 @@ def novelty(
     """
     rows = _rows(keys)
     if rank is not None:
-        checks.tensor("rank", rank, (keys.shape[0],), "[T]", torch.promote_types(keys.dtype, torch.float32), keys.device)
+        checks.tensor(
+            "rank", rank, (keys.shape[0],), "[T]", torch.promote_types(keys.dtype, torch.float32), keys.device
+        )
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
     if rank is not None:
         checks.finite("rank", rank, cu_seqlens)

@@ -145,7 +145,7 @@ def _match_kernel(
         most = tl.minimum(most, tl.maximum(tl.load(count + i_b), 0))
     # The largest rank that `most` sources reach, bit by bit: 32 bits of cosine, then those of the position that can be set.
     cut = tl.full((), 0, tl.int64)
-    for step in range(0, 32 + position_bits):
+    for step in range(32 + position_bits):
         bit = tl.where(step < 32, 31 + POSITION_BITS - step, 31 + position_bits - step)
         candidate = cut + (tl.full((), 1, tl.int64) << bit.to(tl.int64))
         reached = 0
@@ -195,8 +195,17 @@ def _search(
     if capacity and batch and query_blocks:
         scale = torch.empty(capacity, dtype=torch.float32, device=keys.device)
         launch(
-            _scale_kernel, cdiv(capacity, NORM_ROWS),
-            keys, scale, cu_seqlens, batch, keys.stride(0), width, ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4
+            _scale_kernel,
+            cdiv(capacity, NORM_ROWS),
+            keys,
+            scale,
+            cu_seqlens,
+            batch,
+            keys.stride(0),
+            width,
+            ROWS=NORM_ROWS,
+            COLUMNS=NORM_COLUMNS,
+            num_warps=4,
         )
         launch(
             _nearest_kernel, batch * query_blocks,

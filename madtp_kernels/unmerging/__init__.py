@@ -51,5 +51,6 @@ define(
     lambda x, rows, *_: x.new_empty(rows.shape[0], x.shape[1]),
 )
 define_gradient(
-    "unmerge_backward(Tensor x, Tensor rows, Tensor cu_seqlens, Tensor d_out) -> (Tensor d_x)", reference.unmerge_backward
+    "unmerge_backward(Tensor x, Tensor rows, Tensor cu_seqlens, Tensor d_out) -> (Tensor d_x)",
+    reference.unmerge_backward,
 )

@@ -88,7 +88,9 @@ def generate(
         least = "at least 1" if before else f"more than the prompt's {prompt}"
         raise ValueError(f"{name}: expected {least} and at most {limit - before}, got {longest}")
     if options.get("min_length", 0) > before + longest:
-        raise ValueError(f"min_length: expected at most the longest text's {before + longest} tokens, got {options['min_length']}")
+        raise ValueError(
+            f"min_length: expected at most the longest text's {before + longest} tokens, got {options['min_length']}"
+        )
     processors = None if seeds is None else _sampling(options, seeds, len(prompts))
     settings = GenerationConfig(
         pad_token_id=config.pad_token_id, eos_token_id=config.sep_token_id, bos_token_id=config.dec_token_id, **options
@@ -130,13 +132,17 @@ def _first(row: Tensor, token: int) -> int:
 def _sampling(options: dict, seeds: Sequence[int], prompts: int) -> LogitsProcessorList:
     """Takes the options of sampling out; what is left, greedy search over these processors, is sampling too."""
     if not options.pop("do_sample", False) or options.get("num_beams", 1) != 1 or len(seeds) != prompts:
-        raise ValueError(f"seeds: expected one for each of {prompts} prompts, and do_sample without beams, got {len(seeds)}")
+        raise ValueError(
+            f"seeds: expected one for each of {prompts} prompts, and do_sample without beams, got {len(seeds)}"
+        )
     for name in _SAMPLING:
         if name in options and name not in _SEEDED:
             raise ValueError(f"{name}: sampling with seeds takes {', '.join(_SEEDED)}")
     given = {name: options.pop(name) for name in _SEEDED if name in options}
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    warpers = [warper(given[name]) for name, warper in _SEEDED.items() if given.get(name, neutral[name]) != neutral[name]]
+    warpers = [
+        warper(given[name]) for name, warper in _SEEDED.items() if given.get(name, neutral[name]) != neutral[name]
+    ]
     return LogitsProcessorList([*warpers, _Gumbel(seeds)])
 
 

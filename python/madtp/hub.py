@@ -29,4 +29,6 @@ def download(name: str, patterns: Sequence[str]) -> Path:
         raise ValueError(f"{name}: neither a path nor a repository of the hub that one may read") from error
     except Exception as error:  # connections, HTTP, settings of the hub, disks: each with a kind of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name}: neither a path, nor reachable on the hub, nor downloaded before: {reason}") from error
+        raise ValueError(
+            f"{name}: neither a path, nor reachable on the hub, nor downloaded before: {reason}"
+        ) from error

@@ -256,7 +256,7 @@ class Log:
         self.path, self.header, self.remedy, self._writes = Path(path), header, remedy, write
         if not is_regular(path):
             raise ResumeError(f"{path} is no regular file; {remedy}")
-        self._file = open(path, "a+b" if write else "rb")
+        self._file = open(path, "a+b" if write else "rb")  # noqa: SIM115 (closed by `close`)
         try:
             self._lock()
             if overwrite:

@@ -178,7 +178,12 @@ def apply_patch(
     if hasattr(model, "_madtp"):
         raise ValueError("model: it is patched already; call remove_patch first")
     kind = KINDS[base.__name__]
-    settings = {"temperature": temperature, "keep_ratio": keep_ratio, "target_gflops": target_gflops, "pruning": pruning}
+    settings = {
+        "temperature": temperature,
+        "keep_ratio": keep_ratio,
+        "target_gflops": target_gflops,
+        "pruning": pruning,
+    }
     given = [name for name, value in settings.items() if value is not None]
     if len(given) > 1 or (not given and not kind.of_towers and method is None):
         expected = ", ".join(name for name in settings if name != "pruning")
@@ -193,7 +198,9 @@ def apply_patch(
     target = next((name for name in ("keep_ratio", "target_gflops") if settings[name] is not None), None)
     if samples is None and target is not None:
         raise ValueError(f"samples: {target} is sought on a few inputs of the model, got none")
-    methods = [_Method(model.get_submodule(place), base.__name__, number) for number, (place, _, _) in enumerate(kind.methods)]
+    methods = [
+        _Method(model.get_submodule(place), base.__name__, number) for number, (place, _, _) in enumerate(kind.methods)
+    ]
     for replaced in methods:
         if replaced.name in vars(replaced.module):
             raise ValueError(f"model: {replaced.place} is replaced already, by a hook of accelerate or another patch")
@@ -301,7 +308,9 @@ class _Link(NamedTuple):
         """See the weight that theirs is now: it may have been moved, converted, or given anew."""
         theirs, own = self.owner._parameters.get(self.key), self.module._parameters.get(self.name)
         if type(theirs) not in (nn.Parameter, Tensor) or not theirs.is_floating_point():
-            raise ValueError(f"model: {self.place} is no plain floating-point weight; merge adapters, and leave it unquantised")
+            raise ValueError(
+                f"model: {self.place} is no plain floating-point weight; merge adapters, and leave it unquantised"
+            )
         if (
             own is None
             or (own.data_ptr(), own.dtype, own.device) != (theirs.data_ptr(), theirs.dtype, theirs.device)
@@ -347,7 +356,9 @@ class _Seen(NamedTuple):
     def of(cls, place: str, module: nn.Module, is_tower: bool) -> _Seen:
         kind = type(module)
         parameters = [(name, value is not None) for name, value in module._parameters.items()]
-        return cls(place, module, is_tower, kind, kind.forward, list(module._modules.items()), parameters, _sizes(module))
+        return cls(
+            place, module, is_tower, kind, kind.forward, list(module._modules.items()), parameters, _sizes(module)
+        )
 
     def change(self) -> str | None:
         """What transformers' own tower would notice and the patched one does not; None if there is nothing."""
@@ -379,7 +390,9 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and not name.startswith("_") and name not in ("training", "gradient_checkpointing")
+        if isinstance(value, (int, float, str))
+        and not name.startswith("_")
+        and name not in ("training", "gradient_checkpointing")
     }
 
 
@@ -396,7 +409,9 @@ def _check_kinds(tower: nn.Module, expected: nn.Module, place: str) -> None:
         sizes = {} if module is tower else _sizes(other)
         for size, value in sizes.items():
             if getattr(module, size, None) != value:
-                raise ValueError(f"model: {name}.{size} is {getattr(module, size, None)}, but its configuration makes it {value}")
+                raise ValueError(
+                    f"model: {name}.{size} is {getattr(module, size, None)}, but its configuration makes it {value}"
+                )
 
 
 class _Engine:
@@ -581,7 +596,9 @@ class _Engine:
             raise ValueError(f"samples: expected 'pixel_values', got {', '.join(samples) or 'nothing'}")
         ids, model = samples.get("input_ids"), self.model
         if TASKS[self.task].aligned and ids is not None and len(ids) != len(samples["pixel_values"]):
-            raise ValueError(f"samples: expected a text for each of {len(samples['pixel_values'])} images, got {len(ids)}")
+            raise ValueError(
+                f"samples: expected a text for each of {len(samples['pixel_values'])} images, got {len(ids)}"
+            )
         model.pruning = self.at(strength)
         with torch.no_grad():
             pixels = {name: samples[name].to(model.device) for name in _PIXELS if name in samples}
@@ -650,7 +667,11 @@ def _encode_images(model: Model, pixels: Tensor | RaggedBatch) -> tuple[Tokens, 
 
 
 def _encode_texts(
-    model: Model, input_ids: RaggedBatch, positions: RaggedBatch, *images: Tokens, query_groups: QueryGroups | None = None
+    model: Model,
+    input_ids: RaggedBatch,
+    positions: RaggedBatch,
+    *images: Tokens,
+    query_groups: QueryGroups | None = None,
 ) -> tuple[Tokens, list[LayerTrace]]:
     """BLIP's texts, with images in view or none."""
     pruning = model._pruning(None, len(input_ids))
@@ -753,7 +774,10 @@ def _search(engine: _Engine, samples: Mapping[str, Tensor], name: str, target: f
     if close(getattr(best, what), _TOLERANCE):
         return best
     reached = sorted({getattr(step, what) for step in steps})
-    nearest = [*[found for found in reached if found < target][-1:], *[found for found in reached if found > target][:1]]
+    nearest = [
+        *[found for found in reached if found < target][-1:],
+        *[found for found in reached if found > target][:1],
+    ]
     raise ValueError(
         f"{name}: {target:.4g} is out of reach on these samples, which allow {reached[0]:.4g} to {reached[-1]:.4g}; the closest "
         f"{'are' if len(nearest) > 1 else 'is'} {' and '.join(f'{found:.4g}' for found in nearest)}"
@@ -809,12 +833,22 @@ def _ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: boo
     place = next(place for place, tower in engine.towers.items() if tower is module)
     if any(seen.module.training for seen in engine.seen[place]):
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
-    outputs = {name: kwargs.get(name, getattr(module.config, name, None)) for name in ("output_attentions", "output_hidden_states")}
-    for name, value in (outputs | {name: value for name, value in kwargs.items() if name.startswith("output_")}).items():
+    outputs = {
+        name: kwargs.get(name, getattr(module.config, name, None))
+        for name in ("output_attentions", "output_hidden_states")
+    }
+    for name, value in (
+        outputs | {name: value for name, value in kwargs.items() if name.startswith("output_")}
+    ).items():
         if value is not None and value is not False and not (states and name == "output_hidden_states"):
             raise ValueError(f"{name}: a patched model keeps neither attention matrices nor the states of its layers")
     for name, value in (unsupported | dict(kwargs)).items():
-        if value is not None and value is not False and name not in _HARMLESS and not (states and name == "output_hidden_states"):
+        if (
+            value is not None
+            and value is not False
+            and name not in _HARMLESS
+            and not (states and name == "output_hidden_states")
+        ):
             raise ValueError(f"{name}: a patched model does not take it here")
     if sync:
         engine.sync(place)
@@ -833,7 +867,11 @@ def _stream(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> Tok
     ``[B, L]`` marks. ``padding``: whether rows of zeros may be padding.
     """
     if hidden_states.dim() != 3 or (mask is not None and mask.shape != hidden_states.shape[:2]):
-        what = "encoder_hidden_states [B, L, D]" if mask is None else f"encoder_attention_mask {list(hidden_states.shape[:2])}"
+        what = (
+            "encoder_hidden_states [B, L, D]"
+            if mask is None
+            else f"encoder_attention_mask {list(hidden_states.shape[:2])}"
+        )
         raise ValueError(f"{what}: got {list((hidden_states if mask is None else mask).shape)}")
     mask = None if mask is None or mask.all() else mask.bool()
     ids = _streams.get(hidden_states)
@@ -901,7 +939,9 @@ def _vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
 
 @can_return_tuple
 @torch.no_grad()
-def _encoder(self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, interpolate_pos_encoding=False, **kwargs):
+def _encoder(
+    self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, interpolate_pos_encoding=False, **kwargs
+):
     """`forward` of the image towers of CLIP, SigLIP, SigLIP 2, DINOv2 and ViT.
 
     Hidden states are whole: every layer has a row for each patch, that of the token it was merged into.
@@ -979,7 +1019,11 @@ def _blip_encoder(
         is_decoder=is_decoder,
     )  # fmt: skip
     texts, positions = _ragged(input_ids, attention_mask, position_ids)
-    images = None if encoder_hidden_states is None else _stream(encoder_hidden_states, encoder_attention_mask, padding=engine.pads)
+    images = (
+        None
+        if encoder_hidden_states is None
+        else _stream(encoder_hidden_states, encoder_attention_mask, padding=engine.pads)
+    )
     stream, _ = engine.texts(texts, images, positions)
     return BaseModelOutputWithPoolingAndCrossAttentions(_padded(stream))
 
@@ -1012,17 +1056,23 @@ def _blip_decoder(
     else:
         earlier = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if not isinstance(earlier, DynamicCache):
-            raise ValueError(f"cache: a patched decoder takes a DynamicCache, got {type(earlier).__name__} (cache_implementation)")
+            raise ValueError(
+                f"cache: a patched decoder takes a DynamicCache, got {type(earlier).__name__} (cache_implementation)"
+            )
         seen = earlier.get_seq_length()
         if attention_mask is not None and attention_mask.shape != (texts, seen + new):
             expected = [texts, seen + new]
-            raise ValueError(f"attention_mask: expected {expected}, earlier tokens included, got {list(attention_mask.shape)}")
+            raise ValueError(
+                f"attention_mask: expected {expected}, earlier tokens included, got {list(attention_mask.shape)}"
+            )
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new, device=input_ids.device)[None]
         ids = RaggedBatch.from_lengths(input_ids.flatten(), [new] * texts)
         options["positions"] = position_ids.expand(texts, new).flatten()
         options["visible"] = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
-        hidden = model.text_decoder(model._ids(ids), memory.keys, cache=earlier, **options).values.unflatten(0, (texts, new))
+        hidden = model.text_decoder(model._ids(ids), memory.keys, cache=earlier, **options).values.unflatten(
+            0, (texts, new)
+        )
     return BaseModelOutputWithPoolingAndCrossAttentions(hidden, **{CACHE: cache})
 
 
@@ -1091,7 +1141,10 @@ KINDS: dict[str, _Kind] = {
         "retrieval", ("vision_model", "text_encoder"), (*_IMAGES, *_QUESTIONS, ("", "forward", _forward))
     ),
     "CLIPModel": _Kind(
-        "clip", ("vision_model", "text_model"), (_INNER[0], ("text_model", "forward", _clip_text), _INNER[1], *_FEATURES), raw=True
+        "clip",
+        ("vision_model", "text_model"),
+        (_INNER[0], ("text_model", "forward", _clip_text), _INNER[1], *_FEATURES),
+        raw=True,
     ),
     "CLIPVisionModel": replace(_ITSELF, raw=True),
     "CLIPVisionModelWithProjection": _Kind("clip", ("vision_model",), _INNER, raw=True, texts=False),

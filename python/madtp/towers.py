@@ -271,7 +271,9 @@ class ImageTower(nn.Module):
         if self.norm_pre is not None:
             tokens = tokens.with_values(self.norm_pre(tokens.values))
         if pruning.active and not self.config.class_token and _reads_class_token(pruning):
-            raise ValueError(f"pruning: {pruning.name} scores tokens by the attention of a class token, which this tower lacks")
+            raise ValueError(
+                f"pruning: {pruning.name} scores tokens by the attention of a class token, which this tower lacks"
+            )
         tokens = Tokens.start(tokens, prefix=self.config.prefix)
         rule = with_minimum(pruning.on("vision"), tokens.batch_size, tokens.device)
         blocks = reading(self.blocks, first_of) if pooled and self.config.pool == "class" else self.blocks

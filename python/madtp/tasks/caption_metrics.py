@@ -94,7 +94,7 @@ def _reason(error: Exception) -> str:
 
 
 def _plain(sentence: str) -> str:
-    return " ".join(re.findall(r"\w+(?:['’-]\w+)*", sentence.lower()))  # noqa: RUF001
+    return " ".join(re.findall(r"\w+(?:['’-]\w+)*", sentence.lower()))
 
 
 def _ptb(sentences: list[str]) -> list[str]:

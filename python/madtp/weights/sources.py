@@ -348,9 +348,7 @@ def infer_config(
         ),
     }
     if "merge_from" in own:
-        sizes["merge_from"] = min(
-            numbers(layer + r"crossattention\.output\.merge_layer"), default=kind.merge_from
-        )
+        sizes["merge_from"] = min(numbers(layer + r"crossattention\.output\.merge_layer"), default=kind.merge_from)
     if "proj_dim" in own:
         sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]
     return kind(**sizes)

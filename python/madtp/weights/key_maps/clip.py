@@ -72,7 +72,7 @@ def task_of(keys: Iterable[str]) -> str | None:
     """ "clip" for keys of a MADTP or OpenAI checkpoint, or for ours."""
     keys = set(keys)
     ours = {"visual.cls_token", "text.token_embeddings.weight"} <= keys
-    return "clip" if ours or "token_embedding.weight" in keys and any(k.startswith("visual.") for k in keys) else None
+    return "clip" if ours or ("token_embedding.weight" in keys and any(k.startswith("visual.") for k in keys)) else None
 
 
 def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
