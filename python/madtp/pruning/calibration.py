@@ -233,7 +233,7 @@ class _Shape:
 
 def _search(attempt, schedule: Schedule, shape: _Shape, target: float, tolerance: float, tries: int = 6):
     """The attempt whose saving is nearest to the target: what a guess missed is added to the next one."""
-    guess, best, low, high = target, None, 0.0, 1.0
+    guess, best, low, high, seen = target, None, 0.0, 1.0, None
     for _ in range(tries):
         # How many tokens there are is known after the first attempt.
         scale = shape.scale(schedule, guess) if shape.tokens else 8.0 if schedule.kind == "counts" else 0.05
@@ -245,7 +245,12 @@ def _search(attempt, schedule: Schedule, shape: _Shape, target: float, tolerance
             break
         guess = shape.saving(schedule, scale)
         low, high = (max(low, guess), high) if missed > 0 else (low, min(high, guess))
-        guess += 1.1 * missed
+        # What a rule saves may grow more slowly than the guess: the last two attempts tell how fast.
+        rate = 1.0
+        if seen is not None and abs(seen[0] - guess) > 1e-6:
+            rate = min(max((result[2] - seen[1]) / (guess - seen[0]), 0.1), 1.0)
+        seen = (guess, result[2])
+        guess += missed / rate
         if not low < guess < high:
             guess = (low + high) / 2
     return best
