@@ -20,6 +20,6 @@ def layer_norm_backward(
     token = (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1])[:, None]
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (x.where(token, 0), weight) + (() if bias is None else (bias,))]
-        out = compaction.layer_norm(*leaves[:2], leaves[2] if bias is not None else None, eps)
+        out = compaction.layer_norm(leaves[0], leaves[1], leaves[2] if bias is not None else None, eps)
         grads = torch.autograd.grad(out, leaves, d_out.where(token, 0))
     return grads[0], grads[1], grads[2] if bias is not None else d_out.new_empty(0)

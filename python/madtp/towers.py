@@ -98,7 +98,8 @@ class AttentionPool(nn.Module):
         weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
         q = project(self.probe[0], weight[:width], bias[:width]).expand(tokens.batch_size, -1)
         kv = project(tokens.values, weight[width:], bias[width:], tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
-        x = self.attn.proj(pooled_attention(q.unflatten(-1, (self.num_heads, -1)), *kv.unbind(1), tokens, backend))
+        q = q.unflatten(-1, (self.num_heads, -1))
+        x = self.attn.proj(pooled_attention(q, kv[:, 0], kv[:, 1], tokens, backend))
         rows = RaggedBatch(x, torch.arange(len(x) + 1, dtype=torch.int32, device=x.device), 1)
         return mlp(self.norm(x), self.mlp.fc1, self.mlp.fc2, x, self.activation, tokens=rows)
 

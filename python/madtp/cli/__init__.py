@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a full disk behind standard output is an error like any other
         return code
     except UsageError as error:
-        args.usage_error(str(error))
+        return args.usage_error(str(error))  # exits
     except KeyboardInterrupt:
         print("madtp: interrupted", file=sys.stderr)
         return 130

@@ -180,7 +180,9 @@ def _print_answers(questions: list[_Question], answers) -> None:
     print(flush=True)
 
 
-def _row(label: str, dense: str, pruned: str, remark: str = "") -> None:
+def _row(label: str, *columns: str) -> None:
+    """A label, what is dense and what is pruned, and a remark that may be left out."""
+    dense, pruned, remark = (*columns, "")[:3]
     print(f"{label:{_LABEL}}{dense:{_COLUMN}}{pruned:{_COLUMN}}{remark}".rstrip(), flush=True)
 
 
