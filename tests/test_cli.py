@@ -467,6 +467,9 @@ def test_demo_of_another_model(madtp_command, small, model, tmp_path, monkeypatc
     shutil.copytree(small / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "temperature": 0.0}))
     code, _, err = run_demo(madtp_command, tmp_path, monkeypatch, "--model", "model")
+    assert code != 0 and "expected pruning or temperature, got both" in err
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "pruning": {"method": "dense"}}))
+    code, _, err = run_demo(madtp_command, tmp_path, monkeypatch, "--model", "model")
     assert code == 2 and "--temperature 5" in err
     options = ["--model", "model", "--temperature", "5", "--pairs", "2"]
     code, out, _ = run_demo(madtp_command, tmp_path, monkeypatch, *options)

@@ -113,7 +113,7 @@ def opens_text_without_encoding(call: ast.Call) -> bool:
         return False
     if name != "open":
         return isinstance(function, ast.Attribute)
-    if isinstance(function, ast.Attribute) and getattr(function.value, "id", None) in ("os", "Image"):
+    if isinstance(function, ast.Attribute) and getattr(function.value, "id", None) in ("os", "Image", "Vectors"):
         return False
     modes = [word.value for word in call.keywords if word.arg == "mode"] + call.args[1:2]
     named = [part.value for mode in modes for part in ast.walk(mode) if isinstance(part, ast.Constant)]

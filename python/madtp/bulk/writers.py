@@ -153,7 +153,7 @@ class Results:
     @contextlib.contextmanager
     def locked(self, shard: Shard) -> Iterator[None]:
         """Keep other processes away from a shard. Raises ResumeError if one has it for longer than a while."""
-        path = self._unfinished / f"{shard.number:0{_DIGITS}}.lock"
+        path = self._lock(shard)
         until = time.monotonic() + _PATIENCE
         with open(path, "ab") as file:
             while True:
@@ -168,6 +168,13 @@ class Results:
                     time.sleep(0.1)
             yield
             path.unlink(missing_ok=True)
+
+    def _lock(self, shard: Shard) -> Path:
+        return self._unfinished / f"{shard.number:0{_DIGITS}}.lock"
+
+    def forget_lock(self, shard: Shard) -> None:
+        """Remove the lock of a shard that is done: nobody takes it again."""
+        self._lock(shard).unlink(missing_ok=True)
 
     def files(self, shard: Shard) -> ShardFiles:
         """Files to write a shard's results to."""

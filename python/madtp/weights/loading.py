@@ -163,6 +163,8 @@ def _adjusted(found: Source, image_size: int | None, text_mode: str | None) -> S
 def _rule(found: Source, temperature: float | None, use_sizes: bool | None) -> Pruning:
     """How the model is pruned: as it was saved, unless the caller says otherwise."""
     saved, before = found.settings.get("pruning"), found.settings.get("temperature")
+    if saved is not None and before is not None:
+        raise CheckpointError(f"{found.origin}: expected pruning or temperature, got both: {saved} and {before}")
     try:
         rule = MADTP(before or 0.0) if saved is None else Pruning.from_dict(saved)
     except ValueError as error:
