@@ -2,6 +2,7 @@
 # make test        the same with the test tools, then all tests, against the installed package
 # make test-transformers   after make test: the tests that touch transformers, with other releases of it (RELEASES); they stay
 #                  in the environment until the next make test
+# make lint        after make test: format, lint rules, names and calls
 # make bench       the benchmarks (pytest benchmarks/ --benchmark-only)
 # make reproduce   the experiments of docs/results.md, from nothing; hours, goes on where it stopped
 # make clean       removes the environment and what builds left
@@ -43,7 +44,7 @@ INSTALL = \
 		mv "$$stamp.started" "$$stamp"; \
 	fi
 
-.PHONY: demo test test-transformers bench reproduce clean
+.PHONY: demo test test-transformers lint bench reproduce clean
 
 # PYTHONPATH and the checkout stay out of the way: it is the installed package that runs.
 demo:
@@ -62,6 +63,10 @@ test-transformers:
 		$(PIP) install --quiet --upgrade "$$release" && \
 		"$(VENV)/bin/pytest" -k "not triton" $(TRANSFORMERS_TESTS) $(ARGS) || exit; \
 	done
+
+lint:
+	@unset PYTHONPATH; $(PIP) install --quiet mypy "ruff>=0.17"
+	@unset PYTHONPATH; "$(VENV)/bin/ruff" format --check . && "$(VENV)/bin/ruff" check . && "$(VENV)/bin/mypy"
 
 bench:
 	@unset PYTHONPATH; $(ENVIRONMENT)
