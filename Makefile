@@ -65,7 +65,7 @@ test-transformers:
 	done
 
 lint:
-	@unset PYTHONPATH; $(PIP) install --quiet mypy "ruff>=0.17"
+	@unset PYTHONPATH; $(PIP) install --quiet -c constraints.txt mypy ruff
 	@unset PYTHONPATH; "$(VENV)/bin/ruff" format --check . && "$(VENV)/bin/ruff" check . && "$(VENV)/bin/mypy"
 
 bench:
