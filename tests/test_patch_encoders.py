@@ -44,7 +44,7 @@ class Thinning(Pruning):
 def inputs(name, generator, count=3):
     images = [normal(generator, 3, 32, 32).cpu() for _ in range(count)]
     if name.startswith("Siglip2"):
-        images = [normal(generator, 3, *shape).cpu() for shape in ((32, 32), (16, 48), (24, 8))]
+        images = [normal(generator, 3, *shape).cpu() for shape in ((32, 32), (16, 48), (24, 16))]
         return padded_patches(images, 8, 20)
     return {"pixel_values": torch.stack(images)}
 

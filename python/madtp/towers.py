@@ -67,10 +67,14 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], prefix: int 
     if (side, side) == grid:
         return positions
     kept, patches = positions[:, :prefix], positions[:, prefix:]
-    # Contiguous: PyTorch's antialiased interpolation to a width of 1 is wrong for channels that lie last (2.13, CPU).
-    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float().contiguous()
-    mode, antialias = mode.split()[0], mode.endswith("antialias")
-    patches = F.interpolate(patches, size=grid, mode=mode, align_corners=False, antialias=antialias)
+    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    options = {"mode": mode.split()[0], "align_corners": False, "antialias": mode.endswith("antialias")}
+    if (
+        grid[1] == 1
+    ):  # PyTorch's antialiased interpolation to a width of 1 is wrong (2.13, CPU), that to a height of 1 is not
+        patches = F.interpolate(patches.mT.contiguous(), size=grid[::-1], **options).mT
+    else:
+        patches = F.interpolate(patches.contiguous(), size=grid, **options)
     return torch.cat([kept, patches.flatten(2).mT.to(positions.dtype)], 1)
 
 
