@@ -169,6 +169,8 @@ def test_similarities_are_those_of_transformers(name, saved, generator):
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_go_back_to_the_names_they_had(name, saved, tmp_path):
     model, place = saved(name)
+    if name.startswith("Dinov2") and not any(".q_proj." in key for key in model.state_dict()):
+        pytest.skip("before transformers 5.23 its classes have the names of its files")
     ours = madtp.load(place)
     back = FAMILIES[model.config.model_type].from_ours(ours.state_dict())
     own = {

@@ -15,7 +15,9 @@ import madtp
 from madtp.patch import KINDS
 from madtp.pruning import METHODS, LayerTrace, Pruning
 
-PATCHED = [name for name in IMAGES if name.split()[0] in KINDS]
+# Before 5.23 the classes of DINOv2 call their weights otherwise than they are mapped; patching them is refused then.
+RENAMED = tuple(int(part) for part in hf.__version__.split(".")[:2]) >= (5, 23)
+PATCHED = [name for name in IMAGES if name.split()[0] in KINDS and (RENAMED or not name.startswith("Dinov2"))]
 RULE = "ranked_novelty"
 needs_rule = pytest.mark.skipif(RULE not in METHODS, reason="the rule for encoders is not there")
 
@@ -110,7 +112,9 @@ def test_pruned_states_come_whole(name, generator):
 
 
 @needs_rule
-@pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipModel", "Siglip2VisionModel", "Dinov2WithRegistersModel"])
+@pytest.mark.parametrize(
+    "name", [*("CLIPVisionModel", "SiglipModel", "Siglip2VisionModel"), *["Dinov2WithRegistersModel"] * RENAMED]
+)
 @torch.inference_mode()
 def test_saved_copied_pickled_and_moved(name, generator, tmp_path):
     model, given = theirs(name), inputs(name, generator)

@@ -149,6 +149,7 @@ def merged(x, sizes, into):
 
 RULES = {
     "ranked_novelty": (RankedNovelty(), ranked_novelty),
+    "second look": (RankedNovelty(second_look=1.0), ranked_novelty),
     "averaged": (RankedNovelty(keys="averaged", second_look=0.5), ranked_novelty),
     "concatenated, norm": (RankedNovelty(keys="concatenated", order="norm", novelty_exponent=2.0), ranked_novelty),
     "cls": (RankedNovelty(order="cls", attention_exponent=1.0, size_exponent=0.0, most=0.4), ranked_novelty),

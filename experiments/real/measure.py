@@ -31,7 +31,7 @@ SETTINGS: dict[str, tuple[MergingPruning, dict]] = {
     "pitome": (PiToMe(), {}),
     "evit": (EViT(), {}),
     "equal counts": (RankedNovelty(), {"adaptive": False}),
-    "no second look": (RankedNovelty(second_look=0.0), {}),
+    "second look": (RankedNovelty(second_look=1.0), {}),
     "averaged keys": (RankedNovelty(keys="averaged"), {}),
     "per-head keys": (RankedNovelty(keys="per_head"), {}),
     "order by norm": (RankedNovelty(order="norm"), {}),

@@ -25,7 +25,7 @@ SETTINGS = {
     "tome": ToMe(),
     "atm": ATM(),
     "pitome": PiToMe(),
-    "no second look": RankedNovelty(second_look=0.0),
+    "second look": RankedNovelty(second_look=1.0),
     "per-head keys": RankedNovelty(keys="per_head"),
 }
 

@@ -695,7 +695,10 @@ def _slot(module: nn.Module, key: str) -> tuple[nn.Module, str]:
         owner = nn.Module()
     parameter = owner._parameters.get(name)
     if parameter is None or not parameter.is_floating_point():
-        raise ValueError(f"model: {key} is no plain floating-point weight; merge adapters, and leave it unquantised")
+        renamed = "" if parameter is not None else " (or this release of transformers calls it otherwise)"
+        raise ValueError(
+            f"model: {key} is no plain floating-point weight; merge adapters, and leave it unquantised{renamed}"
+        )
     return owner, name
 
 

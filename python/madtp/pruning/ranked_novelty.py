@@ -54,7 +54,7 @@ class RankedNovelty(MergingPruning):
     attention_exponent: float = 0.25
     novelty_exponent: float = 1.0
     size_exponent: float = 0.3
-    second_look: float = 1.0
+    second_look: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
