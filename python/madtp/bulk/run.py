@@ -246,9 +246,10 @@ class _Ahead:
 
     def _claim(self, shard: Shard) -> tuple[dict[int, dict], contextlib.ExitStack] | None:
         """The results that stay, and the lock of a shard that is to be done; None if it is."""
-        if not self._again(self._results.marker(shard)):
+        marker = self._results.marker(shard)
+        if not self._again(marker):
             self._results.forget_lock(shard)  # of a process that was killed after the shard was done
-            self._count(shard, self._results.marker(shard))
+            self._count(shard, marker)
             return None
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._results.locked(shard))
