@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decoders import faulty
 from test_bulk_readers import tar_of
 from test_cli_batch import CONFIGS, picture, save_pictures
 
@@ -302,17 +303,6 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch):
 
 
 # ---- decoding
-
-
-def faulty(row):
-    """Ends its process for some rows, always or the first time."""
-    what, mark = row.fields["what"], row.fields["mark"]
-    if what == "dies" or (what == "dies once" and not os.path.exists(mark)):
-        Path(mark).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "fails":
-        raise ZeroDivisionError("division by zero")
-    return torch.full((3, 4), row.number), [torch.arange(row.number)], {"name": what}
 
 
 def test_a_decoder_that_dies_costs_the_row_that_it_dies_of(tmp_path):
