@@ -12,6 +12,7 @@ from madtp import NLVRConfig, TextConfig, VisionConfig, flops
 from madtp.compress.controller import BracketController
 from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
+from madtp.linear import ROUNDED, Linear
 from madtp.pruning import MADTP
 from madtp.search import find_strength
 from madtp.tasks.nlvr import NLVRTask
@@ -269,6 +270,28 @@ def rates(schedule, steps, **options):
         optimizer.step()
         scheduler.step()
     return values, optimizer.param_groups[0]["lr"]
+
+
+def test_products_of_a_training_step_have_few_shapes(generator, monkeypatch):
+    """oneDNN compiles a product for each number of rows, and pruning leaves another one in every batch."""
+    layer, product, seen = Linear(12, 20), F.linear, set()
+
+    def watched(x, *others):
+        seen.add(len(x))
+        return product(x, *others)
+
+    for rows in (1, 5, ROUNDED, ROUNDED + 1, 2 * ROUNDED - 1):
+        x = torch.randn(rows, 12, generator=generator, requires_grad=True)
+        d_y = torch.randn(rows, 20, generator=generator)
+        grads = []
+        for call in (layer, lambda x: product(x, layer.weight, layer.bias)):
+            with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as patch:
+                patch.setattr(F, "linear", watched)
+                y = call(x)
+            assert y.shape == d_y.shape and y.dtype == torch.bfloat16
+            grads.append((y.float(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), d_y.bfloat16())))
+        torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
+    assert seen == {ROUNDED, 2 * ROUNDED}
 
 
 def test_learning_rates():

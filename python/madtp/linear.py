@@ -27,6 +27,8 @@ from madtp_kernels.registration import plain
 # Rows of an MLP that are taken through both layers at a time on the CPU: the hidden activations (four times as wide) then
 # stay in the cache and in memory that the allocator reuses, instead of fresh pages for every call. 512 to 1024 measured best.
 MLP_ROWS = 1024
+# Rows of a product that a library makes in half precision on the CPU are a multiple of this.
+ROUNDED = 64
 
 
 class Linear(nn.Linear):
@@ -87,7 +89,7 @@ def project(
     elif (product := _cpu_product(x, weight, residual)) is not None:
         cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
         return product(x, weight, bias, cu_seqlens, activation or "", residual)
-    y = activate(F.linear(x, weight, bias), activation or "")
+    y = activate(_library_product(x, weight, bias), activation or "")
     return y if residual is None else y + residual
 
 
@@ -102,6 +104,19 @@ def mlp(
         chunk = slice(rows, rows + MLP_ROWS)
         out[chunk] = second(first(x[chunk], activation=activation), residual=residual[chunk])
     return out
+
+
+def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, for which the library beneath need not compile a product for each number of rows that pruning leaves.
+
+    In half precision on a CPU oneDNN does so, forward and twice backward, and that takes longer than the products of a
+    training step. Rows of zeros round the number up; they have no part in a gradient.
+    """
+    if x.device.type != "cpu" or x.dim() != 2 or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    half = torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
+    spare = -x.shape[0] % ROUNDED if half else 0
+    return F.linear(F.pad(x, (0, 0, 0, spare)), weight, bias)[: x.shape[0]] if spare else F.linear(x, weight, bias)
 
 
 def _cpu_product(x: Tensor, weight: Tensor, residual: Tensor | None) -> Callable | None:
