@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["BOUNDS", "find_strength"]
+__all__ = ["BOUNDS", "find_strength", "search_intervals"]
 
 BOUNDS = (1e-6, 1e6)
 """Lowest and highest strength; beyond them nothing changes any more."""
@@ -56,3 +56,60 @@ def find_strength(
         if high < low * (1 + 1e-5):
             break  # counts of tokens jump here; nothing lies closer to the target
     return strength
+
+
+def search_intervals(cost: Callable[[float], float], target: float, name: str, tolerance: float = 0.02) -> float:
+    """The strength at which a model costs ``target``, where a higher strength mostly costs less, but not always: a layer in
+    which no token would survive MADTP is left alone. So all intervals between the strengths of a ladder may hold the target.
+
+    Args:
+        cost: measures at a strength.
+        target: above 0.
+        name: of the target, for the error.
+        tolerance: relative deviation of the cost that will do; the search goes on to a tenth of it while it can.
+
+    Returns:
+        The strength; 0 where the model costs no more than the target without pruning.
+
+    Raises:
+        ValueError: no strength that was tried costs so much within the tolerance; with the nearest costs that there are.
+    """
+    tried: dict[float, float] = {}
+
+    def measured(strength: float) -> float:
+        tried[strength] = cost(strength)
+        return tried[strength]
+
+    def close(found: float, within: float) -> bool:
+        return abs(found / target - 1) <= within
+
+    content = tolerance / 10
+    if measured(0.0) <= target or close(tried[0.0], content):
+        return 0.0
+    falling = measured(1.0) > target
+    up, down = ([4.0 ** (sign * n) for n in range(1, 6)] for sign in (1, -1))
+    last = 1.0
+    for strength in up + down if falling else down + up:
+        if close(tried[last], content):
+            return last
+        last = strength
+        measured(strength)
+        low, high = sorted((strength, strength / 4 if strength > 1 else strength * 4))
+        falls = tried[low] > target
+        if falls == (tried[high] > target):
+            continue
+        # Until the next step would change no more than one token.
+        while high > low * 1.001 and not close(tried[last], content):
+            last = (low * high) ** 0.5
+            low, high = (last, high) if (measured(last) > target) == falls else (low, last)
+        if close(tried[last], tolerance):
+            return last
+    best = min(tried, key=lambda strength: abs(tried[strength] - target))
+    if close(tried[best], tolerance):
+        return best
+    reached = sorted(set(tried.values()))
+    nearest = [*[r for r in reached if r < target][-1:], *[r for r in reached if r > target][:1]]
+    raise ValueError(
+        f"{name}: {target:.4g} is out of reach on these samples, which allow {reached[0]:.4g} to {reached[-1]:.4g}; the closest "
+        f"{'are' if len(nearest) > 1 else 'is'} {' and '.join(f'{found:.4g}' for found in nearest)}"
+    )

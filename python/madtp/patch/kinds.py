@@ -1,0 +1,123 @@
+"""The classes of transformers that can be patched, and what is replaced in each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..config import CLIPConfig
+from ..tasks import TASKS
+from .blip import decoder, encoder, generate, vision
+from .encoders import image_encoder, text_encoder
+
+
+def _forward(self, *args, **kwargs):
+    """A model's own forward, around patched towers: its heads would still compute gradients, of themselves alone."""
+    with torch.no_grad():
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _image_features(self, *args, **kwargs):
+    with torch.no_grad():
+        return type(self).get_image_features(self, *args, **kwargs)
+
+
+def _text_features(self, *args, **kwargs):
+    with torch.no_grad():
+        return type(self).get_text_features(self, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One class of transformers: what is patched of it."""
+
+    task: str
+    towers: tuple[str, ...]
+    """Modules that our layers stand in for; "" is the model itself."""
+    methods: tuple[tuple[str, str, Callable], ...]
+    """Where, which, and what takes its place."""
+    raw: bool = False
+    """`last_hidden_state` has not passed the last LayerNorm (CLIP)."""
+    texts: bool = True
+    """Whether texts go through our layers too."""
+
+    @property
+    def of_towers(self) -> bool:
+        """Whether it is one of CLIP's kin, towers that were never trained with a dictionary."""
+        return issubclass(TASKS[self.task].Config, CLIPConfig)
+
+
+_FEATURES = (("", "get_image_features", _image_features), ("", "get_text_features", _text_features))
+_IMAGES = (("vision_model", "forward", vision),)
+_DECODER = (
+    ("text_decoder.bert", "forward", decoder),
+    ("text_decoder", "forward", _forward),
+    ("text_decoder", "generate", generate),
+)
+_QUESTIONS = (("text_encoder", "forward", encoder),)
+_INNER = (("vision_model", "forward", image_encoder), ("", "forward", _forward))
+_ITSELF = Kind("clip", ("",), (("", "forward", image_encoder),), texts=False)
+_SIGLIP = Kind("clip", ("vision_model",), (*_INNER, _FEATURES[0]), texts=False)
+
+KINDS: dict[str, Kind] = {
+    "BlipForConditionalGeneration": Kind("caption", ("vision_model", "text_decoder.bert"), (*_IMAGES, *_DECODER)),
+    "BlipForQuestionAnswering": Kind(
+        "vqa", ("vision_model", "text_encoder", "text_decoder.bert"), (*_IMAGES, *_QUESTIONS, *_DECODER)
+    ),
+    "BlipForImageTextRetrieval": Kind(
+        "retrieval", ("vision_model", "text_encoder"), (*_IMAGES, *_QUESTIONS, ("", "forward", _forward))
+    ),
+    "CLIPModel": Kind(
+        "clip",
+        ("vision_model", "text_model"),
+        (_INNER[0], ("text_model", "forward", text_encoder), _INNER[1], *_FEATURES),
+        raw=True,
+    ),
+    "CLIPVisionModel": replace(_ITSELF, raw=True),
+    "CLIPVisionModelWithProjection": Kind("clip", ("vision_model",), _INNER, raw=True, texts=False),
+    "CLIPTextModel": Kind("clip", ("",), (("", "forward", text_encoder),)),
+    "CLIPTextModelWithProjection": Kind(
+        "clip", ("text_model",), (("text_model", "forward", text_encoder), ("", "forward", _forward))
+    ),
+    "SiglipModel": _SIGLIP,
+    "SiglipVisionModel": _ITSELF,
+    "Siglip2Model": _SIGLIP,
+    "Siglip2VisionModel": _ITSELF,
+    "Dinov2Model": _ITSELF,
+    "Dinov2WithRegistersModel": _ITSELF,
+    "ViTModel": _ITSELF,
+}
+"""Classes of transformers that :func:`apply_patch` takes."""
+
+
+def base_of(model: nn.Module) -> type | None:
+    """The class of transformers among :data:`KINDS` that a model is, or derives from."""
+    known = (base for base in type(model).__mro__ if base.__name__ in KINDS)
+    return next((base for base in known if base.__module__.startswith("transformers.")), None)
+
+
+class Method:
+    """What stands in the place of a method of a module. Unlike a bound function it can be pickled and copied with the model."""
+
+    def __init__(self, module: nn.Module, kind: str, number: int) -> None:
+        self.module, self.kind, self.number = module, kind, number
+
+    @property
+    def name(self) -> str:
+        return KINDS[self.kind].methods[self.number][1]
+
+    @property
+    def place(self) -> str:
+        return f"{KINDS[self.kind].methods[self.number][0] or type(self.module).__name__}.{self.name}"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method itself: transformers and others look at it to learn which arguments there are."""
+        return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
+
+    def __call__(self, *args, **kwargs):
+        return KINDS[self.kind].methods[self.number][2](self.module, *args, **kwargs)
