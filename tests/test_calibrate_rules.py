@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 import madtp
 from madtp.cli import main
-from madtp.compress.calibrate import calibrate_rule
+from madtp.compress.calibrate import _read, calibrate_rule
 from madtp.data.synthetic import Shapes, ShapesExamples, write
 from madtp.pruning import Pruning, RankedNovelty
+from madtp.rows import first_rows
+from madtp.tasks import task_of
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,19 @@ def test_gflops_as_the_target(model):
     result = calibrate_rule(model, pairs, "tome", target_gflops=0.3, inputs=4)
     assert result.gflops == pytest.approx(0.3, rel=0.03)
     assert not model.pruning.active
+
+
+def test_what_decides_on_answers_is_compared(model):
+    """The state of a text that looked at all tokens of the images, not the tokens that stand for the images alone."""
+    task = task_of(model)
+    batch = task.collate([task.instance(example) for example in ShapesExamples(Shapes("train"), range(2), 1)])
+    with torch.inference_mode():
+        output = task.forward(model, batch, RankedNovelty(shares=(0.2,)))
+    states = task.states(output)
+    assert torch.equal(_read(states), first_rows(output.last_hidden_state))
+    whole = _read(states[:1])  # a task whose images are read by a decoder
+    assert whole.shape == (4, 145, model.config.vision.embed_dim)
+    assert len(whole[0].unique(dim=0)) == output.image_embeds.lengths[0]
 
 
 def test_one_target_is_needed(model):

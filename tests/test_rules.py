@@ -24,6 +24,7 @@ from madtp.pruning import (
     Tokens,
     ToMe,
     calibrate,
+    original_tokens,
 )  # fmt: skip
 from madtp.vision import VisionTransformer
 from madtp_kernels import RaggedBatch
@@ -201,6 +202,35 @@ def test_rule_is_its_formula(name, limit, prefix, backend, generator):
     torch.testing.assert_close(left.key_bias, left.sizes.to(left.key_bias.dtype).log())
 
 
+def test_tome_in_the_order_of_its_authors(generator):
+    inputs = tokens, *_ = case(generator, torch.float32)
+    left, trace = run(ToMe(counts=(5,)), *inputs)
+    ours, record = run(ToMe(counts=(5,), authors_order=True), *inputs)
+    for start, stop in itertools.pairwise(left.cu_seqlens.tolist()):
+        ids = left.ids[start:stop].tolist()
+        assert ours.ids[start:stop].tolist() == [i for i in ids if i % 2 == 0] + [i for i in ids if i % 2]
+        # The same tokens otherwise.
+        assert sorted(ours.values[start:stop, 0].tolist()) == sorted(left.values[start:stop, 0].tolist())
+    assert torch.equal(ours.key_bias, ours.sizes.log())
+    assert torch.equal(original_tokens(ours, [record]), original_tokens(left, [trace]))
+    with_prefix, *_ = run(ToMe(counts=(5,), authors_order=True), *case(generator, torch.float32, prefix=3))
+    assert with_prefix.ids[:3].tolist() == [0, 1, 2]
+
+
+def test_original_tokens_are_those_that_they_were_merged_into(generator):
+    tokens, entering, qkv, dictionary = case(generator, torch.float32, [9, 1, 33])
+    first, record = run(RankedNovelty(shares=(0.3,)), tokens, entering, qkv, dictionary)
+    none = replace(record, cu_seqlens_in=first.cu_seqlens, cu_seqlens=first.cu_seqlens, rows=None)
+    qkv = torch.randn(len(first.values), *qkv.shape[1:], generator=generator)
+    second, last = run(ToMe(counts=(4,)), first, first, qkv, dictionary)
+    whole = original_tokens(second, [record, none, last])
+    assert len(whole) == 43
+    for old in range(43):
+        assert torch.equal(whole[old], second.values[int(last.rows[int(record.rows[old])])])
+    with pytest.raises(ValueError, match="layer 1 does not say where tokens went"):
+        original_tokens(second, [record, replace(last, rows=None)])
+
+
 @every_backend
 def test_evit_fuses_the_rest_by_its_attention(backend, generator):
     dtype = torch.float64 if backend == "reference" else torch.float32
@@ -265,7 +295,7 @@ def test_madtp_merges_into_the_nearest_survivor(backend, weights, generator):
 EVERY = [
     RankedNovelty(thresholds=(0.3,)), RankedNovelty(shares=(0.3,)), RankedNovelty(counts=(4,), order="importance"),
     ToMe(counts=(4,)), ATM(thresholds=(0.4,)), PiToMe(shares=(0.2,)), PiToMe(counts=(3,), form="protect"),
-    EViT(shares=(0.3,)), MADTPNearest(temperature=3.0),
+    EViT(shares=(0.3,)), MADTPNearest(temperature=3.0), ToMe(counts=(4,), authors_order=True),
 ]  # fmt: skip
 names = [f"{rule.name}-{i}" for i, rule in enumerate(EVERY)]
 
@@ -402,12 +432,15 @@ def vision(generator):
     )
 
 
-def forward_of(model, pixels):
+def first_tokens(output):
+    return output.tokens.values[output.tokens.cu_seqlens[:-1].long()]
+
+
+def forward_of(model, pixels, read=first_tokens):
     def forward(rule):
         with torch.inference_mode():
             output = model(pixels, None, rule)
-        first = output.tokens.values[output.tokens.cu_seqlens[:-1].long()]
-        return first, [
+        return read(output), [
             flops.vit(model.config, row, pruning=rule).official for row in flops.stream_lengths(output.trace)
         ]
 
@@ -429,6 +462,40 @@ def test_calibration_meets_its_target(method, vision):
     assert F.cosine_similarity(costs[0].double(), dense.double()).mean() == pytest.approx(result.cosine)
     assert max(cosine for saving, cosine in result.tried.values()) >= result.cosine - 0.01
     assert Pruning.from_dict(result.to_dict()["rule"]) == result.rule
+
+
+def test_calibration_compares_all_tokens_that_are_handed_on(vision):
+    model, pixels = vision
+
+    def read(output):
+        return original_tokens(output.tokens, output.trace).unflatten(0, (len(pixels), -1))
+
+    forward = forward_of(model, pixels, read)
+    result = calibrate(forward, "ranked_novelty", 0.3, 4, schedule="flat", tolerance=0.01)
+    dense, whole = forward(Pruning())[0], forward(result.rule)[0]
+    assert dense.shape == (24, 65, WIDTH)
+    assert F.cosine_similarity(whole.double(), dense.double(), dim=2).mean() == pytest.approx(result.cosine)
+
+
+def test_calibration_tries_the_first_layers_where_all_depends_on_them(vision):
+    """Features that only early merging leaves alone: the search must not end on its way there."""
+    model, pixels = vision
+
+    def read(output):
+        lengths = torch.tensor(flops.stream_lengths(output.trace)).double()
+        late = float((lengths[:, 1] - lengths[:, -1]).mean() / lengths[:, 0].mean())
+        return torch.tensor([[1.0, late]]).expand(len(pixels), 2)
+
+    result = calibrate(forward_of(model, pixels, read), "tome", 0.3, 4, tolerance=0.02)
+    assert {"flat", "shares", "early"} <= set(result.tried)
+    assert result.tried[result.schedule][1] == max(cosine for _, cosine in result.tried.values())
+
+
+def test_how_many_inputs_a_target_takes(vision):
+    result = calibrate(forward_of(*vision), "ranked_novelty", 0.3, 4, schedule="flat", tolerance=0.02)
+    assert result.uncertainty == pytest.approx(2 * result.deviation / 24**0.5)
+    enough = replace(result, inputs=result.inputs_for(0.01))
+    assert enough.uncertainty <= 0.01 < replace(result, inputs=enough.inputs - 1).uncertainty
 
 
 def test_thresholds_give_every_image_its_own_number(vision):

@@ -27,6 +27,7 @@ from madtp.pruning.merging import MergingPruning
 SETTINGS: dict[str, tuple[MergingPruning, dict]] = {
     "ranked novelty": (RankedNovelty(), {}),
     "tome": (ToMe(), {}),
+    "tome, authors' order": (ToMe(authors_order=True), {}),
     "atm": (ATM(), {}),
     "pitome": (PiToMe(), {}),
     "evit": (EViT(), {}),
@@ -54,13 +55,13 @@ def runner(model, values: torch.Tensor, batch_size: int, seen: dict | None = Non
     @torch.inference_mode()
     def forward(rule: Pruning):
         features, lengths = [], []
-        start = time.perf_counter()
+        start = time.process_time()
         for part in values.split(batch_size):
             output = model(part, None, rule)
             features.append(output.tokens.values[output.tokens.cu_seqlens[:-1].long()])
             lengths += flops.stream_lengths(output.trace)
         if seen is not None:
-            seen.update(seconds=time.perf_counter() - start, lengths=lengths)
+            seen.update(seconds=time.process_time() - start, lengths=lengths)
         return torch.cat(features), [gflops(model, rule, row) for row in lengths]
 
     return forward
@@ -88,7 +89,7 @@ def figures(model, rule, values, dense, bank, batch_size) -> dict:
             float((nearest(features.float(), bank.float()) == nearest(dense.float(), bank.float())).double().mean()), 4
         ),
         "images": len(values),
-        "images_per_second": round(len(values) / seen["seconds"], 2),
+        "images_per_cpu_second": round(len(values) / seen["seconds"], 2),
         "tokens": [round(float(n), 1) for n in tokens.mean(0)],
         "tokens_sd": [round(float(n), 1) for n in tokens.std(0)],
     }

@@ -136,9 +136,10 @@ def _set_limits(args: argparse.Namespace) -> int:
     with replacing(Path(args.output) / "calibration.json") as file:
         record = {"model": args.model, "pairs": args.pairs, **found.to_dict()}
         file.write((json.dumps(record, indent=2) + "\n").encode())
-    error = found.deviation / found.inputs**0.5
     print(f"{args.method}, schedule {found.schedule}: {found.gflops:.4g} GFLOPs of {found.dense_gflops:.4g}")
-    print(f"saved on {found.inputs} inputs: {found.saving:.1%} (expected on others: within {2 * error:.1%})")
+    print(f"saved on {found.inputs} inputs: {found.saving:.1%} (expected on others: within {found.uncertainty:.1%})")
+    if found.uncertainty > 0.01:
+        print(f"to meet a target to within 1% on others, give about {found.inputs_for(0.01)} inputs")
     print(f"saved by one input: {found.least:.1%} to {found.most:.1%}, standard deviation {found.deviation:.1%}")
     print(f"cosine to dense features: {found.cosine:.5f}, tenth percentile {found.cosine_p10:.5f}")
     print(args.output)

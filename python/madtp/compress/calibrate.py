@@ -14,7 +14,7 @@ import torch
 
 from ..files import open_regular
 from ..model import Model
-from ..pruning import Calibration, MergingPruning, Pruning, calibrate
+from ..pruning import Calibration, MergingPruning, Pruning, calibrate, original_tokens
 from ..rows import first_rows
 from ..tasks import TASKS, task_of
 from ..tasks.annotations import AnnotationError
@@ -112,7 +112,7 @@ def calibrate_rule(
             features, costs = [], []
             for batch in batches:
                 output = task.forward(model, batch, rule)
-                features.append(first_rows(task.states(output)[0][0]))
+                features.append(_read(task.states(output)))
                 costs += task.costs(task.streams(output, batch), rule, task.written(batch))
             return torch.cat(features), [cost.official for cost in costs]
 
@@ -125,3 +125,19 @@ def calibrate_rule(
         reduction = 1 - target_gflops / (sum(dense) / len(dense))
     many = over(instances, batch_size) if len(instances) > inputs else None
     return calibrate(first, method, reduction, model.config.vision.depth, many=many)
+
+
+def _read(states: list) -> torch.Tensor:
+    """What decides on a model's answers, to compare with the dense model's, from :meth:`madtp.tasks.base.Task.states`.
+
+    Returns:
+        ``[N, D]`` the first token of a text that has looked at the images, or the feature of an image; or
+        ``[N, T, D]`` all tokens of an image where it is them that others look at.
+    """
+    recorded = [place for place, (_, trace) in enumerate(states) if trace]
+    if not recorded:
+        return states[0][0].values
+    tokens, trace = states[recorded[-1]]
+    if recorded[-1]:
+        return first_rows(tokens)
+    return original_tokens(tokens, trace).unflatten(0, (tokens.batch_size, -1))

@@ -4,7 +4,7 @@
 `calibration` finds their limits, and `official` has what only reproduces quirks of MADTP's own code.
 """
 
-from .base import METHODS, PER_TOKEN, LayerTrace, Pruning, ScoredPruning, Tokens, register
+from .base import METHODS, PER_TOKEN, LayerTrace, Pruning, ScoredPruning, Tokens, original_tokens, register
 from .calibration import SCHEDULES, Calibration, calibrate
 from .evit import EViT
 from .madtp import MADTP
@@ -35,5 +35,6 @@ __all__ = [
     "Tokens",
     "TopK",
     "calibrate",
+    "original_tokens",
     "register",
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from madtp_kernels import Compacted, Merged, RaggedBatch, compact, merge_tokens
+from madtp_kernels import Compacted, Merged, RaggedBatch, compact, merge_tokens, unmerge
 from madtp_kernels.segments import sample_of
 
 if TYPE_CHECKING:
@@ -161,6 +161,25 @@ class LayerTrace:
     def kept(self) -> Tensor:
         """``[B]`` tokens beside token 0 that survived as themselves."""
         return self.lengths - 1 - (self.pruned.int() if self.appends else 0)
+
+
+def original_tokens(tokens: RaggedBatch, trace: Sequence[LayerTrace]) -> Tensor:
+    """``[T, D]``: for each original token the one that stands for it in the end, of final tokens and all layers'
+    records.
+
+    Raises:
+        ValueError: a rule that does not say where tokens went (:attr:`LayerTrace.rows`).
+    """
+    rows = None
+    for layer, record in enumerate(trace):
+        if record.rows is None:
+            if record.cu_seqlens_in is not record.cu_seqlens:
+                raise ValueError(
+                    f"trace: layer {layer} does not say where tokens went; expected a rule that merges them"
+                )
+            continue
+        rows = record.rows if rows is None else torch.where(rows < 0, rows, record.rows[rows.clamp(min=0).long()])
+    return tokens.values if rows is None else unmerge(tokens.values, rows, trace[0].cu_seqlens_in)
 
 
 METHODS: dict[str, type[Pruning]] = {}

@@ -21,8 +21,8 @@ from .base import METHODS, LayerTrace, Pruning
 from .merging import MergingPruning
 
 Forward = Callable[[Pruning], tuple[Tensor, "Sequence[float] | Tensor"]]
-"""All calibration inputs through the model under a rule, in one batch: features ``[N, D]``, and GFLOPs of each input
-``[N]``."""
+"""All calibration inputs through the model under a rule, in one batch: what the model makes of each, features ``[N, D]``
+or tokens ``[N, T, D]`` (see :func:`madtp.pruning.original_tokens`), and GFLOPs of each input ``[N]``."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,13 @@ class Schedule:
     """"counts": numbers of tokens, or "shares" of the tokens that are left."""
     weight: Callable[[float, int], float]
     """What a layer merges relative to the others, by its depth from 0 (first) to 1 (last) and its number."""
+    most_later: float = math.inf
+    """What a layer merges at most, but for the first two."""
 
     def limits(self, scale: float, layers: int) -> tuple[float, ...]:
         """The limit of each layer at a scale."""
         values = [scale * self.weight(layer / max(layers - 1, 1), layer) for layer in range(layers)]
+        values = [value if layer < 2 else min(value, self.most_later) for layer, value in enumerate(values)]
         return tuple(min(value, 1.0) for value in values) if self.kind == "shares" else tuple(values)
 
 
@@ -46,8 +49,9 @@ SCHEDULES: dict[str, Schedule] = {
     "flat": Schedule("counts", lambda depth, layer: 1.0),
     "shares": Schedule("shares", lambda depth, layer: 1.0),
     "early": Schedule("shares", lambda depth, layer: 4.0 if layer < 2 else 1.0),
+    "first": Schedule("shares", lambda depth, layer: 1.0, most_later=0.1),
 }
-"""From those by which late layers merge most to those by which the first do. The calibration begins with "flat"."""
+"""From those by which late layers merge most to those by which the first do: a search may go from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Calibration:
     most: float
     """Saving of the input that saves least, and of the one that saves most."""
     cosine: float
-    """Mean cosine of features to the dense model's."""
+    """Mean cosine of features, or of tokens, to the dense model's."""
     cosine_p10: float
     """Its tenth percentile."""
     inputs: int
@@ -75,6 +79,15 @@ class Calibration:
     dense_gflops: float
     tried: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Saving and mean cosine of every schedule."""
+
+    @property
+    def uncertainty(self) -> float:
+        """How far from :attr:`saving` the mean of as many other inputs of the kind may be (two standard errors)."""
+        return 2 * self.deviation / math.sqrt(self.inputs)
+
+    def inputs_for(self, uncertainty: float) -> int:
+        """How many inputs it takes for an uncertainty, as 0.01."""
+        return math.ceil((2 * self.deviation / uncertainty) ** 2)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, the rule as it describes itself."""
@@ -100,12 +113,13 @@ def calibrate(
         method: a rule, or the name of one in :data:`METHODS` that merges.
         target: share of the dense model's GFLOPs to save, between 0 and 1.
         layers: of the stream that the rule prunes.
-        schedule: one of :data:`SCHEDULES`; by default the best of those that come into question.
+        schedule: one of :data:`SCHEDULES`; by default the best: from "flat", "shares" and "early", the search goes on
+            to the neighbours of the best one as long as that helps.
         adaptive: thresholds, by which every input keeps its own number of tokens, or the same counts for all; by
             default what the rule is made for.
-        many: the model on more inputs, in batches of any size, over which the cost is met in the end. Inputs save more
-            or less than
-            their mean, by a tenth of the cost: 200 of them tell it to within 1 %. Default: ``forward``.
+        many: the model on more inputs, in batches of any size, over which the cost is met in the end; default:
+            ``forward``. Inputs save more or less than their mean, by a tenth of the cost: 100 of them tell the mean to
+            within a standard error of 1 % (:attr:`Calibration.uncertainty`).
         tolerance: how far from the target the search ends.
 
     Returns:
@@ -148,19 +162,20 @@ def calibrate(
     def attempt_all(names: Sequence[str]) -> None:
         for name in names:
             rule, features, saving = _search(attempt, SCHEDULES[name], shape, target, tolerance)
-            cosine = float(F.cosine_similarity(features, dense, dim=1).mean())
+            cosine = float(_cosines(features, dense).mean())
             tried[name] = (saving, cosine)
             # Errors grow by about a factor of 2.4 with each tenth of the cost: savings that differ a little compare so.
             error = (1 - cosine) * 2.4 ** (10 * (target - saving))
             found[name] = (error if abs(target - saving) <= max(0.01, tolerance) else math.inf, rule)
 
     names = list(SCHEDULES)
-    attempt_all([schedule] if schedule else ["flat", "rising", "shares"])
-    if schedule is None:  # one further in the direction that was better
+    further = [schedule] if schedule else ["flat", "shares", "early"]
+    while further:
+        attempt_all(further)
         best = min(found, key=lambda name: found[name][0])
-        attempt_all([n for n in names if n not in found and abs(names.index(n) - names.index(best)) == 1])
-    schedule = min(found, key=lambda name: found[name][0])
-    error, rule = found[schedule]
+        near = names[max(names.index(best) - 1, 0) : names.index(best) + 2]
+        further = [] if schedule else [name for name in near if name not in found]
+    error, rule = found[best]
     if math.isinf(error):
         nearest = min((saving for saving, _ in tried.values()), key=lambda saving: abs(saving - target))
         raise ValueError(
@@ -173,11 +188,11 @@ def calibrate(
         if adaptive:
             rule = _at_cost(forward, rule, target, dense_gflops, tolerance)
     features, cost = _run(forward, rule)
-    cosines, savings = F.cosine_similarity(features, dense, dim=1), 1 - cost / gflops
+    cosines, savings = _cosines(features, dense), 1 - cost / gflops
     return Calibration(
         rule=rule, target=target, saving=1 - float(cost.mean()) / dense_gflops,
         deviation=float(savings.std(correction=0)), least=float(savings.min()), most=float(savings.max()),
-        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=schedule,
+        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=best,
         gflops=float(cost.mean()), dense_gflops=dense_gflops, tried=tried,
     )  # fmt: skip
 
@@ -187,24 +202,35 @@ def _run(forward: Forward, rule: Pruning) -> tuple[Tensor, Tensor]:
     return features.detach().double().cpu(), torch.as_tensor(gflops, dtype=torch.float64).cpu()
 
 
+def _cosines(features: Tensor, dense: Tensor) -> Tensor:
+    """``[N]``: of features ``[N, D]``, or the mean over tokens of ``[N, T, D]``."""
+    return (
+        F.cosine_similarity(features, dense, dim=-1).flatten(1).mean(1)
+        if features.dim() > 2
+        else F.cosine_similarity(features, dense)
+    )
+
+
 def _at_cost(
     forward: Forward, rule: MergingPruning, target: float, dense_gflops: float, tolerance: float
 ) -> MergingPruning:
     """The rule with its thresholds scaled so that the inputs cost what is wanted."""
-    low, high, best = 0.0, math.inf, None
-    strength = 1.0
+    low, high, tried = 0.0, math.inf, []
+    strength, rate = 1.0, 0.5  # how fast the saving grows with the logarithm of the strength
     for _ in range(5):
         saving = 1 - float(_run(forward, rule.at(strength))[1].mean()) / dense_gflops
-        if best is None or abs(saving - target) < abs(best[0] - target):
-            best = saving, strength
+        if tried and tried[-1][0] != strength:
+            rate = (saving - tried[-1][1]) / math.log(strength / tried[-1][0])
+        tried.append((strength, saving))
         if abs(saving - target) <= tolerance:
             break
         low, high = (strength, high) if saving < target else (low, strength)
-        guess = strength * (target / max(saving, 0.05)) ** 1.5
+        guess = strength * math.exp((target - saving) / min(max(rate, 0.1), 1.0))
         strength = guess if low < guess < high else (low + min(high, 2 * low + 1)) / 2
+    best, _ = min(tried, key=lambda pair: abs(pair[1] - target))
     # The limits themselves are scaled, so that 1 is the calibrated strength.
     kind, values = rule.limit
-    return rule.limited(kind, tuple(value * best[1] for value in values))
+    return rule.limited(kind, tuple(value * best for value in values))
 
 
 class _Shape:
