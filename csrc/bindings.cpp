@@ -45,6 +45,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("attention", MADTP_OPERATION(attention), release());
+  m.def("attention_backward", &madtp::cpu::attention_backward, release());
   m.def("attention_importance", MADTP_OPERATION(attention_importance), release());
   m.def("attention_with_importance", &madtp::cpu::attention_with_importance, release());
   m.def("score_tokens", MADTP_OPERATION(score_tokens), release());

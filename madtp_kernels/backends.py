@@ -92,7 +92,7 @@ def availability(name: str, device_type: str) -> str | None:
 
 # What the extension has no code for: on its backends PyTorch's own kernels do it, called by the reference.
 _LEFT_TO_PYTORCH = {
-    "cpu": ("attention_backward", "unmerge"),
+    "cpu": ("unmerge",),
     "cuda": ("attention_backward", "unmerge", "linear"),
 }
 # What it has for the CPU only.

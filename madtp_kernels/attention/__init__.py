@@ -1,6 +1,7 @@
 """Ragged attention that also returns the log-sum-exp: public function, checks, dispatch, registration, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/attention.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernels in `csrc/cpu/ops/attention.cpp` and
+`attention_backward.cpp`.
 """
 
 from __future__ import annotations

@@ -56,10 +56,11 @@ struct ProductBF16 {
 };
 #endif
 
-// One tile of kRows rows and kVectors vectors of columns, kept in registers; `finish(row, vector, sum)` stores it.
+// One tile of kRows rows and kVectors vectors of columns, kept in registers; `finish(row, vector, sum)` stores it. `left_step`: between
+// the steps of a row.
 template <class Product, int kRows, int kVectors, class Finish>
 MADTP_INLINE void tile(const typename Product::element* left, int64_t left_stride, const typename Product::element* right,
-                       int64_t steps, Finish&& finish) {
+                       int64_t steps, Finish&& finish, int64_t left_step = Product::kDepth) {
   vf sums[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)
@@ -77,7 +78,7 @@ MADTP_INLINE void tile(const typename Product::element* left, int64_t left_strid
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[r][v] = Product::accumulate(row, columns[v], sums[r][v]);
     }
-    left += Product::kDepth;
+    left += left_step;
     right += kVectors * kLanes * Product::kDepth;
   }
 #pragma GCC unroll 12

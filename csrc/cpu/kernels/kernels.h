@@ -68,6 +68,23 @@ struct AttentionBlock {
   std::byte* scratch;
 };
 
+// One head of one sample, for the gradients of attention.
+struct AttentionGradientBlock {
+  RowsToLoad q, out, d_out;  // [queries, head_dim]
+  RowsToLoad k, v;           // [keys, head_dim]
+  const float* lse;          // [queries]
+  const float* d_lse;        // [queries]
+  const float* bias;         // [keys] or null
+  int64_t ahead;             // query i sees the keys j <= i + ahead
+  float scale;
+  void* d_q;  // out, like d_k and d_v of the type of q, with d_stride elements between rows
+  void* d_k;
+  void* d_v;
+  int64_t d_stride;
+  float* d_bias;  // [keys] out, or null
+  std::byte* scratch;
+};
+
 struct ScoreBlock {
   const float* alignment;  // [rows, stride]
   int64_t stride;
@@ -130,6 +147,10 @@ struct CpuKernels {
   int64_t (*best_bytes)(Factor, int64_t rows, int64_t length);
   // sums[c] += sum_r e^best[r, c] over the rows [first_row, rows) of a block's `best`.
   void (*best_column_sums)(Factor, const float* best, int64_t first_row, int64_t rows, int64_t length, float* sums);
+
+  void (*attention_gradient)(const AttentionGradientBlock&);
+  // Working memory of such a block, in bytes.
+  int64_t (*attention_gradient_bytes)(Type, int64_t queries, int64_t head_dim);
 
   // cls = sum_h p[h] |out_h| / (sum_h |out_h| + 1e-8) of one token; p is strided by p_stride.
   float (*norm_weighted_mean)(Type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,

@@ -70,6 +70,8 @@ MADTP_INLINE vf where_nan(vf a, vf b) { return _mm512_mask_mov_ps(b, _mm512_cmp_
 MADTP_INLINE vf hide_from(vf a, int64_t n) {
   return n >= kLanes ? a : _mm512_mask_mov_ps(broadcast(-__builtin_inff()), first_lanes(n), a);
 }
+// 0 in the first n lanes.
+MADTP_INLINE vf zero_before(vf a, int64_t n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(~first_lanes(n)), a); }
 MADTP_INLINE vf magnitude(vf a) { return _mm512_abs_ps(a); }
 // b where a < 0 (and where its sign is set), else c.
 MADTP_INLINE vf where_negative(vf a, vf b, vf c) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(a)), c, b); }
@@ -162,6 +164,12 @@ MADTP_INLINE vf where_nan(vf a, vf b) { return a == a ? b : a; }
 // The first n lanes, -inf in the others.
 MADTP_INLINE vf hide_from(vf a, int64_t n) {
   for (int64_t i = n; i < kLanes; ++i) a[i] = -__builtin_inff();
+  return a;
+}
+
+// 0 in the first n lanes.
+MADTP_INLINE vf zero_before(vf a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) a[i] = 0.0f;
   return a;
 }
 

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/alike.h"
 #include "cpu/kernels/attend.h"
+#include "cpu/kernels/attention_gradient.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/linear.h"
@@ -13,6 +14,7 @@
 #if defined(__AMX_BF16__)
 #include "cpu/kernels/tiles.h"
 #include "cpu/kernels/tiles_attend.h"
+#include "cpu/kernels/tiles_attention_gradient.h"
 #endif
 
 namespace madtp::cpu::MADTP_ISA {
@@ -137,6 +139,19 @@ CpuKernels make_table() {
     (void)factor;
     const int64_t stride = logits_stride(length);
     exp_column_sums(best + first_row * stride, stride, rows - first_row, length, length, sums);
+  };
+  table.attention_gradient = [](const AttentionGradientBlock& block) {
+#if defined(__AMX_BF16__)
+    if (block.q.type == Type::bf16) return attention_gradient_by_tiles(block);
+#endif
+    with_type(block.q.type, [&]<class T>(T*) { attention_gradient<T>(block); });
+  };
+  table.attention_gradient_bytes = [](Type type, int64_t queries, int64_t head_dim) {
+#if defined(__AMX_BF16__)
+    if (type == Type::bf16) return TileGradientScratch::of(queries, head_dim).total;
+#endif
+    (void)type;
+    return GradientScratch::of(queries, head_dim).total;
   };
   table.norm_weighted_mean = [](Type type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
                                 const float* p, int64_t p_stride) {

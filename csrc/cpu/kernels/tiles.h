@@ -52,16 +52,24 @@ struct Nothing {
   void operator()(int64_t) const {}
 };
 
-// sums = left right for kRows x kColumns tiles (1 or 2) over `steps` tiles of depth; `beside(step)` is done along with each.
-template <int kRows, int kColumns, class Beside = Nothing>
+// sums = left right for kRows x kColumns tiles (1 or 2) over `steps` tiles of depth, added to what stands there if kAdd; `beside(step)`
+// is done along with each.
+template <int kRows, int kColumns, bool kAdd = false, class Beside = Nothing>
 MADTP_INLINE void tile_product(const LeftTiles& left, const RightTiles& right, int64_t steps, const SumTiles& sums,
                                const Beside& beside = {}) {
   // The intrinsics for loading do not tell the compiler that they read memory.
   __asm__ volatile("" ::: "memory");
-  _tile_zero(0);
-  if constexpr (kColumns > 1) _tile_zero(1);
-  if constexpr (kRows > 1) _tile_zero(2);
-  if constexpr (kRows > 1 && kColumns > 1) _tile_zero(3);
+  if constexpr (kAdd) {
+    _tile_loadd(0, sums.data, sums.row_bytes);
+    if constexpr (kColumns > 1) _tile_loadd(1, sums.data + sums.column_tile, sums.row_bytes);
+    if constexpr (kRows > 1) _tile_loadd(2, sums.data + sums.row_tile, sums.row_bytes);
+    if constexpr (kRows > 1 && kColumns > 1) _tile_loadd(3, sums.data + sums.row_tile + sums.column_tile, sums.row_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (kColumns > 1) _tile_zero(1);
+    if constexpr (kRows > 1) _tile_zero(2);
+    if constexpr (kRows > 1 && kColumns > 1) _tile_zero(3);
+  }
   const bf16* rows = left.data;
   const bf16* columns = right.data;
   for (int64_t step = 0; step < steps; ++step, rows += left.depth_tile, columns += kTileFactors) {
@@ -85,28 +93,29 @@ MADTP_INLINE void tile_product(const LeftTiles& left, const RightTiles& right, i
   if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, sums.data + sums.row_tile + sums.column_tile, sums.row_bytes);
 }
 
-// sums = left right for kRows tiles of rows and any number of tiles of columns.
-template <int kRows>
+// The same for kRows tiles of rows and any number of tiles of columns.
+template <int kRows, bool kAdd>
 MADTP_INLINE void strip_product(const LeftTiles& left, RightTiles right, int64_t columns, int64_t steps, SumTiles sums) {
   int64_t column = 0;
   for (; column + 2 <= columns; column += 2) {
-    tile_product<kRows, 2>(left, right, steps, sums);
+    tile_product<kRows, 2, kAdd>(left, right, steps, sums);
     right.data += 2 * right.column_tile;
     sums.data += 2 * sums.column_tile;
   }
-  if (column < columns) tile_product<kRows, 1>(left, right, steps, sums);
+  if (column < columns) tile_product<kRows, 1, kAdd>(left, right, steps, sums);
 }
 
-// sums = left right; `rows`, `columns` and `steps` in tiles.
+// The same for any number; `rows`, `columns` and `steps` in tiles.
+template <bool kAdd = false>
 MADTP_INLINE void tiles_product(LeftTiles left, const RightTiles& right, int64_t rows, int64_t columns, int64_t steps,
                                 SumTiles sums) {
   int64_t row = 0;
   for (; row + 2 <= rows; row += 2) {
-    strip_product<2>(left, right, columns, steps, sums);
+    strip_product<2, kAdd>(left, right, columns, steps, sums);
     left.data += 2 * left.row_tile;
     sums.data += 2 * sums.row_tile;
   }
-  if (row < rows) strip_product<1>(left, right, columns, steps, sums);
+  if (row < rows) strip_product<1, kAdd>(left, right, columns, steps, sums);
 }
 
 MADTP_INLINE int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }

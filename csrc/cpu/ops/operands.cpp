@@ -48,7 +48,7 @@ void check_operand(const char* name, const c10::optional<Tensor>& tensor, at::In
 void check_rows(const char* name, const Tensor& tensor, int64_t dimensions) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.dim() == dimensions, name, ": expected ", dimensions,
                     " dimensions on cpu, got ", tensor.sizes(), " on ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, name, ": expected adjacent elements in a row, got strides ",
+  TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1 || tensor.numel() == 0, name, ": expected adjacent elements in a row, got strides ",
                     tensor.strides());
 }
 

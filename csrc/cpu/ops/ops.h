@@ -20,6 +20,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                      double scale, bool causal, const OptionalTensor& key_bias);
 
+// out, lse and their gradients -> d_q [Cq, H, d], d_k and d_v [Ck, H, d], d_key_bias [Ck] (empty without a key_bias).
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal,
+    const OptionalTensor& key_bias, const Tensor& d_out, const Tensor& d_lse);
+
 // q, k, out [C, H, d], lse [H, C] -> received [C], cls [C].
 std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k, const Tensor& out, const Tensor& lse,
                                                 const Tensor& cu_seqlens, int64_t max_seqlen, double scale, bool causal,
