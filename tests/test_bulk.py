@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoders import faulty
+from decoders import Unloadable, faulty
 from test_bulk_readers import tar_of
 from test_cli_batch import CONFIGS, picture, save_pictures
 
@@ -323,6 +323,14 @@ def test_a_decoder_that_dies_costs_the_row_that_it_dies_of(tmp_path):
         )
         pixels += 1  # it can be written to
     assert lost == Failure("read", "ValueError", "not there") and after[0].eq(2).all()
+
+
+def test_decoders_that_cannot_begin_are_no_fault_of_the_rows():
+    with (
+        Decoders(Unloadable(), 1) as decoders,
+        pytest.raises(RuntimeError, match="ended before it could begin \\(exit code 3\\)"),
+    ):
+        decoders.submit([Row(0, "0")]).result(60)
 
 
 def test_rows_are_decoded_in_other_processes(tmp_path, models):

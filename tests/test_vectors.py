@@ -51,10 +51,33 @@ def test_search_is_exact(random, monkeypatch, dtype, count):
 def test_equal_vectors_come_in_their_order_and_scores_are_cosines(random, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 4)
     vector = random(16)
-    collection = Vectors([np.stack([vector * scale for scale in range(1, 11)])], list("abcdefghij"))
+    collection = Vectors([np.stack([vector * 2**scale for scale in range(-4, 6)])], list("abcdefghij"))
     ids, scores = collection.search(7 * vector[None], 5)
     assert ids == [[0, 1, 2, 3, 4]] and all(1 - 1e-6 < score <= 1 for score in scores[0])
     assert min(collection.search(-vector[None], 3)[1][0]) >= -1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_blocks_change_nothing(random, monkeypatch, dtype):
+    """Neither what is found nor a bit of a score, also where vectors are equal or nearly so."""
+    vectors = random(150, 24)
+    vectors[::2] /= np.linalg.norm(vectors[::2], axis=1, keepdims=True)
+    vectors[60:90] = vectors[:30]
+    vectors[120:135] = vectors[7]
+    vectors[140:] = vectors[3] * (1 + 1e-6 * random(10, 24))
+    vectors[11], vectors[12] = 0, np.nan
+    collection = Vectors([vectors[:70].astype(dtype), vectors[70:].astype(dtype)], list(map(str, range(150))))
+    queries = np.concatenate([random(5, 24), vectors[[3, 7]]])
+    expected = {count: collection.search(queries, count) for count in (1, 40, 500)}
+    usable = np.isin(np.arange(150), (11, 12), invert=True)
+    assert sorted(expected[500][0][0]) == np.flatnonzero(usable).tolist()
+    assert expected[40][0][6][:17] == [7, 67, *range(120, 135)]
+    for size in (1, 7, 64, 149):
+        monkeypatch.setattr(module, "_BLOCK", size)
+        for count, found in expected.items():
+            assert collection.search(queries, count) == found
+    ids = [list(range(149, -1, -1))] * len(queries)
+    assert collection.scored(queries, ids, 40) == expected[40]
 
 
 def test_files_of_every_kind(random, tmp_path):
@@ -109,10 +132,7 @@ def test_candidates_of_other_indexes(random, tmp_path, kind):
         index.save(str(path))
     collection = Vectors([array], [str(n) for n in range(200)])
     # Products of vectors that have no length of 1 are no cosines; scores are.
-    ids, scores = collection.scored(queries, candidates(path, queries, 200), 5)
-    expected, exact = collection.search(queries, 5)
-    assert ids == expected
-    np.testing.assert_allclose(scores, exact, atol=1e-6)
+    assert collection.scored(queries, candidates(path, queries, 200), 5) == collection.search(queries, 5)
     assert all(len(set(found)) == len(found) == 200 for found in candidates(path, queries, 1000))
     assert collection.scored(queries, [[-1, 500, 3], [], [7, 7]], 5)[0] == [[3], [], [7]]
     with pytest.raises(ValueError, match="16 numbers"):

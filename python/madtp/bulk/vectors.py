@@ -30,6 +30,7 @@ __all__ = ["ImageIndex", "Vectors", "candidates"]
 _log = logging.getLogger("madtp")
 
 _BLOCK = 1 << 16  # vectors that are compared at a time: 128 MB of 512 numbers
+_PAIRS = 1 << 14  # of a query and a vector, whose products are taken in float64 at a time
 _ROWS = 10_000  # of a shard of an index
 
 
@@ -103,8 +104,10 @@ class Vectors:
                 with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
                     lengths = np.sqrt(np.einsum("nd,nd->n", block, block, dtype=np.float64))
                     alive = self.alive[start : start + len(block)] & np.isfinite(lengths) & (lengths > 0)
-                    if not np.allclose(lengths[alive], 1, atol=1e-6):
-                        block = (block / lengths[:, None]).astype(np.float32)
+                    off = alive & (np.abs(lengths - 1) > 1e-6)  # row by row: blocks change nothing
+                    if off.any():
+                        block = block.copy()
+                        block[off] /= lengths[off, None]
                 yield start, np.where(alive[:, None], block, 0).astype(np.float32, copy=False), alive
                 start += len(block)
 
@@ -135,18 +138,22 @@ class Vectors:
         Raises:
             ValueError: another width.
         """
-        queries = torch.nn.functional.normalize(torch.as_tensor(queries, dtype=torch.float32), dim=-1)
-        scores, ids = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        queries = _unit(queries)
+        scores = torch.empty(len(queries), 0, dtype=torch.float64)
+        ids = torch.empty(len(queries), 0, dtype=torch.int64)
         for start, block, alive in self.blocks():
             if block.shape[1] != queries.shape[1]:
                 raise ValueError(f"queries: {queries.shape[1]} wide, but the vectors are {block.shape[1]} wide")
-            numbers = torch.from_numpy(np.flatnonzero(alive) + start)
-            found = (queries @ torch.from_numpy(block[alive]).mT).clamp(-1, 1)
-            if found.shape[1] > count:
-                # All that may be among the best, also those that equal the last of them.
-                least = found.topk(count, dim=1).values[:, -1:]
-                near = (found >= least).any(0)
-                found, numbers = found[:, near], numbers[near]
+            block, numbers = torch.from_numpy(block[alive]), torch.from_numpy(np.flatnonzero(alive) + start)
+            if not len(block):
+                continue
+            found = queries.float() @ block.mT
+            # All that may be among the best, and those by products that do not depend on the block's size.
+            error = 2 * torch.finfo(torch.float32).eps * (8 + block.shape[1])
+            least = found.topk(min(count, len(block)), dim=1).values[:, -1:] - error
+            near = (found >= least).any(0)
+            block, numbers = block[near], numbers[near]
+            found = _cosines(queries, block, found[:, near] >= least)
             scores = torch.cat([scores, found], 1)
             ids = torch.cat([ids, numbers.expand(len(queries), -1)], 1)
             order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
@@ -157,7 +164,7 @@ class Vectors:
         """The same of candidates that another index found for each query; numbers that are none of ours do not
         count.
         """
-        queries = torch.nn.functional.normalize(torch.as_tensor(queries, dtype=torch.float32), dim=-1)
+        queries = _unit(queries)
         wanted = sorted({number for numbers in ids for number in numbers if 0 <= number < len(self)})
         place = {number: n for n, number in enumerate(wanted)}
         vectors = torch.from_numpy(self.rows(wanted))
@@ -165,7 +172,8 @@ class Vectors:
         found_ids, found_scores = [], []
         for query, numbers in zip(queries, ids, strict=True):
             usable = sorted({number for number in numbers if number in place and counts[place[number]]})
-            scores = (vectors[[place[number] for number in usable]] @ query).clamp(-1, 1)
+            here = vectors[[place[number] for number in usable]]
+            (scores,) = _cosines(query[None], here, torch.ones(1, len(here), dtype=torch.bool))
             order = scores.sort(descending=True, stable=True).indices[:count].tolist()
             found_ids.append([usable[n] for n in order])
             found_scores.append(scores[order].tolist())
@@ -177,6 +185,23 @@ class Vectors:
         for _, block, _ in self.blocks():
             digest.update(np.ascontiguousarray(block))
         return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def _unit(queries) -> torch.Tensor:
+    """Queries ``[Q, D]`` of length 1, in float64."""
+    return torch.nn.functional.normalize(torch.as_tensor(queries, dtype=torch.float64), dim=-1)
+
+
+def _cosines(queries: torch.Tensor, vectors: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """Products ``[Q, N]`` of the pairs that are marked in ``pairs`` ``[Q, N]``, each by itself in float64; less than
+    any of them where there is no mark.
+    """
+    scores = torch.full(pairs.shape, -2.0, dtype=torch.float64)
+    of, to = pairs.nonzero(as_tuple=True)
+    products = [(queries[q] * vectors[n]).sum(1) for q, n in zip(of.split(_PAIRS), to.split(_PAIRS), strict=True)]
+    if products:
+        scores[of, to] = torch.cat(products).clamp(-1, 1)
+    return scores
 
 
 def candidates(path: str | os.PathLike, queries, count: int) -> list[list[int]]:

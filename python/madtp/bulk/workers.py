@@ -135,9 +135,20 @@ class _Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._prepare), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self._prepare), daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
+        try:
+            _receive(self._connection)
+        except (EOFError, OSError) as error:
+            if self._stopped:
+                raise RuntimeError("the workers are stopped") from error
+            process.join(5)
+            raise RuntimeError(
+                f"a decoding process ended before it could begin (exit code {process.exitcode}); with --workers 0, "
+                "images are decoded without one"
+            ) from error
 
     def stop(self) -> None:
         self._stopped = True
@@ -152,6 +163,7 @@ def _serve(connection, prepare: Callable[[Row], object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the model
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
+        _send(connection, None)  # ready: what ends it from now on is a row
         while True:
             _send(connection, [attempt(prepare, row) for row in connection.recv()])
 
