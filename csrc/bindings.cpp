@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", MADTP_OPERATION(attention), release());
   m.def("attention_backward", &madtp::cpu::attention_backward, release());
   m.def("attention_importance", MADTP_OPERATION(attention_importance), release());
+  m.def("attention_importance_backward", &madtp::cpu::attention_importance_backward, release());
   m.def("attention_with_importance", &madtp::cpu::attention_with_importance, release());
   m.def("score_tokens", MADTP_OPERATION(score_tokens), release());
   m.def("compact", MADTP_OPERATION(compact), release());

@@ -90,12 +90,13 @@ def availability(name: str, device_type: str) -> str | None:
     return None
 
 
-# What the extension has no code for: on its backends PyTorch's own kernels do it, called by the reference.
+# What a backend has no code for: PyTorch's own kernels do it, called by the reference.
 _LEFT_TO_PYTORCH = {
     "cpu": ("unmerge",),
-    "cuda": ("attention_backward", "unmerge", "linear"),
+    "triton": ("attention_importance_backward",),
+    "cuda": ("attention_backward", "attention_importance_backward", "unmerge", "linear"),
 }
-# What it has for the CPU only.
+# What the extension has for the CPU only.
 _WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm", "attention_received", "merge_tokens")
 _NO_SOURCE = "there is no CUDA source for it: the triton backend serves GPUs"
 

@@ -43,6 +43,28 @@ def same_bits(ours, theirs):
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+# ---- padding ----------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+def test_keys_hidden_at_the_end_of_a_sample_are_left_out(dtype, generator):
+    """A bias of -inf hides padding; the result has the bits that the keys before it give alone, NaN in hidden keys is seen."""
+    shown, lengths = [70, 0, 33, 1], [200, 5, 33, 90]
+    case = attention_case(generator, lengths, dtype=dtype, bias=True)
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    rows = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, shown, strict=False)])
+    hidden = torch.ones(sum(lengths), dtype=torch.bool).index_fill(0, rows, False)
+    case["key_bias"][hidden] = float("-inf")
+    few = case | {name: case[name][rows] for name in ("k", "v", "key_bias")}
+    few |= {"cu_seqlens_k": offsets(shown), "max_seqlen_k": max(shown)}
+    assert same_bits(run("attention", case, "cpu"), run("attention", few, "cpu"))
+    for name in ("k", "v"):
+        broken = case | {name: case[name].clone()}
+        broken[name][150] = float("nan")  # a hidden key of the first sample
+        out, _ = run("attention", broken, "cpu")
+        assert out[:200].isnan().all() and out[200:].isfinite().all()
+
+
 # ---- instruction sets -----------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ pytestmark = [
 ]
 
 NAMES = ("d_q", "d_k", "d_v", "d_key_bias")
+IMPORTANCE_NAMES = ("d_q", "d_k", "d_out", "d_lse", "d_key_bias")
 EVEN = [20, 0, 70, 3, 1, 145]
 CROSSED = [66, 4, 0, 12, 33, 40]  # keys of samples of EVEN queries: more, fewer and none; none to look at
 SPARE = 3  # rows of a buffer beyond its tokens
@@ -23,8 +24,11 @@ every_dtype = pytest.mark.parametrize(
 
 
 def gradients(case, backend="cpu"):
-    """``d_q, d_k, d_v, d_key_bias`` of a case, whose values are in the order of the operation's schema."""
-    return backends.resolve("attention_backward", "attention", backend, case["q"])[1](*case.values())
+    """The results of `attention_backward` or `attention_importance_backward` for a case in the order of its schema, by name."""
+    importance = "d_received" in case
+    operation = ("attention_importance_backward", "importance") if importance else ("attention_backward", "attention")
+    results = backends.resolve(*operation, backend, case["q"])[1](*case.values())
+    return dict(zip(IMPORTANCE_NAMES if importance else NAMES, results, strict=True))
 
 
 def in_double(case):
@@ -54,11 +58,24 @@ def gradient_case(generator, lengths_q, lengths_k, dtype, heads=2, width=33, cau
     return {"q": q, "k": k, "v": v, "out": out, "lse": lse} | options | {"d_out": d_out, "d_lse": d_lse}
 
 
+def importance_case(generator, lengths, dtype, heads=3, width=33, causal=False, bias=False):
+    attended = gradient_case(generator, lengths, lengths, dtype, heads, width, causal, bias)
+    case = {name: attended[name] for name in ("q", "k", "out", "lse")} | {
+        "cu": offsets(lengths),
+        "longest": max(lengths),
+    }
+    case |= {name: attended[name] for name in ("scale", "causal", "key_bias")}
+    for name in ("d_received", "d_cls"):
+        case[name] = rows_with_spare(generator, sum(lengths), 1, 1, torch.float32)[:, 0, 0]
+    return case
+
+
 def assert_near_the_reference(case, tokens_q, tokens_k):
     dtype = case["q"].dtype
     exact, plain = gradients(in_double(case), "reference"), gradients(case, "reference")
-    for name, ours, want, usual in zip(NAMES, gradients(case), exact, plain, strict=True):
-        assert ours.shape == want.shape and ours.dtype == (torch.float32 if name == "d_key_bias" else dtype)
+    for name, ours in gradients(case).items():
+        want, usual = exact[name], plain[name]
+        assert ours.shape == want.shape and ours.dtype == (torch.float32 if name in ("d_lse", "d_key_bias") else dtype)
         assert ours.is_contiguous()
         # bfloat16 and float16: P and dS may be rounded before they are multiplied, and the result is.
         eps = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
@@ -66,7 +83,8 @@ def assert_near_the_reference(case, tokens_q, tokens_k):
         bound = 2 * (eps * size + (usual.double() - want).abs().max().item() if want.numel() else 0.0)
         error = (ours.double() - want).abs().max().item() if want.numel() else 0.0
         assert error <= bound, f"{name}: error {error:.2e}, at most {bound:.2e} expected"
-        assert (ours[tokens_q if name == "d_q" else tokens_k :] == 0).all(), f"{name}: rows without tokens"
+        rows = ours.mT if name == "d_lse" else ours
+        assert (rows[tokens_q if name == "d_q" else tokens_k :] == 0).all(), f"{name}: rows without tokens"
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -88,7 +106,9 @@ def test_gradients_of_any_head_width(width, dtype, generator):
 @pytest.mark.parametrize("tokens", [[], [0], [0, 0]])
 def test_gradients_of_no_token(tokens, generator):
     case = gradient_case(generator, tokens or [0], tokens or [0], torch.float32, bias=True)
-    for ours in gradients(case):
+    for ours in gradients(case).values():
+        assert (ours == 0).all()
+    for ours in gradients(importance_case(generator, tokens or [0], torch.float32, bias=True)).values():
         assert (ours == 0).all()
 
 
@@ -101,18 +121,72 @@ def test_gradients_of_a_sample_alone_and_in_a_batch(causal, dtype, generator):
     torch.set_num_threads(2)
     whole = gradients(case)
     torch.set_num_threads(1)
-    for ours, theirs in zip(gradients(case), whole, strict=True):
-        assert torch.equal(ours, theirs)
+    for name, ours in gradients(case).items():
+        assert torch.equal(ours, whole[name])
     torch.set_num_threads(threads)
     for b in range(len(EVEN)):
         queries = slice(sum(EVEN[:b]), sum(EVEN[: b + 1]))
         keys = slice(sum(CROSSED[:b]), sum(CROSSED[: b + 1]))
-        alone = case | {"cu_q": offsets([EVEN[b]]), "cu_k": offsets([CROSSED[b]]), "max_q": EVEN[b], "max_k": CROSSED[b]}
+        alone = case | {
+            "cu_q": offsets([EVEN[b]]),
+            "cu_k": offsets([CROSSED[b]]),
+            "max_q": EVEN[b],
+            "max_k": CROSSED[b],
+        }
         alone |= {name: case[name][queries] for name in ("q", "out", "d_out")}
         alone |= {name: case[name][:, queries] for name in ("lse", "d_lse")}
         alone |= {name: case[name][keys] for name in ("k", "v", "key_bias")}
-        for name, ours, theirs in zip(NAMES, gradients(alone), whole, strict=True):
-            assert torch.equal(ours, theirs[queries if name == "d_q" else keys]), f"{name} of sample {b}"
+        for name, ours in gradients(alone).items():
+            assert torch.equal(ours, whole[name][queries if name == "d_q" else keys]), f"{name} of sample {b}"
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "key_bias"])
+@every_dtype
+def test_gradients_of_importance(bias, causal, dtype, generator):
+    case = importance_case(generator, EVEN, dtype, bias=bias, causal=causal)
+    assert_near_the_reference(case, sum(EVEN), sum(EVEN))
+
+
+@pytest.mark.parametrize("heads, width", [(1, 16), (2, 100), (12, 64)])
+def test_gradients_of_importance_of_any_heads(heads, width, generator):
+    assert_near_the_reference(importance_case(generator, [40, 5], torch.float32, heads, width), 45, 45)
+
+
+def test_equal_heads_share_the_gradient_of_importance(generator):
+    case = importance_case(generator, [30], torch.float32, heads=2)
+    case |= {name: case[name][:, :1].expand(-1, 2, -1) for name in ("q", "k", "out")}
+    case["lse"] = case["lse"][:1].expand(2, -1)
+    results = gradients(case)
+    assert_near_the_reference(case, 30, 30)
+    assert torch.equal(results["d_q"][:, 0], results["d_q"][:, 1])
+
+
+@every_dtype
+def test_gradients_of_importance_of_a_sample_alone_and_in_a_batch(dtype, generator):
+    case = importance_case(generator, EVEN, dtype, bias=True)
+    whole = gradients(case)
+    for b in range(len(EVEN)):
+        rows = slice(sum(EVEN[:b]), sum(EVEN[: b + 1]))
+        alone = case | {"cu": offsets([EVEN[b]]), "longest": EVEN[b], "lse": case["lse"][:, rows]}
+        alone |= {name: case[name][rows] for name in ("q", "k", "out", "key_bias", "d_received", "d_cls")}
+        for name, ours in gradients(alone).items():
+            theirs = whole[name][:, rows] if name == "d_lse" else whole[name][rows]
+            assert torch.equal(ours, theirs), f"{name} of sample {b}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_gradients_of_importance_are_finite_where_the_reference_has_them_so(value, generator):
+    case = importance_case(generator, [20, 0, 70, 3], torch.float32, bias=True)
+    for name in ("q", "k", "out", "lse", "key_bias", "d_received", "d_cls"):
+        if (name, value) == ("lse", -float("inf")):
+            continue  # means that the query sees no key
+        for row in (0, 38, 90):
+            poisoned = case[name].clone()
+            (poisoned.mT if name == "lse" else poisoned)[row] = value
+            wanted = gradients(case | {name: poisoned}, "reference")
+            for part, ours in gradients(case | {name: poisoned}).items():
+                assert (ours.isfinite() == wanted[part].isfinite()).all(), f"{part} with {value} in {name}, row {row}"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -129,8 +203,9 @@ def test_gradients_are_finite_where_the_reference_has_them_so(causal, dtype, val
             (poisoned.mT if name in ("lse", "d_lse") else poisoned)[row] = value
             broken = case | {name: poisoned}
             wide = {n: t.float() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in broken.items()}
-            for part, ours, want in zip(NAMES, gradients(broken), gradients(wide, "reference"), strict=True):
-                same = ours.isfinite() == want.to(ours.dtype).isfinite()
+            wanted = gradients(wide, "reference")
+            for part, ours in gradients(broken).items():
+                same = ours.isfinite() == wanted[part].to(ours.dtype).isfinite()
                 assert same.all(), f"{part} with {value} in {name}, row {row}"
 
 

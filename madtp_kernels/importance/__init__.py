@@ -1,6 +1,7 @@
 """How much attention each token receives, without the attention matrix: public function, checks, dispatch, gradient.
 
-The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernel in `csrc/cpu/ops/importance.cpp`.
+The formula is in `reference.py`, the GPU kernel in `triton.py`, the CPU kernels in `csrc/cpu/ops/importance.cpp` and
+`importance_backward.cpp`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from .. import backends, checks, repeats
 from ..registration import call, define, define_gradient
-from . import reference
 
 __all__ = ["attention_importance"]
 
@@ -86,7 +86,7 @@ define(
     _fake,
 )
 define_gradient(
-    f"attention_importance_backward({_ARGUMENTS}, Tensor d_received, Tensor d_cls) "
+    f"attention_importance_backward({_ARGUMENTS}, Tensor d_received, Tensor d_cls, str backend) "
     "-> (Tensor d_q, Tensor d_k, Tensor d_out, Tensor d_lse, Tensor d_key_bias)",
-    reference.attention_importance_backward,
+    backends.dispatch("attention_importance_backward", "importance"),
 )

@@ -51,7 +51,8 @@ MADTP_INLINE RowsToLoad rows_from(RowsToLoad rows, int64_t first, int64_t count)
   return rows;
 }
 
-constexpr int64_t kGradientKeys = 2 * kTallRows;  // at a time
+constexpr int64_t kGradientKeys = 24;  // at a time: they and all queries should stay in the first-level cache
+constexpr int64_t kTurnedRows = 2 * kTileRows;  // of a tile, at most
 
 // Where the parts of a block's working memory start, in bytes.
 struct GradientScratch {
@@ -65,12 +66,12 @@ struct GradientScratch {
       return start;
     };
     // Tiles of rows may reach beyond the last query.
-    const int64_t width = round_up(head_dim, kLanes), length = round_up(queries, kLanes), stride = logits_stride(queries) + kTallRows;
+    const int64_t width = round_up(head_dim, kLanes), length = round_up(queries, kLanes), stride = logits_stride(queries) + kTurnedRows;
     at.queries_turned = reserve(length * head_dim);
     at.d_out_turned = reserve(length * head_dim);
     at.queries = reserve(queries * width);
     at.d_out = reserve(queries * width);
-    at.d_q = reserve((queries + kTallRows) * width);
+    at.d_q = reserve((queries + kTurnedRows) * width);
     at.lse = reserve(length);
     at.shift = reserve(length);
     at.p = reserve(kGradientKeys * stride);
@@ -105,13 +106,14 @@ MADTP_INLINE void gradient_logits(const AttentionGradientBlock& block, int64_t f
 template <int kVectors>
 MADTP_INLINE void add_turned_panel(const float* left, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* c,
                                    int64_t c_stride) {
-  for (int64_t row = 0; row < rows; row += kTallRows) {
+  constexpr int kRows = tall_rows(kVectors);
+  for (int64_t row = 0; row < rows; row += kRows) {
     float* const to = c + row * c_stride;
     const auto add = [&](int r, int v, vf sum) {
       float* const at = to + r * c_stride + v * kLanes;
       store(at, load(at) + sum);
     };
-    tile<ProductF32, kTallRows, kVectors>(left + row, 1, panel, depth, add, stride);
+    tile<ProductF32, kRows, kVectors>(left + row, 1, panel, depth, add, stride);
   }
 }
 
@@ -133,7 +135,7 @@ MADTP_INLINE void add_turned_product(const float* left, int64_t stride, int64_t 
 template <class Source>
 void attention_gradient(const AttentionGradientBlock& block) {
   const int64_t queries = block.q.rows, keys = block.k.rows, head_dim = block.q.depth;
-  const int64_t width = round_up(head_dim, kLanes), stride = logits_stride(queries) + kTallRows;
+  const int64_t width = round_up(head_dim, kLanes), stride = logits_stride(queries) + kTurnedRows;
   const GradientScratch at = GradientScratch::of(queries, head_dim);
   const auto scratch = [&](int64_t bytes) { return reinterpret_cast<float*>(block.scratch + bytes); };
   float* const lse = scratch(at.lse);
@@ -147,7 +149,7 @@ void attention_gradient(const AttentionGradientBlock& block) {
   pack_transposed<Source, ProductF32>(block.d_out, 0, queries, scratch(at.d_out_turned));
   pack_f32<Source>(block.q, 0, queries, scratch(at.queries));
   pack_f32<Source>(block.d_out, 0, queries, scratch(at.d_out));
-  std::memset(d_q, 0, static_cast<size_t>((queries + kTallRows) * width) * 4);
+  std::memset(d_q, 0, static_cast<size_t>((queries + kTurnedRows) * width) * 4);
   float ones[kGradientKeys], scales[kGradientKeys];
   for (int64_t r = 0; r < kGradientKeys; ++r) ones[r] = 1.0f, scales[r] = block.scale;
 

@@ -12,10 +12,11 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-// Rows come in whole tiles of kTileRows; wherever kTallRows are left, one tile takes so many, as few reads of the right operand as
-// the registers allow: that one comes from the second-level cache, the rows stay in the first.
+// Rows come in whole tiles of kTileRows. A panel of kPanelVectors fills the registers with them. Where a panel has half as many
+// vectors, a tile takes twice the rows while there are so many: fewer reads of the right operand, which comes from the second-level
+// cache when the depth is large. Linear layers cut their tokens into such panels.
 constexpr int kTileRows = 6;
-static_assert(kTallRows % kTileRows == 0);
+constexpr int tall_rows(int vectors) { return vectors * 2 * kTileRows <= kSums ? 2 * kTileRows : kTileRows; }
 
 struct ProductF32 {
   using element = float;
@@ -94,8 +95,9 @@ MADTP_INLINE void panel_product(const LeftRows& left, const typename Product::el
   const auto* rows = static_cast<const typename Product::element*>(left.data);
   int64_t row = 0;
   const auto store_tile = [&](int r, int v, vf sum) { finish(row + r, v, sum); };
-  for (; row + kTallRows - kTileRows < left.rows; row += kTallRows) {
-    tile<Product, kTallRows, kVectors>(rows + row * left.stride, left.stride, panel, steps, store_tile);
+  constexpr int kTall = tall_rows(kVectors);
+  for (; row + kTall - kTileRows < left.rows; row += kTall) {
+    tile<Product, kTall, kVectors>(rows + row * left.stride, left.stride, panel, steps, store_tile);
   }
   for (; row < left.rows; row += kTileRows) {
     tile<Product, kTileRows, kVectors>(rows + row * left.stride, left.stride, panel, steps, store_tile);

@@ -85,6 +85,27 @@ struct AttentionGradientBlock {
   std::byte* scratch;
 };
 
+// One sample, for the gradients of attention's importance. Heads lie `.._head_bytes` apart; of the gradients, head_dim elements.
+struct ImportanceGradientBlock {
+  RowsToLoad q, k, out;  // [length, head_dim] of the first head
+  int64_t q_head_bytes, k_head_bytes, out_head_bytes;
+  int64_t heads;
+  const float* lse;  // [heads, lse_stride]
+  float* d_lse;      // out
+  int64_t lse_stride;
+  const float* bias;        // [length] or null
+  const float* d_received;  // [length]
+  const float* d_cls;       // [length]
+  bool causal;
+  float scale;
+  void* d_q;  // out, like d_k and d_out of the type of q, with d_stride elements between rows
+  void* d_k;
+  void* d_out;
+  int64_t d_stride;
+  float* d_bias;  // [length] out, or null
+  std::byte* scratch;
+};
+
 struct ScoreBlock {
   const float* alignment;  // [rows, stride]
   int64_t stride;
@@ -121,6 +142,7 @@ struct CpuKernels {
   const char* name;
   int64_t lanes;      // floats in a vector
   int64_t panel;  // columns in a packed panel (the last panel may be narrower: whole vectors only)
+  int64_t linear_panel;  // tokens in a panel of a linear layer, packed on its own
   bool bf16_products;
   Layout layouts[2];  // by factor
 
@@ -151,6 +173,8 @@ struct CpuKernels {
   void (*attention_gradient)(const AttentionGradientBlock&);
   // Working memory of such a block, in bytes.
   int64_t (*attention_gradient_bytes)(Type, int64_t queries, int64_t head_dim);
+  void (*importance_gradient)(const ImportanceGradientBlock&);
+  int64_t (*importance_gradient_bytes)(int64_t heads, int64_t length, int64_t head_dim);
 
   // cls = sum_h p[h] |out_h| / (sum_h |out_h| + 1e-8) of one token; p is strided by p_stride.
   float (*norm_weighted_mean)(Type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,

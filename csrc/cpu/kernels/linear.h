@@ -110,7 +110,7 @@ constexpr int64_t kFeatures = 48;  // at most, of a block: whole tall tiles and 
 // See CpuKernels::linear.
 template <class Product, class T>
 void linear(const LinearBlock& block) {
-  constexpr int64_t kStride = kPanelVectors * kLanes;
+  constexpr int64_t kStride = kLinearVectors * kLanes;
   alignas(64) float products[kFeatures * kStride];
   const LeftRows left{block.weight, block.weight_stride, block.features};
   const auto* panel = static_cast<const typename Product::element*>(block.packed);

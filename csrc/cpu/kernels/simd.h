@@ -49,7 +49,8 @@ constexpr float kExp2Short[5] = {0.01353416033089161f, 0.05201147496700287f, 0.2
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
-constexpr int kPanelVectors = 2, kTallRows = 12;  // of 32 registers, 24 hold sums
+constexpr int kSums = 24;  // of 32 registers
+constexpr int kPanelVectors = 4, kLinearVectors = 2;
 using vf = __m512;
 
 MADTP_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -70,6 +71,8 @@ MADTP_INLINE vf where_nan(vf a, vf b) { return _mm512_mask_mov_ps(b, _mm512_cmp_
 MADTP_INLINE vf hide_from(vf a, int64_t n) {
   return n >= kLanes ? a : _mm512_mask_mov_ps(broadcast(-__builtin_inff()), first_lanes(n), a);
 }
+// c where a equals b, else 0.
+MADTP_INLINE vf where_equal(vf a, vf b, vf c) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), c); }
 // 0 in the first n lanes.
 MADTP_INLINE vf zero_before(vf a, int64_t n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(~first_lanes(n)), a); }
 MADTP_INLINE vf magnitude(vf a) { return _mm512_abs_ps(a); }
@@ -119,9 +122,11 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 #if defined(__aarch64__)
-constexpr int kPanelVectors = 4, kTallRows = 6;  // of 32 registers, 24 hold sums
+constexpr int kSums = 24;  // of 32 registers
+constexpr int kPanelVectors = 4, kLinearVectors = 4;
 #else
-constexpr int kPanelVectors = 2, kTallRows = 6;  // of 16 registers, 12 hold sums
+constexpr int kSums = 12;  // of 16 registers
+constexpr int kPanelVectors = 2, kLinearVectors = 2;
 #endif
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
@@ -166,6 +171,9 @@ MADTP_INLINE vf hide_from(vf a, int64_t n) {
   for (int64_t i = n; i < kLanes; ++i) a[i] = -__builtin_inff();
   return a;
 }
+
+// c where a equals b, else 0.
+MADTP_INLINE vf where_equal(vf a, vf b, vf c) { return a == b ? c : vf{}; }
 
 // 0 in the first n lanes.
 MADTP_INLINE vf zero_before(vf a, int64_t n) {

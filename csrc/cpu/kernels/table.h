@@ -6,6 +6,7 @@
 #include "cpu/kernels/attend.h"
 #include "cpu/kernels/attention_gradient.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/importance_gradient.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/linear.h"
 #include "cpu/kernels/pack.h"
@@ -52,6 +53,7 @@ CpuKernels make_table() {
   table.name = MADTP_TEXT(MADTP_ISA);
   table.lanes = kLanes;
   table.panel = kPanelVectors * kLanes;
+  table.linear_panel = kLinearVectors * kLanes;
   table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(36, kFeatures);
 #if defined(__AVX512BF16__)
   table.bf16_products = true;
@@ -152,6 +154,12 @@ CpuKernels make_table() {
 #endif
     (void)type;
     return GradientScratch::of(queries, head_dim).total;
+  };
+  table.importance_gradient = [](const ImportanceGradientBlock& block) {
+    with_type(block.q.type, [&]<class T>(T*) { ImportanceGradient<T>(block).run(); });
+  };
+  table.importance_gradient_bytes = [](int64_t heads, int64_t length, int64_t head_dim) {
+    return ImportanceGradientScratch::of(heads, length, head_dim).total;
   };
   table.norm_weighted_mean = [](Type type, const void* out, int64_t head_stride, int64_t heads, int64_t head_dim,
                                 const float* p, int64_t p_stride) {

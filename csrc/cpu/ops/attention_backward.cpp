@@ -7,8 +7,6 @@
 // A work item is a head of a sample: it writes all of these but the sum over heads, and depends on no other sample.
 #include <ATen/ops/empty.h>
 
-#include <cstring>
-
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
 
@@ -19,12 +17,6 @@ namespace {
 // A gradient that arrives can be an expanded or a transposed view.
 Tensor with_adjacent_elements(const Tensor& tensor) {
   return tensor.dim() > 0 && tensor.size(-1) > 1 && tensor.stride(-1) != 1 ? tensor.contiguous() : tensor;
-}
-
-// Rows [first, last) of a contiguous [C, H, d] tensor.
-void clear_rows(const Tensor& tensor, int64_t first, int64_t last) {
-  const int64_t bytes = tensor.size(1) * tensor.size(2) * tensor.element_size();
-  std::memset(static_cast<std::byte*>(tensor.mutable_data_ptr()) + first * bytes, 0, static_cast<size_t>((last - first) * bytes));
 }
 
 }  // namespace

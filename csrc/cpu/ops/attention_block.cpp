@@ -23,7 +23,7 @@ Blocks::Blocks(const Layout& layout, int64_t queries, int64_t keys, int64_t part
 void AttentionCall::run(const Block& block, const Wanted& wanted, const Buffer& scratch) const {
   const int64_t b = block.b, queries = offsets_q.length(b), keys = offsets_k.length(b);
   const int64_t visible = causal ? block.first + 1 + keys - queries : keys;
-  const int64_t seen = packed.may_skip_unseen(b) ? visible + block.rows - 1 : keys;
+  const int64_t seen = std::min(packed.may_skip_unseen(b) ? visible + block.rows - 1 : keys, packed.shown(b));
   const int64_t row = offsets_q.start(b) + block.first, out_stride = q.heads * q.head_dim;
   kernels.attend(
       factor(),

@@ -71,16 +71,16 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const int64_t block = layout.block_features, blocks = (features + block - 1) / block;
   const int64_t padded_depth = round_up(depth, layout.depth), weight_row = weight.stride(0) * element;
   const bool in_place = (type == Type::f32 || factor == Factor::bf16) && depth == padded_depth;
-  const int64_t panel_bytes = packed_size(layout, kernels.panel, depth) * factor_bytes(factor);
-  const int64_t panels_most = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(panel_bytes, 1), 1, kMostTokens / kernels.panel);
-  const int64_t panels_all = (rows + kernels.panel - 1) / kernels.panel;
+  const int64_t panel_bytes = packed_size(layout, kernels.linear_panel, depth) * factor_bytes(factor);
+  const int64_t panels_most = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(panel_bytes, 1), 1, kMostTokens / kernels.linear_panel);
+  const int64_t panels_all = (rows + kernels.linear_panel - 1) / kernels.linear_panel;
 
   const Buffer packed(std::min(panels_all, panels_most) * panel_bytes);
   for (int64_t first_panel = 0; first_panel < panels_all; first_panel += panels_most) {
-    const int64_t first = first_panel * kernels.panel, panels = std::min(panels_most, panels_all - first_panel);
-    const int64_t tokens = std::min(rows - first, panels * kernels.panel);
+    const int64_t first = first_panel * kernels.linear_panel, panels = std::min(panels_most, panels_all - first_panel);
+    const int64_t tokens = std::min(rows - first, panels * kernels.linear_panel);
     for_each_item(panels, [&](int64_t panel) {
-      const int64_t row = first + panel * kernels.panel, count = std::min(kernels.panel, rows - row);
+      const int64_t row = first + panel * kernels.linear_panel, count = std::min(kernels.linear_panel, rows - row);
       kernels.pack_transposed(factor, {from + row * x.stride(0) * element, type, x.stride(0), count, depth}, 0, count,
                               packed.at(panel * panel_bytes));
     });

@@ -1,5 +1,7 @@
 #include "cpu/ops/operands.h"
 
+#include <cstring>
+#include <limits>
 #include <numeric>
 
 namespace madtp::cpu {
@@ -50,6 +52,11 @@ void check_rows(const char* name, const Tensor& tensor, int64_t dimensions) {
                     " dimensions on cpu, got ", tensor.sizes(), " on ", tensor.device());
   TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1 || tensor.numel() == 0, name, ": expected adjacent elements in a row, got strides ",
                     tensor.strides());
+}
+
+void clear_rows(const Tensor& tensor, int64_t first, int64_t last) {
+  const int64_t bytes = tensor.size(1) * tensor.size(2) * tensor.element_size();
+  std::memset(static_cast<std::byte*>(tensor.mutable_data_ptr()) + first * bytes, 0, static_cast<size_t>((last - first) * bytes));
 }
 
 Offsets::Offsets(const char* name, const Tensor& cu_seqlens, int64_t rows) : data(nullptr), samples(0) {
@@ -122,6 +129,11 @@ PackedKeys::PackedKeys(const CpuKernels& kernels, const HeadRows& k, const HeadR
     float* padded = memory_.at<float>(place_[b].bias);
     const int64_t start = offsets.start(b), length = offsets.length(b);
     for (int64_t j = 0; j < length; ++j) padded[j] = given_bias == nullptr ? 0.0f : given_bias[start + j];
+    int64_t shown = length;
+    while (shown > 0 && padded[shown - 1] == -std::numeric_limits<float>::infinity()) --shown;
+    // What hides does not hide NaN.
+    const bool plain = k.finite(start + shown, length - shown) && (v == nullptr || v->finite(start + shown, length - shown));
+    place_[b].shown = plain ? shown : length;
     std::fill(padded + length, padded + round_up(length, kernels.lanes), 0.0f);
   }
 

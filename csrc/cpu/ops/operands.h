@@ -21,6 +21,9 @@ void check_operand(const char* name, const c10::optional<Tensor>& tensor, at::In
 // The leading operand: its number of dimensions, and rows of adjacent elements.
 void check_rows(const char* name, const Tensor& tensor, int64_t dimensions);
 
+// Zeros in rows [first, last) of a contiguous [C, H, d] tensor.
+void clear_rows(const Tensor& tensor, int64_t first, int64_t last);
+
 inline Type type_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat: return Type::f32;
@@ -109,9 +112,11 @@ class PackedKeys {
   int64_t values_bytes(int64_t b) const { return place_[b].values_stride; }
   const float* bias(int64_t b) const { return memory_.at<float>(place_[b].bias); }
   bool biased() const { return biased_; }
-  // Whether keys that a query may not see can be left out. Their weight is 0, but 0 times NaN or infinity is NaN: a value that
-  // is not finite reaches all queries, as in the reference.
+  // Whether keys that a causal query may not see can be left out. Their weight is 0, but 0 times NaN or infinity is NaN: a value
+  // that is not finite reaches all queries, as in the reference.
   bool may_skip_unseen(int64_t b) const { return place_[b].finite; }
+  // The first keys of a sample, without those at its end that a bias of -inf hides from all queries: padding. They can be left out.
+  int64_t shown(int64_t b) const { return place_[b].shown; }
 
   // Bytes between the panels of a sample's packed keys.
   int64_t panel_bytes() const { return kernels_.panel * depth_ * bytes_; }
@@ -119,7 +124,8 @@ class PackedKeys {
  private:
   struct Place {  // in bytes; of the samples of this group
     int64_t keys, keys_stride, values, values_stride, bias;
-    bool finite;  // no value is NaN or infinite; looked at for causal attention only
+    bool finite;    // no value is NaN or infinite; looked at for causal attention only
+    int64_t shown;  // see above
   };
 
   const CpuKernels& kernels_;

@@ -31,7 +31,12 @@ std::tuple<Tensor, Tensor> attention_importance(const Tensor& q, const Tensor& k
                                                 const Tensor& cu_seqlens, int64_t max_seqlen, double scale, bool causal,
                                                 const OptionalTensor& key_bias);
 
-// Both of the above for self-attention in one pass, without recomputing the logits -> out, lse, received, cls.
+// received, cls and their gradients -> d_q, d_k, d_out [C, H, d], d_lse [H, C], d_key_bias [C] (empty without a key_bias).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_importance_backward(
+    const Tensor& q, const Tensor& k, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens, int64_t max_seqlen,
+    double scale, bool causal, const OptionalTensor& key_bias, const Tensor& d_received, const Tensor& d_cls);
+
+// Attention and its importance for self-attention in one pass, without recomputing the logits -> out, lse, received, cls.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_importance(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                      const Tensor& cu_seqlens, int64_t max_seqlen,
                                                                      double scale, bool causal,
