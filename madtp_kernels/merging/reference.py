@@ -99,25 +99,22 @@ def merge_tokens_backward(
     present = rows >= 0
     target = rows.long().where(present, capacity)
     weight = weights.to(dtype).where(present, 0)
-    wide = x.to(dtype).where(present[:, None], 0)
     spare = capacity - d_values.shape[0]
-    dm = torch.cat([d_values.to(dtype), d_values.new_zeros(spare + 1, x.shape[1], dtype=dtype)])[target]
-    dm = dm.where(present[:, None], 0)
+    dm = torch.cat([d_values.to(dtype), d_values.new_zeros(spare + 1, x.shape[1], dtype=dtype)])[
+        target
+    ]  # 0 where not present
     kept = torch.cat([source >= 0, source.new_zeros(spare + 1, dtype=torch.bool)])[target]
     total = segments.scatter_add(weight, target, capacity + 1)[target]
     members = segments.scatter_add(present.long(), target, capacity + 1)[target]
     copied = kept & ((members == 1) | (total == 0))
-    own = torch.arange(capacity, device=x.device)
     is_source = torch.zeros(capacity + 1, dtype=torch.bool, device=x.device)
     is_source[source.long().where(source >= 0, capacity)] = True
-    total = torch.where(kept, total, total + EPS)[:, None]
-    if append == "sum":
-        total = torch.where(kept[:, None], total, 1.0)
-    agreement = (wide * dm).sum(1)
-    mean = segments.scatter_add(weight * agreement, target, capacity + 1)[target] / total[:, 0]
+    total = torch.where(kept, total, 1.0 if append == "sum" else total + EPS)
+    share = torch.where(copied, is_source[:capacity].to(dtype), weight / total)
+    agreement = (x.to(dtype) * dm).sum(1).where(present, 0)
+    mean = segments.scatter_add(weight * agreement, target, capacity + 1)[target] / total
     if append == "sum":
         mean = mean.where(kept, 0)
-    dx = weight[:, None] / total * dm
-    dx = torch.where(copied[:, None], torch.where(is_source[own][:, None], dm, 0), dx)
-    d_weight = ((agreement - mean) / total[:, 0]).where(present & ~copied, 0)
+    dx = share[:, None] * dm
+    d_weight = ((agreement - mean) / total).where(present & ~copied, 0)
     return dx.to(x.dtype), d_weight.to(weights.dtype)
