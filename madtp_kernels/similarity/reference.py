@@ -72,11 +72,12 @@ def novelty_backward(keys: Tensor, nearest: Tensor, cu_seqlens: Tensor, d_novelt
     wide, scale = unit(keys.where((row < cu_seqlens[-1])[:, None], 0.0))
     other = nearest.long().where(found, row)
     direction = wide * scale[:, None]
-    cosine = (direction * direction[other]).sum(1, keepdim=True)
+    partner = direction[other]
+    cosine = (direction * partner).sum(1, keepdim=True)
     # A key without a direction has cosine 0 with all, whatever it is: no gradient reaches its partner either.
     error = -d_novelty.to(wide.dtype).where(found & (scale[other] > 0), 0.0)[:, None]
-    dk = error * (direction[other] - cosine * direction) * scale[:, None]
-    to_other = error * (direction - cosine * direction[other]) * scale[other][:, None]
+    dk = error * (partner - cosine * direction) * scale[:, None]
+    to_other = error * (direction - cosine * partner) * scale[other][:, None]
     dk = dk + segments.scatter_add(to_other.where(scale[:, None] > 0, 0.0), other, keys.shape[0])
     return dk.to(keys.dtype)
 
