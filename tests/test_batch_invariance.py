@@ -115,6 +115,25 @@ def test_same_sample_alone_and_in_a_batch(backend, op, dtype, generator):
         check_same(op, alone[0], batch[sample], backend, f"sample {sample} of {lengths[sample]} tokens alone")
 
 
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if op not in ("score_tokens", "compact")])  # they refuse NaN
+@every_backend
+def test_a_broken_sample_breaks_no_other(backend, op, generator):
+    """NaN in all that a sample brings leaves the bits of its neighbours."""
+    lengths = [9, 3, 1, 4] if interpreted(backend) else [40, 17, 1, 70]
+    case = CASES[op](generator, lengths)
+    cu = case["cu_seqlens_q" if op == "attention" else "cu_seqlens"].tolist()
+    broken = {
+        name: value.clone() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in case.items()
+    }
+    for name, value in broken.items():
+        if value is not case[name] and sum(lengths) in value.shape[:2]:
+            (value.mT if name == "lse" else value)[cu[1] : cu[2]] = float("nan")
+    whole, ours = pieces(op, case, backend), pieces(op, broken, backend)
+    for sample in (0, 2, 3):
+        check_same(op, ours[sample], whole[sample], backend, f"sample {sample} beside a broken one")
+
+
 def test_attention_of_queries_over_other_keys_alone_and_in_a_batch(generator):
     keys = UNEVEN[::-1]
     for causal in (False, True):
