@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import backends_here
+from helpers import backends_here, missing
 
 from madtp import flops
 from madtp.config import VisionConfig
@@ -337,6 +337,20 @@ def test_nothing_waits_for_a_device(rule):
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=names)
+def test_triton_merges_the_same_tokens(rule, generator):
+    if reason := missing("triton"):
+        pytest.skip(reason)
+    inputs = case(generator, torch.float32, [9, 1, 6])
+    expected, trace = run(replace(rule, backend="reference"), *inputs)
+    left, record = run(replace(rule, backend="triton"), *inputs)
+    count = int(expected.cu_seqlens[-1])
+    assert torch.equal(left.cu_seqlens, expected.cu_seqlens)
+    assert left.ids[:count].tolist() == expected.ids[:count].tolist()
+    assert torch.equal(record.rows, trace.rows)
+    torch.testing.assert_close(left.values[:count], expected.values[:count], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=names)
 def test_rule_survives_json(rule):
     assert Pruning.from_dict(rule.to_dict()) == rule
     assert METHODS[rule.name] is type(rule)
@@ -489,6 +503,17 @@ def test_calibration_tries_the_first_layers_where_all_depends_on_them(vision):
     result = calibrate(forward_of(model, pixels, read), "tome", 0.3, 4, tolerance=0.02)
     assert {"flat", "shares", "early"} <= set(result.tried)
     assert result.tried[result.schedule][1] == max(cosine for _, cosine in result.tried.values())
+
+
+def test_calibration_decides_on_a_second_look(vision):
+    forward = forward_of(*vision)
+    result = calibrate(forward, "ranked_novelty", 0.3, 4, schedule="flat", tolerance=0.02)
+    assert set(result.tried) == {"flat", "flat, variant 2"}
+    errors = {name: (1 - cosine) * 2.4 ** (10 * (0.3 - saving)) for name, (saving, cosine) in result.tried.items()}
+    better = min(errors, key=errors.get)
+    assert result.rule.second_look == (0.0 if better == "flat" else 1.0)
+    asked = calibrate(forward, RankedNovelty(second_look=0.0), 0.3, 4, schedule="flat", tolerance=0.02)
+    assert set(asked.tried) == {"flat"} and asked.rule.second_look == 0.0
 
 
 def test_how_many_inputs_a_target_takes(vision):

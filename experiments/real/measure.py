@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[MergingPruning, dict]] = {
     "evit": (EViT(), {}),
     "equal counts": (RankedNovelty(), {"adaptive": False}),
     "second look": (RankedNovelty(second_look=1.0), {}),
+    "no second look": (RankedNovelty(second_look=0.0), {}),
     "averaged keys": (RankedNovelty(keys="averaged"), {}),
     "per-head keys": (RankedNovelty(keys="per_head"), {}),
     "order by norm": (RankedNovelty(order="norm"), {}),
@@ -52,8 +53,12 @@ def gflops(model, rule: Pruning, lengths: list[int]) -> float:
 def runner(model, values: torch.Tensor, batch_size: int, seen: dict | None = None):
     """What :func:`madtp.pruning.calibrate` calls: images through the encoder under a rule."""
 
+    dense: dict = {}
+
     @torch.inference_mode()
     def forward(rule: Pruning):
+        if rule.name in dense:  # asked for by every calibration
+            return dense[rule.name]
         features, lengths = [], []
         start = time.process_time()
         for part in values.split(batch_size):
@@ -62,7 +67,10 @@ def runner(model, values: torch.Tensor, batch_size: int, seen: dict | None = Non
             lengths += flops.stream_lengths(output.trace)
         if seen is not None:
             seen.update(seconds=time.process_time() - start, lengths=lengths)
-        return torch.cat(features), [gflops(model, rule, row) for row in lengths]
+        result = torch.cat(features), [gflops(model, rule, row) for row in lengths]
+        if rule.name == Pruning.name:
+            dense[rule.name] = result
+        return result
 
     return forward
 
@@ -102,7 +110,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, required=True, help="JSON lines, one per setting; appended to")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--savings", nargs="+", type=float, default=[0.3, 0.4, 0.5, 0.58], help="shares of the GFLOPs")
-    parser.add_argument("--schedule", help="of calibration (default: it chooses)")
+    parser.add_argument("--schedule", nargs="+", help="of calibration, for each saving (default: it chooses)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels, a multiple of 14 (default: 224)")
     parser.add_argument("--test", type=int, default=200, help="photographs to measure on (default: 200)")
     parser.add_argument("--calibrate", type=int, default=32, help="photographs that choose thresholds (default: 32)")
@@ -125,24 +133,24 @@ def main() -> None:
     photos = encoder.photographs(args.photos)
     test = load(photos[: args.test])
     others = photos[args.test :]
-    calibration = load(others[: args.calibrate])
-    many = load(others[: args.many]) if args.many else None
+    calibration = runner(model, load(others[: args.calibrate]), args.calibrate)
+    many = runner(model, load(others[: args.many]), args.batch_size) if args.many else None
     dense, _ = runner(model, test, args.batch_size)(Pruning())
     bank, _ = runner(model, load(others[:120]), args.batch_size)(Pruning())
     args.record.parent.mkdir(parents=True, exist_ok=True)
     # All rules at one cost before the next cost: an interrupted run has something to compare.
-    for saving in args.savings:
+    for place, saving in enumerate(args.savings):
         for name in args.settings:
             if (name, saving) in done:
                 continue
             rule, options = SETTINGS[name]
-            options = options | ({"schedule": args.schedule} if args.schedule else {})
+            options = options | ({"schedule": args.schedule[place]} if args.schedule else {})
             start = time.perf_counter()
             row = {"setting": name, "target": saving, "image_size": args.image_size}
             try:
                 found = calibrate(
-                    runner(model, calibration, len(calibration)), rule, saving, model.config.depth,
-                    many=None if many is None else runner(model, many, args.batch_size), **options,
+                    calibration, rule, saving, model.config.depth,
+                    many=many if options.get("adaptive", rule.adaptive) else None, **options,
                 )  # fmt: skip
             except ValueError as error:
                 print(json.dumps(row | {"failed": str(error)}), flush=True)

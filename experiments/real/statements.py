@@ -25,21 +25,25 @@ SETTINGS = {
     "tome": ToMe(),
     "atm": ATM(),
     "pitome": PiToMe(),
+    "no second look": RankedNovelty(second_look=0.0),
     "second look": RankedNovelty(second_look=1.0),
     "per-head keys": RankedNovelty(keys="per_head"),
 }
 
 
 @torch.inference_mode()
-def evaluate(model, rule: Pruning, pairs: int) -> tuple[float, float, int]:
-    """Share of right answers, mean GFLOPs, and the number of statements."""
-    task, examples, right, costs = task_of(model), ShapesExamples(Shapes("test"), range(pairs)), [], []
+def evaluate(model, rule: Pruning, pairs: int) -> tuple[float, float, float, int]:
+    """Share of right answers, mean GFLOPs, those without the rule's own work, and the number of statements."""
+    task, examples, right, costs, network = task_of(model), ShapesExamples(Shapes("test"), range(pairs)), [], [], []
     for start in range(0, pairs, 16):
         batch = task.collate([task.instance(examples[i]) for i in range(start, min(start + 16, pairs))])
         output = task.forward(model, batch, rule)
         right += task.records(model, batch, output)
-        costs += [cost.official for cost in task.costs(task.streams(output, batch), rule)]
-    return sum(right) / len(right), sum(costs) / len(costs), len(right)
+        streams = task.streams(output, batch)
+        costs += [cost.official for cost in task.costs(streams, rule)]
+        network += [cost.official for cost in task.costs(streams, Pruning())]
+    number = len(right)
+    return sum(right) / number, sum(costs) / number, sum(network) / number, number
 
 
 def main() -> None:
@@ -56,7 +60,7 @@ def main() -> None:
         done = {(row["setting"], row["target"]) for row in map(json.loads, args.record.read_text().splitlines())}
     model = madtp.load("demo-dense")
     dense = evaluate(model, Pruning(), args.pairs)
-    print(f"dense: {dense[0]:.4f} of {dense[2]} statements, {dense[1]:.4f} GFLOPs", flush=True)
+    print(f"dense: {dense[0]:.4f} of {dense[3]} statements, {dense[1]:.4f} GFLOPs", flush=True)
     pairs = ShapesExamples(Shapes("train"), range(args.calibrate), 1)
     args.record.parent.mkdir(parents=True, exist_ok=True)
     for saving in args.savings:
@@ -70,9 +74,10 @@ def main() -> None:
                 print(json.dumps({"setting": name, "target": saving, "failed": str(error)}), flush=True)
                 continue
             seconds = time.perf_counter() - start
-            accuracy, gflops, statements = evaluate(model, found.rule, args.pairs)
+            accuracy, gflops, network, statements = evaluate(model, found.rule, args.pairs)
             row = {
                 "setting": name, "target": saving, "saving": round(1 - gflops / dense[1], 4),
+                "saving_of_network": round(1 - network / dense[1], 4),
                 "accuracy": round(accuracy, 4), "dense_accuracy": round(dense[0], 4), "statements": statements,
                 "calibration": {
                     "seconds": round(seconds, 1), "schedule": found.schedule, "cosine": round(found.cosine, 5),

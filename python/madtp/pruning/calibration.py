@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +79,7 @@ class Calibration:
     gflops: float
     dense_gflops: float
     tried: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Saving and mean cosine of every schedule."""
+    """Saving and mean cosine of every schedule, and of the best one with other variants of the rule."""
 
     @property
     def uncertainty(self) -> float:
@@ -146,7 +147,7 @@ def calibrate(
 
     shape = _Shape(layers)
 
-    def attempt(schedule: Schedule, scale: float) -> tuple[MergingPruning, Tensor, float]:
+    def attempt(schedule: Schedule, scale: float, method: MergingPruning) -> tuple[MergingPruning, Tensor, float]:
         """The rule at a scale of the schedule, its features, and what it saves."""
         limits = schedule.limits(scale, layers)
         trial = _Fitting(
@@ -159,23 +160,31 @@ def calibrate(
     found: dict[str, tuple[float, MergingPruning]] = {}
     tried: dict[str, tuple[float, float]] = {}
 
-    def attempt_all(names: Sequence[str]) -> None:
-        for name in names:
-            rule, features, saving = _search(attempt, SCHEDULES[name], shape, target, tolerance)
-            cosine = float(_cosines(features, dense).mean())
-            tried[name] = (saving, cosine)
-            # Errors grow by about a factor of 2.4 with each tenth of the cost: savings that differ a little compare so.
-            error = (1 - cosine) * 2.4 ** (10 * (target - saving))
-            found[name] = (error if abs(target - saving) <= max(0.01, tolerance) else math.inf, rule)
+    def consider(schedule: str, variant: MergingPruning, name: str) -> None:
+        rule, features, saving = _search(
+            partial(attempt, method=variant), SCHEDULES[schedule], shape, target, tolerance
+        )
+        cosine = float(_cosines(features, dense).mean())
+        tried[name] = (saving, cosine)
+        # Errors grow by about a factor of 2.4 with each tenth of the cost: savings that differ a little compare so.
+        error = (1 - cosine) * 2.4 ** (10 * (target - saving))
+        found[name] = (error if abs(target - saving) <= max(0.01, tolerance) else math.inf, rule)
 
+    def best() -> str:
+        return min(found, key=lambda name: found[name][0])
+
+    first, *others = method.variants if adaptive else method.variants[:1]
     names = list(SCHEDULES)
     further = [schedule] if schedule else ["flat", "shares", "early"]
     while further:
-        attempt_all(further)
-        best = min(found, key=lambda name: found[name][0])
-        near = names[max(names.index(best) - 1, 0) : names.index(best) + 2]
-        further = [] if schedule else [name for name in near if name not in found]
-    error, rule = found[best]
+        for name in further:
+            consider(name, first, name)
+        place = names.index(best())
+        further = [] if schedule else [n for n in names[max(place - 1, 0) : place + 2] if n not in found]
+    schedule = best()
+    for number, variant in enumerate(others, 2):
+        consider(schedule, variant, f"{schedule}, variant {number}")
+    error, rule = found[best()]
     if math.isinf(error):
         nearest = min((saving for saving, _ in tried.values()), key=lambda saving: abs(saving - target))
         raise ValueError(
@@ -185,14 +194,15 @@ def calibrate(
         forward = many
         dense, gflops = _run(forward, Pruning(backend=method.backend))
         dense_gflops = float(gflops.mean())
-        if adaptive:
-            rule = _at_cost(forward, rule, target, dense_gflops, tolerance)
-    features, cost = _run(forward, rule)
+    if many is not None and adaptive:
+        rule, features, cost = _at_cost(forward, rule, target, dense_gflops, tolerance)
+    else:
+        features, cost = _run(forward, rule)
     cosines, savings = _cosines(features, dense), 1 - cost / gflops
     return Calibration(
         rule=rule, target=target, saving=1 - float(cost.mean()) / dense_gflops,
         deviation=float(savings.std(correction=0)), least=float(savings.min()), most=float(savings.max()),
-        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=best,
+        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=schedule,
         gflops=float(cost.mean()), dense_gflops=dense_gflops, tried=tried,
     )  # fmt: skip
 
@@ -213,24 +223,27 @@ def _cosines(features: Tensor, dense: Tensor) -> Tensor:
 
 def _at_cost(
     forward: Forward, rule: MergingPruning, target: float, dense_gflops: float, tolerance: float
-) -> MergingPruning:
-    """The rule with its thresholds scaled so that the inputs cost what is wanted."""
-    low, high, tried = 0.0, math.inf, []
+) -> tuple[MergingPruning, Tensor, Tensor]:
+    """The rule with its thresholds scaled so that the inputs cost what is wanted, their features, and their costs."""
+    low, high, best, last = 0.0, math.inf, None, None
     strength, rate = 1.0, 0.5  # how fast the saving grows with the logarithm of the strength
-    for _ in range(5):
-        saving = 1 - float(_run(forward, rule.at(strength))[1].mean()) / dense_gflops
-        if tried and tried[-1][0] != strength:
-            rate = (saving - tried[-1][1]) / math.log(strength / tried[-1][0])
-        tried.append((strength, saving))
-        if abs(saving - target) <= tolerance:
-            break
-        low, high = (strength, high) if saving < target else (low, strength)
-        guess = strength * math.exp((target - saving) / min(max(rate, 0.1), 1.0))
-        strength = guess if low < guess < high else (low + min(high, 2 * low + 1)) / 2
-    best, _ = min(tried, key=lambda pair: abs(pair[1] - target))
-    # The limits themselves are scaled, so that 1 is the calibrated strength.
     kind, values = rule.limit
-    return rule.limited(kind, tuple(value * best for value in values))
+    for _ in range(5):
+        # The limits themselves are scaled, so that 1 is the calibrated strength.
+        scaled = rule.limited(kind, tuple(value * strength for value in values))
+        features, cost = _run(forward, scaled)
+        saving = 1 - float(cost.mean()) / dense_gflops
+        if best is None or abs(saving - target) < best[0]:
+            best = abs(saving - target), scaled, features, cost
+        if best[0] <= tolerance:
+            break
+        if last is not None and last[0] != strength:
+            rate = min(max((saving - last[1]) / math.log(strength / last[0]), 0.1), 1.0)
+        last = strength, saving
+        low, high = (strength, high) if saving < target else (low, strength)
+        guess = strength * math.exp((target - saving) / rate)
+        strength = guess if low < guess < high else (low + min(high, 2 * low + 1)) / 2
+    return best[1:]
 
 
 class _Shape:

@@ -78,6 +78,11 @@ class MergingPruning(Pruning):
                 return name, getattr(self, name)
         return "shares", self.default_shares
 
+    @property
+    def variants(self) -> tuple[MergingPruning, ...]:
+        """Rules of which calibration takes the best; the first chooses the schedule."""
+        return (self,)
+
     def at(self, strength: float):
         return replace(self, strength=strength)
 

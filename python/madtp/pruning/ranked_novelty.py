@@ -3,7 +3,7 @@ training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -43,7 +43,8 @@ class RankedNovelty(MergingPruning):
             the mean of the cosines of all heads; heads "averaged": a fraction of the work, slightly worse.
         attention_exponent, novelty_exponent, size_exponent: of the score.
         second_look: with thresholds, a token whose score is above this multiple of the threshold once its novelty is
-            taken against the survivors alone stays after all; 0: no such look.
+            taken against the survivors alone stays after all; 0: no such look. None: calibration tries 0 and 1, and
+            without one it is 0.
     """
 
     name: ClassVar[str] = "ranked_novelty"
@@ -54,7 +55,7 @@ class RankedNovelty(MergingPruning):
     attention_exponent: float = 0.25
     novelty_exponent: float = 1.0
     size_exponent: float = 0.3
-    second_look: float = 0.0
+    second_look: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +64,12 @@ class RankedNovelty(MergingPruning):
         ):  # fmt: skip
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+    @property
+    def variants(self):
+        if self.second_look is not None:
+            return (self,)
+        return replace(self, second_look=0.0), replace(self, second_look=1.0)
 
     def _uses(self, *orders: str) -> bool:
         return self.order in orders or self.weight in orders
