@@ -1,6 +1,12 @@
 // The Python module `_C` and the operators torch.ops.madtp_native.*: the only file that knows pybind11 and TORCH_LIBRARY.
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/extension.h>
 #include <torch/library.h>
+
+#include <string>
 
 #include "cpu/kernels/kernels.h"
 #include "cpu/ops/ops.h"
@@ -40,6 +46,39 @@ py::dict build_info() {
   return info;
 }
 
+// What of tensors decides how an operation runs on them: dtype, device, sizes, strides and alignment of each, as bytes. None
+// where somebody has to look at the call: a transform, a mode, a subclass of tensors, a gradient, a last dimension that is not
+// dense. `madtp_kernels/repeats.py` has the same in Python.
+py::object signature(const py::tuple& tensors) {
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    return py::none();
+  }
+  const bool differentiates = at::GradMode::is_enabled();
+  std::string facts;
+  facts.reserve(64 * tensors.size());
+  const auto append = [&facts](const void* data, size_t bytes) { facts.append(static_cast<const char*>(data), bytes); };
+  for (const py::handle item : tensors) {
+    if (item.is_none()) {
+      facts.push_back('-');
+      continue;
+    }
+    if (!THPVariable_CheckExact(item.ptr())) return py::none();
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    if (tensor.layout() != at::kStrided || tensor.is_nested()) return py::none();
+    const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+    if ((differentiates && tensor.requires_grad()) || (!strides.empty() && strides.back() != 1)) return py::none();
+    const char kind[] = {
+        static_cast<char>(tensor.scalar_type()), static_cast<char>(tensor.device().type()),
+        static_cast<char>(tensor.device().index()), static_cast<char>(sizes.size()),
+        static_cast<char>(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) & 15)};
+    append(kind, sizeof(kind));
+    append(sizes.data(), sizes.size() * sizeof(int64_t));
+    append(strides.data(), strides.size() * sizeof(int64_t));
+  }
+  return py::bytes(facts);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -59,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &madtp::cpu::linear, release());
   m.def("attention_received", &madtp::cpu::attention_received, release());
   m.def("merge_tokens", &madtp::cpu::merge_tokens, release());
+  m.def("signature", &signature);
   m.def("build_info", &build_info);
 }
 

@@ -56,7 +56,16 @@ def load() -> types.ModuleType:
         return _loaded
 
 
-def _find_or_compile() -> types.ModuleType:
+def find() -> types.ModuleType | None:
+    """The extension module ``_C`` if it was compiled before, else None: for what only saves time by it."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            _loaded = _loaded or _find()
+    return _loaded
+
+
+def _find() -> types.ModuleType | None:
     cached = cache_dir() / build.source_hash()
     for folder in (Path(__file__).resolve().parent, cached):
         if build.fits(folder):
@@ -65,7 +74,11 @@ def _find_or_compile() -> types.ModuleType:
                 return build.import_library(folder / build.LIBRARY_NAME)
             if folder == cached:
                 (cached / "_C.json").unlink(missing_ok=True)
-    return build.import_library(_compile(cached))
+    return None
+
+
+def _find_or_compile() -> types.ModuleType:
+    return _find() or build.import_library(_compile(cache_dir() / build.source_hash()))
 
 
 def _compile(folder: Path) -> Path:

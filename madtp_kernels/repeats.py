@@ -9,13 +9,14 @@ tensors of the CPU, there is no key, and every call goes the long way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, checks
+from . import backends, checks, native
 
 _KINDS = (Tensor, torch.nn.Parameter)
 _MOST = 4096  # keys; a process that serves ever new shapes starts anew then
@@ -29,31 +30,46 @@ def signature(operation: Callable, tensors: tuple[Tensor | None, ...], options: 
         operation: the public function; tensors: its tensors, the leading one first; options: its other arguments, hashable.
             A float counts by its value.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # other compilers set a mode
         return None
     leading = tensors[0]
-    if type(leading) not in _KINDS or not leading.is_cuda:
+    if type(leading) not in _KINDS or not leading.is_cuda or leading.device.index != torch.cuda.current_device():
         return None
+    if checks.may_read(leading):
+        return None
+    facts = _facts()(tensors)
+    return None if facts is None else (operation, options, backends.forced(), facts)
+
+
+@functools.cache
+def _facts() -> Callable[[tuple[Tensor | None, ...]], Hashable | None]:
+    """What describes tensors: of the extension if it was compiled, in a tenth of the time."""
+    extension = native.find()
+    return _facts_in_python if extension is None else extension.signature
+
+
+def _facts_in_python(tensors: tuple[Tensor | None, ...]) -> tuple | None:
+    """Dtype, device, shape, strides and alignment of each tensor; None under a transform or a mode, at a subclass, a gradient,
+    or a last dimension that is not dense, of which a copy would be made."""
     if (
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or checks.may_read(leading)
     ):
         return None
     differentiates = torch.is_grad_enabled()
-    key = [operation, options, backends.forced()]
+    facts: list = []
     for tensor in tensors:
         if tensor is None:
-            key.append(None)
+            facts.append(None)
             continue
-        if type(tensor) not in _KINDS or (differentiates and tensor.requires_grad):
+        if type(tensor) not in _KINDS or tensor.layout is not torch.strided or (differentiates and tensor.requires_grad):
             return None
         stride = tensor.stride()
-        if stride and stride[-1] != 1:  # a copy would be made
+        if stride and stride[-1] != 1:
             return None
-        key += (tensor.dtype, tensor.device, tensor.shape, stride, tensor.data_ptr() & 15)
-    return tuple(key)
+        facts += (tensor.dtype, tensor.device, tensor.shape, stride, tensor.data_ptr() & 15)
+    return tuple(facts)
 
 
 def find(key: tuple | None) -> Callable | None:
@@ -81,8 +97,25 @@ def remember(
     resolved = [backends.resolve(name, folder, backend or "", leading) for name, folder in operations]
     if any(name != "triton" for name, _ in resolved):
         return
-    from .triton_utils import Replayed
-
     if len(_known) >= _MOST:
         _known.clear()
-    _known[key] = Replayed(run, tuple(implementation for _, implementation in resolved))
+    prepared = [Prepared(implementation.prepare) for _, implementation in resolved]
+    _known[key] = prepared[0] if run is None else functools.partial(run, *prepared)
+
+
+class Prepared:
+    """An operation for calls that are all alike: what it decides at the first serves all.
+
+    Args:
+        prepare: see :func:`madtp_kernels.triton_utils.prepared`.
+    """
+
+    __slots__ = ("prepare", "run")
+
+    def __init__(self, prepare: Callable) -> None:
+        self.prepare, self.run = prepare, None
+
+    def __call__(self, *args):
+        if self.run is None:
+            self.run = self.prepare(*args)
+        return self.run(*args)

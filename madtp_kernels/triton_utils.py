@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable
 
 import torch
@@ -37,6 +36,23 @@ def on_device_of_first(function: Callable) -> Callable:
     return guarded
 
 
+def prepared(prepare: Callable) -> Callable:
+    """Decorator that makes an operation of a function that decides how it runs.
+
+    ``prepare`` gets the arguments of the operation and returns a function of the same arguments, which allocates results and
+    launches. That serves every later call whose tensors have the same dtypes, devices, shapes, strides and alignment, and whose
+    other arguments are the same (:mod:`madtp_kernels.repeats`), so it must not hold a tensor.
+    """
+
+    @on_device_of_first
+    @functools.wraps(prepare)
+    def operation(*args):
+        return prepare(*args)(*args)
+
+    operation.prepare = prepare
+    return operation
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -56,45 +72,7 @@ _RUN = (
     else None
 )
 # Compiled kernels by specialisation: with the constants that are passed, the device, and what was compiled.
-_compiled: dict[tuple, tuple[object, tuple, int, JITFunction]] = {}
-
-
-class _Thread(threading.local):
-    """Of the call that a :class:`Replayed` makes: the kernels it launched the last time, or those launched so far."""
-
-    replayed = None
-    recorded = None
-
-
-_thread = _Thread()
-
-
-class Replayed:
-    """A function of tensors whose launches are the same kernels, compiled in the same way, at every call: the second call notes
-    them, later ones run them unasked.
-
-    Args:
-        run: called with ``implementations`` and the arguments of the call; None: the one implementation. Every call has
-            to pass tensors of the same dtypes, devices, shapes, strides and alignment, and the same other arguments.
-    """
-
-    def __init__(self, run: Callable | None, implementations: tuple[Callable, ...]) -> None:
-        self.run = implementations[0] if run is None else functools.partial(run, *implementations)
-        self.kernels: tuple | None = None
-
-    def __call__(self, *args):
-        kernels = self.kernels
-        if kernels is None:
-            _thread.recorded = recorded = []
-        else:
-            _thread.replayed = iter(kernels)
-        try:
-            result = self.run(*args)
-        finally:
-            _thread.replayed = _thread.recorded = None
-        if kernels is None and None not in recorded:
-            self.kernels = tuple(recorded)
-        return result
+_compiled: dict[tuple, tuple[object, tuple, int]] = {}
 
 
 def _watched(kernel: JITFunction) -> bool:
@@ -142,35 +120,55 @@ def specialisation(kernel: JITFunction, args: tuple, constants: dict) -> tuple |
     return tuple(key)
 
 
-def launch(kernel: JITFunction, programs: int, *args, **constants) -> None:
+def launch(kernel: JITFunction, programs: int, *args, **constants) -> tuple | None:
     """``kernel[(programs,)](*args, **constants)`` with constants last: in a fraction of the time from the second launch on.
 
     Triton binds, describes and looks up the arguments at every launch, which takes longer than many of these kernels. Here the
-    compiled kernel is found by :func:`specialisation`, or known from the last time (:class:`Replayed`), and run. Where anything
-    is unknown or watched, Triton launches.
+    compiled kernel is found by :func:`specialisation` and run. Where anything is unknown or watched, Triton launches.
+
+    Returns:
+        What was run directly, for :class:`Launch`; None where Triton launched.
     """
-    found = None if _thread.replayed is None else next(_thread.replayed, None)
     if not _KNOWN_TRITON or type(kernel) is not JITFunction or _watched(kernel):
-        if _thread.recorded is not None:
-            _thread.recorded.append(None)
         kernel[(programs,)](*args, **constants)
-        return
-    if found is None or found[3] is not kernel:
-        key = specialisation(kernel, args, constants)
-        found = _compiled.get(key)
-        if _thread.recorded is not None:
-            _thread.recorded.append(found)
-        if found is None:
-            compiled = kernel[(programs,)](*args, **constants)
-            if key is not None and compiled is not None:
-                rest = kernel.arg_names[len(args) :]
-                _compiled[key] = compiled, tuple(constants[name] for name in rest), key[1], kernel
-            return
-    compiled, rest, device, _ = found
+        return None
+    key = specialisation(kernel, args, constants)
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*args, **constants)
+        if key is not None and compiled is not None:
+            rest = kernel.arg_names[len(args) :]
+            _compiled[key] = compiled, tuple(constants[name] for name in rest), key[1]
+        return None
+    compiled, rest, device = found
     stream = driver.active.get_current_stream(device)
     compiled.run(
         programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
     )  # fmt: skip
+    return found
+
+
+class Launch:
+    """A launch for run-time arguments that are specialised alike at every call: the compiled kernel is looked up once.
+
+    Args:
+        kernel, programs, constants: as of :func:`launch`. The device has to be the current one, and the same at every call.
+    """
+
+    __slots__ = ("kernel", "programs", "constants", "found")
+
+    def __init__(self, kernel: JITFunction, programs: int, **constants) -> None:
+        self.kernel, self.programs, self.constants, self.found = kernel, programs, constants, None
+
+    def __call__(self, *args) -> None:
+        if self.found is None or _watched(self.kernel):
+            self.found = launch(self.kernel, self.programs, *args, **self.constants)
+            return
+        compiled, rest, device = self.found
+        stream = driver.active.get_current_stream(device)
+        compiled.run(
+            self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
+        )  # fmt: skip
 
 
 def cdiv(size: int, unit: int) -> int:

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import madtp
-from madtp import CheckpointError, CLIPConfig
+from madtp import CheckpointError, CLIPConfig, towers
 from madtp.config import CLIPVisionConfig
-from madtp.pruning import Tokens
+from madtp.pruning import MADTP, EViT, RankedNovelty, ScoredPruning, Tokens, TopK
+from madtp.pruning.official import official
 from madtp.tasks.clip.model import CLIP
 from madtp.towers import interpolate_positions
 from madtp.weights import randomize
@@ -443,3 +444,15 @@ def test_merging_likes_changes_no_pooled_vector(kind, generator):
     close(tower.pool(together), tower.pool(apart).cpu())
     counted = tower.pool(dataclasses.replace(together, sizes=None))
     assert pool == "class" or (counted[0] - tower.pool(apart)[0]).abs().max() > 1e-3
+
+
+def test_a_rule_that_reads_the_class_token_is_known_in_any_wrapping():
+    class Own(MADTP):
+        name = "own"
+
+    groups = torch.zeros(2, dtype=torch.int32)
+    for rule in (MADTP(2.0), Own(2.0), EViT(0.5), RankedNovelty(0.5, order="cls")):
+        assert towers._reads_class_token(rule)
+        if isinstance(rule, ScoredPruning):
+            assert towers._reads_class_token(official(rule, "grouping", groups=groups))
+    assert not towers._reads_class_token(official(TopK(0.5), "grouping", groups=groups))

@@ -86,7 +86,8 @@ def check_attention(implementation, dtype, lengths_q, lengths_k, width, causal, 
 
 
 def own_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, bias):
-    return attention_triton._triton_attention(q, k, v, cu_q, cu_k, max_q, scale, causal, bias)
+    arguments = (q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, bias)
+    return attention_triton._triton_attention(*arguments, True)(*arguments)
 
 
 # On a GPU the operation may choose PyTorch's kernel; elsewhere the choice always falls on the own one.
@@ -578,6 +579,7 @@ def test_flash_attention_of_this_pytorch_takes_what_it_is_called_with():
 def test_flash_attention_marks_queries_without_keys_as_the_contract_does(flash, causal):
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
     cu = offsets([4]).cpu()
-    _, lse = attention_triton._flash_attention(q, q, q, cu, cu.clone(), 4, 4, 0.5, causal)
+    arguments = (q, q, q, cu, cu.clone(), 4, 4, 0.5, causal, None)
+    _, lse = attention_triton._flash_attention(*arguments, True)(*arguments)
     assert flash == [{"dropout": 0.0, "causal": causal, "debug": False, "scale": 0.5, "num_splits": 1}]
     assert (lse == float("-inf")).all(), "flash marks a query without keys by +inf"

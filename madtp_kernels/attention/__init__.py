@@ -27,8 +27,9 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     key_bias: Tensor | None = None,
+    with_lse: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of every sample's queries over the same sample's keys.
 
     Args:
@@ -41,6 +42,7 @@ def attention(
         causal: query i sees keys j <= i + Lk - Lq only (aligned at the end of the sample).
         key_bias: ``[Tk]`` float32 added to every logit of a key: the log of a merged token's size makes attention
             proportional (ToMe, arXiv 2210.09461, section 3.3).
+        with_lse: False: nobody reads lse, which is None then. On a GPU that may spare a launch.
         backend: force "reference", "cpu", "triton" or "cuda"; by default chosen from the device.
 
     Returns:
@@ -53,15 +55,16 @@ def attention(
     """
     lengths = (max_seqlen_q, max_seqlen_k)
     key = repeats.signature(
-        attention, (q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias), (*lengths, scale, causal, backend)
+        attention, (q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias), (*lengths, scale, causal, with_lse, backend)
     )
     if repeat := repeats.find(key):
         scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-        return repeat(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias)
-    arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias, True)
-    result = call("attention", *arguments, backend or "")
-    repeats.remember(key, backend, q, ("attention", "attention"))
-    return result
+        out, lse = repeat(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias, with_lse)
+    else:
+        arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias, True)
+        out, lse = call("attention", *arguments, backend or "")
+        repeats.remember(key, backend, q, ("attention", "attention"))
+    return out, lse if with_lse else None
 
 
 def checked(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import unit_stride
-from ..triton_utils import LN2, LOG2E, block, cdiv, dot_precision, launch, on_device_of_first, product
+from ..triton_utils import LN2, LOG2E, Launch, block, cdiv, dot_precision, launch, on_device_of_first, prepared, product
 
 
 @triton.jit
@@ -124,34 +124,31 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
 
 
 def _triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    scale: float,
-    causal: bool,
-    key_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    capacity, heads, head_dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(heads, capacity, dtype=torch.float32, device=q.device)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse
+) -> Callable:
+    (capacity, heads, head_dim), device = q.shape, q.device
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
     query_blocks = cdiv(max_seqlen_q, block_m)
     programs = (cu_seqlens_q.shape[0] - 1) * heads * query_blocks
-    if programs == 0:
-        return out, lse
-    launch(
-        _attention_kernel, programs,
-        q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
+    sizes = (
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), capacity, query_blocks,
         scale * LOG2E.value,
+    )  # fmt: skip
+    attend = Launch(
+        _attention_kernel, programs,
         HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
         CAUSAL=causal, PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out, lse
+
+    def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse=True):
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(heads, capacity, dtype=torch.float32, device=device)
+        if programs:
+            attend(q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k, *sizes)
+        return out, lse
+
+    return run
 
 
 @functools.cache
@@ -200,27 +197,25 @@ def flash_refusal(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> s
 
 
 def _flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse
+) -> Callable:
     operator, options = _flash()
-    out, lse = operator(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False, scale=scale, **options
-    )[:2]
-    if cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr():  # in self-attention every query sees a key
-        # Its mark of a query that sees no key is +inf. One launch, in place: nobody else holds this tensor.
-        lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
-    return out, lse
+    # In self-attention every query sees a key.
+    marked = with_lse and cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr()
+
+    def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse=True):
+        out, lse = operator(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False, scale=scale, **options
+        )[:2]
+        if marked:
+            # Its mark of a query that sees no key is +inf. One launch, in place: nobody else holds this tensor.
+            lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
+        return out, lse
+
+    return run
 
 
-@on_device_of_first
+@prepared
 def attention(
     q: Tensor,
     k: Tensor,
@@ -232,11 +227,14 @@ def attention(
     scale: float,
     causal: bool,
     key_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """out ``[Cq, H, d]`` in the dtype of q and lse ``[H, Cq]`` float32; see the public operation for the contract."""
-    if flash_refusal(q, k, v, key_bias) is None:
-        return _flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
-    return _triton_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_bias)
+    with_lse: bool = True,
+) -> Callable:
+    """out ``[Cq, H, d]`` in the dtype of q and lse ``[H, Cq]`` float32; see the public operation for the contract.
+
+    Not ``with_lse``: what lse holds for a query that sees no key is left undefined.
+    """
+    chosen = _flash_attention if flash_refusal(q, k, v, key_bias) is None else _triton_attention
+    return chosen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse)
 
 
 # ---- gradient -------------------------------------------------------------------------------------------------------

@@ -11,12 +11,14 @@ once and LayerNorm needs no second pass. The merged rows, which take longest, co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, block, cdiv, launch, on_device_of_first
+from ..triton_utils import EPS, Launch, block, cdiv, prepared
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
@@ -266,49 +268,40 @@ def _compact_kernel(
         )  # fmt: skip
 
 
-def _selected(
-    importance: Tensor,
-    threshold: Tensor | None,
-    keep_count: Tensor | None,
-    cu_seqlens: Tensor,
+def _selection(
+    device: torch.device,
+    capacity: int,
+    batch: int,
     max_seqlen: int,
-    protected: Tensor | None,
-    groups: Tensor | None,
-    min_keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """int32: place ``[C]`` of each token among the rows of its sample (-1: dropped), numbers ``[C]`` of those dropped, packed
-    from the start of each sample on, and rows ``[B]`` of each sample.
+    by_threshold: bool,
+    grouped: bool,
+) -> Callable:
+    """What decides for each token of a batch, from importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep.
+
+    It returns int32: place ``[C]`` of each token among the rows of its sample (-1: dropped), numbers ``[C]`` of those dropped,
+    packed from the start of each sample on, and rows ``[B]`` of each sample.
     """
-    batch = cu_seqlens.shape[0] - 1
-    places = torch.empty(importance.shape[0], dtype=torch.int32, device=importance.device)
-    dropped = torch.empty_like(places)
-    rows_out = torch.empty(batch, dtype=torch.int32, device=importance.device)
-    if groups is None and threshold is not None:
-        launch(
-            _select_kernel,
-            batch,
-            importance,
-            threshold,
-            protected,
-            min_keep,
-            places,
-            dropped,
-            rows_out,
-            cu_seqlens,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+    select = Launch(_select_kernel, batch, BLOCK=BLOCK, num_warps=4)
+    count = Launch(_count_kernel, batch, BLOCK=BLOCK, num_warps=4)
+    rank = Launch(_rank_kernel, batch, GROUP_BLOCK=256, BLOCK=BLOCK, num_warps=4)
+    longest_bits = max_seqlen.bit_length()
+
+    def run(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep):
+        places = torch.empty(capacity, dtype=torch.int32, device=device)
+        dropped = torch.empty_like(places)
+        rows_out = torch.empty(batch, dtype=torch.int32, device=device)
+        if by_threshold and not grouped:
+            select(importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens)
+            return places, dropped, rows_out
+        if by_threshold:
+            keep_count = torch.empty_like(rows_out)
+            count(importance, threshold, protected, keep_count, cu_seqlens)
+        rank(
+            importance, protected, min_keep, keep_count, groups, places, dropped, rows_out, cu_seqlens, batch, longest_bits
+        )  # fmt: skip
         return places, dropped, rows_out
-    own_counts = keep_count
-    if own_counts is None:
-        own_counts = torch.empty_like(rows_out)
-        launch(_count_kernel, batch, importance, threshold, protected, own_counts, cu_seqlens, BLOCK=BLOCK, num_warps=4)
-    launch(
-        _rank_kernel, batch,
-        importance, protected, min_keep, own_counts, groups, places, dropped, rows_out, cu_seqlens, batch,
-        max_seqlen.bit_length(), GROUP_BLOCK=256, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return places, dropped, rows_out
+
+    return run
 
 
 def _blocks(block_d: int, normed: bool) -> tuple[int, int]:
@@ -326,7 +319,7 @@ def _merged_at_once(block_d: int, element_size: int) -> int:
     return max(1, min(64, 32768 // element_size // block_d))
 
 
-@on_device_of_first
+@prepared
 def compact(
     x: Tensor,
     importance: Tensor,
@@ -344,35 +337,43 @@ def compact(
     norm_bias: Tensor | None,
     norm_eps: float,
     exact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Callable:
     """values, cu_out, ids_out, sizes_out, normed; see the public operation for the contract."""
-    capacity, width = x.shape
-    batch = cu_seqlens.shape[0] - 1
-    values = torch.empty_like(x, memory_format=torch.contiguous_format)
-    cu_out = torch.empty_like(cu_seqlens)
-    ids_out = torch.empty(capacity, dtype=torch.int32, device=x.device)
-    sizes_out = torch.empty(0 if sizes is None else capacity, dtype=torch.float32, device=x.device)
-    normed = x.new_empty(0) if norm_weight is None else torch.empty_like(values)
-    if batch == 0:
-        rows = 0 if exact else capacity
-        return values[:rows], cu_out.zero_(), ids_out[:rows], sizes_out[:rows], normed[:rows]
-
-    if protected is not None:
-        protected = protected.view(torch.uint8)
-    places, dropped, rows_out = _selected(
-        importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep
-    )
+    (capacity, width), device, batch = x.shape, x.device, cu_seqlens.shape[0] - 1
+    sized, with_norm = sizes is not None, norm_weight is not None
     block_d = block(width)
-    copy_rows, chunk = _blocks(block_d, norm_weight is not None)
+    copy_rows, chunk = _blocks(block_d, with_norm)
     slots = cdiv(max_seqlen, chunk)
-    launch(
+    numbers = (x.stride(0), batch, slots, merged_id, norm_eps, width)
+    select = _selection(device, capacity, batch, max_seqlen, threshold is not None, groups is not None)
+    move = Launch(
         _compact_kernel, batch + batch * slots,
-        x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
-        norm_weight, norm_bias, cu_seqlens, x.stride(0), batch, slots, merged_id, norm_eps, width,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
         SAMPLES=SAMPLES, num_warps=4,
     )  # fmt: skip
-    if exact:
-        rows = int(cu_out[-1])  # the one wait for the device, asked for by `exact`
-        return values[:rows], cu_out, ids_out[:rows], sizes_out[:rows], normed[:rows]
-    return values, cu_out, ids_out, sizes_out, normed
+
+    def run(
+        x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, ids, sizes, merged_id,
+        norm_weight, norm_bias, norm_eps, exact,
+    ):  # fmt: skip
+        values = torch.empty_like(x, memory_format=torch.contiguous_format)
+        cu_out = torch.empty_like(cu_seqlens)
+        ids_out = torch.empty(capacity, dtype=torch.int32, device=device)
+        sizes_out = torch.empty(capacity if sized else 0, dtype=torch.float32, device=device)
+        normed = torch.empty_like(values) if with_norm else x.new_empty(0)
+        if batch == 0:
+            rows = 0 if exact else capacity
+            return values[:rows], cu_out.zero_(), ids_out[:rows], sizes_out[:rows], normed[:rows]
+        if protected is not None:
+            protected = protected.view(torch.uint8)
+        places, dropped, rows_out = select(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep)
+        move(
+            x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
+            norm_weight, norm_bias, cu_seqlens, *numbers,
+        )  # fmt: skip
+        if exact:
+            rows = int(cu_out[-1])  # the one wait for the device, asked for by `exact`
+            return values[:rows], cu_out, ids_out[:rows], sizes_out[:rows], normed[:rows]
+        return values, cu_out, ids_out, sizes_out, normed
+
+    return run

@@ -8,12 +8,14 @@ second, tiny launch adds their sums in the order in which the single program wou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, launch, multiprocessors, on_device_of_first, product
+from ..triton_utils import EPS, LOG2E, Launch, block, cdiv, dot_precision, multiprocessors, prepared, product
 
 
 @triton.jit
@@ -178,7 +180,7 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     return {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}.get(max(block_d, 64), (64, 64, 8, 2))
 
 
-@on_device_of_first
+@prepared
 def attention_importance(
     q: Tensor,
     k: Tensor,
@@ -189,34 +191,39 @@ def attention_importance(
     scale: float,
     causal: bool,
     key_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Callable:
     """received and cls, float32 ``[C]``; see the public operation for the contract."""
-    capacity, heads, head_dim = q.shape
+    (capacity, heads, head_dim), device = q.shape, q.device
     batch = cu_seqlens.shape[0] - 1
-    received = torch.empty(capacity, dtype=torch.float32, device=q.device)
-    cls = torch.empty_like(received)
     if batch == 0 or capacity == 0:
-        return received, cls
+        return lambda q, *rest: (q.new_empty(capacity, dtype=torch.float32), q.new_empty(capacity, dtype=torch.float32))
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
     key_blocks = max(1, cdiv(max_seqlen - 1, block_n))
     query_blocks = cdiv(max_seqlen - 1, block_m)
     split = query_blocks > 1 and batch * key_blocks < 2 * multiprocessors(q)
-    partial = torch.empty(query_blocks, capacity, dtype=torch.float32, device=q.device) if split else None
     slots = 1 + (query_blocks if split else 1)
-    launch(
-        _importance_kernel, batch * key_blocks * slots,
-        q, k, out, lse, key_bias, received, cls, partial, cu_seqlens,
+    sizes = (
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), out.stride(0), out.stride(1), lse.stride(0),
         key_blocks, slots, scale * LOG2E.value,
+    )  # fmt: skip
+    recompute = Launch(
+        _importance_kernel, batch * key_blocks * slots,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
         PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if partial is not None:
-        token_blocks = cdiv(max_seqlen - 1, 128)
-        launch(
-            _add_blocks_kernel, batch * token_blocks,
-            partial, received, cu_seqlens, capacity, token_blocks,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=128, CAUSAL=causal, num_warps=4,
-        )  # fmt: skip
-    return received, cls
+    token_blocks = cdiv(max_seqlen - 1, 128)
+    add_blocks = Launch(
+        _add_blocks_kernel, batch * token_blocks, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=128, CAUSAL=causal, num_warps=4
+    )
+
+    def run(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias):
+        received = torch.empty(capacity, dtype=torch.float32, device=device)
+        cls = torch.empty_like(received)
+        partial = torch.empty(query_blocks, capacity, dtype=torch.float32, device=device) if split else None
+        recompute(q, k, out, lse, key_bias, received, cls, partial, cu_seqlens, *sizes)
+        if split:
+            add_blocks(partial, received, cu_seqlens, capacity, token_blocks)
+        return received, cls
+
+    return run

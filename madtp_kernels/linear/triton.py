@@ -11,6 +11,7 @@ never taken. Which tiles serve which product is written in `tiles.py`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_utils import LOG2E, dot_precision, launch, multiprocessors, on_device_of_first, product
+from ..triton_utils import LOG2E, Launch, dot_precision, multiprocessors, prepared, product
 from . import reference, tiles
 from .tiles import Tile
 
@@ -159,59 +160,77 @@ def _tiles(x: Tensor, weight: Tensor) -> tuple[Tile, ...]:
     return tiles.COPY_ENGINE if _copy_engine(x.device) else tiles.SIXTEEN_BITS
 
 
-def _descriptor(tensor: Tensor, shape: tuple[int, int], rows: int, columns: int) -> TensorDescriptor:
-    """Of blocks ``[rows, columns]`` of an aligned matrix. The constructor checks once more, for longer than a launch takes."""
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = tensor, shape, (tensor.stride(0), 1)
-    descriptor.block_shape = [rows, columns]
-    return descriptor
+def _described(shape: tuple[int, int], stride: int, rows: int, columns: int) -> Callable[[Tensor], TensorDescriptor]:
+    """What makes descriptors of blocks ``[rows, columns]`` of aligned matrices of this shape and distance between rows.
+
+    The constructor of a descriptor checks all of it once more, for longer than a launch takes.
+    """
+    fields = {"shape": shape, "strides": (stride, 1), "block_shape": [rows, columns]}
+
+    def describe(base: Tensor) -> TensorDescriptor:
+        descriptor = TensorDescriptor.__new__(TensorDescriptor)
+        descriptor.__dict__.update(fields, base=base)
+        return descriptor
+
+    return describe
 
 
-def _multiply(
+def _itself(tensor: Tensor | None) -> Tensor | None:
+    return tensor
+
+
+def _product(
     tile: Tile,
+    descriptors: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     cu_seqlens: Tensor,
     activation: str,
     residual: Tensor | None,
-    descriptors: bool | None = None,
-) -> Tensor:
-    if descriptors is None:
-        descriptors = _tiles(x, weight) is tiles.COPY_ENGINE
-    capacity, width = x.shape
-    columns = weight.shape[0]
-    out = torch.empty(capacity, columns, dtype=x.dtype, device=x.device)
+) -> Callable:
+    """What multiplies tensors like these by a tile of one's choice; see :func:`madtp_kernels.triton_utils.prepared`."""
+    (capacity, width), columns, dtype, device = x.shape, weight.shape[0], x.dtype, x.device
     programs = min(tile.count(capacity, columns), multiprocessors(x) * tile.programs)
     if programs == 0:
-        return out
+        return lambda x, *rest: x.new_empty(capacity, columns)
     stored = descriptors and tile.stored and columns % 8 == 0 and (residual is None or _aligned(residual))
-    residual_row = 0 if residual is None else residual.stride(0)
-    x_tiles, weight_tiles, out_tiles, residual_tiles = x, weight, out, residual
+    x_tiles = weight_tiles = residual_tiles = out_tiles = _itself
     if descriptors:
-        x_tiles = _descriptor(x, (capacity, width), tile.rows, tile.depth)
-        weight_tiles = _descriptor(weight, (columns, width), tile.columns, tile.depth)
+        x_tiles = _described((capacity, width), x.stride(0), tile.rows, tile.depth)
+        weight_tiles = _described((columns, width), weight.stride(0), tile.columns, tile.depth)
     if stored:
-        result = (capacity, columns)
-        out_tiles = _descriptor(out, result, tile.rows, tile.columns // 2)
+        out_tiles = _described((capacity, columns), columns, tile.rows, tile.columns // 2)
         if residual is not None:
-            residual_tiles = _descriptor(residual, result, tile.rows, tile.columns // 2)
-    launch(
+            residual_tiles = _described((capacity, columns), residual.stride(0), tile.rows, tile.columns // 2)
+    sizes = (
+        cu_seqlens.shape[0] - 1, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), columns, width
+    )  # fmt: skip
+    start = Launch(
         _linear_kernel, programs,
-        x_tiles, weight_tiles, bias, residual_tiles, out_tiles, cu_seqlens, cu_seqlens.shape[0] - 1,
-        x.stride(0), weight.stride(0), residual_row, columns, width,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP, ACTIVATION=activation,
-        DESCRIPTORS=descriptors, STORED=stored, PRECISION=dot_precision(x.dtype),
+        DESCRIPTORS=descriptors, STORED=stored, PRECISION=dot_precision(dtype),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out
+
+    def run(x, weight, bias, cu_seqlens, activation, residual):
+        out = torch.empty(capacity, columns, dtype=dtype, device=device)
+        start(x_tiles(x), weight_tiles(weight), bias, residual_tiles(residual), out_tiles(out), cu_seqlens, *sizes)
+        return out
+
+    return run
 
 
-@on_device_of_first
+def _multiply(tile: Tile, x: Tensor, weight: Tensor, *rest) -> Tensor:
+    """A product by a tile of one's choice, for tests and measurements."""
+    return _product(tile, _tiles(x, weight) is tiles.COPY_ENGINE, x, weight, *rest)(x, weight, *rest)
+
+
+@prepared
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, activation: str, residual: Tensor | None
-) -> Tensor:
+) -> Callable:
     """``[C, out]``; see the public operation for the contract."""
-    choice, device = _tiles(x, weight), x.device
-    tile = tiles.choose(choice, _architecture(device), multiprocessors(x), *x.shape, weight.shape[0])
-    return _multiply(tile, x, weight, bias, cu_seqlens, activation, residual, choice is tiles.COPY_ENGINE)
+    choice = _tiles(x, weight)
+    tile = tiles.choose(choice, _architecture(x.device), multiprocessors(x), *x.shape, weight.shape[0])
+    return _product(tile, choice is tiles.COPY_ENGINE, x, weight, bias, cu_seqlens, activation, residual)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import block, cdiv, launch, multiprocessors, on_device_of_first
+from ..triton_utils import Launch, block, cdiv, multiprocessors, prepared
 
 PROGRAMS = 6  # per multiprocessor, which has registers for as many
 
@@ -33,19 +35,21 @@ def _layer_norm_kernel(
         tl.store(out + wide * WIDTH + o_d[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-@on_device_of_first
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, eps: float) -> Tensor:
+@prepared
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor, eps: float) -> Callable:
     """``[C, D]``; see the public operation for the contract."""
     capacity, width = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     block_d = block(width)
     rows = max(1, min(16, 4096 // block_d))
     programs = min(cdiv(capacity, rows), PROGRAMS * multiprocessors(x))
     if programs == 0:
+        return lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format)
+    sizes = (cu_seqlens.shape[0] - 1, x.stride(0), eps, width)
+    start = Launch(_layer_norm_kernel, programs, ROWS=rows, BLOCK_D=block_d, num_warps=4)
+
+    def run(x, weight, bias, cu_seqlens, eps):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        start(x, weight, bias, out, cu_seqlens, *sizes)
         return out
-    launch(
-        _layer_norm_kernel, programs,
-        x, weight, bias, out, cu_seqlens, cu_seqlens.shape[0] - 1, x.stride(0), eps, width,
-        ROWS=rows, BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip
-    return out
+
+    return run

@@ -11,12 +11,14 @@ arithmetic in the same order: the bits are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, block, cdiv, dot_precision, launch, multiprocessors, on_device_of_first, product
+from ..triton_utils import EPS, LOG2E, Launch, block, cdiv, dot_precision, multiprocessors, prepared, product
 
 STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
 TOKEN_BLOCK = 1024  # tokens per step where only scores are read
@@ -250,7 +252,7 @@ def _one_launch(batch: int, tiles: int, multiprocessors: int) -> bool:
     return cdiv(batch, multiprocessors) * tiles <= cdiv(batch * tiles, multiprocessors) + 0.5
 
 
-@on_device_of_first
+@prepared
 def score_tokens(
     x: Tensor,
     dictionary: Tensor,
@@ -260,34 +262,38 @@ def score_tokens(
     max_seqlen: int,
     temperature: float,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Callable:
     """importance ``[C]`` and threshold ``[B]``, float32; see the public operation for the contract."""
-    capacity, width = x.shape
+    (capacity, width), device = x.shape, x.device
     entries = dictionary.shape[0]
     batch = cu_seqlens.shape[0] - 1
-    importance = torch.empty(capacity, dtype=torch.float32, device=x.device)
-    threshold = torch.empty(batch, dtype=torch.float32, device=x.device)
-    if batch == 0:
-        return importance, threshold
     block_j, block_k, warps, stages = _blocks(x.dtype)
     block_m = min(block(entries), 128)
     padded = cdiv(entries, block_m) * block_m
-    left = torch.empty(capacity // block_j + batch, STATISTICS.value, padded, dtype=torch.float32, device=x.device)
     tiles = max(1, cdiv(max_seqlen - 1, block_j))
     one_launch = _one_launch(batch, tiles, multiprocessors(x))
     slots = 1 if one_launch else tiles
-    launch(
-        _score_kernel, batch * slots,
-        x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens,
+    sizes = (
         x.stride(0), dictionary.stride(0), slots, int(one_launch), width, entries, padded, LOG2E.value / temperature,
+    )  # fmt: skip
+    score = Launch(
+        _score_kernel, batch * slots,
         BLOCK_J=block_j, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK=TOKEN_BLOCK,
         ONE_BLOCK=padded == block_m, EVEN=width % block_k == 0, PRECISION=dot_precision(x.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if not one_launch:
-        launch(
-            _merge_kernel, batch,
-            received, cls, importance, threshold, left, cu_seqlens, entries, padded,
-            BLOCK_J=block_j, BLOCK_M=block_m, BLOCK=TOKEN_BLOCK, num_warps=warps,
-        )  # fmt: skip
-    return importance, threshold
+    merge = Launch(_merge_kernel, batch, BLOCK_J=block_j, BLOCK_M=block_m, BLOCK=TOKEN_BLOCK, num_warps=warps)
+    statistics = (capacity // block_j + batch, STATISTICS.value, padded)
+
+    def run(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias):
+        importance = torch.empty(capacity, dtype=torch.float32, device=device)
+        threshold = torch.empty(batch, dtype=torch.float32, device=device)
+        if batch == 0:
+            return importance, threshold
+        left = torch.empty(statistics, dtype=torch.float32, device=device)
+        score(x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens, *sizes)
+        if not one_launch:
+            merge(received, cls, importance, threshold, left, cu_seqlens, entries, padded)
+        return importance, threshold
+
+    return run

@@ -3,6 +3,7 @@ modality."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,9 +66,15 @@ class Attention(NamedTuple):
         )  # fmt: skip
 
 
+def split_heads(x: Tensor, *parts: int) -> Tensor:
+    """``x [C, parts[0] * parts[1] * ... * d]`` as ``[C, *parts, d]``. (`Tensor.unflatten` takes twice as long.)"""
+    rows, width = x.shape
+    return x.view(rows, *parts, width // math.prod(parts))
+
+
 def self_attention(qkv: Tensor, tokens: Tokens, heads: int, pruning: Pruning, *, causal: bool = False) -> Attention:
     """Attention of every sample over itself from ``qkv [T, 3 * H * d]``, with the importance that the rule wants."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    q, k, v = split_heads(qkv, 3, heads).unbind(1)
     cu_seqlens, most, backend = tokens.cu_seqlens, tokens.max_seqlen, pruning.backend
     received = cls = None
     if pruning.importance and pruning.active:
@@ -103,7 +110,7 @@ def single_attention(
         hidden = behind.to(torch.promote_types(values.dtype, torch.float32)) * -1e4
         bias = hidden if bias is None else bias + hidden
     lengths = (one.cu_seqlens, tokens.cu_seqlens, 1, tokens.max_seqlen)
-    out, _ = attention(q, *kv.unbind(1), *lengths, key_bias=bias, backend=backend)
+    out, _ = attention(q, *kv.unbind(1), *lengths, key_bias=bias, with_lse=False, backend=backend)
     return out.flatten(1)
 
 
@@ -169,7 +176,7 @@ class CrossAttention(nn.Module):
 
     def keys(self, tokens: Tokens) -> Keys:
         """Keys and values of ``tokens [S, key_width]``."""
-        kv = self.kv(tokens.values, tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
+        kv = split_heads(self.kv(tokens.values, tokens=tokens), 2, self.num_heads)
         return Keys(kv, tokens.cu_seqlens, tokens.max_seqlen, tokens.key_bias)
 
     def forward(
@@ -178,12 +185,12 @@ class CrossAttention(nn.Module):
         """``x [T, D]`` attends to ``keys``: ``[T, D]``. Without ``query_groups``, sample b looks at key sample b."""
         if isinstance(keys, Tokens):
             keys = self.keys(keys)
-        q = self.query(x.values, tokens=x).unflatten(-1, (self.num_heads, -1))
+        q = split_heads(self.query(x.values, tokens=x), self.num_heads)
         cu_seqlens, max_seqlen = x.cu_seqlens, x.max_seqlen
         if query_groups is not None:  # to the kernel, a group is one sample with the queries of all
             cu_seqlens, max_seqlen = cu_seqlens[query_groups.starts], max_seqlen * query_groups.longest
         out, _ = attention(
-            q, keys.kv[:, 0], keys.kv[:, 1], cu_seqlens, keys.cu_seqlens, max_seqlen, keys.max_seqlen,
-            key_bias=keys.key_bias, backend=backend,
+            q, *keys.kv.unbind(1), cu_seqlens, keys.cu_seqlens, max_seqlen, keys.max_seqlen,
+            key_bias=keys.key_bias, with_lse=False, backend=backend,
         )  # fmt: skip
         return out.flatten(1)

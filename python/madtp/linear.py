@@ -48,7 +48,10 @@ class Linear(nn.Linear):
         x * sigmoid(1.702 x). ``tokens`` is the batch whose rows x has; rows beyond its last token are then undefined in the
         result.
         """
-        return project(x, self.weight, self.bias, activation=activation, residual=residual, tokens=tokens)
+        own = self._parameters  # where `self.weight` looks last; a weight that is computed (parametrize) is not there
+        weight = own["weight"] if "weight" in own else self.weight
+        bias = own["bias"] if "bias" in own else self.bias
+        return project(x, weight, bias, activation=activation, residual=residual, tokens=tokens)
 
 
 class ScaledLinear(Linear):
@@ -82,9 +85,11 @@ def project(
 ) -> Tensor:
     """:meth:`Linear.forward` with a weight ``[out, in]`` that need not be a whole parameter."""
     if x.is_cuda:
-        differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        ours = tokens is not None and (tokens.bound or not differentiated) and not torch.is_autocast_enabled("cuda")
-        if ours:
+        if (
+            tokens is not None
+            and (tokens.bound or not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)))
+            and not torch.is_autocast_enabled("cuda")
+        ):
             return linear(x, weight, bias, tokens.cu_seqlens, activation=activation, residual=residual)
     elif (product := _cpu_product(x, weight, residual)) is not None:
         cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None

@@ -108,13 +108,15 @@ class TwinCrossAttention(nn.Module):
         self, x: Tokens, others: Sequence[Tokens | Keys], backend: str | None, query_groups: QueryGroups | None
     ) -> Tokens:
         """``x [T, D]`` and the tokens of both images of each sample, to ``[T, D]``."""
-        left = self.output.dense0(self.self0(x, others[0], backend, query_groups), tokens=x)
-        right = self.output.dense1(self.self1(x, others[1], backend, query_groups), tokens=x)
-        if self.output.merge_layer is None:
+        output = self.output
+        left = output.dense0(self.self0(x, others[0], backend, query_groups), tokens=x)
+        right = output.dense1(self.self1(x, others[1], backend, query_groups), tokens=x)
+        merge = output.merge_layer
+        if merge is None:
             both = (left + right) / 2 + x.values
         else:
-            both = self.output.merge_layer(torch.cat([left, right], -1), residual=x.values, tokens=x)
-        return x.with_values(self.output.LayerNorm(both, x))
+            both = merge(torch.cat([left, right], -1), residual=x.values, tokens=x)
+        return x.with_values(output.LayerNorm(both, x))
 
 
 class Layer(nn.Module):

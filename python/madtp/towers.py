@@ -20,8 +20,8 @@ from .config import CLIPConfig
 from .guidance import QueryModel
 from .layers import LayerNorm
 from .linear import Linear, ScaledLinear, mlp, project
-from .pruning import LayerTrace, Pruning, Tokens
-from .pruning.official import fill_up, with_minimum
+from .pruning import MADTP, EViT, LayerTrace, Pruning, Tokens
+from .pruning.official import Official, fill_up, with_minimum
 from .rows import first_of, first_rows, rows_of
 from .vision import Block, reading, run_blocks
 
@@ -292,8 +292,9 @@ class ImageTower(nn.Module):
 
 def _reads_class_token(pruning: Pruning) -> bool:
     """Whether a rule needs the attention of a class token, which SigLIP has not."""
-    orders = {getattr(pruning, "order", None), getattr(pruning, "weight", None)}
-    return pruning.name.startswith("madtp") or pruning.name == "evit" or bool(orders & {"cls", "importance"})
+    rule = pruning.rule if isinstance(pruning, Official) else pruning
+    orders = {getattr(rule, "order", None), getattr(rule, "weight", None)}
+    return isinstance(rule, (MADTP, EViT)) or bool(orders & {"cls", "importance"})
 
 
 def _recorded(block: Block, states: list[Tokens], *inputs) -> tuple[Tokens, LayerTrace]:
