@@ -172,6 +172,16 @@ def test_a_rule_with_thresholds_trains_to_the_target_and_goes_on_after_a_stop(tm
     torch.testing.assert_close(parts_again, parts, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("ramp", [0.0, 0.5])
+def test_the_strength_of_shares_is_found_once_and_does_not_answer_to_the_cost(tmp_path, ramp):
+    train(*fresh(tmp_path), replace(SETTINGS, ramp=ramp), tmp_path / "run", log_every=1, progress=False)
+    lines, parts = outcome(tmp_path / "run")
+    strengths = [line["train"]["strength"] for line in lines if "train" in line]
+    goal = parts["controller"]["goal"]
+    rises = [0, 1 / 3, 2 / 3, 1, 1, 1] if ramp else [1] * 6
+    assert goal > 0 and strengths == pytest.approx([goal * part for part in rises], rel=1e-3, abs=1e-4)
+
+
 def test_without_a_reduction_the_model_trains_unpruned(tmp_path):
     settings = replace(SETTINGS, reduction=0.0, shares=(), distill=0.0, average=0.0)
     result = train(*fresh(tmp_path), settings, tmp_path / "out", log_every=1, progress=False)

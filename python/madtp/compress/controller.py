@@ -6,7 +6,7 @@ import math
 
 from ..search import BOUNDS
 
-__all__ = ["BracketController"]
+__all__ = ["BracketController", "RampController"]
 
 
 class BracketController:
@@ -66,3 +66,34 @@ class BracketController:
     def load_state_dict(self, state: dict) -> None:
         self.strength, self._step, self._side = state["temperature"], state["step"], state["side"]
         self._costs = list(state["costs"])
+
+
+class RampController:
+    """For rules whose layers drop a share of their tokens: the strength rises evenly to the goal, and stays.
+
+    A share costs the same whatever the model learns, so that there is nothing to look for after the first step. A
+    bracket would even do harm: thresholds follow their shares with a delay, and it would answer to its own past steps,
+    ever more loudly.
+
+    Args:
+        goal: the strength at which the model costs what it should.
+        steps: after which it is reached.
+    """
+
+    def __init__(self, goal: float, steps: float) -> None:
+        self.goal, self.steps, self._taken = goal, steps, 0
+
+    @property
+    def strength(self) -> float:
+        return self.goal * min(self._taken / self.steps, 1.0) if self.steps else self.goal
+
+    def update(self, cost: float, target: float) -> float:
+        """The next strength; the cost does not matter."""
+        self._taken += 1
+        return self.strength
+
+    def state_dict(self) -> dict:
+        return {"goal": self.goal, "taken": self._taken}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.goal, self._taken = state["goal"], state["taken"]

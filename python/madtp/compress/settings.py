@@ -50,9 +50,9 @@ class Settings:
     """Share of the steps over which the bracketing controller's target falls from the initial cost to the goal."""
     shares: tuple[float, ...] = ()
     """Share of the tokens that each vision layer drops, for rules with a limit per layer; the last one stands for all
-    further layers. Thresholds follow the quantiles of the batch, and the controller's strength is the power to which a
-    layer keeps its share of tokens."""
-    memory: float = 0.95
+    further layers. Thresholds follow the quantiles of the batch, and the strength, which is found once before the first
+    step, is the power to which a layer keeps its share of tokens."""
+    memory: float = 0.9
     """Of the moving average by which thresholds follow."""
     schedule: str = "epoch"
     """The learning rate follows its cosine per "epoch" (official) or per "step"; "decay" stays at the highest rate and

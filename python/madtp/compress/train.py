@@ -30,7 +30,7 @@ from ..search import find_strength
 from ..tasks import Task
 from ..weights import save_pretrained
 from .average import WeightAverage
-from .controller import BracketController
+from .controller import BracketController, RampController
 from .dictionary import dictionary_from_examples
 from .evaluation import Evaluation, evaluate
 from .loaders import evaluation_batches, steps_per_epoch, training_batches
@@ -162,11 +162,13 @@ class Trainer:
         make = cosine if settings.schedule == "step" else linear_decay
         return make(self.optimizer, self.total, settings.warmup, settings.final_lr)
 
-    def _controller(self) -> BracketController | OfficialController:
+    def _controller(self) -> BracketController | RampController | OfficialController:
         settings = self.settings
         if self.prunes and not self.brackets:
             return OfficialController(self.task.recipe, settings.temperature)
         strength = self.dial.start if settings.temperature is None else settings.temperature
+        if isinstance(self.dial, Following):
+            return RampController(strength, settings.ramp * self.total)
         return BracketController(strength, window=max(1, min(10, self.total // 20)), bounds=self.dial.bounds)
 
     # ---- prepare
@@ -230,6 +232,10 @@ class Trainer:
         if self.settings.dictionary == "tokens" and self.dial.rule.needs_dictionary:
             _take_tokens(self.model, self.task, self.examples, self.settings.seed)
         if not self.brackets:
+            return
+        if isinstance(self.dial, Following):
+            self.controller.goal = self._strength()
+            self._calibrated(self.controller.strength)
             return
         # Any temperature already prunes: the target falls from what the first one costs, not from the dense cost.
         first = self._evaluate(self._calibrated(self.controller.strength), self.dev[:MEASURED], score=False)
