@@ -22,6 +22,7 @@ from madtp import (
     VQAConfig,
 )
 from madtp.data.synthetic import token_ids
+from madtp.pruning import ToMe
 from madtp.tasks import TASKS as REGISTRY
 from madtp.tasks.nlvr.model import NLVR
 from madtp.towers import interpolate_positions
@@ -431,6 +432,16 @@ def test_arguments_that_make_no_sense(options, message, model):
 
 
 # ---- saved directories
+
+
+def test_a_rule_for_a_model_that_was_saved_with_another(model):
+    state = state_of(model)
+    assert madtp.load(state, pruning="tome", tokenizer="demo").pruning == ToMe()
+    assert madtp.load(state, pruning=ToMe(counts=(3,)), tokenizer="demo").pruning == ToMe(counts=(3,))
+    with pytest.raises(ValueError, match="pruning, temperature: expected one of them"):
+        madtp.load(state, pruning="tome", temperature=1.0)
+    with pytest.raises(ValueError, match="pruning: expected a rule or one of"):
+        madtp.load(state, pruning="best")
 
 
 def test_save_and_load_round_trip(model, batch, tmp_path):

@@ -18,7 +18,7 @@ from madtp_kernels import backends
 
 from ..config import Config
 from ..model import Model
-from ..pruning import MADTP, Pruning
+from ..pruning import MADTP, METHODS, Pruning
 from ..tasks import TASKS
 from ..towers import interpolate_positions
 from .files import CheckpointError
@@ -36,6 +36,7 @@ def load(
     task: str | None = None,
     *,
     temperature: float | None = None,
+    pruning: Pruning | str | None = None,
     config: Config | dict | None = None,
     image_size: int | None = None,
     text_mode: str | None = None,
@@ -67,6 +68,7 @@ def load(
             given).
         task: one of :data:`madtp.tasks.TASKS`; by default the saved model's, or the one that the key names tell.
         temperature: pruning temperature; by default the checkpoint's, or 0 (dense) where it has none.
+        pruning: another rule than the checkpoint's, or the name of one of :data:`madtp.pruning.METHODS`.
         config: sizes; by default the source's own, or read off the tensors.
         image_size: other than the checkpoint's; the position embedding is interpolated.
         hidden_act: "quick_gelu" or "gelu", for a CLIP whose source does not tell: a state dict of OpenAI (quick_gelu) or of
@@ -92,8 +94,8 @@ def load(
     device, task, config = _checked(task, config, device, dtype, backend)
     found = locate(source, task, config, hidden_act)
     found = _adjusted(found, image_size, text_mode)
-    pruning = _rule(found, temperature, use_sizes)
-    model = _build(found.config, dtype, pruning, grouping, backend)
+    rule = _rule(found, temperature, pruning, use_sizes)
+    model = _build(found.config, dtype, rule, grouping, backend)
     if found.state is None:
         randomize(model.to_empty(device=device))
     else:
@@ -160,8 +162,14 @@ def _adjusted(found: Source, image_size: int | None, text_mode: str | None) -> S
     return found._replace(config=config, transform=transform)
 
 
-def _rule(found: Source, temperature: float | None, use_sizes: bool | None) -> Pruning:
+def _rule(found: Source, temperature: float | None, pruning: Pruning | str | None, use_sizes: bool | None) -> Pruning:
     """How the model is pruned: as it was saved, unless the caller says otherwise."""
+    if pruning is not None and temperature is not None:
+        raise ValueError("pruning, temperature: expected one of them, got both")
+    if isinstance(pruning, str):
+        if pruning not in METHODS:
+            raise ValueError(f"pruning: expected a rule or one of {', '.join(METHODS)}, got {pruning!r}")
+        pruning = METHODS[pruning]()
     saved, before = found.settings.get("pruning"), found.settings.get("temperature")
     if saved is not None and before is not None:
         raise CheckpointError(f"{found.origin}: expected pruning or temperature, got both: {saved} and {before}")
@@ -169,9 +177,12 @@ def _rule(found: Source, temperature: float | None, use_sizes: bool | None) -> P
         rule = MADTP(before or 0.0) if saved is None else Pruning.from_dict(saved)
     except ValueError as error:
         raise CheckpointError(f"{found.origin}: {error}") from error
-    if temperature is not None:
+    if pruning is not None:
+        rule = pruning
+    elif temperature is not None:
         rule = MADTP(temperature, proportional_attention=rule.proportional_attention)
-    use_sizes = found.settings.get("use_sizes") if use_sizes is None else use_sizes
+    if use_sizes is None and pruning is None:
+        use_sizes = found.settings.get("use_sizes")
     return rule if use_sizes is None else replace(rule, proportional_attention=bool(use_sizes))
 
 
