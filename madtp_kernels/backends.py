@@ -20,6 +20,7 @@ import torch
 from . import native
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+"""Backends, as arguments and `MADTP_KERNELS_BACKEND` name them."""
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _log = logging.getLogger("madtp_kernels")

@@ -26,9 +26,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 SETTING, CUDA_SETTING = "MADTP_KERNELS_BUILD", "MADTP_KERNELS_CUDA"
+"""Environment variables that steer compilation: see :func:`setting`."""
 MINIMUM_TORCH = (2, 10)
+"""Major and minor version."""
 LIBRARY_NAME = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+"""File name of the compiled extension."""
 CUDA_ARCHITECTURES = (80, 90, 100)
+"""Compute capabilities that CUDA sources are compiled for, times ten."""
 _CUDA_FOLDER = "/usr/local/cuda/bin"
 _COMPILE_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-DNDEBUG")
 _NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-DNDEBUG", "--threads=0")

@@ -58,6 +58,7 @@ def tensor(
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that operations take."""
 
 
 def floats(name: str, value: Tensor, dims: int, meaning: str) -> None:

@@ -17,10 +17,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x * LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)  # log(x) is log2(x) * LN2
 EPS = tl.constexpr(1e-8)  # MADTP adds it to every denominator
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # kernels run through Triton's interpreter
 
 
 def on_device_of_first(function: Callable) -> Callable:

@@ -33,9 +33,11 @@ class Tile(NamedTuple):
 
 # From the one that reuses its operands most to the one that fills a device with the fewest rows.
 FLOAT32 = (Tile(128, 128, 16, 8, 2, 1), Tile(64, 128, 16, 8, 2, 2))
+# Tiles of 16-bit operands that threads fetch.
 SIXTEEN_BITS = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 64, 4, 3, 2))
 UNALIGNED = SIXTEEN_BITS[1:]  # the addresses of a large tile would not fit the registers
 COPY_ENGINE = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 128, 64, 4, 3, 2))
+"""Tiles of 16-bit operands that the copy engine of sm_90 and later fetches."""
 
 # What `benchmarks/tune.py` tries besides, where the copy engine serves. Each has to fit the shared memory with every ending:
 # 128 x 256 stored by the copy engine does not, with an activation and a residual.

@@ -78,6 +78,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
+        """Of a picture."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -110,10 +111,12 @@ class TextConfig:
 
     @property
     def dec_token_id(self) -> int:
+        """Id of [DEC], the first of the two words that BLIP adds."""
         return self.vocab_size - 2
 
     @property
     def enc_token_id(self) -> int:
+        """Id of [ENC], the second."""
         return self.vocab_size - 1
 
 
@@ -126,6 +129,7 @@ class Config:
     sections: ClassVar[dict[str, type]] = {"vision": VisionConfig, "text": TextConfig}
 
     def to_dict(self) -> dict:
+        """As JSON values, with the task."""
         return {"task": self.task, **dataclasses.asdict(self)}
 
     @classmethod
@@ -141,6 +145,7 @@ class Config:
 
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+"""Activations between the layers of an MLP."""
 
 
 @dataclass(frozen=True)

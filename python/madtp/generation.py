@@ -40,6 +40,7 @@ _BEAMS = ("early_stopping", "length_penalty")
 _SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_k", "top_p", "typical_p")
 _SEEDED = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
 OPTIONS = tuple(sorted((*_SEARCH, *_BEAMS, "do_sample", *_SAMPLING)))
+"""Options of transformers' `generate` that are served."""
 
 # How many of the most likely words are sampled from where nobody says: the default of transformers.
 _TOP_K = 50

@@ -34,6 +34,7 @@ from .workers import Failure
 __all__ = ["FORMATS", "Results", "ShardFiles"]
 
 FORMATS = ("parquet", "jsonl")
+"""Of the records beside the vectors."""
 _DIGITS = 6  # of shards' numbers: sorted as text they are in order
 _PATIENCE = 10.0  # seconds for a process that was stopped to let go of a shard
 

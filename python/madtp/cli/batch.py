@@ -23,6 +23,7 @@ Records are collected in OUTPUT.partial until all are there. After an interrupti
 where it stopped. An image that cannot be used does not stop the run: its record has "error" instead of a
 result, and the exit code is 1.
 """
+"""For the help of commands over a file of rows."""
 
 
 COMMON = ("gflops", "gflops_full", "overlay", "truncated")

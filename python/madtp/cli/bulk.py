@@ -25,6 +25,7 @@ With a folder as output (a name that ends with /), rows may also come from webda
 are written shard by shard: a tar is a shard, and of anything else --shard-size rows. After an interruption, the same
 command goes on with the shards that are not done; processes of torchrun and srun share them (see docs/scale.md).
 """
+"""For the help of commands over shards."""
 
 MANY = "many rows (with --output FOLDER/)"
 """Title of the options that only a folder has."""

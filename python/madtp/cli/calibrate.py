@@ -12,6 +12,7 @@ from .options import add_model, positive
 from .training import above_zero, add_pruning_options, add_run_options, begin, load_source, origin, report, share
 
 MERGING = [name for name, rule in METHODS.items() if issubclass(rule, MergingPruning)]
+"""Rules that have limits to calibrate."""
 _EXAMPLES = """\
 examples:
   madtp calibrate --model model_base_retrieval_coco.pth --pairs pairs.jsonl --reduction 0.3 --output retrieval-0.3

@@ -24,6 +24,7 @@ from .bulk import MANY, RESUMED, BulkOptions, is_bulk, run_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
 
 TASKS = ("retrieval", "clip")
+"""Tasks whose models give features of images."""
 
 _EXAMPLES = f"""\
 examples:

@@ -27,6 +27,7 @@ class Evaluation(NamedTuple):
     """The same without pruning."""
 
     def to_dict(self) -> dict:
+        """As JSON values."""
         return {
             "score": self.score,
             "gflops": round(self.gflops, 6),

@@ -45,11 +45,14 @@ SIZE, CELL, PATCH = 96, 16, 8
 """Pixels of a picture, of the cell that an object lies in, and of a patch that labels are given for."""
 GRID = SIZE // CELL
 SPLITS = ("train", "dev", "test")
+"""Sets of pairs, which share no pictures."""
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
+"""What is drawn."""
 COLOURS = {
     "red": (214, 45, 38), "green": (52, 160, 60), "blue": (48, 82, 214), "yellow": (232, 208, 40),
     "purple": (150, 52, 186), "cyan": (52, 200, 214),
 }  # fmt: skip
+"""Name to RGB."""
 _PAIRS = {"train": 1_000_000, "dev": 64, "test": 512}
 MAX_COUNT = 4
 """Statements are about kinds of objects of which no picture holds more."""
@@ -58,6 +61,7 @@ MAX_TOKENS = 13
 VOCABULARY = Path(__file__).parent / "shapes" / "vocab.txt"
 
 TEMPLATES = ("exist", "both", "neither", "only", "count", "at least", "more", "same", "total")
+"""Kinds of statements."""
 KINDS = ("colour and shape", "shape", "colour")
 _NUMBERS = {"count": (1, 2, 3), "at least": (2, 3), "total": (2, 3, 4, 5)}
 _WORDS = ("zero", "one", "two", "three", "four", "five")

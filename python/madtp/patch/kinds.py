@@ -108,10 +108,12 @@ class Method:
 
     @property
     def name(self) -> str:
+        """Of the method that is replaced."""
         return KINDS[self.kind].methods[self.number][1]
 
     @property
     def place(self) -> str:
+        """Where it is in the model, for messages."""
         return f"{KINDS[self.kind].methods[self.number][0] or type(self.module).__name__}.{self.name}"
 
     @property

@@ -73,6 +73,7 @@ def _looking(engine: Engine, images: Tokens, ids: Tensor, mask: Tensor | None) -
 
 
 Counts = list[list[int]]
+"""Tokens of each instance before the first layer and after each."""
 
 
 def _caption_costs(engine: Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):

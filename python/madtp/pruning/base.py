@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..layers import Attention, LayerNorm
 
 STREAMS = ("vision", "text")
+"""Stacks of layers whose tokens are pruned."""
 PER_TOKEN = ("values", "ids", "sizes", "key_bias")
 """Fields of :class:`Tokens` with one row for each token."""
 
@@ -146,10 +147,12 @@ class LayerTrace:
 
     @property
     def lengths_in(self) -> Tensor:
+        """``[B]`` tokens of each sample that entered."""
         return self.cu_seqlens_in.diff()
 
     @property
     def lengths(self) -> Tensor:
+        """``[B]`` tokens of each sample that left."""
         return self.cu_seqlens.diff()
 
     @property

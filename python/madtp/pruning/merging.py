@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..layers import Attention
 
 LIMITS = ("thresholds", "shares", "counts")
+"""Fields of a rule that say, layer by layer, how much goes; at most one is set."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from .base import register
 from .merging import MergingPruning, own_rows
 
 ORDERS = ("attention", "cls", "norm", "importance", "index")
+"""By what tokens may be ranked."""
 KEYS = ("concatenated", "per_head", "averaged")
+"""How the keys of several heads are compared."""
 
 
 @register

@@ -223,6 +223,7 @@ class Task:
         return read_captions(path, image_root, strict)
 
     def images_of(self, example: Any) -> tuple[Path, ...]:
+        """Picture files of an example."""
         return (example.image,)
 
     def rows(self, examples: Sequence) -> list[dict]:

@@ -21,6 +21,7 @@ from ..losses import caption_loss, token_loss
 from .model import Caption, CaptionConfig
 
 HOW = "how captions are written"
+"""Group of options in the help."""
 
 
 @dataclass(frozen=True)

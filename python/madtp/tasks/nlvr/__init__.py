@@ -38,6 +38,7 @@ class NLVRAnswer(Answer):
 
     @property
     def answer(self) -> bool:
+        """Whether the statement is more likely true."""
         return self.probability_true > 0.5
 
 

@@ -34,6 +34,7 @@ from ...text import TextEncoder
 from ...vision import VisionTransformer
 
 PADDED_LENGTH = 35
+"""Tokens that the official code pads texts to."""
 
 
 @dataclass(frozen=True)

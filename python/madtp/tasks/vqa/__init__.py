@@ -26,6 +26,7 @@ from ..metrics import vqa_accuracy, vqa_score
 from .model import VQA, VQAConfig
 
 HOW = "how answers are found"
+"""Group of options in the help."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .base import KeyMap
 __all__ = ["IGNORED", "MAP", "TASKS", "from_ours", "infer_config", "task_of", "to_ours"]
 
 TASKS = {"clip": {"visual", "text", "logit_scale"}}
+"""Task to the modules that its keys name."""
 
 # Keys without a counterpart in our model -> what they are.
 IGNORED = {
@@ -65,7 +66,8 @@ MAP = KeyMap(
     ignored=IGNORED,
     own=r"^$",
 )
-from_ours = MAP.from_ours
+"""Official and OpenAI names of weights, and ours."""
+from_ours = MAP.from_ours  # state dict -> the same under the other names
 
 
 def task_of(keys: Iterable[str]) -> str | None:

@@ -342,3 +342,4 @@ FAMILIES: dict[str, Family] = {
         Family("vit", VIT, _vit, pixels="vit"),
     )
 }
+"""Families of encoders, by `model_type` of transformers' configuration."""
