@@ -19,8 +19,8 @@ JOBS = 2
 # The newest transformers, without constraints.txt, as `pip install .` finds it; and the oldest that pyproject.toml allows.
 OLDEST := $(shell sed -n 's/^ *"transformers>=\(.*\)",$$/\1/p' pyproject.toml)
 RELEASES = transformers transformers==$(OLDEST).*
-TRANSFORMERS_TESTS = $(addprefix tests/test_,clip.py encoders.py huggingface.py patch.py patch_encoders.py patch_others.py \
-	processing.py sampling.py tasks.py varlen.py)
+TRANSFORMERS_TESTS = tests/patch tests/weights/test_huggingface.py \
+	$(addprefix tests/models/test_,clip.py encoders.py processing.py sampling.py tasks.py varlen.py)
 
 PIP = "$(VENV)/bin/python" -m pip --disable-pip-version-check
 

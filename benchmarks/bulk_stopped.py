@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("", "cli")]
 from test_cli_batch import CONFIGS, picture
 
 import madtp

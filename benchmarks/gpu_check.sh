@@ -159,9 +159,9 @@ for chosen in $stages; do
         memcheck | racecheck) sanitize "$chosen" 50 ;;
         conformance) run_tests conformance 60 tests/test_conformance.py ;;
         operation-tests)
-            run_tests operation-tests 70 tests/test_{linear,operators,contracts,ragged,batch_invariance}.py
+            run_tests operation-tests 70 tests/kernels/test_{linear,operators,contracts,ragged}.py tests/test_batch_invariance.py
             ;;
-        model-tests) run_tests model-tests 60 tests/test_{model,tasks,clip,patch}.py ;;
+        model-tests) run_tests model-tests 60 tests/models/test_{model,tasks,clip}.py tests/patch/test_patch.py ;;
         bench-*) records "${chosen#bench-}" 120 ;;
     esac
 done

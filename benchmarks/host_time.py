@@ -37,7 +37,7 @@ from madtp.text import Layer, TwinCrossAttention
 from madtp.vision import Block
 from madtp_kernels import RaggedBatch, backends, checks, compact, prune
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels"))
 from test_triton_aot import Target
 
 MULTIPROCESSORS = 132

@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_resources.py [--out benchmarks/results/triton-kernels.md] [--targets 80 90 100]
 
-One row per kernel and case of `tests/test_triton_aot.py`, of real sizes: registers of a thread, stack (where spilled registers
+One row per kernel and case of `tests/kernels/test_triton_aot.py`, of real sizes: registers of a thread, stack (where spilled registers
 go), shared memory of a block, machine instructions in all, and those after the last instruction of a matrix product: what
 finishes a tile. Compiling takes some minutes.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import triton
 from triton import knobs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels"))
 import test_triton_aot as aot
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)

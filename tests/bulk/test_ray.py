@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name):
@@ -31,9 +32,9 @@ def example(name):
 def cluster():
     import ray.data
 
-    variables = {name: os.environ[name] for name in ("PYTHONPATH", "MADTP_KERNELS_BUILD") if name in os.environ}
+    variables = {name: os.environ[name] for name in ("MADTP_KERNELS_BUILD",) if name in os.environ}
     # Actors import this file for the class below.
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), variables.get("PYTHONPATH")]))
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray

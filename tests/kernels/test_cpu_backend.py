@@ -98,7 +98,7 @@ def test_lesser_instruction_sets(name):
     if instruction_set(name) is None:
         pytest.skip(f"this processor does not have {name}")
     assert instruction_set(name) == name
-    files = ["test_properties.py", "test_batch_invariance.py", "test_not_finite.py", "test_cpu_gradients.py"]
+    files = ["test_properties.py", "../test_batch_invariance.py", "test_not_finite.py", "test_cpu_gradients.py"]
     in_fresh_process(["-m", "pytest", "-q", "-x", "-k", "(cpu or finite) and not nlvr", *files], MADTP_KERNELS_CPU=name)
 
 

@@ -27,7 +27,7 @@ CONFIG = NLVRConfig(
 
 @pytest.fixture(scope="module")
 def shapes():
-    path = Path(__file__).parents[1] / "experiments" / "shapes" / "task.py"
+    path = Path(__file__).parents[2] / "experiments" / "shapes" / "task.py"
     spec = importlib.util.spec_from_file_location("shapes_task", path)
     sys.modules["shapes_task"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -4,11 +4,11 @@ The operations are called as usual on CPU tensors of real size, with a stand-in 
 with launches replaced by compilation: what is compiled is what a GPU would get, specialisations included. Registers, stack
 (which is where spilled registers go) and shared memory are read from the machine code.
 
-    python tests/test_triton_aot.py 90          prints the table for one target
-    python tests/test_triton_aot.py variants    what batches of 1 to 64 compile, without compiling it
-    python tests/test_triton_aot.py keys        how `launch` and Triton tell variants of a kernel apart
-    python tests/test_triton_aot.py launches    which launches go to Triton, and how often a compiled kernel is run directly
-    python tests/test_triton_aot.py repeats     which eager calls repeat an earlier one, and what they run
+    python tests/kernels/test_triton_aot.py 90          prints the table for one target
+    python tests/kernels/test_triton_aot.py variants    what batches of 1 to 64 compile, without compiling it
+    python tests/kernels/test_triton_aot.py keys        how `launch` and Triton tell variants of a kernel apart
+    python tests/kernels/test_triton_aot.py launches    which launches go to Triton, and how often a compiled kernel is run directly
+    python tests/kernels/test_triton_aot.py repeats     which eager calls repeat an earlier one, and what they run
 """
 
 import collections

@@ -9,7 +9,7 @@ import pytest
 from madtp.tasks import annotations
 from madtp.tasks.annotations import AnnotationError, CaptionExample, NLVRExample, VQAExample
 
-FOLDER = Path(__file__).parent / "data" / "annotations"
+FOLDER = Path(__file__).parents[1] / "data" / "annotations"
 ROOT = Path("pictures")
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_embeddings_of_a_table(tmp_path):
-    spec = importlib.util.spec_from_file_location("daft_embed", Path(__file__).parent.parent / "examples/daft_embed.py")
+    spec = importlib.util.spec_from_file_location("daft_embed", Path(__file__).parents[2] / "examples/daft_embed.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     madtp.save_pretrained(madtp.load("random:base", config=CONFIGS["clip"], temperature=2.0), tmp_path / "clip")

@@ -17,7 +17,7 @@ from madtp.cli import parser as madtp_parser
 from madtp.data import synthetic
 from madtp.data.synthetic import KINDS, TEMPLATES
 
-FOLDER = Path(__file__).parents[1] / "experiments" / "shapes"
+FOLDER = Path(__file__).parents[2] / "experiments" / "shapes"
 
 
 @pytest.fixture(scope="module")
