@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import json
@@ -50,31 +51,100 @@ def find_images(sources: Sequence[str | os.PathLike]) -> list[str]:
 
 def _files(source: str) -> list[str]:
     if os.path.isdir(source):
-        paths = _images_below(source)
+        paths = list(stream_images([source]))
         if not paths:
             raise ValueError(f"{source}: no images in this folder")
-        return paths
-    if os.path.exists(source):
-        return [source]
-    matches = _matching(source)
-    if not matches:
-        raise FileNotFoundError(f"{source}: no such file or folder, and no pattern that matches any")
-    # `**` lists folders and also what is in them; folders by themselves stand for their images.
-    return [path for match in matches for path in (_images_below(match) if os.path.isdir(match) else [match])]
+        # Folders behind links, too, are where their name belongs.
+        depth = len(os.path.join(source, ""))
+        return sorted(paths, key=lambda path: _place(path[depth:].split(os.sep)))
+    return [source] if os.path.exists(source) else list(stream_images([source]))
 
 
-def _matching(pattern: str) -> list[str]:
-    """What `glob` finds, sorted. It would follow links that lead back forty times over, in all combinations."""
+def _place(parts: Sequence[str]) -> list[tuple[bool, str]]:
+    """Sorts files before folders, each by name."""
+    return [*((True, part) for part in parts[:-1]), (False, parts[-1])]
+
+
+def stream_images(sources: Sequence[str | os.PathLike], seen: set[tuple[int, int]] | None = None) -> Iterator[str]:
+    """The same paths one by one, for folders and patterns of any size, of which the names in one folder are in memory:
+    files are in the same order, but those of folders behind links come after all others of their source, and what two
+    sources have in common comes twice where a file is named before its folder.
+
+    Args:
+        seen: folders (device and inode) that are left out; those that are visited are added.
+
+    Raises:
+        FileNotFoundError, OSError: as above, when the source's turn comes; a folder may have no images.
+    """
+    seen = set() if seen is None else seen
+    for source in map(os.fspath, sources):
+        if os.path.isdir(source):
+            os.scandir(source).close()  # one that is named has to be readable
+            yield from _images_below(source, seen)
+        elif os.path.lexists(source):
+            yield source
+        else:
+            path = None
+            for path in _matching(source, seen):
+                yield path
+            if path is None:
+                raise FileNotFoundError(f"{source}: no such file or folder, and no pattern that matches any")
+
+
+def _images_below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Files before subfolders, each sorted by name."""
+    skipped: Counter[str] = Counter()
+    for parts, names, readable in _walk(folder, seen):
+        if not readable:
+            yield os.path.join(folder, *parts)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                yield os.path.join(folder, *parts, name)
+            elif suffix in _OTHER_PICTURES:
+                skipped[suffix] += 1
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        _log.warning("%s: left out pictures in formats that are not read: %s", folder, kinds)
+
+
+def _matching(pattern: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Files that match a pattern, and the images below folders that do.
+
+    `glob` would collect all of them, and follow links that lead back forty times over, in all combinations.
+    """
     before, deep, after = f"/{pattern}/".partition("/**/")
     if not deep:
-        return sorted(glob.glob(pattern))
-    found, after = [], ("**", *filter(None, after.split("/")))
-    for folder in glob.glob(os.path.join(before[1:], "") or ("/" if pattern.startswith("/") else "./")):
+        for path in _listed(pattern):
+            if os.path.isdir(path):
+                yield from _images_below(path, seen)
+            else:
+                yield path
+        return
+    wanted = ("**", *filter(None, after.split("/")))
+    for folder in sorted(glob.glob(os.path.join(before[1:], "") or ("/" if pattern.startswith("/") else "./"))):
         shown = folder if before else ""
-        for parts, names, _ in _walk(folder):
-            paths = [parts, *((*parts, name) for name in names)]
-            found += [os.path.join(shown, *path) for path in paths if _fits(path, after)]
-    return sorted(found)
+        for parts, names, readable in _walk(folder, seen):
+            inside = any(_fits(parts[:depth], wanted) for depth in range(len(parts) + 1))
+            if inside and not readable:
+                yield os.path.join(shown, *parts)
+            for name in names:
+                path = (*parts, name)
+                if _fits(path, wanted) or (inside and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES):
+                    yield os.path.join(shown, *path)
+
+
+def _listed(pattern: str) -> Iterator[str]:
+    """What a pattern without ``**`` stands for, sorted folder by folder."""
+    folders, name = os.path.split(pattern)
+    if not glob.has_magic(name):
+        yield from sorted(glob.glob(pattern))
+        return
+    for folder in sorted(glob.glob(folders)) if folders else [""]:
+        with contextlib.suppress(OSError):
+            for found in sorted(fnmatch.filter(os.listdir(folder or "."), name)):
+                if not found.startswith(".") or name.startswith("."):
+                    yield os.path.join(folder, found)
 
 
 def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -85,53 +155,12 @@ def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
 
 
-def _images_below(folder: str) -> list[str]:
-    """Files before subfolders, each sorted by name."""
-    os.listdir(folder)  # one that is named has to be readable
-    found: list[tuple[str, ...]] = []
-    skipped: Counter[str] = Counter()
-    for parts, names, readable in _walk(folder):
-        if not readable:
-            found.append(parts)
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
-                found.append((*parts, name))
-            elif suffix in _OTHER_PICTURES:
-                skipped[suffix] += 1
-    if skipped:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
-        _log.warning("%s: left out pictures in formats that are not read: %s", folder, kinds)
-    found.sort(key=lambda parts: [*((True, part) for part in parts[:-1]), (False, parts[-1])])
-    return [os.path.join(folder, *parts) for parts in found]
-
-
-def stream_images(sources: Sequence[str | os.PathLike]) -> Iterator[str]:
-    """The same paths one by one, for folders of any size: files are in the same order, but those of folders behind
-    links come after all others of their source, and what two sources have in common comes twice where a file is named
-    before its folder.
-    """
-    seen: set[tuple[int, int]] = set()
-    for source in map(os.fspath, sources):
-        if not os.path.isdir(source):
-            yield source
-            continue
-        os.listdir(source)
-        for parts, names, readable in _walk(source, seen):
-            if not readable:
-                yield os.path.join(source, *parts)
-            for name in names:
-                if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                    yield os.path.join(source, *parts, name)
-
-
-def _walk(folder: str, seen: set[tuple[int, int]] | None = None) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
+def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], list[str], bool]]:
     """Each folder from this one down once, in the order of names: its place below, names of its files, whether it can
     be read. Folders in ``seen`` are left out, and those that were visited are added.
 
     Links to folders are followed last: by then all that were there under their own names have been seen.
     """
-    seen = set() if seen is None else seen
     waiting, links = [()], []
     while waiting or links:
         parts = waiting.pop() if waiting else links.pop(0)
@@ -141,20 +170,17 @@ def _walk(folder: str, seen: set[tuple[int, int]] | None = None) -> Iterator[tup
             if (facts.st_dev, facts.st_ino) in seen:
                 continue
             seen.add((facts.st_dev, facts.st_ino))
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            names, below, behind = [], [], []
+            for entry in os.scandir(place):
+                if not entry.name.startswith("."):
+                    kind = names if not entry.is_dir() else behind if entry.is_symlink() else below
+                    kind.append(entry.name)
         except OSError:
             yield parts, [], False
             continue
-        names, below = [], []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else below).append((*parts, entry.name))
-            else:
-                names.append(entry.name)
-        waiting += reversed(below)
-        yield parts, names, True
+        waiting += ((*parts, name) for name in sorted(below, reverse=True))
+        links += ((*parts, name) for name in sorted(behind))
+        yield parts, sorted(names), True
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

@@ -27,7 +27,7 @@ from madtp.bulk.callables import Embedder, answer_all
 from madtp.bulk.readers import Row, Source
 from madtp.bulk.run import Part, run
 from madtp.bulk.workers import Decoders, Failure
-from madtp.bulk.writers import Results, read_records
+from madtp.bulk.writers import Results, read_records, write_records
 from madtp.jsonl import ResumeError
 
 try:
@@ -216,6 +216,15 @@ def test_what_changed_is_said(tmp_path):
         answered(source, tmp_path / "out")
     (tmp_path / "out/records_000001.jsonl").unlink()  # moved elsewhere
     assert answered(source, tmp_path / "out").before == 3
+    marker = tmp_path / "out/stats/000001.json"
+    for damaged in (marker.read_bytes()[:20], b"[]"):
+        marker.write_bytes(damaged)
+        with pytest.raises(ResumeError, match="000001.json is damaged; remove it"):
+            answered(source, tmp_path / "out")
+    marker.unlink()
+    assert answered(source, tmp_path / "out").before == 2
+    with pytest.raises(NotADirectoryError, match="rows.jsonl"):
+        Results(source, {}, format="jsonl")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").touch()
     with pytest.raises(ResumeError, match="holds other files \\(mine.txt\\)"):
@@ -274,6 +283,19 @@ def test_failed_rows_are_answered_once_more(tmp_path, monkeypatch, vectors, form
     assert all(read_records(tmp_path / "out" / name) == read_records(tmp_path / "whole" / name) for name in names)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_that_are_not_utf8_change_no_others(tmp_path, format):
+    names = [os.fsdecode(b"caf\xe9.jpg"), "caf\u00e9.jpg", "\u65e5\n.jpg"]
+    values = [{"name": name, "deep": {"names": [name]}, "mixed": n or name} for n, name in enumerate(names)]
+    with open(tmp_path / "table", "wb") as file:
+        write_records(file, values, format)
+    os.rename(tmp_path / "table", tmp_path / f"table.{format}")
+    found = read_records(tmp_path / f"table.{format}")
+    shown = ["caf\\udce9.jpg" if format == "parquet" else names[0], *names[1:]]
+    assert [record["name"] for record in found] == [record["deep"]["names"][0] for record in found] == shown
+    assert [str(record["mixed"]) for record in found] == [shown[0], "1", "2"]
+
+
 def test_a_shard_without_any_result_has_no_vectors(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text(
@@ -293,7 +315,7 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch):
         if len(calls) == 6:
             raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space.*out"):
         patch.setattr(os, "fsync", full)
         answered(source, tmp_path / "out", vectors="img")
     assert len(list((tmp_path / "out/stats").glob("*.json"))) == 0 or not list((tmp_path / "out").rglob("*.tmp"))
@@ -388,6 +410,9 @@ def test_parts():
     assert of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})[:2] == (Part(5, 8), 1)
     step = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
     assert of(step) == (Part(3, 4), 1, "srun")
+    for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "x"}):
+        with pytest.raises(ValueError, match="RANK|WORLD_SIZE"):
+            of(wrong)
     # The batch script itself is one process, whatever it asked for.
     assert of({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})[0] == Part(0, 1)
     array = {
@@ -429,6 +454,52 @@ def test_embed_a_folder_of_tars(command, tmp_path, models, format):
         ]
         == 1
     )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("caption", ["--num-beams", "1"]),
+        ("caption", ["--sample", "--top-p", "0.9", "--seed", "3"]),
+        ("vqa", ["--question", "is it red?"]),
+        ("vqa", ["--answers"]),
+    ],
+)
+def test_records_of_a_folder_are_those_of_a_file(command, models, tmp_path, name, options, format):
+    photos = sorted(path for path in save_pictures(tmp_path / "photos", 6).rglob("*") if path.is_file())
+    rows = [{"image": str(path.relative_to(tmp_path)), "id": n} for n, path in enumerate(photos)]
+    rows += [{"image": "absent.jpg", "id": 6}, {"id": 7}]
+    if name == "vqa":
+        rows[1]["question"], rows[2]["question"] = "what is it?", 5
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if options == ["--answers"]:
+        (tmp_path / "answers.txt").write_text("yes\nno\nred\n")
+        options = ["--answers", tmp_path / "answers.txt", "--question", "is it red?"]
+    options = ["--input", tmp_path / "rows.jsonl", *options, "--batch-size", "3"]
+    single = ["--model", models / name, "--backend", "reference", "--output", tmp_path / "one.jsonl"]
+    assert cli.main([name, *map(str, [*options, *single])]) == 1
+    many = ["--output", f"{tmp_path}/many/", "--shard-size", "5", "--format", format]
+    code, out, _ = command(name, name, *options, *many)
+    assert code == 1 and "8 images in 2 shards" in out.replace("questions", "images")
+    one = read_records(tmp_path / "one.jsonl")
+    found = [
+        record
+        for shard in range(2)
+        for record in read_records(
+            next((tmp_path / "many").glob(f"{name if name != 'vqa' else 'answer'}s_00000{shard}.{format}"))
+        )
+    ]
+    assert [record["row"] for record in found] == [0, 1, 2, 3, 4, 0, 1, 2]
+    for single, record in zip(one, found, strict=True):
+        record = {key: value for key, value in record.items() if value is not None}
+        assert record["id"] == single["id"] and ("error" in record) == ("error" in single)
+        if "error" not in single and "--top-p" not in options:  # what is drawn there hangs on the row's number
+            assert record.pop("image") == str(tmp_path / single.pop("image"))
+            del record["row"], single["row"]
+            assert record == single
+    again = command(name, name, *options, *many)
+    assert again[0] == 1 and "0 images in 0 shards" in again[1].replace("questions", "images")
 
 
 def test_embed_texts_of_a_table(command, tmp_path, models):

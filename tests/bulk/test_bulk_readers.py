@@ -70,6 +70,20 @@ def test_a_key_that_is_there_twice_and_samples_that_are_not_clear(tmp_path):
     assert content({row.key: row for row in read_tar(path, "png")}["2"]) == b"2"
 
 
+def test_members_that_are_no_plain_files(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("0.jpg", tarfile.LNKTYPE), ("1.jpg", tarfile.SYMTYPE), ("d", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "2.jpg"
+            tar.addfile(info)
+        info = tarfile.TarInfo("d/2.jpg")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"two"))
+    first, second, third = read_tar(str(tmp_path / "x.tar"))
+    assert first.error == second.error == "its jpg is a link or a sparse file; only plain ones are read"
+    assert third.key == "d/2" and content(third) == b"two"
+
+
 def damaged(whole, place):
     return whole[:place] + bytes(255 - byte for byte in whole[place : place + 100]) + whole[place + 100 :]
 
@@ -203,6 +217,8 @@ def test_parquet(tmp_path, kind):
     (tmp_path / "cut.parquet").write_bytes(whole[:-20])
     (row,) = rows_of(tmp_path / "cut.parquet")
     assert "without its end" in row.error
+    pq.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    assert Source([tmp_path / "empty.parquet"]).total == 0
 
 
 # ---- files
@@ -217,6 +233,30 @@ def test_folders_are_listed_as_a_stream(tmp_path):
     rows = rows_of(tmp_path, shard_size=2)
     assert [row.image for row in rows] == find_images([tmp_path]) and len(rows) == 8
     assert all(row.key == row.image for row in rows)
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jpg", "**/*.jpg", "*", "[0-9]/**"])
+def test_patterns_are_listed_as_a_stream(tmp_path, pattern, monkeypatch):
+    for folder in range(5):
+        (tmp_path / str(folder)).mkdir()
+        for n in range(4):
+            (tmp_path / f"{folder}/{n}.jpg").touch()
+    (tmp_path / "2/gone.jpg").symlink_to("nothing")
+    tar_of(tmp_path / "5.tar", [("0.jpg", b"0")])
+    listed, scan, read = [], os.scandir, os.listdir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.basename(path)) or scan(path))
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(os.path.basename(path)) or read(path))
+    shards = iter(Source([tmp_path / pattern], shard_size=3))
+    first = next(shards)
+    assert "4" not in listed  # what comes late is not looked at early
+    rows = [row.image for shard in (first, *shards) for row in shard.rows()]
+    expected = [str(tmp_path / f"{folder}/{n}.jpg") for folder in range(5) for n in range(4)]
+    expected.insert(12, str(tmp_path / "2/gone.jpg"))
+    names = [row for row in rows if isinstance(row, str)]
+    assert names == expected == [name for name in find_images([tmp_path / pattern]) if name.endswith("jpg")]
+    assert len(rows) == 21 + (pattern == "*")  # the tar's
+    source = Source([tmp_path / "*.tar"])
+    assert source.total == 1 and Source([tmp_path / pattern]).total is None
 
 
 def test_more_files_than_may_be_open(tmp_path):

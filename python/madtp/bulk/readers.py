@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..files import STANDARD, open_regular
-from ..inputs import IMAGE_SUFFIXES, find_images, stream_images
+from ..inputs import IMAGE_SUFFIXES, stream_images
 from ..jsonl import row_of, to_line
 
 __all__ = ["Row", "Shard", "Source", "Span", "expand_braces"]
@@ -111,41 +111,57 @@ class Source:
         images: bool = True,
     ) -> None:
         self.image_key, self.shard_size, self.images = image_key, shard_size, images
-        self._parts: list[tuple[str, list[str]]] = []
+        self._sources: list[tuple[str, str]] = []
         for source in map(os.fspath, sources):
             for path in expand_braces(source):
                 self._add(path)
-        for kind, paths in self._parts:
-            if kind == "parquet":
-                for path in paths:
-                    _parquet(path, image_key, images)
 
     def _add(self, source: str) -> None:
-        listed = source == STANDARD or os.path.isdir(source)
-        for path in [source] if listed else find_images([source]):
-            kind = _kind(path) if path != STANDARD else "lines" if self.images else "texts"
-            if not self.images and kind == "images" and not os.path.isdir(path):
-                kind = "texts"
-            if self._parts and self._parts[-1][0] == kind:
-                self._parts[-1][1].append(path)
+        """Note a source with its kind, and find out now what is wrong with it; of many images, only that they are."""
+        if source == STANDARD:
+            self._sources.append(("lines" if self.images else "texts", source))
+            return
+        exists = os.path.lexists(source)
+        kind = "folder" if os.path.isdir(source) else self._kind(source) if exists else "pattern"
+        self._sources.append((kind, source))
+        for path in [source] if exists else stream_images([source]):
+            kind = self._kind(path)
+            if kind == "images":
+                break
+            if kind == "parquet":
+                _parquet(path, self.image_key, self.images)
+
+    def _kind(self, path: str) -> str:
+        kind = _kind(path)
+        return "texts" if kind == "images" and not self.images and not os.path.isdir(path) else kind
+
+    def _paths(self) -> Iterator[tuple[str, str]]:
+        """Kind and name of every file, one by one."""
+        seen: set[tuple[int, int]] = set()
+        for kind, source in self._sources:
+            if kind == "folder":
+                yield from (("images", path) for path in stream_images([source], seen))
+            elif kind == "pattern":
+                yield from ((self._kind(path), path) for path in stream_images([source], seen))
             else:
-                self._parts.append((kind, [path]))
+                yield kind, source
 
     @property
     def total(self) -> int | None:
         """How many shards there are, if that is known before they are read."""
-        if any(kind not in ("tar", "parquet") for kind, _ in self._parts):
+        if any(kind not in ("tar", "parquet") for kind, _ in self._paths()):
             return None
         return sum(1 for _ in self)
 
     @property
     def standard_input(self) -> bool:
         """Whether rows come from standard input, which can be read only once."""
-        return any(STANDARD in paths for kind, paths in self._parts if kind == "lines")
+        return any(source == STANDARD for _, source in self._sources)
 
     def __iter__(self) -> Iterator[Shard]:
         numbers = itertools.count()
-        for kind, paths in self._parts:
+        for kind, group in itertools.groupby(self._paths(), key=lambda found: found[0]):
+            paths = (path for _, path in group)
             if kind == "images":
                 yield from self._listed(numbers, paths)
                 continue
@@ -160,9 +176,8 @@ class Source:
                 else:
                     yield from self._lines(numbers, path, kind)
 
-    def _listed(self, numbers: Iterator[int], paths: list[str]) -> Iterator[Shard]:
-        images = stream_images(paths)
-        while chunk := list(itertools.islice(images, self.shard_size)):
+    def _listed(self, numbers: Iterator[int], paths: Iterator[str]) -> Iterator[Shard]:
+        while chunk := list(itertools.islice(paths, self.shard_size)):
             digest = _digest(chunk)
             yield Shard(
                 next(numbers),
@@ -227,12 +242,12 @@ class Source:
         counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         groups, rows = [], 0
         for group, count in enumerate(counts):
-            if groups and rows + count > self.shard_size:
+            if rows and rows + count > self.shard_size:
                 yield self._groups(next(numbers), path, groups)
                 groups, rows = [], 0
             groups.append(group)
             rows += count
-        if groups:
+        if rows:
             yield self._groups(next(numbers), path, groups)
 
     def _groups(self, number: int, path: str, groups: list[int]) -> Shard:
@@ -334,11 +349,11 @@ def read_tar(path: str, image_key: str | None = None, images: bool = True) -> It
     A sample's key is the member's path up to the first dot of its name; the rest, in lower case, says what it is.
     ``txt`` becomes the field "caption", and the entries of ``json`` become fields. Members without a suffix, named
     ``__x__`` or beginning with a dot are passed over. Members of a sample need not be neighbours. A key with two
-    members of one kind, or several images of which none is chosen, is an error; so is every damaged part of the
-    archive, and nothing else is lost.
+    members of one kind, or several images of which none is chosen, is an error; so is a member that is a link, and
+    every damaged part of the archive, and nothing else is lost.
     """
     with _plain(path) as (plain, broken):
-        samples: dict[str, dict[str, Span]] = {}
+        samples: dict[str, dict[str, Span | None]] = {}
         twice: dict[str, str] = {}
         for name, span in _members(plain, broken):
             folder, base = os.path.split(name)
@@ -354,6 +369,9 @@ def read_tar(path: str, image_key: str | None = None, images: bool = True) -> It
         for number, (key, members) in enumerate(samples.items()):
             if key in twice:
                 yield Row(number, key, error=f"duplicate key: {twice[key]} is there twice")
+            elif None in members.values():
+                field = next(field for field, span in members.items() if span is None)
+                yield Row(number, key, error=f"its {field} is a link or a sparse file; only plain ones are read")
             else:
                 row = _sample(number, key, members, image_key, images)
                 if plain != path and row.image is not None:  # a temporary file, gone before the row is decoded
@@ -422,8 +440,10 @@ class _plain:
             self.temporary.close()
 
 
-def _members(path: str, broken: list[str]) -> Iterator[tuple[str, Span]]:
-    """Names and places of a tar's files. What is neither a member nor filling is said in ``broken``, and skipped."""
+def _members(path: str, broken: list[str]) -> Iterator[tuple[str, Span | None]]:
+    """Names and places of a tar's files, None of those that are links or have holes. What is neither a member nor
+    filling is said in ``broken``, and skipped.
+    """
     size = os.path.getsize(path)
     if size == 0:
         if not broken:
@@ -452,8 +472,9 @@ def _members(path: str, broken: list[str]) -> Iterator[tuple[str, Span]]:
             if member is None:
                 return
             end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
-            if member.isreg() and not os.path.basename(member.name).startswith("."):
-                yield member.name.removeprefix("./"), Span(path, member.offset_data, member.size)
+            if not member.isdir() and not os.path.basename(member.name).startswith("."):
+                plain = member.isreg() and not member.issparse()
+                yield member.name.removeprefix("./"), Span(path, member.offset_data, member.size) if plain else None
 
 
 def _is_damaged(file, start: int, end: int) -> bool:

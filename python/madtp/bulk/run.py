@@ -45,25 +45,30 @@ class Part:
         """What torchrun or SLURM (srun, also in job arrays) say: the part, the place among this machine's processes,
         who says so.
         """
+
+        def number(name: str, default: int | None = None) -> int:
+            text = environment.get(name, "" if default is None else str(default))
+            if not text.strip().isdecimal():
+                raise ValueError(f"{name}: expected a number in this variable of the environment, got {text!r}")
+            return int(text)
+
         if "RANK" in environment and "WORLD_SIZE" in environment:
-            part = cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
-            return part, int(environment.get("LOCAL_RANK", 0)), "RANK and WORLD_SIZE"
-        index, count, says = 0, 1, []
-        if "SLURM_ARRAY_TASK_ID" in environment and int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)) > 1:
-            first, step = (
-                int(environment.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1))
-            )
-            index, count = (
-                (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step),
-                int(environment["SLURM_ARRAY_TASK_COUNT"]),
-            )
-            says.append("the job array")
-        # A batch script has SLURM_NTASKS too, but is one process; only what srun starts has the number of its step.
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-        if tasks > 1:
-            index, count = index * tasks + int(environment["SLURM_PROCID"]), count * tasks
-            says.append("srun")
-        return cls(index, count), int(environment.get("SLURM_LOCALID", 0)), " and ".join(says) or None
+            index, count, place = number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", 0)
+            says = ["RANK and WORLD_SIZE"]
+        else:
+            index, count, place, says = 0, 1, number("SLURM_LOCALID", 0), []
+            if "SLURM_ARRAY_TASK_ID" in environment and number("SLURM_ARRAY_TASK_COUNT", 1) > 1:
+                first, step = number("SLURM_ARRAY_TASK_MIN", 0), max(1, number("SLURM_ARRAY_TASK_STEP", 1))
+                index, count = (number("SLURM_ARRAY_TASK_ID") - first) // step, number("SLURM_ARRAY_TASK_COUNT")
+                says.append("the job array")
+            # A batch script has SLURM_NTASKS too, but is one process; only what srun starts has the number of its step.
+            tasks = number("SLURM_STEP_NUM_TASKS", 1)
+            if tasks > 1:
+                index, count = index * tasks + number("SLURM_PROCID"), count * tasks
+                says.append("srun")
+        if not 0 <= index < count:
+            raise ValueError(f"{' and '.join(says)}: process {index} of {count}, which are counted from 0")
+        return cls(index, count), place, " and ".join(says) or None
 
     def has(self, number: int) -> bool:
         """Whether a shard belongs to this part."""

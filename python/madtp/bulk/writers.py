@@ -16,6 +16,7 @@ are in `OUTPUT/.unfinished`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -71,6 +72,8 @@ class Results:
             require_pyarrow()
         self.folder, self.vectors, self.name, self.format, self.dtype = Path(folder), vectors, name, format, dtype
         self.settings = {**settings, "format": format, **({"vectors": vectors, "npy_dtype": dtype} if vectors else {})}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "results are a folder, and this is a file", str(folder))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._unfinished = self.folder / ".unfinished"
         self._agree()
@@ -111,7 +114,7 @@ class Results:
         if not (folder / "run.json").is_file():
             raise ResumeError(f"{folder}: no results of a run, so nothing in it is overwritten; name another folder")
         for marker in sorted((folder / "stats").glob("*.json")):
-            for name in json.loads(marker.read_bytes())["files"]:
+            for name in _read_marker(marker)["files"]:
                 (folder / name).unlink(missing_ok=True)
             marker.unlink()
         shutil.rmtree(folder / ".unfinished", ignore_errors=True)
@@ -129,7 +132,7 @@ class Results:
             ResumeError: its rows are other ones now, or a file of its results has another size.
         """
         try:
-            found = json.loads((self.folder / self._marker(shard.number)).read_bytes())
+            found = _read_marker(self.folder / self._marker(shard.number))
         except FileNotFoundError:
             return None
         if found["digest"] != shard.digest:
@@ -227,9 +230,12 @@ class ShardFiles:
             left.unlink()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind=None, error=None, traceback=None) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or str(self._results.folder)  # writing does not say where
         if self._npy is not None:
-            self._npy.close()
+            with contextlib.suppress(OSError):  # what is done is on the disk
+                self._npy.close()
         for left in self._results._unfinished.glob(f"{self._stem}-*"):
             left.unlink()
 
@@ -325,6 +331,17 @@ class ShardFiles:
         return marker
 
 
+def _read_marker(path: Path) -> dict:
+    """What says that a shard is done. Raises ResumeError where it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"source", "digest", "failed", "files"} <= found.keys():
+        raise ResumeError(f"{path} is damaged; remove it, and its shard is made again")
+    return found
+
+
 def _written(file, path: Path) -> int:
     """Wait until a file is on the disk; its size."""
     file.flush()
@@ -361,13 +378,31 @@ def write_records(file, records: Iterable[Mapping], format: str) -> None:
 
 
 def _column(values: list):
-    """An Arrow array of JSON values; of those that have no common type, their JSON."""
+    """An Arrow array of JSON values; where they have no common type, of texts: strings as they are, JSON of all others.
+    Names of files that are not UTF-8 have escapes in place of the bytes that are not.
+    """
     import pyarrow as pa
 
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError):
-        return pa.array([None if value is None else to_line(value).decode().rstrip("\n") for value in values])
+    for plain in (lambda value: value, _escaped):
+        try:
+            return pa.array(list(map(plain, values)))
+        except UnicodeEncodeError:
+            continue
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+            break
+    return pa.array([value if value is None else _text(value) for value in values])
+
+
+def _text(value) -> str:
+    return _escaped(value) if isinstance(value, str) else to_line(value).decode().rstrip("\n")
+
+
+def _escaped(value):
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_escaped(name): _escaped(inner) for name, inner in value.items()}
+    return [_escaped(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_records(path: str | os.PathLike) -> list[dict]:

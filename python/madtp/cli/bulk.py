@@ -159,7 +159,7 @@ def run_bulk(
     if says and not options.quiet:
         print(f"madtp: process {part.index} of {part.count}, by {says}", file=sys.stderr)
 
-    reserved = {"row", "error", "input", *COMMON, *answers, *tokens}
+    reserved = {"row", "error", "input", "embedding", *COMMON, *answers, *tokens}
     first = "image_path" if vectors else "image"
 
     def record(row) -> dict:
@@ -169,7 +169,10 @@ def run_bulk(
             (hidden if key in reserved or key in fields else fields)[key] = value
         with contextlib.suppress(ValueError):  # a row without a text has an error of its own
             text = prepare.text_of(row)
-            fields |= {} if text is None else truncation(model, text)
+            if text is not None:
+                if not any(key in row.fields for key in prepare.texts):  # it is the default
+                    fields[prepare.texts[0]] = text
+                fields |= truncation(model, text)
         return fields | ({"input": hidden} if hidden else {})
 
     progress = _Pipe(child.progress) if child else _Bar(unit, tokens, hidden=options.quiet)
