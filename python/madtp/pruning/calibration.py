@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -150,6 +151,8 @@ def calibrate(
     def attempt(schedule: Schedule, scale: float, method: MergingPruning) -> tuple[MergingPruning, Tensor, float]:
         """The rule at a scale of the schedule, its features, and what it saves."""
         limits = schedule.limits(scale, layers)
+        if schedule.kind == "counts" and not adaptive:
+            limits = _whole(limits)
         trial = _Fitting(
             method, schedule.kind, limits, adaptive, shape, streams=method.streams,
             proportional_attention=method.proportional_attention, backend=method.backend,
@@ -210,6 +213,13 @@ def calibrate(
 def _run(forward: Forward, rule: Pruning) -> tuple[Tensor, Tensor]:
     features, gflops = forward(rule)
     return features.detach().double().cpu(), torch.as_tensor(gflops, dtype=torch.float64).cpu()
+
+
+def _whole(counts: Sequence[float]) -> tuple[float, ...]:
+    """Whole numbers that add up to what the counts do, up to every layer: a schedule is met more finely than by rounding
+    each."""
+    ends = [0, *map(round, accumulate(counts))]
+    return tuple(float(end - start) for start, end in pairwise(ends))
 
 
 def _cosines(features: Tensor, dense: Tensor) -> Tensor:
