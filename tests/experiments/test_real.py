@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from madtp.vision import VisionTransformer
 from madtp.weights import randomize
 
-FOLDER = Path(__file__).parents[1] / "experiments" / "real"
+FOLDER = Path(__file__).parents[2] / "experiments" / "real"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the experiments are not part of the package")
 
 
