@@ -51,7 +51,7 @@ SCHEDULES: dict[str, Schedule] = {
     "flat": Schedule("counts", lambda depth, layer: 1.0),
     "shares": Schedule("shares", lambda depth, layer: 1.0),
     "early": Schedule("shares", lambda depth, layer: 4.0 if layer < 2 else 1.0),
-    "first": Schedule("shares", lambda depth, layer: 1.0, most_later=0.1),
+    "first": Schedule("shares", lambda depth, layer: 1.2 if layer == 0 else 1.0, most_later=0.06),
 }
 """From those by which late layers merge most to those by which the first do: a search may go from one to the next."""
 
