@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("", "cli")]
-from test_cli_batch import CONFIGS, picture
+from test_cli_batch import CONFIGS, picture  # noqa: E402
 
-import madtp
-from madtp.bulk.writers import read_records
+import madtp  # noqa: E402
+from madtp.bulk.writers import read_records  # noqa: E402
 
 TARS = 20
 DAMAGED = (7, 9)

@@ -221,8 +221,10 @@ def candidates(path: str | os.PathLike, queries, count: int) -> list[list[int]]:
         index = Index.restore(str(path))
         width, found = index.ndim, None
         if width == queries.shape[1]:
-            matches = index.search(queries, min(count, len(index)))
-            found = np.atleast_2d(matches.keys).tolist()
+            matches = [index.search(query, min(count, len(index))) for query in queries]
+            found = [
+                match.keys.tolist() for match in matches
+            ]  # of several queries, keys would be filled up with others
     else:
         try:
             import faiss
