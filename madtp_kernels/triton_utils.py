@@ -111,7 +111,7 @@ def specialisation(kernel: JITFunction, args: tuple, constants: dict) -> tuple |
             key.append(kind)
         elif kind is int and -(2**31) <= arg < 2**31:
             key.append(specialised and (2 if arg == 1 else not arg & 15))
-        elif kind is TensorDescriptor:
+        elif issubclass(kind, TensorDescriptor):
             key.append(arg.base.dtype)
             key.append(tuple(arg.block_shape))
         else:

@@ -160,16 +160,19 @@ def _tiles(x: Tensor, weight: Tensor) -> tuple[Tile, ...]:
     return tiles.COPY_ENGINE if _copy_engine(x.device) else tiles.SIXTEEN_BITS
 
 
+@functools.lru_cache(1024)
 def _described(shape: tuple[int, int], stride: int, rows: int, columns: int) -> Callable[[Tensor], TensorDescriptor]:
     """What makes descriptors of blocks ``[rows, columns]`` of aligned matrices of this shape and distance between rows.
 
-    The constructor of a descriptor checks all of it once more, for longer than a launch takes.
+    What they share belongs to their class. The constructor of a descriptor checks all of it once more, for longer than a launch
+    takes.
     """
     fields = {"shape": shape, "strides": (stride, 1), "block_shape": [rows, columns]}
+    blocks, make = type("Blocks", (TensorDescriptor,), fields), object.__new__
 
     def describe(base: Tensor) -> TensorDescriptor:
-        descriptor = TensorDescriptor.__new__(TensorDescriptor)
-        descriptor.__dict__.update(fields, base=base)
+        descriptor = make(blocks)
+        descriptor.base = base
         return descriptor
 
     return describe

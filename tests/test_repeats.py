@@ -1,0 +1,56 @@
+"""Which eager calls on a GPU repeat an earlier one: the extension and Python tell the same calls apart."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from madtp_kernels import native, repeats
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def described(*tensors):
+    """What both make of tensors; None where somebody has to look at them, by both."""
+    extension = native.find()
+    if extension is None:
+        pytest.skip("there is no extension")
+    facts = extension.signature(tensors), repeats._facts_in_python(tensors)
+    assert (facts[0] is None) == (facts[1] is None), facts
+    return None if facts[0] is None else facts
+
+
+def test_what_decides_how_a_call_runs_is_told_apart():
+    x = torch.zeros(8, 16)
+    same = [
+        (x, None), (x.clone(), None), (torch.nn.Parameter(x, requires_grad=False), None), (torch.zeros(9, 16)[:8], None)
+    ]  # fmt: skip
+    others = [
+        (x,), (None, x), (x, x), (x[:7], None), (x[:, :8], None), (x.half(), None), (x.int(), None), (x[0], None),
+        (x[0, 0], None), (torch.zeros(8 * 16 + 1)[1:].view(8, 16), None), (x[::2], None), (x[:, None], None),
+        (torch.zeros(8, 0), None), (torch.zeros(0, 16), None), (x.to("meta"), None),
+    ]  # fmt: skip
+    for way in range(2):
+        first = described(*same[0])[way]
+        assert all(described(*tensors)[way] == first for tensors in same)
+        found = [first, *(described(*tensors)[way] for tensors in others)]
+        assert len(set(found)) == len(found)
+
+
+def test_calls_that_somebody_has_to_look_at():
+    x = torch.zeros(4, 6)
+    weight = torch.nn.Parameter(x.clone())
+    for tensor in (x.T, x[:, ::2], x.as_subclass(Subclass), weight, x.to_sparse()):
+        assert described(x, tensor) is None
+    with torch.no_grad():
+        assert described(x, weight) is not None
+    with forward_ad.dual_level():
+        assert described(x) is None
+    with FlopCounterMode(display=False):
+        assert described(x) is None
+    seen = []
+    torch.func.vmap(lambda y: seen.append(described(torch.zeros(2))) or y)(x)
+    torch.func.grad(lambda y: seen.append(described(torch.zeros(2))) or y.sum())(x)
+    assert seen == [None, None] and described(x) is not None
