@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, EARLIER, LARGE, RUNS, SHIPPED, SHIPPED_STEPS
+from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, EARLIER, LARGE, RUNS
 
 SHAPES = Path(__file__).parent
 ROOT = SHAPES.parents[1]
@@ -59,7 +59,6 @@ METHODS = {
     "vision-only": Method("vision only", "MADTP with sizes, the text is not pruned", "#b8860b", "P"),
 }
 CALIBRATED_STYLE = Method("calibrated", "dictionary and temperature only, no labels", "#999933", "v")
-SHIPPED_NAME = f"MADTP with sizes, {SHIPPED_STEPS} steps"
 MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
@@ -159,9 +158,8 @@ def read(folder: Path) -> dict[str, Record]:
             differ in settings which the tables do not show, or in the number of test statements.
         OSError, ValueError: a file that cannot be read.
     """
-    named = {run.name: run for run in (*EARLIER, *RUNS, *LARGE)}
-    named |= {f"large-{run.name}": run for run in LARGE}
-    evaluated = ["dense", "dense-test", "large-dense", "shipped", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    named = EARLIER | {run.name: run for run in RUNS} | {f"large-{run.name}": run for run in LARGE}
+    evaluated = ["dense", "dense-test", "large-dense", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     records = {}
     for name in [*evaluated, *named]:
@@ -266,10 +264,6 @@ class Results(NamedTuple):
         return self.records.get(f"batch-maximum-{BATCH_MAXIMUM.reduction}")
 
     @property
-    def shipped(self) -> Record | None:
-        return self.records.get("shipped")
-
-    @property
     def calibrated(self) -> list[Group]:
         found = ((reduction, self.records.get(f"calibrated-{reduction}")) for reduction in CALIBRATED)
         return [Group("calibrated", reduction, 0, [record]) for reduction, record in found if record]
@@ -282,9 +276,9 @@ def collect(folder: Path) -> Results:
     """All records of a folder; errors as in :func:`read`."""
     records = read(folder)
     found = defaultdict(list)
-    for run in dict.fromkeys((*RUNS, *EARLIER)):
-        if run.name in records:
-            found[run.method, run.reduction, records[run.name].steps].append(records[run.name])
+    for name, run in ({run.name: run for run in RUNS} | EARLIER).items():
+        if name in records:
+            found[run.method, run.reduction, records[name].steps].append(records[name])
     methods = list(METHODS)
     order = sorted(found, key=lambda key: (methods.index(key[0]), key[1:]))
     timings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("timing-*.json"))]
@@ -363,11 +357,6 @@ def overall(results: Results) -> str:
                 error(group.records[0]),
             ]
         )
-    if shipped := results.shipped:
-        row = [f"{METHODS[SHIPPED.method].name}, the package's", str(SHIPPED_STEPS), whole(SHIPPED.reduction)]
-        row += [f"{percent(shipped.test['reduction'])} %", f"{shipped.cost:.3f}"]
-        row += [f"{shipped.test['gflops_full']:.3f}", "1", f"**{percent(shipped.accuracy)}**", ""]
-        rows.append([*row, loss(results, shipped.accuracy), error(shipped)])
     header = ["method", "steps", "fewer GFLOPs: target", "reached", "GFLOPs", "full", "seeds", "accuracy, %"]
     header += ["range over seeds", "points below dense", "standard error"]
     image = "![Accuracy against GFLOPs](PLOT-accuracy-gflops.png)"
@@ -417,9 +406,6 @@ def labelled(results: Results) -> list[tuple[str, Group]]:
     found = [("dense", Group("dense", 0.0, 0, [results.dense]))] if results.dense else []
     found += [(f"{named(group)}, {whole(group.reduction)}, {group.steps} steps", group) for group in results.groups]
     found += [(f"calibrated, {whole(group.reduction)}", group) for group in results.calibrated]
-    if results.shipped:
-        group = Group(SHIPPED.method, SHIPPED.reduction, SHIPPED_STEPS, [results.shipped])
-        found.append((f"{SHIPPED_NAME}, {whole(SHIPPED.reduction)}", group))
     if results.maximum:
         group = Group(BATCH_MAXIMUM.method, BATCH_MAXIMUM.reduction, 0, [results.maximum])
         found.append((MAXIMUM_STYLE.name, group))
@@ -438,8 +424,7 @@ def anatomy(results: Results) -> str:
     """The shipped model under other conditions."""
     names = {
         "shipped-as-it-is": "as it is",
-        "shipped-text-whole": "text not pruned",
-        "shipped-milder": "at a third of its temperature",
+        "shipped-milder": f"at strength {ANATOMY['shipped-milder']['strength']:g}",
         "shipped-unpruned": "not pruned at all",
     }
     rows = []
@@ -450,7 +435,7 @@ def anatomy(results: Results) -> str:
             rows.append([*row, *(percent(left[layer - 1]) for layer in SHOWN_LAYERS)])
     header = ["the model of the package", "fewer GFLOPs", "accuracy, %"]
     header += [f"objects with a token after layer {layer}, %" for layer in SHOWN_LAYERS]
-    return table(header, rows, f"Made by {EVALUATE} with `--streams vision`, `--strength`.")
+    return table(header, rows, f"Made by {EVALUATE} with `--strength`.")
 
 
 def calibrated(results: Results) -> str:
@@ -486,7 +471,7 @@ def tokens(results: Results) -> str:
 def timing(results: Results) -> str:
     """Milliseconds of a statement, by device."""
     parts = []
-    runs = {run.name: f"{METHODS[run.method].name}, {whole(run.reduction)}" for run in (*EARLIER, *RUNS)}
+    runs = {run.name: f"{METHODS[run.method].name}, {whole(run.reduction)}" for run in (*EARLIER.values(), *RUNS)}
     for content in results.timings:
         environment = content["environment"]
         rows = []
@@ -574,7 +559,10 @@ def accuracy_plot(results: Results):
     axes = drawn.subplots()
     by_name: dict[str, list[Group]] = defaultdict(list)
     for group in [*results.groups, *results.calibrated]:
-        by_name[named(group) if group.method in METHODS else CALIBRATED_STYLE.name].append(group)
+        name = named(group) if group.method in METHODS else CALIBRATED_STYLE.name
+        # Of a method's groups at the same reduction, the longer ones stand alone.
+        shortest = min((one.steps for one in results.at(group.reduction) if named(one) == name), default=group.steps)
+        by_name[name if group.steps == shortest else f"{name}, {group.steps} steps"].append(group)
     names = []  # (x, y, text, colour) of each line's left end
     for name, groups in by_name.items():
         style = METHODS.get(groups[0].method, CALIBRATED_STYLE)
@@ -587,13 +575,6 @@ def accuracy_plot(results: Results):
                 costs = [record.cost for record in group.records]
                 axes.plot(costs, seeds, ".", color=style.colour, markersize=5, alpha=0.5, zorder=2)
         names.append((x[0], y[0], name, style.colour))
-    if shipped := results.shipped:
-        colour, place = METHODS[SHIPPED.method].colour, (shipped.cost, 100 * shipped.accuracy)
-        axes.plot(*place, "o", color=colour, markersize=9, zorder=4)
-        axes.annotate(
-            f"{SHIPPED_STEPS} steps", place, (0, 8), textcoords="offset points", ha="center", fontsize=8,
-            color=colour, bbox=PAPER,
-        )  # fmt: skip
     if maximum := results.maximum:
         place = (maximum.cost, 100 * maximum.accuracy)
         axes.plot(*place, "o", mec=MAXIMUM_STYLE.colour, mfc="white", markersize=7, zorder=4)
@@ -651,7 +632,7 @@ def time_plot(results: Results):
     across = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // across)
     drawn = figure(4.2 * across + 0.4, 3.7 * rows)
-    runs = {run.name: run for run in (*EARLIER, *RUNS)}
+    runs = {run.name: run for run in (*EARLIER.values(), *RUNS)}
     all_axes = drawn.subplots(rows, across, squeeze=False, sharey=True).flatten()
     for axes in all_axes[len(panels) :]:
         axes.remove()

@@ -87,23 +87,27 @@ RUNS = (
     Run("ranked-novelty-importance", 0.8, 0), Run("madtp-nearest", 0.5, 0), Run("ranked-novelty", 0.85, 0),
 )  # fmt: skip
 """In the order of their worth."""
-EARLIER = (
-    *(Run("madtp-sizes", reduction, seed) for reduction in (0.8, 0.5) for seed in (0, 1, 2)),
-    *(Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)),
-    *(Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")),
-)
-"""Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each: a record of
-that age counts under these names only, and a new run of the same name replaces it."""
+EARLIER = {
+    **{
+        f"madtp-sizes-{reduction}-{seed}": Run("madtp-sizes", reduction, seed)
+        for reduction in (0.8, 0.5)
+        for seed in (0, 1, 2)
+    },
+    **{f"madtp-sizes-{reduction}-0": Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)},
+    **{f"{method}-0.8-0": Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")},
+    "madtp-sizes-0.8-0-longer": Run("madtp-sizes", 0.8, 0),
+}
+"""Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each, the longer one with
+1600: a record of that age counts under these names only, and a new run of the same name replaces it."""
 SHORT = (RUNS[0],)
 """Of `--short`: the main row."""
 CALIBRATED = (0.3, 0.5)
 """Reductions for which MADTP's dictionary and temperature are learnt, and nothing else."""
-SHIPPED, SHIPPED_STEPS = Run("madtp-sizes", 0.8, 0), 1600
-"""The pruned model that the package holds, which its own record is about: "shipped"."""
+SHIPPED = RUNS[0]
+"""The pruned model that the package holds."""
 ANATOMY = {
     "shipped-as-it-is": {},
-    "shipped-text-whole": {"streams": "vision"},
-    "shipped-milder": {"strength": 3.2},
+    "shipped-milder": {"strength": 1.0},
     "shipped-unpruned": {"strength": 0},
 }
 """The same model under other conditions: where its errors come from."""

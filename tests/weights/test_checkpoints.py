@@ -547,7 +547,7 @@ def test_random_weights_follow_the_seed():
 
 def test_the_bundled_models_load_and_know_the_words_of_their_task():
     pruned, dense = madtp.load("demo"), madtp.load("demo-dense")
-    assert pruned.temperature > 0 and dense.temperature == 0
+    assert pruned.pruning.active and not dense.pruning.active
     assert pruned.config == dense.config
     statement = "There are exactly two red objects in the two images."
     for model in (pruned, dense):
