@@ -155,7 +155,7 @@ class Launch:
         kernel, programs, constants: as of :func:`launch`. The device has to be the current one, and the same at every call.
     """
 
-    __slots__ = ("kernel", "programs", "constants", "found")
+    __slots__ = ("constants", "found", "kernel", "programs")
 
     def __init__(self, kernel: JITFunction, programs: int, **constants) -> None:
         self.kernel, self.programs, self.constants, self.found = kernel, programs, constants, None

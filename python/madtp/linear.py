@@ -49,8 +49,8 @@ class Linear(nn.Linear):
         result.
         """
         own = self._parameters  # where `self.weight` looks last; a weight that is computed (parametrize) is not there
-        weight = own["weight"] if "weight" in own else self.weight
-        bias = own["bias"] if "bias" in own else self.bias
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (the slow way only where needed)
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         return project(x, weight, bias, activation=activation, residual=residual, tokens=tokens)
 
 
