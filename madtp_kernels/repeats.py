@@ -63,7 +63,11 @@ def _facts_in_python(tensors: tuple[Tensor | None, ...]) -> tuple | None:
         if tensor is None:
             facts.append(None)
             continue
-        if type(tensor) not in _KINDS or tensor.layout is not torch.strided or (differentiates and tensor.requires_grad):
+        if (
+            type(tensor) not in _KINDS
+            or tensor.layout is not torch.strided
+            or (differentiates and tensor.requires_grad)
+        ):
             return None
         stride = tensor.stride()
         if stride and stride[-1] != 1:

@@ -180,7 +180,9 @@ def test_dynamicvit(dtype):
     check(example("dynamicvit")(x, lambda rows: rows @ direction, 0.6).tokens, expected)
 
 
-PRUNERS = [path for path in sorted(EXAMPLES.glob("*.py")) if not path.stem.startswith(("ray_", "daft_"))]  # test_ray, test_daft
+PRUNERS = [
+    path for path in sorted(EXAMPLES.glob("*.py")) if not path.stem.startswith(("ray_", "daft_"))
+]  # test_ray, test_daft
 
 
 @pytest.mark.parametrize("path", PRUNERS, ids=lambda path: path.stem)

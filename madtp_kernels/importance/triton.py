@@ -214,7 +214,13 @@ def attention_importance(
     )  # fmt: skip
     token_blocks = cdiv(max_seqlen - 1, 128)
     add_blocks = Launch(
-        _add_blocks_kernel, batch * token_blocks, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK=128, CAUSAL=causal, num_warps=4
+        _add_blocks_kernel,
+        batch * token_blocks,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK=128,
+        CAUSAL=causal,
+        num_warps=4,
     )
 
     def run(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias):
