@@ -21,7 +21,8 @@ def augment(image: Image.Image, size: int, random: np.random.Generator) -> Image
     A random crop of half to all of the area (bicubic), mirrored half of the time, then RandomAugment(2, 5): twice an
     operation is drawn, and applied half of the time.
     """
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(*image.size, random))
+    width, height = image.size
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(width, height, random))
     if random.random() < 0.5:
         image = ImageOps.mirror(image)
     return random_augment(image, random)
