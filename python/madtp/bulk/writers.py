@@ -11,6 +11,9 @@ and of embeddings, in the layout of clip-retrieval, which its index tools read:
 
 or of captions and answers `captions_000000.jsonl` (or `.parquet`), with every row in it. Files that are being written
 are in `OUTPUT/.unfinished`.
+
+A single file of records is :mod:`madtp.jsonl`'s, of which evaluations and retrieval are made, too: it goes on at the
+batch where it was stopped, here a shard is done anew.
 """
 
 from __future__ import annotations
