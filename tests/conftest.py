@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from fresh import Fresh
 
 # Triton reads this when a kernel is defined: it has to be set before any kernel module is imported.
 if not torch.cuda.is_available():
@@ -54,6 +55,22 @@ def generator(request):
     seed = random.SystemRandom().getrandbits(31) if seed is None else seed
     print(f"repeat with --seed {seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Starts processes that have imported torch and nothing of the project."""
+    processes = Fresh("torch")
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def fresh_command():
+    """Starts processes that have imported the command: ``fresh_command.start(COMMAND, "nlvr", ...)``."""
+    processes = Fresh("madtp.cli madtp.predict madtp.cli.batch")
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(autouse=True)

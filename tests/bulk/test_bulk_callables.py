@@ -5,8 +5,6 @@ row.
 import io
 import pickle
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -175,12 +173,12 @@ def test_what_cannot_be_loaded(models, images):
         madtp.Embedder(models / "clip")({"image": images, "id": [1]})
 
 
-def test_importing_and_making_one_touches_no_gpu(models):
+def test_importing_and_making_one_touches_no_gpu(models, fresh):
     code = (
         "import sys, torch; torch.cuda.init = torch.cuda._lazy_init = lambda: sys.exit(3); import madtp;"
         f"madtp.Embedder({str(models / 'clip')!r}, device='cuda'); assert 'transformers' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert fresh.run(code).returncode == 0
 
 
 def test_images_that_are_none():

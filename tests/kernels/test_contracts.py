@@ -7,8 +7,6 @@ import logging
 import math
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -425,7 +423,7 @@ def test_a_forced_backend_that_is_missing_raises_with_the_reason(op, backend, ge
         run(op, case)
 
 
-def test_environment_forces_a_backend_and_switches_on_debugging(backend):
+def test_environment_forces_a_backend_and_switches_on_debugging(backend, fresh):
     """Read at import, hence in a process of its own."""
     if backend != "reference":
         pytest.skip("one process is enough")
@@ -440,8 +438,7 @@ except BackendError as error:
     print(error)
 """
     environment = os.environ | {"MADTP_KERNELS_BACKEND": "cuda", "MADTP_KERNELS_DEBUG": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    done = fresh.run(program, env=environment)
     assert done.returncode == 0, done.stderr
     assert "compact: backend 'cuda' was asked for but cannot run on cpu" in done.stdout
 

@@ -1,8 +1,5 @@
 """The fingerprint of a model changes with everything that decides its answers, and with nothing else."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_huggingface import hugging_face
@@ -34,7 +31,7 @@ def without_a_dictionary(model):
     return {key: value for key, value in model.state_dict().items() if key != "space_dict"}
 
 
-def test_what_was_made_up_is_the_same_in_every_process(model, tmp_path):
+def test_what_was_made_up_is_the_same_in_every_process(model, tmp_path, fresh):
     torch.save(without_a_dictionary(model), tmp_path / "blip.pth")
     script = (
         "import sys, torch, madtp; from madtp.fingerprint import fingerprint\n"
@@ -42,12 +39,7 @@ def test_what_was_made_up_is_the_same_in_every_process(model, tmp_path):
         "model = madtp.load(sys.argv[1], 'caption', temperature=2.0)\n"
         "print(fingerprint(model, texts=False), model.space_dict.std().item())"
     )
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", script, tmp_path / "blip.pth", seed], capture_output=True, text=True, check=True
-        ).stdout.split()
-        for seed in "12"
-    ]
+    found = [fresh.run(script, tmp_path / "blip.pth", seed).stdout.split() for seed in "12"]
     assert found[0] == found[1]
     assert 0.9 < float(found[0][-1]) < 1.1  # official: N(0, 1)
 
