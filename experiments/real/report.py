@@ -25,11 +25,14 @@ from madtp.files import replacing  # noqa: E402
 PHOTOGRAPHS = {"photographs": "224.jsonl", "large": "448.jsonl"}
 TOKENS = {"photographs": 257, "large": 1025}
 STYLES = {
-    "ranked novelty": ("#0072b2", "o"), "equal counts": ("#56b4e9", "o"), "tome": ("#44aa99", "v"),
+    "ranked novelty": ("#0072b2", "o"), "no second look": ("#004a75", "h"), "equal counts": ("#56b4e9", "o"), "tome": ("#44aa99", "v"),
     "tome, authors' order": ("#117733", "v"), "atm": ("#d55e00", "s"), "pitome": ("#cc79a7", "D"),
 }  # fmt: skip
 """What the curve shows, and how."""
-NAMES = {"equal counts": "ranked novelty, the same number from every image"}
+NAMES = {
+    "no second look": "ranked novelty without a second look",
+    "equal counts": "ranked novelty, the same number from every image",
+}
 GROWTH = 2.4
 """By what an error grows with a tenth of the cost, where a rule has but one record."""
 
@@ -54,11 +57,11 @@ def at(rows: Sequence[dict], saving: float) -> float:
 
 
 def by_setting(rows: Sequence[dict]) -> dict[str, list[dict]]:
-    """Rows of each setting, those with most savings measured first."""
+    """Rows of each setting; those that the curve shows first."""
     settings: dict[str, list[dict]] = {}
     for row in rows:
         settings.setdefault(row["setting"], []).append(row)
-    return dict(sorted(settings.items(), key=lambda item: -len(item[1])))
+    return {name: settings[name] for name in [*STYLES, *(n for n in settings if n not in STYLES)] if name in settings}
 
 
 def cosines(rows: Sequence[dict]) -> str:
@@ -79,13 +82,13 @@ def cosines(rows: Sequence[dict]) -> str:
 
 
 def errors(rows: Sequence[dict]) -> str:
-    """Errors at exactly the same cost, and as shares of ToMe's."""
-    targets, settings = sorted({row["target"] for row in rows}), by_setting(rows)
+    """Errors at exactly the same cost, for savings at which two rules or more were measured."""
+    targets = sorted({row["target"] for row in rows})
+    targets = [t for t in targets if sum(row["target"] == t for row in rows) > 1]
     lines = []
-    for name, runs in settings.items():
-        near = {t: at(runs, t) for t in targets if any(abs(row["target"] - t) < 1e-6 for row in runs)}
-        cells = [f"{near[t]:.1f}" if t in near else "" for t in targets]
-        lines.append([NAMES.get(name, name), *cells])
+    for name, runs in by_setting(rows).items():
+        near = [t for t in targets if any(abs(row["saving"] - t) < 0.04 for row in runs)]
+        lines.append([NAMES.get(name, name), *(f"{at(runs, t):.1f}" if t in near else "" for t in targets)])
     return markdown(["rule", *(f"{t:.0%}" for t in targets)], lines)
 
 

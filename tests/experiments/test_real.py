@@ -117,7 +117,12 @@ def test_report_from_records(experiments, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     results = tmp_path / "results"
     results.mkdir()
-    photographs = [row("tome", 0.4, 0.995, 0.41), row("ranked novelty", 0.3, 0.999), row("ranked novelty", 0.4, 0.997)]
+    photographs = [
+        row("tome", 0.4, 0.995, 0.41),
+        row("evit", 0.3, 0.99),
+        row("ranked novelty", 0.3, 0.999),
+        row("ranked novelty", 0.4, 0.997),
+    ]
     answers = [
         {"setting": "tome", "target": 0.79, "saving": 0.788, "accuracy": 0.75, "calibration": {"schedule": "first"}}
     ]
