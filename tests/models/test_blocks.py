@@ -1,0 +1,59 @@
+"""What a pruned layer has to do with on its way: few objects of ours, in few lines."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+from compression import TEXT, VISION
+
+from madtp import NLVRConfig
+from madtp.pruning import METHODS, Pruning
+from madtp.tasks import TASKS
+from madtp.text import Layer
+from madtp.vision import Block
+from madtp.weights import randomize
+
+FORWARDS = {kind.forward.__code__: kind.__name__ for kind in (Block, Layer)}
+
+
+def is_ours(value):
+    """Whether it is an object of this project, other than a part of the network or the rule."""
+    kind = type(value)
+    return kind.__module__.startswith("madtp") and not isinstance(value, (torch.nn.Module, Pruning))
+
+
+@pytest.mark.parametrize("method", ["madtp", "ranked_novelty"])
+def test_a_walk_through_a_pruned_layer_passes_three_of_our_objects(method, generator):
+    model = TASKS["nlvr"].Model(NLVRConfig(VISION, TEXT, merge_from=1), METHODS[method](1.0)).eval()
+    randomize(model, seed=3)
+    met = {name: set() for name in FORWARDS.values()}
+
+    def watch(frame, event, argument):
+        if frame.f_code not in FORWARDS:
+            return None
+
+        def returned(frame, event, argument):
+            if event == "return":
+                values = [*frame.f_locals.values(), *(argument if isinstance(argument, tuple) else [])]
+                met[FORWARDS[frame.f_code]] |= {type(value).__name__ for value in values if is_ours(value)}
+            return returned
+
+        return returned
+
+    pixels = torch.randn(4, 3, VISION.image_size, VISION.image_size, generator=generator)
+    sys.settrace(watch)
+    try:
+        with torch.inference_mode():
+            model(pixels, [torch.arange(5, 12), torch.arange(5, 9)])
+    finally:
+        sys.settrace(None)
+    assert met == {name: {"Tokens", "Attention", "LayerTrace"} for name in met}
+
+
+@pytest.mark.parametrize("kind", [Block, Layer], ids=lambda kind: kind.__name__)
+def test_a_layer_is_a_figure(kind):
+    """At most fifteen lines besides signature and words."""
+    source = inspect.getsource(kind.forward)
+    body = source.split('"""')[2].strip("\n").splitlines()
+    assert 1 < len([line for line in body if line.strip()]) <= 15
