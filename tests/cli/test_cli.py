@@ -457,7 +457,7 @@ def test_demo_of_another_model(madtp_command, small, model, tmp_path, monkeypatc
     """Dense and pruned on the same weights; no temperature, no demo."""
     options = ["--model", small / "model", "--output-dir", "here", "--pairs", "4"]
     code, out, _ = run_demo(madtp_command, tmp_path, monkeypatch, *options)
-    assert code == 0 and f"{small}/model without pruning and at temperature 2" in out
+    assert code == 0 and f"{small}/model without pruning and with madtp of strength 2" in out
     row = read(tmp_path / "here" / "pairs.jsonl")[0]
     with model.dense():
         (dense,) = predict.nlvr(model, [(*(tmp_path / "here" / name for name in row["images"]), row["text"])])

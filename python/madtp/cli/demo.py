@@ -34,7 +34,7 @@ kept, what that costs, how long it takes."""
 _REAL_SIZE = """
 A model this small spends much of its time on what pruning does not save. The real size, with random weights
 (a minute or two on a CPU): madtp demo --model random:base --temperature 8"""
-_OTHER = "{model} without pruning and at temperature {temperature:g}. Numbers are the probability of True."
+_OTHER = "{model} without pruning and with {rule} of strength {strength:g}. Numbers are the probability of True."
 
 
 @dataclass
@@ -99,16 +99,19 @@ class Demo(Command, RunOptions, _DemoOptions):
 
     def _models(self, trained: bool) -> tuple:
         """The dense model and the pruned one."""
+        from ..pruning import Pruning
+
         pruned = load_model(self, ["nlvr"])
         if not pruned.pruning.active:
-            raise ValueError(f"{self.model} comes without a pruning temperature: give one, for example --temperature 5")
+            raise ValueError(f"{self.model} comes without pruning: give a temperature, for example --temperature 5")
         if self.model == "demo":
             dense = load_model(dataclasses.replace(self, model="demo-dense", temperature=0.0), ["nlvr"])
             print(_BUNDLED)
         else:
             dense = copy.copy(pruned)  # on the same weights
-            dense.temperature = 0.0
-            print(_OTHER.format(model=self.model, temperature=pruned.temperature) if trained else _RANDOM)
+            dense.pruning = Pruning()
+            rule = pruned.pruning
+            print(_OTHER.format(model=self.model, rule=rule.name, strength=rule.strength) if trained else _RANDOM)
         return dense, pruned
 
     def _write(self, directory: Path, samples: list[_Question], model, output, answer) -> None:
