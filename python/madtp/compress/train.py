@@ -55,29 +55,13 @@ def train(
     dev: Sequence,
     settings: Settings,
     output: str | os.PathLike,
-    *,
-    origin: dict | None = None,
-    workers: int = 0,
-    save_every: float = 300,
-    log_every: int = 10,
-    progress: bool | None = None,
+    **options,
 ) -> dict:
     """Train a model to a target cost, and save it with its pruning.
 
-    Args:
-        model: in float32, the same at each call; those of its parameters that require a gradient are trained.
-        task: of that model.
-        examples: to train on.
-        dev: the split on which the strength of the pruning is set and, with labels, the best weights are chosen.
-        settings: what determines the result.
-        output: directory for the saved model and ``result.json``; the run itself is in ``output/run``:
-            ``metrics.jsonl``, the checkpoint, and TensorBoard's files where it is installed. Called again in the same
-            way, a run goes on. Where several machines train together, they have to share it.
-        origin: what else the result depends on, as JSON values: the run only goes on if they are the same.
-        workers: processes that prepare pictures, per training process; 0: none beside it.
-        save_every: seconds between checkpoints.
-        log_every: steps between lines of metrics.
-        progress: whether to show a bar; by default where standard error is a terminal.
+    Arguments are those of :class:`Trainer`. ``output`` gets the saved model and ``result.json``; the run itself is in
+    ``output/run``: ``metrics.jsonl``, the checkpoint, and TensorBoard's files where it is installed. Called again in the
+    same way, a run goes on. Where several machines train together, they have to share it.
 
     Returns:
         The result: temperature, score and cost on the dev split, those of the dense model, the chosen step.
@@ -90,10 +74,7 @@ def train(
     directory = Path(output) / "run"
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / "lock") if rank() == 0 else contextlib.nullcontext():
-        trainer = Trainer(
-            model, task, examples, dev, settings, output, origin=origin, workers=workers, save_every=save_every,
-            log_every=log_every, progress=progress,
-        )  # fmt: skip
+        trainer = Trainer(model, task, examples, dev, settings, output, **options)
         if (result := trainer.prepare()) is not None:
             return result
         while not trainer.done:
@@ -104,7 +85,20 @@ def train(
 class Trainer:
     """A training run in three parts: :meth:`prepare`, :meth:`epoch` until it is :attr:`done`, :meth:`finish`.
 
-    Arguments and errors are those of :func:`train`, which also keeps other processes out.
+    :func:`train` goes through them, and keeps other processes out.
+
+    Args:
+        model: in float32, the same at each call; those of its parameters that require a gradient are trained.
+        task: of that model.
+        examples: to train on.
+        dev: the split on which the strength of the pruning is set and, with labels, the best weights are chosen.
+        settings: what determines the result.
+        output: directory for what :func:`train` says.
+        origin: what else the result depends on, as JSON values: the run only goes on if they are the same.
+        workers: processes that prepare pictures, per training process; 0: none beside it.
+        save_every: seconds between checkpoints.
+        log_every: steps between lines of metrics.
+        progress: whether to show a bar; by default where standard error is a terminal.
     """
 
     def __init__(
