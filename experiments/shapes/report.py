@@ -424,7 +424,7 @@ def anatomy(results: Results) -> str:
     """The shipped model under other conditions."""
     names = {
         "shipped-as-it-is": "as it is",
-        "shipped-milder": f"at strength {ANATOMY['shipped-milder']['strength']:g}",
+        "shipped-milder": "at half of its strength",
         "shipped-unpruned": "not pruned at all",
     }
     rows = []

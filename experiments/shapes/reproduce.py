@@ -107,7 +107,7 @@ SHIPPED = RUNS[0]
 """The pruned model that the package holds."""
 ANATOMY = {
     "shipped-as-it-is": {},
-    "shipped-milder": {"strength": 1.0},
+    "shipped-milder": {"strength": 0.5},
     "shipped-unpruned": {"strength": 0},
 }
 """The same model under other conditions: where its errors come from."""
