@@ -473,7 +473,7 @@ def test_demo_of_another_model(madtp_command, small, model, tmp_path, monkeypatc
     assert code == 2 and "--temperature 5" in err
     options = ["--model", "model", "--temperature", "5", "--pairs", "2"]
     code, out, _ = run_demo(madtp_command, tmp_path, monkeypatch, *options)
-    assert code == 0 and "at temperature 5" in out
+    assert code == 0 and "with madtp of strength 5" in out
     assert "  madtp nlvr --model model --temperature 5.0 --backend reference --images" in out
 
 
