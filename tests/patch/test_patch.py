@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from test_huggingface import CLASSES, DEC, ENC, SEP, answers, hugging_face, pictures, texts
 from test_huggingface import config as blip_config
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
-from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
@@ -43,8 +42,7 @@ def clip(generator, eos_token_id=EOT):
                            patch_size=8),
         projection_dim=32,
     )  # fmt: skip
-    with no_init_weights():
-        model = CLIPModel(config).eval()
+    model = CLIPModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

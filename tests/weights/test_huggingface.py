@@ -16,7 +16,6 @@ from transformers import (
     BlipForQuestionAnswering,
     GenerationConfig,
 )
-from transformers.initialization import no_init_weights
 
 import madtp
 from madtp import CheckpointError, generation
@@ -48,9 +47,7 @@ def config(**vision) -> BlipConfig:
 
 def hugging_face(task, generator, **vision):
     """A model of transformers, random in all its weights, with activations of order one."""
-    with no_init_weights():
-        model = CLASSES[task](config(**vision)).eval()
-    model.tie_weights()
+    model = CLASSES[task](config(**vision)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
@@ -128,15 +127,6 @@ class _Seen(NamedTuple):
         return next((f"has another {name}" for name, value in self.sizes.items() if facts.get(name) != value), None)
 
 
-def _without_drawing() -> contextlib.AbstractContextManager:
-    """Modules are made without drawing their weights, which takes longer than all the rest, also on "meta"."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        return contextlib.nullcontext()
-    return no_init_weights()
-
-
 def _is_recorder(hook: Callable) -> bool:
     """Whether transformers has put a hook there to record outputs, which does nothing where none are asked for."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
@@ -198,7 +188,7 @@ class Engine:
         config = layout.config_of(theirs.config.to_dict(), theirs.state_dict() | guidance, task)
         if not kind.texts:  # transformers' own
             config = replace(config, text=None, logit_bias=False)
-        with torch.device("meta"), _without_drawing():
+        with torch.device("meta"):
             self.model: Model = TASKS[task].Model(config, rule, backend=backend).eval()
             options = {"add_pooling_layer": theirs.pooler is not None} if isinstance(theirs, ViTModel) else {}
             expected = base(copy.deepcopy(theirs.config), **options)
