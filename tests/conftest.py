@@ -32,6 +32,17 @@ def pytest_addoption(parser):
     )
 
 
+LONGEST = (
+    "test_packaging.py", "test_cuda_sources.py", "test_conformance.py", "test_cli_batch.py", "test_triton_interpreter.py",
+    "test_compress.py", "test_graphs.py", "test_triton_aot.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first: where processes take whole files, none is left alone with one in the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 

@@ -172,7 +172,9 @@ def test_beams_share_the_image_and_count_in_full_only():
     assert 1.9 < three.full - one.full < 2.9
 
 
-def in_the_open(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, causal=False, backend=None, key_bias=None):
+def in_the_open(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, causal=False, backend=None, key_bias=None, with_lse=True
+):
     """Attention's formula where the counter sees its matrix products."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return reference.attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, key_bias)

@@ -85,6 +85,7 @@ class RampController:
 
     @property
     def strength(self) -> float:
+        """Of the next step."""
         return self.goal * min(self._taken / self.steps, 1.0) if self.steps else self.goal
 
     def update(self, cost: float, target: float) -> float:
