@@ -56,7 +56,20 @@ VARIANTS = [
     for options in many
 ]
 every_backend = pytest.mark.parametrize("backend", backends_here())
-every_variant = pytest.mark.parametrize("op, options", VARIANTS)
+
+
+def variants_on(backends):
+    """Every variant on every backend; through the interpreter the one with the most options of each operation."""
+    fullest = [max(many, key=len) for many in OPTIONS.values()]
+    return [
+        pytest.param(*variant.values, *backend.values, marks=backend.marks, id=f"{backend.values[0]}-{variant.id}")
+        for backend in backends
+        for variant in VARIANTS
+        if not interpreted(backend.values[0]) or any(variant.values[1] is options for options in fullest)
+    ]
+
+
+every_case = pytest.mark.parametrize("op, options, backend", variants_on(backends_here()))
 WITHOUT_GRADIENT = ("nearest_kept", "match_tokens")
 every_differentiable_variant = pytest.mark.parametrize(
     "op, options", [v for v in VARIANTS if v.values[0] not in WITHOUT_GRADIENT]
@@ -135,8 +148,7 @@ def leaves_of(case):
     return {name: value for name, value in found.items() if value.requires_grad}
 
 
-@every_backend
-@every_variant
+@every_case
 def test_opcheck(op, options, backend, generator):
     if op == "attention_with_importance" and backend != "cpu":
         pytest.skip("an operator of its own on the CPU backend only, elsewhere two operators in a row")
@@ -215,8 +227,10 @@ def test_gradcheck(op, options, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", backends_here(kernels_only=True))
-@every_differentiable_variant
+@pytest.mark.parametrize(
+    "op, options, backend",
+    [case for case in variants_on(backends_here(kernels_only=True)) if case.values[0] not in WITHOUT_GRADIENT],
+)
 def test_gradients_agree_with_the_reference(op, options, dtype, backend, generator):
     lengths = [4, 0, 1, 5] if interpreted(backend) else LENGTHS
     case = CASES[op](generator, lengths, dtype=dtype, **{k: v for k, v in options.items() if k != "key_lengths"})
@@ -290,8 +304,7 @@ def defined(op, results, rows):
     return results
 
 
-@every_backend
-@every_variant
+@every_case
 def test_compile_without_graph_breaks(op, options, backend, generator):
     case = CASES[op](generator, [3, 0, 1, 4] if interpreted(backend) else LENGTHS, **options)
     function, tensors = call_of(op, case, backend)
@@ -386,8 +399,7 @@ def test_inductor_compiles_a_pruned_layer(generator):
 # ---- inference mode, determinism
 
 
-@every_backend
-@every_variant
+@every_case
 def test_inference_mode_gives_the_same_bits(op, options, backend, generator):
     case = CASES[op](generator, [3, 0, 1, 4] if interpreted(backend) else LENGTHS, **options)
     expected = run(op, case, backend)
@@ -398,8 +410,7 @@ def test_inference_mode_gives_the_same_bits(op, options, backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@every_backend
-@every_variant
+@every_case
 def test_same_input_same_bits(op, options, backend, dtype, generator):
     if interpreted(backend):
         lengths, repeats = [3, 0, 1, 4], 2
@@ -421,8 +432,7 @@ def test_same_input_same_bits(op, options, backend, dtype, generator):
 
 
 @pytest.mark.parametrize("rows", [1, 70])
-@every_backend
-@every_variant
+@every_case
 def test_rows_beyond_the_last_offset_do_not_matter(op, options, backend, rows, generator):
     if interpreted(backend) and rows > 1:
         pytest.skip("one spare row is enough through the interpreter")
@@ -464,8 +474,7 @@ def token_strided(value, generator):
 
 
 @pytest.mark.parametrize("view", [strided, token_strided])
-@every_backend
-@every_variant
+@every_case
 def test_views_of_larger_buffers(op, options, backend, view, generator):
     case = CASES[op](generator, [3, 0, 1, 4] if interpreted(backend) else LENGTHS, **options)
     expected = run(op, case, backend)
