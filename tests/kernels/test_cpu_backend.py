@@ -82,41 +82,38 @@ def in_fresh_process(arguments, **environment):
     return done.stdout
 
 
-def instruction_set(name):
-    """What the kernels run with when that set is asked for, or None where the processor lacks it."""
-    program = "from madtp_kernels import native; print(native.load().build_info()['cpu'])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"MADTP_KERNELS_CPU": name}, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
+@pytest.fixture
+def instruction_set(fresh):
+    """A function: what the kernels run with when a set is asked for, or None where the processor lacks it; and stderr."""
+
+    def found(name):
+        program = "from madtp_kernels import native; print(native.load().build_info()['cpu'])"
+        done = fresh.run(program, env=os.environ | {"MADTP_KERNELS_CPU": name})
+        return done.stdout.strip() if done.returncode == 0 else None, done.stderr
+
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "portable"])
-def test_lesser_instruction_sets(name):
+def test_lesser_instruction_sets(name, instruction_set):
     """All properties hold with the kernels of older processors too; the best set is tested by default."""
-    if instruction_set(name) is None:
+    found, _ = instruction_set(name)
+    if found is None:
         pytest.skip(f"this processor does not have {name}")
-    assert instruction_set(name) == name
+    assert found == name
     files = ["test_properties.py", "../test_batch_invariance.py", "test_not_finite.py", "test_cpu_gradients.py"]
     in_fresh_process(["-m", "pytest", "-q", "-x", "-k", "(cpu or finite) and not nlvr", *files], MADTP_KERNELS_CPU=name)
 
 
-def test_unknown_instruction_set_is_refused_by_name():
-    assert instruction_set("avx1024") is None
-    program = "from madtp_kernels import native; native.load().build_info()"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"MADTP_KERNELS_CPU": "avx1024"},
-        capture_output=True,
-        text=True,
-    )
-    assert "avx1024" in done.stderr and "portable" in done.stderr
+def test_unknown_instruction_set_is_refused_by_name(instruction_set):
+    found, said = instruction_set("avx1024")
+    assert found is None and "avx1024" in said and "portable" in said
 
 
-def test_tiles_leave_those_of_pytorch_alone(generator):
+def test_tiles_leave_those_of_pytorch_alone(generator, instruction_set):
     """AMX tiles are configured per thread: PyTorch's products give the same bits before, between and after ours."""
-    if instruction_set("amx") is None:
+    if instruction_set("amx")[0] is None:
         pytest.skip("this processor does not have amx")
     weight, x = (normal(generator, 96, 96, dtype=torch.bfloat16) for _ in range(2))
     case = both_case(generator, [40], 2, 64, torch.bfloat16)
