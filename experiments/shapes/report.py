@@ -29,6 +29,8 @@ from benchmarks.report import markdown  # noqa: E402
 from madtp.data.synthetic import KINDS, TEMPLATES  # noqa: E402
 from madtp.report.plots import save_png  # noqa: E402
 
+NAMED = EARLIER | {run.name: run for run in RUNS}
+"""Runs by the names of their records."""
 SAID = ("method", "reduction", "seed", "steps")
 """Settings in which the runs of a table may differ, because it says so."""
 BUDGET = ("pairs", "texts", "lr", "warmup", "distill", "weight_decay", "clip", "beta2", "precision", "average")
@@ -158,7 +160,7 @@ def read(folder: Path) -> dict[str, Record]:
             differ in settings which the tables do not show, or in the number of test statements.
         OSError, ValueError: a file that cannot be read.
     """
-    named = EARLIER | {run.name: run for run in RUNS} | {f"large-{run.name}": run for run in LARGE}
+    named = NAMED | {f"large-{run.name}": run for run in LARGE}
     evaluated = ["dense", "dense-test", "large-dense", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     records = {}
@@ -276,7 +278,7 @@ def collect(folder: Path) -> Results:
     """All records of a folder; errors as in :func:`read`."""
     records = read(folder)
     found = defaultdict(list)
-    for name, run in ({run.name: run for run in RUNS} | EARLIER).items():
+    for name, run in NAMED.items():
         if name in records:
             found[run.method, run.reduction, records[name].steps].append(records[name])
     methods = list(METHODS)
@@ -471,7 +473,7 @@ def tokens(results: Results) -> str:
 def timing(results: Results) -> str:
     """Milliseconds of a statement, by device."""
     parts = []
-    runs = {run.name: f"{METHODS[run.method].name}, {whole(run.reduction)}" for run in (*EARLIER.values(), *RUNS)}
+    runs = {name: f"{METHODS[run.method].name}, {whole(run.reduction)}" for name, run in NAMED.items()}
     for content in results.timings:
         environment = content["environment"]
         rows = []
@@ -632,7 +634,6 @@ def time_plot(results: Results):
     across = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // across)
     drawn = figure(4.2 * across + 0.4, 3.7 * rows)
-    runs = {run.name: run for run in (*EARLIER.values(), *RUNS)}
     all_axes = drawn.subplots(rows, across, squeeze=False, sharey=True).flatten()
     for axes in all_axes[len(panels) :]:
         axes.remove()
@@ -644,14 +645,14 @@ def time_plot(results: Results):
             if name == record["subject"]:
                 where = results.dense
             elif maximum:
-                where = results.maximum if runs.get(model) == BATCH_MAXIMUM else None
+                where = results.maximum if NAMED.get(model) == BATCH_MAXIMUM else None
             if where is None:
                 continue
             scale = 1 / record["statements"]
             low, high = (scale * each for each in record["quartile_milliseconds"][name])
             time = scale * value
-            point = (time, 100 * where.accuracy, time - low, high - time, runs.get(model))
-            key = "dense" if name == record["subject"] else "batch maximum" if maximum else runs[model].method
+            point = (time, 100 * where.accuracy, time - low, high - time, NAMED.get(model))
+            key = "dense" if name == record["subject"] else "batch maximum" if maximum else NAMED[model].method
             lines[key].append(point)
         for key, points in lines.items():
             points.sort()

@@ -88,15 +88,13 @@ RUNS = (
 )  # fmt: skip
 """In the order of their worth."""
 EARLIER = {
-    **{
-        f"madtp-sizes-{reduction}-{seed}": Run("madtp-sizes", reduction, seed)
-        for reduction in (0.8, 0.5)
-        for seed in (0, 1, 2)
-    },
-    **{f"madtp-sizes-{reduction}-0": Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)},
-    **{f"{method}-0.8-0": Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")},
-    "madtp-sizes-0.8-0-longer": Run("madtp-sizes", 0.8, 0),
-}
+    run.name: run
+    for run in (
+        *(Run("madtp-sizes", reduction, seed) for reduction in (0.8, 0.5) for seed in (0, 1, 2)),
+        *(Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)),
+        *(Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")),
+    )
+} | {"madtp-sizes-0.8-0-longer": Run("madtp-sizes", 0.8, 0)}
 """Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each, the longer one with
 1600: a record of that age counts under these names only, and a new run of the same name replaces it."""
 SHORT = (RUNS[0],)
