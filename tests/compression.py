@@ -4,38 +4,14 @@ import json
 
 import numpy as np
 from PIL import Image
+from small_models import configs
 
 import madtp
-from madtp import (
-    CaptionConfig,
-    CLIPConfig,
-    CLIPTextConfig,
-    NLVRConfig,
-    RetrievalConfig,
-    TextConfig,
-    VisionConfig,
-    VQAConfig,
-)
 from madtp.tasks import TASKS
 from madtp.weights import randomize
 
-VISION = VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, sd_num=8, sd_dim=32)
-TEXT = TextConfig(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=200,
-    max_position_embeddings=48, encoder_width=32, sep_token_id=3,
-)  # fmt: skip
-CLIP_VISION = VisionConfig(32, 8, embed_dim=32, depth=3, num_heads=2, sd_num=8, sd_dim=32, map_func=True)
-CLIP_TEXT = CLIPTextConfig(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=514,
-    max_position_embeddings=64,
-)  # fmt: skip
-CONFIGS = {
-    "nlvr": NLVRConfig(VISION, TEXT, merge_from=1),
-    "vqa": VQAConfig(VISION, TEXT),
-    "caption": CaptionConfig(VISION, TEXT),
-    "retrieval": RetrievalConfig(VISION, TEXT, proj_dim=16),
-    "clip": CLIPConfig(CLIP_VISION, CLIP_TEXT, embed_dim=16),
-}
+CONFIGS = configs(32, depth=3, layers=3, sd_num=8, mlp_ratio=4, positions=48)
+VISION, TEXT = CONFIGS["caption"].vision, CONFIGS["caption"].text
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 
 

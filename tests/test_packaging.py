@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import COMMAND
 
 from madtp_kernels import backends, build, info, native
 
@@ -67,8 +68,8 @@ def environment(cache: Path, **settings: str | None) -> dict[str, str]:
     return {**result, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **settings}
 
 
-def python(*arguments, cwd: Path, env: dict[str, str], check: bool = True, executable: str = sys.executable):
-    command = [executable, *map(str, arguments)]
+def python(*arguments, cwd: Path, env: dict[str, str], check: bool = True):
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     if check and done.returncode:
         pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -86,11 +87,11 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def build_wheel(checkout: Path, tmp_path: Path, *options: str, executable: str = sys.executable, **settings):
+def build_wheel(checkout: Path, tmp_path: Path, *options: str, pip: tuple = (), **settings):
     """What ``pip wheel`` printed, and the wheel or None; skips where pip cannot fetch setuptools."""
-    command = ("-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", tmp_path / "wheels", checkout)
+    command = ("-m", "pip", *pip, "wheel", "-v", "--no-deps", *options, "-w", tmp_path / "wheels", checkout)
     env = environment(tmp_path / "cache", **settings)
-    done = python(*command, cwd=tmp_path, env=env, check=False, executable=executable)
+    done = python(*command, cwd=tmp_path, env=env, check=False)
     said = done.stdout + done.stderr
     if re.search(r"No matching distribution found for setuptools|No module named pip", said):
         pytest.skip(f"pip cannot set up a build here: {said[-300:]}")
@@ -133,11 +134,17 @@ except native.Unavailable as error:
 """
 
 
-def load(site: Path, tmp_path: Path, **settings: str):
-    """What native.load() gives in a new process, and what was said on stderr."""
-    env = environment(tmp_path / "cache", PYTHONPATH=str(site), **settings)
-    done = python("-c", LOAD, cwd=tmp_path, env=env)
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+@pytest.fixture
+def load(fresh, tmp_path):
+    """A function: what native.load() gives in a new process that finds a site, and what was said on stderr."""
+
+    def run(site: Path, **settings: str):
+        env = environment(tmp_path / "cache", PYTHONPATH=str(site), **settings)
+        done = fresh.run(LOAD, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return run
 
 
 # ---- wheels
@@ -145,7 +152,7 @@ def load(site: Path, tmp_path: Path, **settings: str):
 
 @needs_compiler
 @pytest.mark.slow
-def test_wheel_built_in_isolation_holds_an_extension_for_the_torch_that_is_here(checkout, tmp_path):
+def test_wheel_built_in_isolation_holds_an_extension_for_the_torch_that_is_here(checkout, tmp_path, load):
     said, wheel = build_wheel(checkout, tmp_path, MADTP_KERNELS_BUILD="1")
     assert wheel is not None, said
     assert "torch" not in "".join(re.findall(r"(?:Collecting|Downloading) .*", said))
@@ -154,7 +161,7 @@ def test_wheel_built_in_isolation_holds_an_extension_for_the_torch_that_is_here(
     assert not wheel.name.endswith("-none-any.whl")
     site = extract(wheel, tmp_path / "site")
     assert json.loads((site / "madtp_kernels/_C.json").read_text())["environment"] == build.environment_tag()
-    loaded, said = load(site, tmp_path, MADTP_KERNELS_BUILD="0")
+    loaded, said = load(site, MADTP_KERNELS_BUILD="0")
     assert loaded["file"] == str(site / library) and loaded["answer"] == 42
     assert said == ""
 
@@ -180,14 +187,15 @@ def test_source_distribution_is_complete(checkout, tmp_path):
         assert {path.relative_to(checkout).as_posix() for path in paths if path.is_file()} <= names
 
 
-def test_installed_package_runs_the_demo(site, tmp_path):
+def test_installed_package_runs_the_demo(site, tmp_path, fresh):
     """Models and all: the checkout is out of reach, and so is a network."""
     env = environment(tmp_path / "cache", PYTHONPATH=str(site), MADTP_KERNELS_BUILD="0", HF_HUB_OFFLINE="1")
-    done = python("-m", "madtp", "demo", "--pairs", "2", cwd=tmp_path, env=env)
+    done = fresh.run(COMMAND, "demo", "--pairs", "2", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
     assert "2 held-out pairs" in done.stdout and re.search(r"batch of 2 +\S+ +\S+ +\S+x", done.stdout)
     assert (tmp_path / "demo-output" / "overlay.png").stat().st_size > 10_000
     code = "import madtp; print(madtp.__file__, madtp.load('demo-dense').temperature)"
-    assert python("-c", code, cwd=tmp_path, env=env).stdout == f"{site}/madtp/__init__.py 0.0\n"
+    assert fresh.run(code, cwd=tmp_path, env=env).stdout == f"{site}/madtp/__init__.py 0.0\n"
 
 
 def test_metadata(pure_wheel):
@@ -217,18 +225,18 @@ def test_strict_build_without_a_compiler_fails_with_the_reason(checkout, tmp_pat
 
 @pytest.mark.slow
 def test_wheel_built_where_there_is_no_torch(checkout, tmp_path):
-    python("-m", "venv", tmp_path / "venv", cwd=tmp_path, env=environment(tmp_path))
-    said, wheel = build_wheel(checkout, tmp_path, executable=str(tmp_path / "venv/bin/python"))
+    python("-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path, env=environment(tmp_path))
+    said, wheel = build_wheel(checkout, tmp_path, pip=("--python", tmp_path / "venv/bin/python"))
     assert wheel.name.endswith("-none-any.whl")
     assert re.search(r"first use will try again: torch cannot be imported in .*No module named 'torch'", said)
 
 
 @needs_compiler
-def test_editable_install_compiles_into_the_cache_and_not_into_the_checkout(checkout, tmp_path):
+def test_editable_install_compiles_into_the_cache_and_not_into_the_checkout(checkout, tmp_path, load):
     code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
     python("-c", code, cwd=checkout, env=environment(tmp_path / "cache", MADTP_KERNELS_BUILD="1"))
     assert not list((checkout / "madtp_kernels").rglob("*.so"))
-    loaded, said = load(checkout, tmp_path)
+    loaded, said = load(checkout)
     assert loaded["answer"] == 42 and Path(loaded["file"]).is_relative_to(tmp_path / "cache")
     assert said == ""
 
@@ -237,71 +245,71 @@ def test_editable_install_compiles_into_the_cache_and_not_into_the_checkout(chec
 
 
 @needs_compiler
-def test_first_use_compiles_once_for_all_processes(site, tmp_path):
+def test_first_use_compiles_once_for_all_processes(site, tmp_path, load):
     with ThreadPoolExecutor(3) as pool:
-        outcomes = list(pool.map(lambda _: load(site, tmp_path), range(3)))
+        outcomes = list(pool.map(lambda _: load(site), range(3)))
     assert {loaded["answer"] for loaded, _ in outcomes} == {42}
     assert all(Path(loaded["file"]).is_relative_to(tmp_path / "cache") for loaded, _ in outcomes)
     assert "".join(said for _, said in outcomes).count("compiling the C++ kernels") == 1
-    assert load(site, tmp_path)[1] == ""
+    assert load(site)[1] == ""
 
 
 @needs_compiler
-def test_extension_compiled_for_another_torch_or_other_sources_is_not_used(site, tmp_path):
-    library = Path(load(site, tmp_path)[0]["file"])
+def test_extension_compiled_for_another_torch_or_other_sources_is_not_used(site, tmp_path, load):
+    library = Path(load(site)[0]["file"])
     installed = site / "madtp_kernels"
     for path in (library, library.with_name("_C.json")):
         shutil.move(path, installed)
-    assert load(site, tmp_path)[0]["file"] == str(installed / library.name)
+    assert load(site)[0]["file"] == str(installed / library.name)
     record = json.loads((installed / "_C.json").read_text())
     for change in ({"environment": "torch0.0"}, {"sources": "0"}):
         (installed / "_C.json").write_text(json.dumps({**record, **change}))
-        assert "forbids compiling one" in load(site, tmp_path, MADTP_KERNELS_BUILD="0")[0]["reason"]
-    assert Path(load(site, tmp_path)[0]["file"]).is_relative_to(tmp_path / "cache")
+        assert "forbids compiling one" in load(site, MADTP_KERNELS_BUILD="0")[0]["reason"]
+    assert Path(load(site)[0]["file"]).is_relative_to(tmp_path / "cache")
 
 
 @needs_compiler
-def test_failure_to_compile_is_explained_kept_and_tried_again_on_request(site, tmp_path):
+def test_failure_to_compile_is_explained_kept_and_tried_again_on_request(site, tmp_path, load):
     source = site / "madtp_kernels/csrc/cpu/answer.cpp"
     source.write_text("int answer() { return nothing; }\n")
-    first, said = load(site, tmp_path)
+    first, said = load(site)
     assert re.search(r"could not compile cpu/answer\.cpp .*error:.*nothing.*details in", first["reason"])
     assert "compiling the C++ kernels" in said
-    again, said = load(site, tmp_path)
+    again, said = load(site)
     assert "MADTP_KERNELS_BUILD=1 tries again" in again["reason"] and said == ""
     details = json.loads(Path(re.search(r"details in (.*failure\.json)", again["reason"])[1]).read_text())
     assert any("return nothing" in line for line in details["output"])
-    assert "compiling" in load(site, tmp_path, MADTP_KERNELS_BUILD="1")[1]
+    assert "compiling" in load(site, MADTP_KERNELS_BUILD="1")[1]
     source.write_text("int answer() { return 7; }\n")
-    assert load(site, tmp_path)[0]["answer"] == 7
+    assert load(site)[0]["answer"] == 7
 
 
 @needs_compiler
-def test_cached_extension_that_does_not_load_is_compiled_again(site, tmp_path):
-    cached = Path(load(site, tmp_path)[0]["file"])
+def test_cached_extension_that_does_not_load_is_compiled_again(site, tmp_path, load):
+    cached = Path(load(site)[0]["file"])
     cached.write_bytes(b"not a library")
-    loaded, said = load(site, tmp_path)
+    loaded, said = load(site)
     assert loaded["answer"] == 42 and "compiling" in said
 
 
 @needs_compiler
-def test_half_a_library_or_a_damaged_record_is_compiled_again(site, tmp_path):
+def test_half_a_library_or_a_damaged_record_is_compiled_again(site, tmp_path, load):
     """Half of one would end Python with SIGBUS."""
-    cached = Path(load(site, tmp_path)[0]["file"])
+    cached = Path(load(site)[0]["file"])
     record, whole = cached.with_name("_C.json"), cached.read_bytes()
     for damage in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
         cached.write_bytes(damage)
-        loaded, said = load(site, tmp_path)
+        loaded, said = load(site)
         assert loaded["answer"] == 42 and "compiling" in said
         assert cached.read_bytes() == whole
     for damage in (b"[]", b"{", b'"text"', b"\xff\0", b"[" * 9999):
         record.write_bytes(damage)
         assert build.read_record(record) == {}
-    assert load(site, tmp_path)[0]["answer"] == 42
+    assert load(site)[0]["answer"] == 42
 
 
 @needs_compiler
-def test_a_failure_that_passes_is_not_kept(site, tmp_path):
+def test_a_failure_that_passes_is_not_kept(site, tmp_path, load):
     """A full disk, a compiler that was killed; a damaged record of a failure, and one of yesterday."""
     compiler = tmp_path / "g++"
 
@@ -311,10 +319,10 @@ def test_a_failure_that_passes_is_not_kept(site, tmp_path):
 
     for script in ("echo 'fatal error: error writing to x.s: No space left on device' >&2; exit 1", "kill -9 $$"):
         behaves(script)
-        assert "could not compile" in load(site, tmp_path, CXX=str(compiler))[0]["reason"]
+        assert "could not compile" in load(site, CXX=str(compiler))[0]["reason"]
         assert not list((tmp_path / "cache").rglob("failure.json"))
     behaves("echo 'error: nothing' >&2; exit 1")
-    assert "error: nothing" in load(site, tmp_path, CXX=str(compiler))[0]["reason"]
+    assert "error: nothing" in load(site, CXX=str(compiler))[0]["reason"]
     (kept,) = (tmp_path / "cache").rglob("failure.json")
     record = json.loads(kept.read_text())
     assert "error: nothing" in native._earlier_failure(kept, str(compiler))
@@ -324,17 +332,17 @@ def test_a_failure_that_passes_is_not_kept(site, tmp_path):
         assert native._earlier_failure(kept, str(compiler)) is None
 
 
-def test_environment_can_forbid_compiling(site, tmp_path):
-    outcome, said = load(site, tmp_path, MADTP_KERNELS_BUILD="0")
+def test_environment_can_forbid_compiling(site, tmp_path, load):
+    outcome, said = load(site, MADTP_KERNELS_BUILD="0")
     assert outcome["reason"].endswith("is installed, and MADTP_KERNELS_BUILD=0 forbids compiling one")
     assert said == ""
-    assert "expected 0 (never compile), 1" in load(site, tmp_path, MADTP_KERNELS_BUILD="no")[0]["reason"]
+    assert "expected 0 (never compile), 1" in load(site, MADTP_KERNELS_BUILD="no")[0]["reason"]
 
 
 @needs_compiler
-def test_cache_that_cannot_be_written_is_named(site, tmp_path):
+def test_cache_that_cannot_be_written_is_named(site, tmp_path, load):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    assert str(tmp_path / "cache") in load(site, tmp_path)[0]["reason"]
+    assert str(tmp_path / "cache") in load(site)[0]["reason"]
 
 
 ANSWER = """
@@ -353,9 +361,9 @@ except BackendError as error:
 
 
 @pytest.mark.parametrize("variable", ["CXX", "PATH"])
-def test_operations_answer_where_there_is_no_compiler(site, tmp_path, variable):
+def test_operations_answer_where_there_is_no_compiler(site, tmp_path, fresh, variable):
     env = environment(tmp_path / "cache", PYTHONPATH=str(site), **{variable: "/nonexistent"})
-    done = python("-c", ANSWER, cwd=tmp_path, env=env)
+    done = fresh.run(ANSWER, cwd=tmp_path, env=env)
     assert "no C++ compiler" in done.stdout
     assert "compact: backend 'cpu' is not used on cpu: no C++ compiler" in done.stderr
 
@@ -473,12 +481,13 @@ def test_source_that_does_not_compile_is_named_with_what_the_compiler_said(sourc
 # ---- info
 
 
-def test_info_names_versions_and_every_backend_with_its_reason(site, tmp_path):
+def test_info_names_versions_and_every_backend_with_its_reason(site, tmp_path, fresh):
     env = environment(tmp_path / "cache", PYTHONPATH=str(site), CXX="/nonexistent/g++")
-    shown = python("-m", "madtp_kernels.info", cwd=tmp_path, env=env).stdout
+    module = "import runpy; runpy.run_module('madtp_kernels.info', run_name='__main__')"
+    shown = fresh.run(module, cwd=tmp_path, env=env).stdout
     for name in ("python", "torch", "triton", "transformers", "compiler", "nvcc", "GPU"):
         assert re.search(rf"^{name} +\S", shown, re.MULTILINE), shown
-    collected = json.loads(python("-m", "madtp_kernels.info", "--json", cwd=tmp_path, env=env).stdout)
+    collected = json.loads(fresh.run(module, "--json", cwd=tmp_path, env=env).stdout)
     assert collected["versions"]["torch"] == torch.__version__
     assert collected["extension"] is None
     assert set(collected["backends"]) == {"cpu", "cuda"}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["UsageError", "add_options", "argument", "given", "option", "parsed", "positive"]
+__all__ = [
+    "UsageError", "above_zero", "add_options", "argument", "given", "not_negative", "not_negative_int", "option", "parsed",
+    "positive", "same", "share", "share_or_none", "unset",
+]  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -22,12 +26,52 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """An argparse type: a number between 0 and 1, both excluded."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text}")
+    return number
+
+
+def share_or_none(text: str) -> float:
+    """An argparse type: a number of at least 0 and below 1."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
+    return number
+
+
 def option(help: str, default: Any = None, *, group: str = "", exclusive: str = "", flag: str = "", **settings) -> Any:
     """A dataclass field that is an option; ``batch_size`` becomes ``--batch-size``.
 
     Args:
-        help: text; a default that is neither None nor a boolean is appended.
-        default: value of the field; a boolean makes a switch.
+        help: text; a default is appended, unless it is None, empty or a boolean.
+        default: value of the field; a boolean makes a switch, ``dataclasses.MISSING`` an option that has to be given.
         group: section of the help.
         exclusive: options with the same value here exclude each other.
         flag: name of the option, if not that of the field.
@@ -38,6 +82,26 @@ def option(help: str, default: Any = None, *, group: str = "", exclusive: str = 
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same(kind: type, name: str, default: Any = ..., *, help: str = "", group: str = "", exclusive: str = "", **changes):
+    """The option that a field of another dataclass is, but for what is given here."""
+    field = kind.__dataclass_fields__[name]
+    metadata = field.metadata
+    return option(
+        help or metadata["help"], field.default if default is ... else default, group=group or metadata["group"], exclusive=exclusive,
+        flag=metadata["flag"], **metadata["settings"] | changes,
+    )  # fmt: skip
+
+
+def unset(kind: type) -> type:
+    """A dataclass with the options of another one, each None unless it is given; the help names the other's default."""
+    fields: list = []
+    for field in filter(_is_option, dataclasses.fields(kind)):
+        settings = {"action": _switch(field.default), **field.metadata["settings"]}
+        metadata = {**field.metadata, "settings": settings, "help": _help(field)}
+        fields.append((field.name, field.type, dataclasses.field(default=None, metadata=metadata)))
+    return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+
+
 def argument(help: str, **settings) -> Any:
     """A dataclass field that is a positional argument; ``settings`` as in :func:`option`."""
     return option(help, (), **settings, positional=True)
@@ -46,9 +110,7 @@ def argument(help: str, **settings) -> Any:
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """Add the options of a dataclass to a parser."""
     groups: dict[tuple[str, ...], Any] = {("",): parser}
-    for field in dataclasses.fields(kind):
-        if "help" not in field.metadata:
-            continue
+    for field in filter(_is_option, dataclasses.fields(kind)):
         title, exclusive = field.metadata["group"], field.metadata["exclusive"]
         if (title,) not in groups:
             groups[title,] = parser.add_argument_group(title)
@@ -60,17 +122,32 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         _add(target, field)
 
 
+def _is_option(field: dataclasses.Field) -> bool:
+    return "help" in field.metadata
+
+
+def _switch(default: Any) -> str:
+    """argparse's action for a field with this default."""
+    return "store" if not isinstance(default, bool) else "store_false" if default else "store_true"
+
+
+def _help(field: dataclasses.Field) -> str:
+    """The text, and the default where that says something."""
+    default, text = field.default, field.metadata["help"]
+    if default is None or default is dataclasses.MISSING or default == () or isinstance(default, bool):
+        return text
+    return f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})"
+
+
 def _add(target, field: dataclasses.Field) -> None:
-    settings, default, text = dict(field.metadata["settings"]), field.default, field.metadata["help"]
+    settings, default = dict(field.metadata["settings"]), field.default
     if settings.pop("positional", False):
-        target.add_argument(field.name, help=text, **settings)
+        target.add_argument(field.name, help=_help(field), **settings)
         return
     flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
-    if isinstance(default, bool):
-        settings["action"] = "store_false" if default else "store_true"
-    elif default is not None:
-        text += f" (default: {default})"
-    target.add_argument(flag, dest=field.name, default=default, help=text, **settings)
+    settings = {"action": _switch(default), "required": default is dataclasses.MISSING, **settings}
+    default = None if default is dataclasses.MISSING else default
+    target.add_argument(flag, dest=field.name, default=default, help=_help(field), **settings)
 
 
 def parsed(kind: type, namespace: argparse.Namespace) -> Any:

@@ -16,26 +16,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
+from small_models import configs
 
 import madtp
-from madtp import CaptionConfig, RetrievalConfig, VQAConfig, cli, predict
-from madtp.config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
+from madtp import cli, predict
 from madtp.tasks.caption import CaptionTask
 
-SIZES = {"image_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
-VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
-# The vocabulary is the bundled one; [SEP] is its fourth entry.
-TEXT = TextConfig(32, 2, 2, 64, vocab_size=200, max_position_embeddings=64, encoder_width=32, sep_token_id=3)
-CONFIGS = {
-    "caption": CaptionConfig(VISION, TEXT),
-    "vqa": VQAConfig(VISION, TEXT),
-    "retrieval": RetrievalConfig(VISION, TEXT, proj_dim=16),
-    "clip": CLIPConfig(
-        VisionConfig(**SIZES, sd_num=12, sd_dim=32, map_func=True),
-        CLIPTextConfig(32, 2, 2, 64, vocab_size=514),
-        embed_dim=16,
-    ),
-}
 FORMATS = ["png", "jpg", "webp", "gif", "bmp", "tiff", "ppm"]
 MODES = ["RGB", "RGB", "L", "RGBA", "P"]
 # The kernels have their own tests; the reference needs no compiler and no GPU.
@@ -68,7 +54,7 @@ def save_pictures(folder, count, seed=0):
 def models(tmp_path_factory):
     """A folder of saved models, one per task."""
     folder = tmp_path_factory.mktemp("models")
-    for task, config in CONFIGS.items():
+    for task, config in configs(48, depth=3).items():
         madtp.save_pretrained(madtp.load("random:base", config=config, temperature=2.0), folder / task)
     return folder
 

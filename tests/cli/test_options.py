@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 
-from madtp.options import add_options, argument, given, option, parsed, positive
+from madtp.cli.calibrate import Calibrate
+from madtp.cli.compress import Compress
+from madtp.compress.settings import Settings
+from madtp.options import add_options, argument, given, option, parsed, positive, same, unset
 
 
 @dataclass(kw_only=True)
@@ -52,3 +55,47 @@ def test_what_is_wrong_is_refused(parser, wrong, capsys):
 def test_the_help_has_groups_and_defaults(parser):
     text = parser.format_help()
     assert "rows per batch (default: 8)" in text and "how:" in text and "--no-pretty" in text
+
+
+def test_unset_options_are_none_and_their_help_names_what_holds_then():
+    parser = argparse.ArgumentParser(prog="it")
+    add_options(parser, unset(Options))
+    assert vars(parser.parse_args([])) == dict.fromkeys(("batch_size", "quick", "pretty", "near", "far"))
+    assert vars(parser.parse_args(["--no-pretty", "--quick"])) | {"pretty": False, "quick": True} == vars(
+        parser.parse_args(["--no-pretty", "--quick"])
+    )
+    assert "rows per batch (default: 8)" in parser.format_help()
+
+
+def test_an_option_that_has_to_be_given(capsys):
+    @dataclass(kw_only=True)
+    class Needed:
+        reduction: float = option("how much", MISSING, type=float)
+        again: int = same(Base, "batch_size", 2, help="rows")
+
+    parser = argparse.ArgumentParser(prog="it")
+    add_options(parser, Needed)
+    assert parsed(Needed, parser.parse_args(["--reduction", "0.5"])) == Needed(reduction=0.5, again=2)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--again", "1"])
+    assert "--reduction" in capsys.readouterr().err and "rows (default: 2)" in parser.format_help()
+
+
+def test_every_setting_of_training_is_an_option():
+    """But `labels`, which tells the two commands apart; `madtp calibrate` spells none of its own anew."""
+    settings = {field.name: field for field in fields(Settings)}
+    options = {field.name: field for field in fields(Compress) if "help" in field.metadata}
+    assert settings.keys() - options.keys() == {"labels"}
+    parser = argparse.ArgumentParser()
+    add_options(parser, Compress)
+    by_name = {action.dest: action for action in parser._actions}
+    needed = "--model m --output o --annotations a --dev d --reduction 0.5".split()
+    for name, field in settings.items():
+        if name in options:
+            choices = field.metadata["settings"].get("choices")
+            assert field.metadata["help"] in by_name[name].help and by_name[name].choices == choices
+            given = name == "reduction"
+            assert (getattr(parser.parse_args(needed), name) is not None) == given
+    for field in fields(Calibrate):
+        if field.name in settings and field.name != "reduction":
+            assert field.metadata["settings"] == settings[field.name].metadata["settings"]

@@ -105,7 +105,7 @@ def test_thresholds_follow_the_batch_with_a_memory():
     assert dial.at(3.0).thresholds == pytest.approx(
         (0.75 * 4 + 0.25 * 5, 5.0)
     )  # from nothing to something there is no way
-    again = Following(Loud(), (0.5,), 2)
+    again = Following(Loud(), (0.5,), 2, memory=0.75)
     again.load_state_dict(dial.state_dict())
     assert again.rule == dial.rule
 

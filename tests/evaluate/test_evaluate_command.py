@@ -14,10 +14,10 @@ import time
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from small_models import configs
 
 import madtp
-from madtp import CaptionConfig, NLVRConfig, RetrievalConfig, VQAConfig, cli, flops, jsonl, predict
-from madtp.config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
+from madtp import cli, flops, jsonl, predict
 from madtp.evaluate.run import _Gate
 from madtp.index import from_text
 from madtp.processing import clean_sentence
@@ -26,21 +26,6 @@ from madtp.report.plots import quality_plot
 from madtp.tasks.metrics import vqa_score
 from madtp.tasks.nlvr import NLVRTask
 
-SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
-VISION = VisionConfig(**SIZES, sd_num=12, sd_dim=32)
-# The vocabulary is the bundled one; [SEP] is its fourth entry.
-TEXT = TextConfig(32, 2, 2, 64, vocab_size=200, max_position_embeddings=64, encoder_width=32, sep_token_id=3)
-CONFIGS = {
-    "nlvr": NLVRConfig(VISION, TEXT, merge_from=1),
-    "caption": CaptionConfig(VISION, TEXT),
-    "vqa": VQAConfig(VISION, TEXT),
-    "retrieval": RetrievalConfig(VISION, TEXT, proj_dim=16),
-    "clip": CLIPConfig(
-        VisionConfig(**SIZES, sd_num=12, sd_dim=32, map_func=True),
-        CLIPTextConfig(32, 2, 2, 64, vocab_size=514),
-        embed_dim=16,
-    ),
-}
 TEMPERATURE = 2.0
 IMAGES = 13
 TIMES = ("seconds", "per_second")
@@ -55,7 +40,7 @@ def caption(rng):
 def models(tmp_path_factory):
     """A folder of saved models, one per task."""
     folder = tmp_path_factory.mktemp("models")
-    for task, config in CONFIGS.items():
+    for task, config in configs(32, depth=2).items():
         model = madtp.load("random:base", config=config, temperature=TEMPERATURE)
         madtp.save_pretrained(model, folder / task)
     return folder

@@ -18,8 +18,10 @@ import madtp_kernels
 
 from ..options import UsageError
 from ..tasks import TASKS
-from . import calibrate, compress, evaluate
+from . import evaluate
 from .answer import command_of
+from .calibrate import Calibrate
+from .compress import Compress
 from .demo import Demo
 from .embed import Embed
 from .info import Info
@@ -61,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
     for task in TASKS.values():
         if task.Inputs is not None:
             register(commands, command_of(task))
-    for module in (compress, calibrate):
-        module.add_parser(commands)
-    for command in (Retrieve, Embed, evaluate.command(), Demo, Info):
+    for command in (Compress, Calibrate, Retrieve, Embed, evaluate.command(), Demo, Info):
         register(commands, command)
     for command in commands.choices.values():
         command.add_argument("--quiet", action="store_true", help="no progress, notes or warnings, errors only")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from ..compress.settings import Settings
+from ..options import UsageError, above_zero, option, positive, same, share
 from ..pruning import METHODS, MergingPruning
 from ..tasks import TASKS
-from .options import add_model, positive
-from .training import above_zero, add_pruning_options, add_run_options, begin, load_source, origin, report, share
+from .options import Command
+from .training import TrainingOptions, begin, load_source, origin, report
 
 MERGING = [name for name, rule in METHODS.items() if issubclass(rule, MergingPruning)]
 """Rules that have limits to calibrate."""
@@ -38,110 +40,105 @@ entries even the lowest temperature drops about half of the tokens.
 """
 
 
-def add_parser(commands) -> None:
-    """Register the command."""
-    parser = commands.add_parser(
-        "calibrate",
-        help="prune a model without training it, from pairs without labels",
-        description="Learn only the dictionary and the temperature for a target, from image-text pairs without labels.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model(parser, demo=True)
-    parser.add_argument("--task", choices=list(TASKS), help="default: what the model tells")
-    parser.add_argument("--pairs", required=True, metavar="JSONL", help="pictures and texts, one JSON object per line")
-    parser.add_argument("--image-root", metavar="DIR", help="where paths start (default: the folder of the pairs)")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--reduction", type=share, help="share of the GFLOPs to save, as 0.3")
-    target.add_argument("--keep-ratio", type=share, metavar="R", help="share of the GFLOPs to keep, as 0.7")
-    target.add_argument("--target-gflops", type=above_zero, metavar="G", help="GFLOPs of an instance (with --method)")
-    parser.add_argument(
-        "--method", choices=MERGING, help="set the limits of this rule (default: learn the dictionary of MADTP)"
-    )
-    parser.add_argument(
-        "--inputs",
-        type=positive,
-        default=40,
-        metavar="N",
-        help="with --method: pairs that choose a schedule (default: 40)",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the model goes, and the run (DIR/run)")
-    group = parser.add_argument_group("learning")
-    group.add_argument(
-        "--steps", type=positive, default=100, help="how many, rounded up to whole epochs (default: 100)"
-    )
-    group.add_argument("--batch-size", type=positive, default=16, help="pairs per step and process (default: 16)")
-    group.add_argument("--lr", type=above_zero, default=1e-3, help="highest learning rate (default: 0.001)")
-    add_pruning_options(group, distill="")
-    add_run_options(parser)
-    parser.set_defaults(run=run, usage_error=parser.error)
+@dataclass(kw_only=True)
+class Calibrate(Command, TrainingOptions):
+    """The command."""
 
+    name = "calibrate"
+    help = "prune a model without training it, from pairs without labels"
+    description = "Learn only the dictionary and the temperature for a target, from image-text pairs without labels."
+    examples = _EXAMPLES
 
-def run(args: argparse.Namespace) -> int:
-    """Learn the dictionary, or go on, and save the model."""
-    import numpy as np
+    pairs: str = option("pictures and texts, one JSON object per line", MISSING, metavar="JSONL")
+    image_root: str | None = option("where paths start (default: the folder of the pairs)", metavar="DIR")
+    reduction: float | None = option("share of the GFLOPs to save, as 0.3", type=share, exclusive="target")
+    keep_ratio: float | None = option(
+        "share of the GFLOPs to keep, as 0.7", type=share, metavar="R", exclusive="target"
+    )
+    target_gflops: float | None = option(
+        "GFLOPs of an instance (with --method)", type=above_zero, metavar="G", exclusive="target"
+    )
+    method: str | None = option("set the limits of this rule (default: learn the dictionary of MADTP)", choices=MERGING)
+    inputs: int = option("with --method: pairs that choose a schedule", 40, type=positive, metavar="N")
+    steps: int = same(
+        Settings, "steps", 100, help="steps of the optimiser, rounded up to whole epochs", group="learning"
+    )
+    batch_size: int = same(Settings, "batch_size", 16, help="pairs per process and step", group="learning")
+    lr: float = same(Settings, "lr", 1e-3, group="learning")
+    dictionary: str | None = same(Settings, "dictionary")
+    distill: float = same(Settings, "distill")
+    precision: str = same(Settings, "precision")
+    seed: int = same(Settings, "seed")
 
-    from ..compress.calibrate import freeze_all_but_dictionary, read_pairs
-    from ..compress.loaders import steps_per_epoch
-    from ..compress.settings import Settings
-    from ..compress.train import train
-    from ..processes import joined
+    def run(self) -> int:
+        """Learn the dictionary, or go on, and save the model."""
+        import numpy as np
 
-    begin(args, args.pairs)
-    if args.keep_ratio is not None:
-        args.reduction = 1 - args.keep_ratio
-    if args.method is not None:
-        return _set_limits(args)
-    if args.reduction is None:
-        args.usage_error("--target-gflops: expects --method")
-    with joined(args.device) as device:
-        model = load_source(args, args.task, device)
-        name = model.config.task
-        if not TASKS[name].aligned:
-            raise ValueError(f"{args.model}: holds a model for task {name!r}, which has no text to align pictures with")
-        source = origin(args, model, args.pairs)
-        freeze_all_but_dictionary(model)
-        pairs = read_pairs(args.pairs, name, args.image_root)
-        per_epoch = steps_per_epoch(len(pairs), args.batch_size, 1)
-        if per_epoch > args.steps:  # no more pairs than the steps take, from all over the file
-            chosen = np.random.default_rng(args.seed).permutation(len(pairs))[: len(pairs) * args.steps // per_epoch]
-            pairs, per_epoch = [pairs[number] for number in chosen], args.steps
-        epochs = -(-args.steps // per_epoch)
-        settings = Settings(
-            reduction=args.reduction, epochs=epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=0.0,
-            alignment=1.0, distill=args.distill, dictionary=args.dictionary, schedule="step",
-            precision=args.precision, labels=False, seed=args.seed,
+        from ..compress.calibrate import freeze_all_but_dictionary, read_pairs
+        from ..compress.loaders import steps_per_epoch
+        from ..compress.train import train
+        from ..processes import joined
+
+        if (self.reduction, self.keep_ratio, self.target_gflops) == (None, None, None):
+            raise UsageError("one of --reduction, --keep-ratio, --target-gflops is required")
+        begin(self, self.pairs)
+        if self.keep_ratio is not None:
+            self.reduction = 1 - self.keep_ratio
+        if self.method is not None:
+            return self._set_limits()
+        if self.reduction is None:
+            raise UsageError("--target-gflops: expects --method")
+        with joined(self.device) as device:
+            model = load_source(self, self.task, device)
+            name = model.config.task
+            if not TASKS[name].aligned:
+                raise ValueError(
+                    f"{self.model}: holds a model for task {name!r}, which has no text to align pictures with"
+                )
+            source = origin(self, model, self.pairs)
+            freeze_all_but_dictionary(model)
+            pairs = read_pairs(self.pairs, name, self.image_root)
+            per_epoch = steps_per_epoch(len(pairs), self.batch_size, 1)
+            if per_epoch > self.steps:  # no more pairs than the steps take, from all over the file
+                order = np.random.default_rng(self.seed).permutation(len(pairs))
+                pairs = [pairs[number] for number in order[: len(pairs) * self.steps // per_epoch]]
+                per_epoch = self.steps
+            settings = Settings(
+                reduction=self.reduction, epochs=-(-self.steps // per_epoch), batch_size=self.batch_size, lr=self.lr,
+                weight_decay=0.0, alignment=1.0, distill=self.distill, dictionary=self.dictionary, schedule="step",
+                precision=self.precision, labels=False, seed=self.seed,
+            )  # fmt: skip
+            result = train(
+                model, TASKS[name](model), pairs, pairs, settings, self.output, origin=source, workers=self.workers,
+                save_every=self.save_every, log_every=self.log_every, progress=False if self.quiet else None,
+            )  # fmt: skip
+            return report(result, self)
+
+    def _set_limits(self) -> int:
+        """Set the limits of a rule, save the model and what is known of the calibration."""
+        import madtp
+
+        from ..compress.calibrate import calibrate_rule, read_pairs
+        from ..files import replacing
+
+        model = load_source(self, self.task, self.device)
+        pairs = read_pairs(self.pairs, model.config.task, self.image_root)
+        found = calibrate_rule(
+            model, pairs, self.method, self.reduction, target_gflops=self.target_gflops, inputs=self.inputs,
+            batch_size=self.batch_size,
         )  # fmt: skip
-        result = train(
-            model, TASKS[name](model), pairs, pairs, settings, args.output, origin=source, workers=args.workers,
-            save_every=args.save_every, log_every=args.log_every, progress=False if args.quiet else None,
-        )  # fmt: skip
-        return report(result, args)
-
-
-def _set_limits(args: argparse.Namespace) -> int:
-    """Set the limits of a rule, save the model and what is known of the calibration."""
-    import madtp
-
-    from ..compress.calibrate import calibrate_rule, read_pairs
-    from ..files import replacing
-
-    model = load_source(args, args.task, args.device)
-    pairs = read_pairs(args.pairs, model.config.task, args.image_root)
-    found = calibrate_rule(
-        model, pairs, args.method, args.reduction, target_gflops=args.target_gflops, inputs=args.inputs,
-        batch_size=args.batch_size,
-    )  # fmt: skip
-    model.pruning = found.rule
-    madtp.save_pretrained(model, args.output)
-    with replacing(Path(args.output) / "calibration.json") as file:
-        record = {"model": args.model, "pairs": args.pairs, **found.to_dict()}
-        file.write((json.dumps(record, indent=2) + "\n").encode())
-    print(f"{args.method}, schedule {found.schedule}: {found.gflops:.4g} GFLOPs of {found.dense_gflops:.4g}")
-    print(f"saved on {found.inputs} inputs: {found.saving:.1%} (expected on others: within {found.uncertainty:.1%})")
-    if found.uncertainty > 0.01:
-        print(f"to meet a target to within 1% on others, give about {found.inputs_for(0.01)} inputs")
-    print(f"saved by one input: {found.least:.1%} to {found.most:.1%}, standard deviation {found.deviation:.1%}")
-    print(f"cosine to dense features: {found.cosine:.5f}, tenth percentile {found.cosine_p10:.5f}")
-    print(args.output)
-    return 0
+        model.pruning = found.rule
+        madtp.save_pretrained(model, self.output)
+        with replacing(Path(self.output) / "calibration.json") as file:
+            record = {"model": self.model, "pairs": self.pairs, **found.to_dict()}
+            file.write((json.dumps(record, indent=2) + "\n").encode())
+        print(f"{self.method}, schedule {found.schedule}: {found.gflops:.4g} GFLOPs of {found.dense_gflops:.4g}")
+        print(
+            f"saved on {found.inputs} inputs: {found.saving:.1%} (expected on others: within {found.uncertainty:.1%})"
+        )
+        if found.uncertainty > 0.01:
+            print(f"to meet a target to within 1% on others, give about {found.inputs_for(0.01)} inputs")
+        print(f"saved by one input: {found.least:.1%} to {found.most:.1%}, standard deviation {found.deviation:.1%}")
+        print(f"cosine to dense features: {found.cosine:.5f}, tenth percentile {found.cosine_p10:.5f}")
+        print(self.output)
+        return 0

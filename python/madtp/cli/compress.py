@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 
+from ..compress.settings import Settings
+from ..options import UsageError, option, positive, same, unset
 from ..tasks import TASKS
-from .options import add_model, only_with, positive
-from .training import (
-    DRAWN,
-    above_zero,
-    add_pruning_options,
-    add_run_options,
-    begin,
-    chosen_rule,
-    load_source,
-    not_negative,
-    not_negative_int,
-    origin,
-    report,
-    share_or_none,
-)
+from .options import Command, only_with
+from .training import DRAWN, TrainingOptions, begin, chosen_rule, load_source, origin, report
 
 _EXAMPLES = """\
 examples:
@@ -54,131 +44,60 @@ The exit code is 1 where the target was missed. Training has no dropout and no s
 """
 
 
-def add_parser(commands) -> None:
-    """Register the command."""
-    parser = commands.add_parser(
-        "compress",
-        help="fine-tune a dense model to a share of its GFLOPs",
-        description="Fine-tune a dense model with pruning, to a target reduction of its GFLOPs.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model(parser, demo=True)
-    parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: what it tells)")
-    parser.add_argument("--annotations", required=True, metavar="JSON", help="of the training split, or shapes:train")
-    parser.add_argument("--dev", required=True, metavar="JSON", help="of the split for choices, or shapes:dev")
-    parser.add_argument("--image-root", metavar="DIR", help="where paths in the annotations start")
-    parser.add_argument(
-        "--reduction", required=True, type=share_or_none, help="share of the GFLOPs to save, as 0.5; 0: train unpruned"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the model goes, and the run (DIR/run)")
-    parser.add_argument(
-        "--image-size", type=positive, metavar="PIXELS", help="train at another size; positions are interpolated"
-    )
-    group = parser.add_argument_group("training (defaults are those of MADTP's scripts)")
-    for name, kind, metavar, what in (
-        ("epochs", positive, "N", "passes over the training split"),
-        ("steps", positive, "N", "steps of the optimiser, instead of epochs; the learning rate then moves by step"),
-        ("batch-size", positive, "N", "examples per process and forward"),
-        (
-            "texts",
-            positive,
-            "K",
-            "up to so many texts about an image are one example, encoded with one image (default: 1)",
-        ),
-        ("accumulate", positive, "N", "forwards per step (default: 1)"),
-        ("lr", above_zero, "RATE", "highest learning rate"),
-        ("final-lr", not_negative, "SHARE", "learning rate at the end, as a share of the highest (default: 0)"),
-        ("warmup", not_negative_int, "N", "steps over which the learning rate rises (default: 0)"),
-        ("weight-decay", not_negative, "W", "of all parameters"),
-        ("clip", above_zero, "NORM", "longest gradient; longer ones are shortened (default: none)"),
-        ("beta2", not_negative, "B", "AdamW's memory of squared gradients (default: 0.999)"),
-        ("average", not_negative, "MEMORY", "save a moving average of the weights, as 0.99 (default: 0, none)"),
-        ("alignment", not_negative, "W", "weight of the alignment loss (default: 0.1)"),
-        ("evaluate-every", positive, "N", "steps between evaluations on the dev split (default: an epoch)"),
-    ):
-        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=what)
-    group.add_argument(
-        "--schedule",
-        choices=["epoch", "step", "decay"],
-        help="when the learning rate moves: by a cosine per epoch (default) or per step, or in a line at the end",
-    )
-    group.add_argument("--no-augment", dest="augment", action="store_false", help="train on the pictures as they are")
-    group.add_argument(
-        "--save-as", choices=["float32", "float16"], help="dtype of the saved weights (default: float32)"
-    )
-    group = parser.add_argument_group("pruning")
-    add_pruning_options(group, distill=", in a frozen copy of the model; 1 is a good value")
-    group.add_argument("--method", metavar="NAME", help="the rule that prunes (default: the model's, or madtp)")
-    group.add_argument(
-        "--rule", action="append", default=[], metavar="NAME=VALUE", help="a setting of the rule; may be given again"
-    )
-    group.add_argument(
-        "--streams", nargs="+", choices=["vision", "text"], help="which tokens are pruned (default: as the rule has it)"
-    )
-    group.add_argument(
-        "--shares",
-        nargs="+",
-        type=share_or_none,
-        metavar="SHARE",
-        help="share of the tokens that each vision layer drops; the last one is for all further layers",
-    )
-    group.add_argument(
-        "--controller",
-        choices=["bracket", "official"],
-        default="bracket",
-        help="bracket: follow the measured cost (default); official: move once per epoch, by MADTP's tables",
-    )
-    group.add_argument(
-        "--temperature",
-        type=above_zero,
-        metavar="T",
-        help="strength at which it begins (default: 0.1 for madtp; official: MADTP's)",
-    )
-    group.add_argument(
-        "--ramp",
-        type=not_negative,
-        metavar="SHARE",
-        help="share of the steps over which the bracket's target falls to the goal (default: 0.4)",
-    )
-    add_run_options(parser)
-    parser.set_defaults(run=run, usage_error=parser.error)
+@dataclass(kw_only=True)
+class Compress(Command, TrainingOptions, unset(Settings)):
+    """The command. Of the settings, what is not given is the task's, or the default."""
 
+    name = "compress"
+    help = "fine-tune a dense model to a share of its GFLOPs"
+    description = "Fine-tune a dense model with pruning, to a target reduction of its GFLOPs."
+    examples = _EXAMPLES
 
-def run(args: argparse.Namespace) -> int:
-    """Train, or go on, and save the model."""
-    from ..compress.examples import read_examples
-    from ..compress.settings import Settings
-    from ..compress.train import train
-    from ..processes import joined
+    reduction: float = same(Settings, "reduction")
+    annotations: str = option("of the training split, or shapes:train", MISSING, metavar="JSON")
+    dev: str = option("of the split for choices, or shapes:dev", MISSING, metavar="JSON")
+    image_root: str | None = option("where paths in the annotations start", metavar="DIR")
+    image_size: int | None = option(
+        "train at another size; positions are interpolated", type=positive, metavar="PIXELS"
+    )
+    method: str | None = option(
+        "the rule that prunes (default: the model's, or madtp)", metavar="NAME", group="pruning"
+    )
+    rule: Sequence[str] | None = option(
+        "a setting of the rule; may be given again", action="append", metavar="NAME=VALUE", group="pruning"
+    )
+    streams: Sequence[str] | None = option(
+        "which tokens are pruned (default: as the rule has it)", nargs="+", choices=["vision", "text"], group="pruning"
+    )
 
-    only_with(args, args.controller == "bracket", "with --controller official", "ramp")
-    only_with(args, args.epochs is None, "with --epochs", "steps")
-    if args.image_root is None and not all(path.startswith(DRAWN) for path in (args.annotations, args.dev)):
-        args.usage_error("--image-root: needed where annotations are files")
-    begin(args, args.annotations, args.dev)
-    with joined(args.device) as device:
-        model = load_source(args, args.task, device)
-        source = origin(args, model, args.annotations, args.dev)
-        task = TASKS[model.config.task](model)
-        only_with(args, task.aligned, f"for {task.name}, which has no text to align pictures with", "alignment")
-        keeps = "keep" if model.guided else "tokens"  # before another rule takes the place of the model's
-        model.pruning = chosen_rule(model.pruning, args)
-        chosen = {name: getattr(args, name, None) for name in Settings.names()}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        if args.steps is not None:
-            chosen.setdefault("schedule", "step")
-        epochs, batch_size, lr, weight_decay = task.recipe[:4]
-        settings = Settings(
-            **{
-                "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "dictionary": keeps,
-                **chosen,
-            }
-        )  # fmt: skip
-        examples = read_examples(task, args.annotations, args.image_root, settings.texts, training=True)
-        dev = read_examples(task, args.dev, args.image_root, settings.texts, training=False)
-        result = train(
-            model, task, examples, dev, settings, args.output, origin=source, workers=args.workers,
-            save_every=args.save_every, log_every=args.log_every, progress=False if args.quiet else None,
-        )  # fmt: skip
-        return report(result, args)
+    def run(self) -> int:
+        """Train, or go on, and save the model."""
+        from ..compress.examples import read_examples
+        from ..compress.train import train
+        from ..processes import joined
+
+        only_with(self, self.controller != "official", "with --controller official", "ramp")
+        only_with(self, self.epochs is None, "with --epochs", "steps")
+        if self.image_root is None and not all(path.startswith(DRAWN) for path in (self.annotations, self.dev)):
+            raise UsageError("--image-root: needed where annotations are files")
+        begin(self, self.annotations, self.dev)
+        with joined(self.device) as device:
+            model = load_source(self, self.task, device)
+            source = origin(self, model, self.annotations, self.dev)
+            task = TASKS[model.config.task](model)
+            only_with(self, task.aligned, f"for {task.name}, which has no text to align pictures with", "alignment")
+            keeps = "keep" if model.guided else "tokens"  # before another rule takes the place of the model's
+            model.pruning = chosen_rule(model.pruning, self)
+            chosen = {name: getattr(self, name, None) for name in Settings.names()}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            if self.steps is not None:
+                chosen.setdefault("schedule", "step")
+            recipe = dict(zip(("epochs", "batch_size", "lr", "weight_decay"), task.recipe))
+            settings = Settings(**{**recipe, "dictionary": keeps, **chosen})
+            examples = read_examples(task, self.annotations, self.image_root, settings.texts, training=True)
+            dev = read_examples(task, self.dev, self.image_root, settings.texts, training=False)
+            result = train(
+                model, task, examples, dev, settings, self.output, origin=source, workers=self.workers,
+                save_every=self.save_every, log_every=self.log_every, progress=False if self.quiet else None,
+            )  # fmt: skip
+            return report(result, self)

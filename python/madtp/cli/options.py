@@ -253,14 +253,3 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
     if words:
         _ = model.processor.tokenizer
     return model
-
-
-# ---- for commands that build their parser by hand
-
-THREADS = RunOptions.__dataclass_fields__["threads"].metadata["help"]
-"""Help of ``--threads``, for commands without the other options of a run."""
-
-
-def add_model(parser: argparse.ArgumentParser, *, demo: bool = False) -> None:
-    """Add :class:`ModelSource`."""
-    add_options(parser, ModelSource)

@@ -1,4 +1,7 @@
-"""The search for the strength of the pruning at which a model costs what it should, while it goes on learning."""
+"""How strongly the steps of a training run prune: by a search that follows the cost, or on a ramp to what is known.
+
+Either has the strength of the next step and a state for checkpoints. Only the search asks what a step has cost.
+"""
 
 from __future__ import annotations
 
@@ -88,10 +91,9 @@ class RampController:
         """Of the next step."""
         return self.goal * min(self._taken / self.steps, 1.0) if self.steps else self.goal
 
-    def update(self, cost: float, target: float) -> float:
-        """The next strength; the cost does not matter."""
+    def advance(self) -> None:
+        """Count a step."""
         self._taken += 1
-        return self.strength
 
     def state_dict(self) -> dict:
         return {"goal": self.goal, "taken": self._taken}

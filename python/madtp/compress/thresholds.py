@@ -131,7 +131,7 @@ class Following(Dial):
 
     start, bounds = 0.5, (1e-2, 1e2)
 
-    def __init__(self, rule: Pruning, shares: Sequence[float], layers: int, memory: float = 0.9) -> None:
+    def __init__(self, rule: Pruning, shares: Sequence[float], layers: int, memory: float) -> None:
         super().__init__(rule)
         self.shares, self.layers, self.memory = shares, layers, memory
         layer_shares(shares, layers)

@@ -284,7 +284,9 @@ class Trainer:
         settings, step, used = self.settings, self.run.step, self.controller.strength
         self.task.at(step)
         means = self._learn()
-        if self.brackets:
+        if isinstance(self.controller, RampController):
+            self.controller.advance()
+        elif self.brackets:
             share = min(step / max(settings.ramp * self.total, 1), 1.0)
             target = self.start.share + share * (self.goal - self.start.share)
             self.controller.update(means["gflops"] / means["dense_gflops"], target)
