@@ -93,6 +93,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("prune", &madtp::cpu::prune, release());
   m.def("nearest_kept", &madtp::cpu::nearest_kept, release());
   m.def("novelty", &madtp::cpu::novelty, release());
+  m.def("merge_scores", &madtp::cpu::merge_scores, release());
+  m.def("lowest_tokens", &madtp::cpu::lowest_tokens, release());
   m.def("match_tokens", &madtp::cpu::match_tokens, release());
   m.def("layer_norm", &madtp::cpu::layer_norm, release());
   m.def("linear", &madtp::cpu::linear, release());

@@ -12,13 +12,13 @@ from .checks import set_debug
 from .compaction import Compacted, compact
 from .importance import attention_importance
 from .linear import linear
-from .merging import Merged, merge_tokens, top_tokens
+from .merging import Merged, lowest_tokens, merge_tokens, top_tokens
 from .normalization import layer_norm
 from .prune import Pruned, prune
 from .ragged import RaggedBatch
 from .received import attention_received
 from .scoring import score_tokens
-from .similarity import match_tokens, nearest_kept, novelty
+from .similarity import match_tokens, merge_scores, nearest_kept, novelty
 from .unmerging import unmerge
 
 __version__ = "0.1.0"
@@ -36,7 +36,9 @@ __all__ = [
     "compact",
     "layer_norm",
     "linear",
+    "lowest_tokens",
     "match_tokens",
+    "merge_scores",
     "merge_tokens",
     "nearest_kept",
     "novelty",

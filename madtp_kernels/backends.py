@@ -94,11 +94,13 @@ def availability(name: str, device_type: str) -> str | None:
 # What a backend has no code for: PyTorch's own kernels do it, called by the reference.
 _LEFT_TO_PYTORCH = {
     "cpu": ("unmerge",),
-    "triton": ("attention_importance_backward",),
-    "cuda": ("attention_backward", "attention_importance_backward", "unmerge", "linear"),
+    "triton": ("attention_importance_backward", "lowest_tokens"),
+    "cuda": ("attention_backward", "attention_importance_backward", "unmerge", "linear", "lowest_tokens"),
 }
 # What the extension has for the CPU only.
-_WITHOUT_CUDA = ("nearest_kept", "novelty", "match_tokens", "layer_norm", "attention_received", "merge_tokens")
+_WITHOUT_CUDA = (
+    "nearest_kept", "novelty", "merge_scores", "match_tokens", "layer_norm", "attention_received", "merge_tokens",
+)  # fmt: skip
 _NO_SOURCE = "there is no CUDA source for it: the triton backend serves GPUs"
 
 

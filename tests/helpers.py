@@ -25,12 +25,14 @@ OPERATIONS = {
     "nearest_kept": madtp_kernels.nearest_kept,
     "novelty": madtp_kernels.novelty,
     "match_tokens": madtp_kernels.match_tokens,
+    "merge_scores": madtp_kernels.merge_scores,
+    "lowest_tokens": madtp_kernels.lowest_tokens,
 }
 SIMILARITY = ("nearest_kept", "novelty", "match_tokens")
 
 # Which axis of an argument counts tokens, by the offsets that describe it. `x` is a tensor or a RaggedBatch.
 _QUERY_TOKENS = dict.fromkeys(
-    "q out x received cls importance protected ids sizes keys kept rank queries".split(), 0
+    "q out x received cls importance protected ids sizes keys kept rank queries order weight free scores".split(), 0
 ) | {"lse": 1}
 _KEY_TOKENS = dict.fromkeys("k v key_bias".split(), 0)
 _SAMPLES = ("threshold", "keep_count", "min_keep", "count")
@@ -248,6 +250,33 @@ def matching_case(generator, lengths, width=8, dtype=torch.float32, *, count=Tru
     return case | {"count": counts if count else None, "threshold": threshold, "protected": protected}
 
 
+def merging_case(generator, lengths, width=8, dtype=torch.float32, *, weight=False, sizes=True):
+    case, tokens = keys_case(generator, lengths, width, dtype), sum(lengths)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def drawn(most):  # few values, so that equal ones are ordered by position
+        return torch.randint(0, most, (tokens,), generator=generator).to(DEVICE)
+
+    return case | {
+        "order": drawn(5).to(wide),
+        "weight": 1 + drawn(5).to(wide) if weight else None,
+        "sizes": 1 + drawn(4).float() if sizes else None,
+        "free": drawn(5) > 0,
+    }
+
+
+def choice_case(generator, lengths, dtype=torch.float32, *, threshold=1.5):
+    tokens = sum(lengths)
+    scores = torch.randint(0, 12, (tokens,), generator=generator) / 4
+    return {
+        "scores": scores.to(DEVICE).to(torch.promote_types(dtype, torch.float32)),
+        "count": torch.randint(0, 5, (len(lengths),), generator=generator, dtype=torch.int32).to(DEVICE),
+        "cu_seqlens": offsets(lengths),
+        "free": (torch.rand(tokens, generator=generator) < 0.8).to(DEVICE),
+        "threshold": threshold,
+    }
+
+
 CASES = {
     "attention": attention_case,
     "attention_importance": importance_case,
@@ -258,6 +287,8 @@ CASES = {
     "nearest_kept": nearest_case,
     "novelty": novelty_case,
     "match_tokens": matching_case,
+    "merge_scores": merging_case,
+    "lowest_tokens": choice_case,
 }
 
 
@@ -290,7 +321,7 @@ def run(op, case, backend=None):
         return results[0][:rows], results[1][:, :rows], *(r[:rows] for r in results[2:])
     if op == "attention_received":
         return (results[0][..., :rows],)
-    per_token = op == "attention_importance" or op in SIMILARITY
+    per_token = op in ("attention_importance", "merge_scores") or op in SIMILARITY
     return (results[0][:rows], *(t[:rows] if per_token else t for t in results[1:]))
 
 

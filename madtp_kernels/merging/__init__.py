@@ -17,7 +17,7 @@ from ..ragged import RaggedBatch
 from ..registration import call, define, differentiate
 from . import reference
 
-__all__ = ["Merged", "merge_tokens", "top_tokens"]
+__all__ = ["Merged", "lowest_tokens", "merge_tokens", "top_tokens"]
 
 
 class Merged(NamedTuple):
@@ -80,8 +80,8 @@ def merge_tokens(
     checks.tensor("into", into, (tokens,), "[T]", (torch.int32, torch.bool), device)
     if into.dtype == torch.bool:
         into = torch.arange(tokens, dtype=torch.int32, device=device).masked_fill_(~into, -1)
-    elif checks.may_read(into):
-        _check_into(into, cu_seqlens)
+    elif checks.may_read(into) and backends.resolve("merge_tokens", "merging", backend or "", values)[0] != "cpu":
+        _check_into(into, cu_seqlens)  # the CPU kernel looks itself
     if append not in (None, "sum", "mean"):
         raise ValueError(f"append: expected None, 'sum' or 'mean', got {checks.describe(append)}")
     score_dtype = torch.promote_types(values.dtype, torch.float32)
@@ -210,6 +210,46 @@ def top_tokens(
     return ranked & (place < limit) | guarded
 
 
+def lowest_tokens(
+    scores: Tensor,
+    count: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    free: Tensor,
+    threshold: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The tokens of lowest score of every sample, as a mask: what goes, where :func:`top_tokens` says what stays.
+
+    Args:
+        scores: ``[T]`` float32 (or float64).
+        count: ``[B]`` int32: at most so many of each sample. Of equal scores the later token.
+        cu_seqlens: ``[B+1]`` int32 offsets.
+        free: ``[T]`` bool: the tokens to choose from.
+        threshold: only tokens whose score is at most this.
+        backend: force an implementation.
+
+    Returns:
+        ``[T]`` bool; False in rows beyond the last sample.
+
+    Raises:
+        ValueError: an argument does not fit, or (CPU, or debug mode) scores that are not finite. BackendError: a backend asked
+            for by name cannot run.
+    """
+    if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"scores: expected float32 or float64 [T], got {checks.describe(scores)}")
+    checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
+    checks.finite("scores", scores, cu_seqlens)
+    checks.tensor("count", count, (cu_seqlens.shape[0] - 1,), "[B]", torch.int32, scores.device)
+    checks.tensor("free", free, (scores.shape[0],), "[T]", torch.bool, scores.device)
+    if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
+        raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
+    return call(
+        "lowest_tokens", scores.detach(), count, cu_seqlens, free, None if threshold is None else float(threshold),
+        backend or "",
+    )  # fmt: skip
+
+
 def _is_number(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -244,6 +284,11 @@ def _backward(ctx, d_values, _cu, _sizes, _rows, _source, d_carried):
     return dx, None, d_weights, None, None, None, None, None, d_carry, None
 
 
+define(
+    "lowest_tokens(Tensor scores, Tensor count, Tensor cu_seqlens, Tensor free, float? threshold, str backend) -> Tensor",
+    backends.dispatch("lowest_tokens", "merging"),
+    lambda scores, count, cu_seqlens, free, *_: torch.empty_like(free),
+)
 define(
     "merge_tokens(Tensor x, Tensor into, Tensor weights, Tensor sizes, Tensor cu_seqlens, SymInt max_seqlen, str append, "
     "bool exact, Tensor[] carry, str backend) "

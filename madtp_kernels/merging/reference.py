@@ -1,4 +1,4 @@
-"""Merging tokens into others in plain PyTorch, without waiting for a device: the oracle for tests and benchmarks."""
+"""Choosing tokens and merging them into others in plain PyTorch, without waiting for a device: the oracle for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ from torch import Tensor
 
 from .. import segments
 from ..importance.reference import EPS
+
+
+def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tensor, threshold: float | None) -> Tensor:
+    """``[C]`` bool: by two stable sorts, by score and then by sample, what is among the first ``count`` of its sample."""
+    capacity, batch = scores.shape[0], cu_seqlens.shape[0] - 1
+    row = torch.arange(capacity, device=scores.device)
+    may = free & (row < cu_seqlens[-1])
+    if batch == 0:
+        return may
+    if threshold is not None:
+        may = may & (scores <= threshold)
+    sample = segments.sample_of(cu_seqlens, capacity)
+    # From the last row to the first, so that of equal scores the later one leads; what may not go stands behind.
+    order = row.flip(0)
+    order = order[scores.where(may, float("inf"))[order].argsort(stable=True)]
+    order = order[sample.where(row < cu_seqlens[-1], batch)[order].argsort(stable=True)]
+    place = torch.empty_like(row).index_copy_(0, order, row) - cu_seqlens[sample]
+    return may & (place < count[sample])
 
 
 def number_rows(into: Tensor, cu_seqlens: Tensor, append: bool) -> tuple[Tensor, Tensor, Tensor]:

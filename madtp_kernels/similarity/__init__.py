@@ -14,7 +14,7 @@ from .. import backends, checks
 from ..registration import call, define, define_gradient
 from . import reference
 
-__all__ = ["match_tokens", "nearest_kept", "novelty"]
+__all__ = ["match_tokens", "merge_scores", "nearest_kept", "novelty"]
 
 
 def _rows(keys: Tensor) -> Tensor:
@@ -84,6 +84,58 @@ def novelty(
     if rank is not None:
         checks.finite("rank", rank, cu_seqlens)
     return call("novelty", rows, checks.unit_stride(rank), checks.unit_stride(cu_seqlens), max_seqlen, backend or "")[0]
+
+
+def merge_scores(
+    keys: Tensor,
+    order: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    weight: Tensor | None = None,
+    sizes: Tensor | None = None,
+    free: Tensor,
+    weight_exponent: float = 0.25,
+    novelty_exponent: float = 1.0,
+    size_exponent: float = 0.3,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What merging a token would cost: little if one that matters more is like it, or if it does not matter itself.
+
+    With n the novelty of :func:`novelty` by rank ``order``, a the weight and s the sizes of a sample's free tokens:
+
+        score = (a / mean a) ^ weight_exponent * n ^ novelty_exponent * s ^ size_exponent
+
+    Args:
+        keys, cu_seqlens, max_seqlen, backend: as in :func:`nearest_kept`.
+        order: ``[T]`` float32 >= 0: what a token matters; tokens are compared with those of higher order only.
+        weight: ``[T]`` float32 >= 0; by default the order.
+        sizes: ``[T]`` float32; by default 1.
+        free: ``[T]`` bool: the tokens that may go. The others are compared with nothing, and score 0.
+
+    Returns:
+        Scores and novelty, ``[T]`` float32 (float64 for float64 keys). A score that is not a number is 0. Neither carries a
+        gradient.
+
+    Raises:
+        ValueError: an argument does not fit, or (CPU, or debug mode) an order or a weight that is not finite. BackendError: a
+            backend asked for by name cannot run.
+    """
+    rows, shape = _rows(keys), (keys.shape[0],)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
+    checks.tensor("order", order, shape, "[T]", wide, keys.device)
+    checks.finite("order", order, cu_seqlens)
+    if weight is not None:
+        checks.tensor("weight", weight, shape, "[T]", wide, keys.device)
+        checks.finite("weight", weight, cu_seqlens)
+    if sizes is not None:
+        checks.tensor("sizes", sizes, shape, "[T]", torch.float32, keys.device)
+    checks.tensor("free", free, shape, "[T]", torch.bool, keys.device)
+    return call(
+        "merge_scores", rows.detach(), order.detach(), weight if weight is None else weight.detach(), sizes, free, cu_seqlens,
+        max_seqlen, weight_exponent, novelty_exponent, size_exponent, backend or "",
+    )  # fmt: skip
 
 
 def match_tokens(
@@ -157,6 +209,12 @@ define(
 define_gradient(
     "novelty_backward(Tensor keys, Tensor nearest, Tensor cu_seqlens, Tensor d_novelty) -> (Tensor d_keys)",
     reference.novelty_backward,
+)
+define(
+    "merge_scores(Tensor keys, Tensor order, Tensor? weight, Tensor? sizes, Tensor free, Tensor cu_seqlens, SymInt max_seqlen, "
+    "float weight_exponent, float novelty_exponent, float size_exponent, str backend) -> (Tensor scores, Tensor novelty)",
+    backends.dispatch("merge_scores", "similarity"),
+    lambda keys, *_: _per_token(keys, None, None),
 )
 define(
     "match_tokens(Tensor keys, Tensor cu_seqlens, SymInt max_seqlen, Tensor? count, float? threshold, int protected, "

@@ -82,6 +82,46 @@ def novelty_backward(keys: Tensor, nearest: Tensor, cu_seqlens: Tensor, d_novelt
     return dk.to(keys.dtype)
 
 
+def merge_scores(
+    keys: Tensor,
+    order: Tensor,
+    weight: Tensor | None,
+    sizes: Tensor | None,
+    free: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    weight_exponent: float,
+    novelty_exponent: float,
+    size_exponent: float,
+) -> tuple[Tensor, Tensor]:
+    """(a / mean a)^p n^q s^r of the free tokens, and the novelty n by order; in float64."""
+    new, _ = novelty(keys, order.masked_fill(~free, -1.0), cu_seqlens, max_seqlen)
+    weight = order if weight is None else weight
+    return worth(new, weight, sizes, free, cu_seqlens, weight_exponent, novelty_exponent, size_exponent), new
+
+
+def worth(
+    new: Tensor,
+    weight: Tensor,
+    sizes: Tensor | None,
+    free: Tensor,
+    cu_seqlens: Tensor,
+    weight_exponent: float,
+    novelty_exponent: float,
+    size_exponent: float,
+) -> Tensor:
+    """The score of :func:`merge_scores`, of tokens whose novelty ``new [C]`` is known. Nothing waits for a device."""
+    free = free & (torch.arange(len(free), device=free.device) < cu_seqlens[-1])
+    weight = weight.double().where(free, 0.0)
+    number = segments.sums(free.double(), cu_seqlens)
+    mean = segments.sums(weight, cu_seqlens) / number.clamp(min=1)
+    sample = segments.sample_of(cu_seqlens, len(free))
+    score = (weight / mean[sample]) ** weight_exponent * new.double() ** novelty_exponent
+    if sizes is not None and size_exponent:
+        score = score * sizes.double() ** size_exponent
+    return torch.nan_to_num(score, nan=0.0).clamp(max=torch.finfo(torch.float32).max).to(new.dtype)
+
+
 def match_tokens(
     keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, count: Tensor | None, threshold: float | None, protected: int
 ) -> tuple[Tensor, Tensor]:

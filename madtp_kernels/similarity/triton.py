@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_utils import cdiv, dot_precision, launch, on_device_of_first, product
+from .reference import worth
 
 POSITION_BITS = tl.constexpr(30)
 NORM_ROWS, NORM_COLUMNS = 16, 256
@@ -227,6 +228,22 @@ def novelty(keys: Tensor, rank: Tensor | None, cu_seqlens: Tensor, max_seqlen: i
     """novelty float32 ``[C]`` and the rows it was measured from, int32 ``[C]``; see the public operation for the contract."""
     nearest, result = _search(keys, cu_seqlens, max_seqlen, OTHERS if rank is None else HIGHER, rank=rank)
     return result, nearest
+
+
+@on_device_of_first
+def merge_scores(
+    keys: Tensor,
+    order: Tensor,
+    weight: Tensor | None,
+    sizes: Tensor | None,
+    free: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *exponents: float,
+) -> tuple[Tensor, Tensor]:
+    """scores and novelty float32 ``[C]``; see the public operation for the contract. The formula is left to PyTorch."""
+    new, _ = novelty(keys, order.masked_fill(~free, -1.0), cu_seqlens, max_seqlen)
+    return worth(new, order if weight is None else weight, sizes, free, cu_seqlens, *exponents), new
 
 
 @on_device_of_first

@@ -295,6 +295,11 @@ def test_batches_with_nothing_to_do(op, lengths, backend, generator):
         assert torch.equal(results[0], torch.arange(tokens, device=DEVICE).int().where(case["kept"], -1))
     elif op == "match_tokens":
         assert torch.equal(results[0], torch.arange(tokens, device=DEVICE).int()) and (results[1] == -math.inf).all()
+    elif op == "merge_scores":  # a token on its own has no other to be like
+        assert (results[1] == 2).all() and torch.equal(results[0] > 0, case["free"] & (case["order"] > 0))
+    elif op == "lowest_tokens":
+        expected = case["free"] & (case["scores"] <= case["threshold"])
+        assert torch.equal(results[0], expected & (case["count"] > 0).repeat_interleave(case["cu_seqlens"].diff()))
     else:
         assert (results[0] == 0).all() and (results[1] == 0).all()
         assert results[0].shape == (tokens,)

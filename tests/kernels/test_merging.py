@@ -1,4 +1,4 @@
-"""merge_tokens and top_tokens against formulas written out here in float64, row by row; and back again with unmerge."""
+"""merge_tokens, top_tokens and lowest_tokens against formulas written out here in float64, row by row; and back again with unmerge."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from madtp_kernels import (
     RaggedBatch,
     attention,
     attention_received,
+    lowest_tokens,
     match_tokens,
     merge_tokens,
     nearest_kept,
@@ -382,3 +383,45 @@ def test_a_token_of_size_n_counts_as_n_copies(backend, generator):
     torch.testing.assert_close(received, together, atol=2e-6, rtol=2e-6)
     plain = attention(q, k, v, one, one, 4, 4, backend=backend)[0]
     assert (plain - out).abs().max() > 1e-3  # sizes do change the result
+
+
+# ---- lowest_tokens
+
+
+@pytest.mark.parametrize("threshold", [None, 1.0, -1.0])
+@every_backend
+def test_the_lowest_tokens(backend, threshold, generator):
+    lengths = [9, 0, 1, 4, 70, 3]
+    tokens = sum(lengths)
+    scores = (torch.randint(0, 8, (tokens,), generator=generator) / 4).to(DEVICE)  # with ties
+    free = (torch.rand(tokens, generator=generator) < 0.7).to(DEVICE)
+    count = torch.tensor([3, 2, 1, 0, 30, 99], dtype=torch.int32, device=DEVICE)
+    got = lowest_tokens(scores, count, offsets(lengths), free=free, threshold=threshold, backend=backend)
+    start, expected = 0, []
+    for length, most in zip(lengths, count.tolist(), strict=True):
+        rows = [
+            row for row in range(start, start + length) if free[row] and (threshold is None or scores[row] <= threshold)
+        ]
+        rows.sort(key=lambda row: (float(scores[row]), -row))
+        expected += rows[:most]
+        start += length
+    assert got.nonzero()[:, 0].tolist() == sorted(expected)
+
+
+@every_backend
+def test_what_goes_is_what_does_not_stay(backend, generator):
+    """The lowest r tokens are all but the highest n - r, ties included."""
+    scores = (torch.randint(0, 5, (40,), generator=generator) / 2).to(DEVICE)
+    count = torch.tensor([7, 11], dtype=torch.int32, device=DEVICE)
+    cu_seqlens, free = offsets([25, 15]), torch.ones(40, dtype=torch.bool, device=DEVICE)
+    goes = lowest_tokens(scores, count, cu_seqlens, free=free, backend=backend)
+    stays = top_tokens(scores, torch.tensor([18, 4], dtype=torch.int32, device=DEVICE), cu_seqlens)
+    assert torch.equal(goes, ~stays)
+
+
+@every_backend
+def test_rows_beyond_the_samples_are_not_chosen(backend):
+    scores, free = spare_rows(torch.zeros(3, device=DEVICE), 2), torch.ones(5, dtype=torch.bool, device=DEVICE)
+    count = torch.tensor([9], dtype=torch.int32, device=DEVICE)
+    got = lowest_tokens(scores, count, offsets([3]), free=free, threshold=1.0, backend=backend)
+    assert got.tolist() == [True, True, True, False, False]

@@ -70,7 +70,7 @@ def variants_on(backends):
 
 
 every_case = pytest.mark.parametrize("op, options, backend", variants_on(backends_here()))
-WITHOUT_GRADIENT = ("nearest_kept", "match_tokens")
+WITHOUT_GRADIENT = ("nearest_kept", "match_tokens", "merge_scores", "lowest_tokens")
 every_differentiable_variant = pytest.mark.parametrize(
     "op, options", [v for v in VARIANTS if v.values[0] not in WITHOUT_GRADIENT]
 )
@@ -111,6 +111,11 @@ def schema_arguments(op, case, backend):
         names = ("q", "k", "lse", "cu_seqlens", "max_seqlen")
         options = (0.5, case["causal"], case["key_bias"], case["heads"], sets, first, last, queries)
         return (*(case[n] for n in names), *options, backend)
+    if op == "merge_scores":
+        names = ("order", "weight", "sizes", "free", "cu_seqlens", "max_seqlen")
+        return (case["keys"].flatten(1), *(case[n] for n in names), 0.25, 1.0, 0.3, backend)
+    if op == "lowest_tokens":
+        return (*(case[n] for n in ("scores", "count", "cu_seqlens", "free", "threshold")), backend)
     if op in SIMILARITY:
         before = {"nearest_kept": ["kept"], "novelty": ["rank"], "match_tokens": []}[op]
         after = ["count", "threshold", "protected"] if op == "match_tokens" else []

@@ -1,4 +1,4 @@
-"""nearest_kept, novelty and match_tokens against formulas written out here in float64, at the edges of what is legal.
+"""nearest_kept, novelty, merge_scores and match_tokens against formulas written out here in float64, at the edges of what is legal.
 
 That they are operators, that neighbours do not matter, and what they refuse is tested with all operations (test_operators,
 test_batch_invariance, test_contracts).
@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, backends_here, interpreted, keys_case, normal, offsets
+from helpers import DEVICE, backends_here, interpreted, keys_case, merging_case, normal, offsets
 
-from madtp_kernels import BackendError, backends, match_tokens, nearest_kept, novelty
+from madtp_kernels import BackendError, backends, match_tokens, merge_scores, nearest_kept, novelty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -90,6 +90,36 @@ def test_novelty(backend, dtype, generator):
         if len(keys):
             first = max(range(len(keys)), key=lambda i: (float(rank[rows][i]), -i))
             assert ordered[rows][first] == 2
+
+
+@pytest.mark.parametrize("weight", [False, True], ids=["by order", "by weight"])
+@every_dtype
+@every_backend
+def test_what_merging_would_cost(backend, dtype, weight, generator):
+    case = merging_case(generator, lengths_for(backend), 32, dtype, weight=weight, sizes=not weight)
+    exponents = {"weight_exponent": 0.5, "novelty_exponent": 2.0, "size_exponent": 0.3}
+    scores, new = merge_scores(**case, **exponents, backend=backend)
+    assert scores.dtype == new.dtype == torch.float32
+    for rows in samples(case):
+        free = case["free"][rows].cpu()
+        order = case["order"][rows].double().cpu().where(free, -1.0)
+        expected = formula_novelty(case["keys"][rows], order.tolist())
+        torch.testing.assert_close(new[rows].double().cpu(), expected, atol=ERROR, rtol=0)
+        worth = (case["weight"] if weight else case["order"])[rows].double().cpu()
+        sizes = 1.0 if weight else case["sizes"][rows].double().cpu() ** 0.3
+        expected = (worth / worth[free].mean()) ** 0.5 * expected**2 * sizes
+        expected = torch.nan_to_num(expected.where(free, 0.0))
+        torch.testing.assert_close(scores[rows].double().cpu(), expected, atol=2e-5, rtol=1e-5)
+
+
+@every_backend
+def test_a_sample_where_nothing_matters_costs_nothing(backend):
+    """0 / 0 is 0, and a token that is not free is compared with nothing."""
+    keys = torch.ones(4, 1, 8, device=DEVICE)
+    free = torch.tensor([False, True, True, True], device=DEVICE)
+    scores, new = merge_scores(keys, torch.zeros(4, device=DEVICE), offsets([4]), 4, free=free, backend=backend)
+    assert (scores == 0).all()
+    torch.testing.assert_close(new, torch.tensor([0.0, 2.0, 0.0, 0.0], device=DEVICE), atol=1e-6, rtol=0)
 
 
 @every_backend

@@ -198,7 +198,7 @@ def test_rule_is_its_formula(name, limit, prefix, backend, generator):
         torch.testing.assert_close(left.values[ours].double(), rows, atol=1e-5, rtol=1e-5)
         expected = {j: stays.index(into.get(j, j)) + ours.start for j in range(stop - start)}
         assert trace.rows[part].tolist() == list(expected.values())
-    assert went > 5  # the case says something
+    assert went > 2  # the case says something
     torch.testing.assert_close(left.key_bias, left.sizes.to(left.key_bias.dtype).log())
 
 

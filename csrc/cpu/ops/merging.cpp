@@ -1,4 +1,7 @@
-// Merging tokens into others of their sample.
+// Choosing tokens by score, and merging them into others of their sample.
+//
+// lowest_tokens: of every sample the free tokens with the lowest scores, so many at most and up to a threshold.
+// merge_tokens:
 //
 //   values[r] = sum_i w_i x_i / sum_i w_i       over the members i of row r: a kept token and those merged into it
 //   appended row = sum_i w_i x_i, or that / (sum_i w_i + 1e-8)            over the tokens of a sample that are in no other row
@@ -7,8 +10,11 @@
 // of its members. A row that is alone, or without weight, is copied.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
@@ -21,6 +27,35 @@ constexpr int64_t kRows = 64;
 constexpr float kEps = 1e-8f;
 
 }  // namespace
+
+Tensor lowest_tokens(const Tensor& scores, const Tensor& count, const Tensor& cu_seqlens, const Tensor& free,
+                     std::optional<double> threshold) {
+  check_operand("scores", scores, {scores.numel()}, at::kFloat);
+  const Offsets offsets("cu_seqlens", cu_seqlens, scores.size(0));
+  check_operand("count", count, {offsets.samples}, at::kInt);
+  check_operand("free", free, {scores.size(0)}, at::kBool);
+  const Tensor scores_dense = scores.contiguous(), count_dense = count.contiguous(), free_dense = free.contiguous();
+  const float* const score = scores_dense.const_data_ptr<float>();
+  const int32_t* const counts = count_dense.const_data_ptr<int32_t>();
+  const bool* const may = free_dense.const_data_ptr<bool>();
+  const float most = threshold.has_value() ? static_cast<float>(*threshold) : std::numeric_limits<float>::infinity();
+  Tensor chosen = at::zeros({scores.size(0)}, free.options());
+  bool* const goes = chosen.mutable_data_ptr<bool>();
+  for_each_item(offsets.samples, [&](int64_t b) {
+    std::vector<int64_t> rows;
+    for (int64_t row = offsets.start(b); row < offsets.start(b) + offsets.length(b); ++row) {
+      if (may[row] && score[row] <= most) rows.push_back(row);
+    }
+    const auto number = static_cast<size_t>(std::max(counts[b], 0));
+    if (number < rows.size()) {
+      const auto before = [score](int64_t a, int64_t c) { return score[a] != score[c] ? score[a] < score[c] : a > c; };
+      std::nth_element(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(number), rows.end(), before);
+      rows.resize(number);
+    }
+    for (const int64_t row : rows) goes[row] = true;
+  });
+  return chosen;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_tokens(
     const Tensor& x, const Tensor& into, const Tensor& weights, const Tensor& sizes, const Tensor& cu_seqlens, int64_t,
@@ -50,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_to
   for (int64_t b = 0; b < offsets.samples; ++b) {
     int32_t kept = 0;
     for (int64_t i = offsets.start(b); i < offsets.start(b) + offsets.length(b); ++i) {
-      TORCH_CHECK_VALUE(to[i] < 0 || (offsets.start(b) <= to[i] && to[i] < offsets.start(b) + offsets.length(b) && to[to[i]] == to[i]),
-                        "into: expected a kept row of the same sample or -1, got ", to[i], " for row ", i);
+      TORCH_CHECK_VALUE(to[i] == -1 || (offsets.start(b) <= to[i] && to[i] < offsets.start(b) + offsets.length(b) && to[to[i]] == to[i]),
+                        "into: expected -1 or a row of the same sample that stays, got ", to[i], " for token ", i);
       kept += to[i] == i;
       if (to[i] < 0 && !append.empty()) appends[b] = 1;
     }

@@ -69,6 +69,16 @@ Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seq
 std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& rank, const Tensor& cu_seqlens,
                                    int64_t max_seqlen);
 
+// keys [C, D], order, weight, sizes and free [C] -> scores [C], novelty [C].
+std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order, const OptionalTensor& weight,
+                                        const OptionalTensor& sizes, const Tensor& free, const Tensor& cu_seqlens,
+                                        int64_t max_seqlen, double weight_exponent, double novelty_exponent,
+                                        double size_exponent);
+
+// scores [C], count [B], free [C] -> chosen [C].
+Tensor lowest_tokens(const Tensor& scores, const Tensor& count, const Tensor& cu_seqlens, const Tensor& free,
+                     std::optional<double> threshold);
+
 // keys [C, D], count [B] -> into [C]: rows, similarity [C]. The first `first_free` tokens of a sample are left alone.
 std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen,
                                         const OptionalTensor& count, std::optional<double> threshold, int64_t first_free);

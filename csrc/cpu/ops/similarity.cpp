@@ -5,7 +5,8 @@
 // nearest_kept: for a dropped token the kept one with the largest cosine. novelty: 1 - the largest cosine to another token, or
 // to those of higher rank. match_tokens: ToMe's pairs. All are one search: for each query of a list the best of a list of
 // candidates, a tile of products at a time. Novelty with a rank searches the sorted sample, where a token's candidates are those
-// before it. A product's bits depend on the two rows only, so that a sample has the same result in any batch.
+// before it. merge_scores turns such a novelty into what merging a token would cost, in double precision. A product's bits depend
+// on the two rows only, so that a sample has the same result in any batch.
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -194,6 +195,23 @@ class Alike {
   std::vector<float> scale_;  // 1 / |k|, 0 for a key without a direction
 };
 
+// 1 - the largest cosine of a token with those of higher rank (with others of its sample if `rank` is null), 2 without any; and
+// the row that attains it.
+void find_novelty(const Tensor& keys, const Offsets& offsets, const float* rank, float* novelty, int32_t* nearest) {
+  std::vector<Search> searches(offsets.samples);
+  for_each_item(offsets.samples, [&](int64_t b) {
+    auto& order = searches[b].queries;
+    order.resize(offsets.length(b));
+    std::iota(order.begin(), order.end(), offsets.start(b));
+    if (rank != nullptr) {
+      std::stable_sort(order.begin(), order.end(), [rank](int64_t a, int64_t c) { return rank[a] > rank[c]; });
+    }
+    searches[b].candidates = order;
+  });
+  Alike(keys, offsets).run(searches, rank == nullptr ? Seen::others : Seen::earlier, nearest, novelty);
+  for (int64_t row = 0; row < offsets.total(); ++row) novelty[row] = novelty[row] == -kInfinity ? 2.0f : 1.0f - novelty[row];
+}
+
 }  // namespace
 
 Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t) {
@@ -221,24 +239,55 @@ std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& ran
   const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
   check_operand("rank", rank, {keys.size(0)}, at::kFloat);
   const Tensor rank_dense = rank.has_value() ? rank->contiguous() : Tensor();
-  const float* const ranks = rank.has_value() ? rank_dense.const_data_ptr<float>() : nullptr;
   Tensor result = at::empty({keys.size(0)}, keys.options().dtype(at::kFloat));
   Tensor nearest = at::empty({keys.size(0)}, cu_seqlens.options());
-  std::vector<Search> searches(offsets.samples);
-  for_each_item(offsets.samples, [&](int64_t b) {
-    auto& order = searches[b].queries;
-    order.resize(offsets.length(b));
-    std::iota(order.begin(), order.end(), offsets.start(b));
-    if (ranks != nullptr) {
-      std::stable_sort(order.begin(), order.end(), [ranks](int64_t a, int64_t c) { return ranks[a] > ranks[c]; });
-    }
-    searches[b].candidates = order;
-  });
-  float* const values = result.mutable_data_ptr<float>();
-  Alike(keys, offsets)
-      .run(searches, ranks == nullptr ? Seen::others : Seen::earlier, nearest.mutable_data_ptr<int32_t>(), values);
-  for (int64_t row = 0; row < offsets.total(); ++row) values[row] = values[row] == -kInfinity ? 2.0f : 1.0f - values[row];
+  find_novelty(keys, offsets, rank.has_value() ? rank_dense.const_data_ptr<float>() : nullptr,
+               result.mutable_data_ptr<float>(), nearest.mutable_data_ptr<int32_t>());
   return {result, nearest};
+}
+
+std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order, const OptionalTensor& weight,
+                                        const OptionalTensor& sizes, const Tensor& free, const Tensor& cu_seqlens, int64_t,
+                                        double weight_exponent, double novelty_exponent, double size_exponent) {
+  check_rows("keys", keys, 2);
+  const int64_t capacity = keys.size(0);
+  const Offsets offsets("cu_seqlens", cu_seqlens, capacity);
+  check_operand("order", order, {capacity}, at::kFloat);
+  check_operand("weight", weight, {capacity}, at::kFloat);
+  check_operand("sizes", sizes, {capacity}, at::kFloat);
+  check_operand("free", free, {capacity}, at::kBool);
+  const Tensor order_dense = order.contiguous(), free_dense = free.contiguous();
+  const Tensor weight_dense = weight.has_value() ? weight->contiguous() : order_dense;
+  const Tensor sizes_dense = sizes.has_value() ? sizes->contiguous() : Tensor();
+  const bool* const may = free_dense.const_data_ptr<bool>();
+  const float* const orders = order_dense.const_data_ptr<float>();
+  const float* const weights = weight_dense.const_data_ptr<float>();
+  const float* const size = sizes.has_value() ? sizes_dense.const_data_ptr<float>() : nullptr;
+  Tensor scores = at::empty({capacity}, order.options()), result = at::empty({capacity}, order.options());
+  Tensor nearest = at::empty({capacity}, cu_seqlens.options());
+  float* const score = scores.mutable_data_ptr<float>();
+  float* const novelties = result.mutable_data_ptr<float>();
+  std::vector<float> rank(offsets.total());
+  for (int64_t row = 0; row < offsets.total(); ++row) rank[row] = may[row] ? orders[row] : -1.0f;
+  find_novelty(keys, offsets, rank.data(), novelties, nearest.mutable_data_ptr<int32_t>());
+  const auto power = [](double base, double exponent) { return exponent == 1.0 ? base : std::pow(base, exponent); };
+  for_each_item(offsets.samples, [&](int64_t b) {
+    const int64_t start = offsets.start(b), end = start + offsets.length(b);
+    double total = 0.0;
+    int64_t number = 0;
+    for (int64_t row = start; row < end; ++row) {
+      if (!may[row]) continue;
+      total += weights[row];
+      ++number;
+    }
+    const double mean = total / static_cast<double>(std::max<int64_t>(number, 1));
+    for (int64_t row = start; row < end; ++row) {
+      double worth = power((may[row] ? weights[row] : 0.0) / mean, weight_exponent) * power(novelties[row], novelty_exponent);
+      if (size != nullptr && size_exponent != 0.0) worth *= power(size[row], size_exponent);
+      score[row] = std::isnan(worth) ? 0.0f : static_cast<float>(std::min<double>(worth, std::numeric_limits<float>::max()));
+    }
+  });
+  return {scores, result};
 }
 
 std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t, const OptionalTensor& count,

@@ -361,8 +361,7 @@ class _Fitting(Pruning):
             self.record.append(0.0)
             return tokens, LayerTrace(tokens.cu_seqlens, tokens.cu_seqlens, tokens.ids)
         score, free, found = rule.score(tokens, block_input, attention, dictionary, layer)
-        valid = torch.arange(len(score), device=score.device) < tokens.cu_seqlens[-1]
-        may = valid & free & ~rule.capped(tokens, score, free)
+        may = rule.lowest(tokens, score, free)
         pool = score[may].sort().values
         number = float(rule.prunable(tokens).sum()) * wanted if self.kind == "shares" else wanted * tokens.batch_size
         number = min(round(number), len(pool))

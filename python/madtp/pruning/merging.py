@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from madtp_kernels import top_tokens
+from madtp_kernels import lowest_tokens
 
 from .base import LayerTrace, Pruning, Tokens
 
@@ -157,19 +157,29 @@ class MergingPruning(Pruning):
         """``[C]`` bool: the tokens that go, of those that are free to."""
         kind, limit = self.limit_of(layer)
         if kind == "thresholds":
-            goes = free & (score <= limit)
-            return goes & ~self.capped(tokens, score, free) if self.most < 1 else goes
+            return self.lowest(tokens, score, free, threshold=limit)
         number = self.prunable(tokens)
         count = (number * limit).round() if kind == "shares" else torch.full_like(number, round(limit))
-        count = torch.minimum(count.int(), (number * self.most + 1e-4).int())
-        return free & ~top_tokens(
-            score, (counts(tokens, free) - count).clamp(min=0), tokens.cu_seqlens, protected=~free
-        )
+        return self.lowest(tokens, score, free, count=count.int())
 
-    def capped(self, tokens: Tokens, score: Tensor, free: Tensor) -> Tensor:
-        """``[C]`` bool: the free tokens that stay because no more than ``most`` may go."""
-        count = counts(tokens, free) - (self.prunable(tokens) * self.most + 1e-4).int()
-        return free & top_tokens(score, count.clamp(min=0), tokens.cu_seqlens, protected=~free)
+    def lowest(
+        self,
+        tokens: Tokens,
+        score: Tensor,
+        free: Tensor,
+        *,
+        count: Tensor | None = None,
+        threshold: float | None = None,
+    ) -> Tensor:
+        """``[C]`` bool: the free tokens of lowest score, at most the share ``most`` of a sample's.
+
+        Args:
+            count: ``[B]`` int32: no more than so many of each sample.
+            threshold: only those whose score is at most this.
+        """
+        most = (self.prunable(tokens) * self.most + 1e-4).int()
+        count = most if count is None else torch.minimum(count, most)
+        return lowest_tokens(score, count, tokens.cu_seqlens, free=free, threshold=threshold, backend=self.backend)
 
     @staticmethod
     def prunable(tokens: Tokens) -> Tensor:

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from madtp_kernels import nearest_kept, novelty, score_tokens
-from madtp_kernels.segments import sample_of, sums
+from madtp_kernels import merge_scores, nearest_kept, score_tokens
 
 from .base import register
 from .merging import MergingPruning, own_rows
@@ -103,37 +102,29 @@ class RankedNovelty(MergingPruning):
         return 1 / (1 + tokens.ids.clamp(min=0).to(_wide(tokens)))
 
     def score(self, tokens, block_input, attention, dictionary, layer):
-        protected, cu_seqlens = tokens.protected, tokens.cu_seqlens
-        wide, sample = _wide(tokens), sample_of(cu_seqlens, len(protected))
+        free = ~tokens.protected
         keys = attention.keys
         if self.keys == "averaged":
             keys = keys.mean(1)
         elif self.keys == "per_head":  # heads of unit length: the cosine of all is the mean of the heads'
             keys = F.normalize(keys, dim=2)
-        order = self._importance(self.order, tokens, block_input, attention, dictionary).to(wide).detach()
-        # A protected token ranks below all, so that nothing is compared with it.
-        new = novelty(
-            keys, cu_seqlens, tokens.max_seqlen, rank=order.masked_fill(protected, -1.0), backend=self.backend
-        )
-        weight = order
+        order = self._importance(self.order, tokens, block_input, attention, dictionary)
+        weight = None
         if self.weight not in (None, self.order):
-            weight = self._importance(self.weight, tokens, block_input, attention, dictionary).to(wide)
-        # In float64 the place of a token in its buffer (vectorised or not) does not show in the result.
-        weight = weight.double().masked_fill(protected, 0.0)
-        mean = sums(weight, cu_seqlens) / self.prunable(tokens).clamp(min=1)
-        score = (weight / mean[sample]) ** self.attention_exponent * new.double() ** self.novelty_exponent
-        if self.size_exponent and tokens.sizes is not None:
-            score = score * tokens.sizes.double() ** self.size_exponent
-        score = torch.nan_to_num(score, nan=0.0, posinf=torch.finfo(torch.float32).max)
-        return score.to(wide), ~protected, {"keys": keys, "new": new, "total": score}
+            weight = self._importance(self.weight, tokens, block_input, attention, dictionary)
+        score, new = merge_scores(
+            keys, order, tokens.cu_seqlens, tokens.max_seqlen, weight=weight, sizes=tokens.sizes, free=free,
+            weight_exponent=self.attention_exponent, novelty_exponent=self.novelty_exponent,
+            size_exponent=self.size_exponent, backend=self.backend,
+        )  # fmt: skip
+        return score, free, {"keys": keys, "new": new, "total": score, "free": free}
 
     def similarities(self, tokens, gone, width, heads):
         depth = width // heads if self.keys == "averaged" else width
         return tokens * tokens / 2 * depth + gone * (tokens - gone) * depth + gone * depth
 
-    def into(self, tokens, goes, threshold, keys, new, total):
-        stays = ~goes & ~tokens.protected
-        nearest = nearest_kept(keys, stays, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
+    def into(self, tokens, goes, threshold, keys, new, total, free):
+        nearest = nearest_kept(keys, free & ~goes, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
         if self.second_look and threshold is not None:
             # What a token resembled may have gone, too: it stays if it is new beside all that is left.
             rows = goes.nonzero()[:, 0] if goes.device.type == "cpu" else own_rows(tokens).long()
@@ -142,7 +133,9 @@ class RankedNovelty(MergingPruning):
                 keys[rows].flatten(1).to(new.dtype), keys[others].flatten(1).to(new.dtype), dim=1
             )
             change = ((1 - cosine).double() / new[rows].double().clamp(min=1e-12)) ** self.novelty_exponent
-            goes = goes.index_copy(0, rows, goes[rows] & (total[rows] * change <= threshold * self.second_look))
+            goes = goes.index_copy(
+                0, rows, goes[rows] & (total[rows].double() * change <= threshold * self.second_look)
+            )
         return torch.where(goes, nearest, own_rows(tokens))
 
 
