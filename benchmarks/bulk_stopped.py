@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("", "cli")]
-from test_cli_batch import CONFIGS, picture  # noqa: E402
+from small_models import CONFIGS  # noqa: E402
+from test_cli_batch import picture  # noqa: E402
 
 import madtp  # noqa: E402
 from madtp.bulk.writers import read_records  # noqa: E402

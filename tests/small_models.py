@@ -24,3 +24,6 @@ def configs(image_size, depth, layers=2, sd_num=12, mlp_ratio=2, positions=64):
             VisionConfig(**sizes, map_func=True), CLIPTextConfig(32, layers, 2, 64, vocab_size=514), embed_dim=16
         ),
     }
+
+
+CONFIGS = configs(48, depth=3)

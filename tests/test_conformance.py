@@ -117,7 +117,9 @@ def check_stream(trace, sample, golden, prefix, case, column):
 
 
 def cases_by_temperature(temperatures, robust, backend):
-    """Cases of each temperature. Through the interpreter one that prunes and can be compared, of a middling temperature."""
+    """Cases of each temperature: all, or the first that can be compared where CUDA's sources are emulated. Through the
+    interpreter one that prunes and can be compared, of a middling temperature.
+    """
     if interpreted(backend):
         above = sorted(t for t in temperatures.unique().tolist() if t > 0)
         for temperature in sorted(above, key=lambda t: abs(above.index(t) - len(above) // 2)):
@@ -127,7 +129,15 @@ def cases_by_temperature(temperatures, robust, backend):
                 return
         return
     for temperature in temperatures.unique().tolist():
-        yield temperature, (temperatures == temperature).nonzero().flatten().tolist()
+        if emulated(backend):
+            yield temperature, ((temperatures == temperature) & robust.bool()).nonzero().flatten().tolist()[:2]
+        else:
+            yield temperature, (temperatures == temperature).nonzero().flatten().tolist()
+
+
+def emulated(backend):
+    """Whether CUDA's sources run on the CPU (test_cuda_sources.py)."""
+    return backend == "cuda" and DEVICE == "cpu"
 
 
 def stored_rows(offsets, tokens_out):
@@ -155,6 +165,10 @@ def check_rows(ours, ids, official, origin, n, where):
 # ---- unit functions -----------------------------------------------------------------------------------------------
 
 
+# Of the batches of four, those that slow backends run: one that is pruned and one that is not. N and temperature.
+FEW = {(16, 1.0), (16, 5.0)}
+
+
 def is_unit(manifest):
     return manifest["family"] == "unit"
 
@@ -165,6 +179,12 @@ def test_reduction_rule(family, backend):
     inputs, outputs = golden.reduce_token_inputs, golden.reduce_token_outputs
     compared = 0
     for name, case in golden.manifest["cases"].items():
+        if (
+            (interpreted(backend) or emulated(backend))
+            and case["B"] > 1
+            and (case["N"], case["temperature"]) not in FEW
+        ):
+            continue
         x, probabilities, cls, alignment = (
             inputs[f"{name}.{key}"].to(DEVICE) for key in ("x", "self_attn", "cls_attn", "token_attn")
         )
@@ -197,10 +217,8 @@ def test_reduction_rule(family, backend):
         theta = outputs[f"{name}.threshold"][:, None]
         if ((official - theta).abs() / official.abs().mean()).min() < MARGIN:
             continue
-        for variant in ("vision", "text_nlvr", "text_med", "clip"):
-            facts = case[variant]
-            min_keep = golden.config["clip_max_keep"] if variant == "clip" else 0
-            result = compact(
+        compacted = {
+            min_keep: compact(
                 RaggedBatch(packed(x), cu, length),
                 importance,
                 threshold,
@@ -208,6 +226,11 @@ def test_reduction_rule(family, backend):
                 min_keep=torch.full((batch,), min_keep, dtype=torch.int32, device=DEVICE),
                 backend=backend,
             )
+            for min_keep in {0, golden.config["clip_max_keep"]}
+        }
+        for variant in ("vision", "text_nlvr", "text_med", "clip"):
+            facts = case[variant]
+            result = compacted[golden.config["clip_max_keep"] if variant == "clip" else 0]
             rows = result.tokens.to_list()
             ids = result.tokens.with_values(result.ids).to_list()
             where = f"{name} {variant}"

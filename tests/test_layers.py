@@ -1,6 +1,7 @@
 """Imports point down: a part of the package knows what lies below it, and nothing else."""
 
 import ast
+import functools
 from pathlib import Path
 
 import madtp
@@ -12,22 +13,24 @@ LAYERS = {
     "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers "
     "vision",
     "tasks": "tasks",
-    "weights": "weights",
+    "weights": "weights checkpoints",
     "use": "bulk compress data evaluate patch predict varlen",
     "commands": "__main__ cli report",
 }
 
 
+@functools.cache
 def imported(path, package):
     """Names of the modules that a file imports, wherever in it."""
-    parts = package.split(".")
+    parts, found = package.split("."), []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (start, node.module)))
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def edges(package):

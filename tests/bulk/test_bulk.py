@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from decoders import Unloadable, faulty
+from small_models import CONFIGS
 from test_bulk_readers import tar_of
-from test_cli_batch import CONFIGS, picture, save_pictures
+from test_cli_batch import picture, save_pictures
 
 import madtp
 from madtp import cli, predict

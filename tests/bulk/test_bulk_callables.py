@@ -9,7 +9,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_cli_batch import CONFIGS, picture
+from small_models import CONFIGS
+from test_cli_batch import picture
 
 import madtp
 from madtp import predict

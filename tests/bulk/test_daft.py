@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli_batch import CONFIGS, save_pictures
+from small_models import CONFIGS
+from test_cli_batch import save_pictures
 
 import madtp
 

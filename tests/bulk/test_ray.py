@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_models import CONFIGS
 from test_bulk import save_tars
-from test_cli_batch import CONFIGS, save_pictures
+from test_cli_batch import save_pictures
 
 import madtp
 from madtp.bulk.readers import Source

@@ -1,22 +1,20 @@
 """`madtp caption`, `vqa`, `embed`, `retrieve` on small models with random weights: images in, records out."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fresh import COMMAND
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
-from small_models import configs
+from small_models import CONFIGS
 
 import madtp
 from madtp import cli, predict
@@ -54,7 +52,7 @@ def save_pictures(folder, count, seed=0):
 def models(tmp_path_factory):
     """A folder of saved models, one per task."""
     folder = tmp_path_factory.mktemp("models")
-    for task, config in configs(48, depth=3).items():
+    for task, config in CONFIGS.items():
         madtp.save_pretrained(madtp.load("random:base", config=config, temperature=2.0), folder / task)
     return folder
 
@@ -112,7 +110,8 @@ def test_captions_of_a_folder(command, load, photos):
 
 @pytest.mark.parametrize("search", [[], ["--sample"]], ids=["beams", "sample"])
 def test_captions_do_not_depend_on_the_batch_size(command, photos, search):
-    outputs = {command("caption", "caption", photos, *search, "--batch-size", size)[1] for size in (1, 5, 16)}
+    options = [*search, "--max-length", "9", "--batch-size"]
+    outputs = {command("caption", "caption", photos, *options, size)[1] for size in (1, 5, 16)}
     assert len(outputs) == 1
 
 
@@ -659,20 +658,21 @@ def test_a_stopped_run_that_samples_ends_as_one_that_was_not(command, photos, tm
     assert len({record["caption"] for record in read(outputs[0])}) == 12
 
 
+PICTURES = 80
 RUNS = {"caption": ("caption", "all.jsonl"), "embed": ("clip", "all.npy")}
 
 
 def long_run(name, album, where):
     """Arguments of a run over the album, of which the output goes to a folder."""
     where.mkdir()
-    options = ["--max-length", "9"] if name == "caption" else []
+    options = ["--max-length", "7", "--num-beams", "2"] if name == "caption" else []
     return [str(album), "--output", str(where / RUNS[name][1]), "--batch-size", "8", *options]
 
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """200 files of mixed sizes and formats, four of them damaged."""
-    folder = save_pictures(tmp_path_factory.mktemp("album"), 200)
+    """PICTURES files of mixed sizes and formats, some of them damaged."""
+    folder = save_pictures(tmp_path_factory.mktemp("album"), PICTURES)
     for path in [path for path in files(folder) if path.suffix == ".png"][3::7]:
         path.write_bytes(path.read_bytes()[:60])
     return folder
@@ -692,33 +692,25 @@ def whole(album, models, tmp_path_factory):
 @pytest.mark.parametrize("signal_number, exit_code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_ends_as_one_that_was_not(
-    command, models, album, whole, tmp_path, name, signal_number, exit_code
+    command, fresh_command, models, album, whole, tmp_path, name, signal_number, exit_code
 ):
     task, output = RUNS[name]
     stopped = tmp_path / "stopped"
     arguments = long_run(name, album, stopped)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "madtp", name, "--model", models / task, *REFERENCE, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background leaves SIGINT ignored, and commands inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    child = fresh_command.start(COMMAND, name, "--model", models / task, *REFERENCE, *arguments)
     partial = stopped / f"{output}.partial"
-    deadline = time.monotonic() + 60
-    while not (partial.exists() and partial.read_bytes().count(b"\n") > 40):
-        assert child.poll() is None and time.monotonic() < deadline, child.stderr.read()
+    deadline = time.monotonic() + 180
+    while not (partial.exists() and partial.read_bytes().count(b"\n") > 20):
+        assert child.returncode is None and time.monotonic() < deadline, child.stderr
         time.sleep(0.005)
     child.send_signal(signal_number)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == exit_code and "Traceback" not in err and not (stopped / output).exists()
+    assert child.wait(180) == exit_code and "Traceback" not in child.stderr and not (stopped / output).exists()
     done = partial.read_bytes().count(b"\n") - 1
 
     code, out, err = command(name, task, *arguments)
-    assert code == 1 and "4 of 200 rows could not be answered" in err
-    resumed = int(re.search(r"200 rows \((\d+) of them from an earlier run\)", out)[1])
-    assert 40 <= resumed <= done < 200 and resumed % 8 == 0
+    assert code == 1 and re.search(rf"[2-9] of {PICTURES} rows could not be answered", err)
+    resumed = int(re.search(rf"{PICTURES} rows \((\d+) of them from an earlier run\)", out)[1])
+    assert 16 <= resumed <= done < PICTURES and resumed % 8 == 0
     assert [path.name for path in files(stopped)] == [path.name for path in files(whole[name])]
     for ours, theirs in zip(files(stopped), files(whole[name]), strict=True):
         assert ours.read_bytes() == theirs.read_bytes(), ours.name

@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli_batch import CONFIGS, files, records, save_pictures
+from small_models import CONFIGS
+from test_cli_batch import files, records, save_pictures
 
 import madtp
 from madtp import cli

@@ -13,7 +13,9 @@ with launches replaced by compilation: what is compiled is what a GPU would get,
 
 import collections
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -48,7 +50,7 @@ OTHER_SHAPES = [
 ]
 
 
-# ---- in the subprocess: compile and report ----------------------------------------------------------------------------
+# ---- in the other process: compile and report ----------------------------------------------------------------------------
 
 
 class Target:
@@ -421,35 +423,24 @@ def describe(row):
 
 
 @pytest.fixture(scope="module")
-def reports():
-    """Rows of every target, compiled side by side in processes without Triton's interpreter."""
+def answers():
+    """What every command prints, from one process without Triton's interpreter, by command."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    workers = {
-        target: subprocess.Popen(
-            [sys.executable, __file__, str(target), "--json"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for target in TARGETS
-    }
-    rows = {}
-    for target, worker in workers.items():
-        output, errors = worker.communicate()
-        assert worker.returncode == 0, f"compiling for sm_{target} failed:\n{errors[-4000:]}"
-        rows[target] = json.loads(output)
-    return rows
+    done = subprocess.run([sys.executable, __file__, "all"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
-def test_no_kernel_is_compiled_again_for_another_batch_size():
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, __file__, "variants"]
-    found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+@pytest.fixture
+def reports(answers):
+    """Rows of every target."""
+    return {target: answers[str(target)] for target in TARGETS}
+
+
+def test_no_kernel_is_compiled_again_for_another_batch_size(answers):
+    found = answers["variants"]
     assert {name for name, *_ in found} >= {"_score_kernel", "_compact_kernel", "_linear_kernel", "_importance_kernel"}
     by_constants = collections.defaultdict(set)
     for name, constants, specialised in found:
@@ -458,19 +449,9 @@ def test_no_kernel_is_compiled_again_for_another_batch_size():
     assert not twice, "\n".join(f"{key}: {value}" for key, values in twice.items() for value in sorted(values))
 
 
-def answer_of(command):
-    """What this file prints when it is called with a command, in a process without Triton's interpreter."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run([sys.executable, __file__, command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
-def test_launch_tells_variants_apart_as_triton_does():
+def test_launch_tells_variants_apart_as_triton_does(answers):
     ours, theirs = collections.defaultdict(set), collections.defaultdict(set)
-    for key, specialised in answer_of("keys"):
+    for key, specialised in answers["keys"]:
         if key != "None":  # left to Triton
             ours[key].add(specialised)
             theirs[specialised].add(key)
@@ -479,8 +460,8 @@ def test_launch_tells_variants_apart_as_triton_does():
     assert all(len(values) == 1 for values in theirs.values()), theirs
 
 
-def test_launch_runs_compiled_kernels_unless_somebody_watches():
-    steps = answer_of("launches")
+def test_launch_runs_compiled_kernels_unless_somebody_watches(answers):
+    steps = answers["launches"]
     assert [step[0] for step in steps] == [1, 0, 1, 0, 0, 1, 0, 1, 1, 0]
     assert [step[1] for step in steps] == [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
     aligned, unaligned, *rest = (step for step in steps if step[1])
@@ -490,9 +471,9 @@ def test_launch_runs_compiled_kernels_unless_somebody_watches():
     assert numbers[0] == numbers[2] == numbers[4] and len(set(numbers)) == 3
 
 
-def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others():
+def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     """Columns: launched by Triton, run directly, looked up, with the tensors of this call."""
-    *linears, first, second, third, message = answer_of("repeats")
+    *linears, first, second, third, message = answers["repeats"]
     assert linears[:4] == [[1, 0, 1, False], [0, 1, 1, True], [0, 1, 0, True], [0, 1, 0, True]]
     unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again = linears[4:]
     assert unaligned[:3] == [1, 0, 1] and with_residual[:3] == [1, 0, 1]
@@ -565,10 +546,23 @@ def test_rows_move_in_accesses_of_16_bytes(reports, target):
         assert all(row["instructions"][word] for word in WIDE_ACCESS[row["kernel"]]), describe(row)
 
 
+COMMANDS = {
+    **{str(target): functools.partial(report, target) for target in TARGETS},
+    "variants": variants, "keys": keys, "launches": direct_launches, "repeats": repeated_calls,
+}  # fmt: skip
+
+
+def answer(command):
+    return COMMANDS[command]()
+
+
 if __name__ == "__main__":
-    commands = {"variants": variants, "keys": keys, "launches": direct_launches, "repeats": repeated_calls}
-    if sys.argv[1] in commands:
-        print(json.dumps(commands[sys.argv[1]]()))
-        sys.exit()
-    result = report(int(sys.argv[1]))
-    print(json.dumps(result) if "--json" in sys.argv else "\n".join(map(describe, result)))
+    command = sys.argv[1]
+    if command == "all":  # each in a process of its own, for they replace parts of Triton; imports are shared
+        fork = multiprocessing.get_context("fork")
+        with fork.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+            print(json.dumps(dict(zip(COMMANDS, pool.map(answer, COMMANDS, chunksize=1), strict=True))))
+    elif command.isdecimal():
+        print("\n".join(map(describe, answer(command))))
+    else:
+        print(json.dumps(answer(command)))
