@@ -309,6 +309,22 @@ def test_pixels_are_those_of_the_family(name, size, saved, tmp_path):
         close(features, pooled(model(**expected)))
 
 
+@pytest.mark.parametrize("most", [128, 1024])
+@torch.inference_mode()
+def test_naflex_takes_any_size_in_one_batch(most, saved, tmp_path):
+    """From a dot to a banner, up to the most patches that are allowed: each as transformers has it alone and padded."""
+    name = "Siglip2VisionModel"
+    processor, (model, place) = hf.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=most), saved(name)
+    for part in ("config.json", "model.safetensors"):
+        (tmp_path / part).symlink_to(place / part)
+    processor.save_pretrained(tmp_path)
+    ours, photos = madtp.load(tmp_path), [photo(*size) for size in [(16, 16), (224, 224), (1000, 100), (1200, 900)]]
+    features = ours.encode_image([ours.processor.image(each) for each in photos]).features
+    for number, each in enumerate(photos):
+        expected = model(**processor(each, return_tensors="pt")).pooler_output
+        torch.testing.assert_close(features[number : number + 1].cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pixels_without_a_file_are_the_familys_usual_ones(name, saved):
     """As its processor makes them by default, at the size of the model."""
@@ -444,6 +460,22 @@ def test_merging_likes_changes_no_pooled_vector(kind, generator):
     close(tower.pool(together), tower.pool(apart).cpu())
     counted = tower.pool(dataclasses.replace(together, sizes=None))
     assert pool == "class" or (counted[0] - tower.pool(apart)[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel", "Dinov2WithRegistersModel"])
+@torch.inference_mode()
+def test_merging_copies_changes_no_feature(name, saved, generator):
+    """A picture of few different patches without positions: the copies of each become one token, and nothing else
+    changes."""
+    ours = madtp.load(saved(name)[1], device=DEVICE)
+    prefix = ours.config.vision.prefix
+    ours.visual.pos_embed[:, -16:] = 0
+    patches = normal(generator, 5, 3, 8, 8)[torch.arange(16) % 5]
+    image = patches.unflatten(0, (4, 4)).permute(2, 0, 3, 1, 4).reshape(1, 3, 32, 32)
+    dense = ours.encode_image(image, 0.0)
+    pruned = ours.encode_image(image, RankedNovelty(thresholds=(1e-5,), most=1.0))
+    assert pruned.trace[0].lengths.tolist() == [prefix + 5]
+    assert F.cosine_similarity(pruned.features, dense.features).min() > 0.999999
 
 
 def test_a_rule_that_reads_the_class_token_is_known_in_any_wrapping():
