@@ -8,8 +8,8 @@ happens as it would there, Triton's specialisation and look-up of the compiled k
 attention (some 20 us each) and every answer: results are undefined. What
 PyTorch itself computes, such as an addition of a few rows, runs on the CPU, which costs about what its launch would.
 
-Prints one line of JSON per layer: the least and the median of microseconds, and the launches by name. The first run
-compiles the kernels, which takes a minute.
+Prints one line of JSON per layer: the least and the median of microseconds, the launches by name, and the operators of PyTorch
+that compute something, each of which is a launch or several on a GPU. The first run compiles the kernels, which takes a minute.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 from madtp.config import TextConfig
-from madtp.pruning import MADTP, Tokens
+from madtp.pruning import MADTP, RankedNovelty, Tokens
 from madtp.pruning import base as dtp
 from madtp.pruning import madtp as rule
 from madtp.text import Layer, TwinCrossAttention
 from madtp.vision import Block
-from madtp_kernels import RaggedBatch, backends, checks, compact, prune
+from madtp_kernels import RaggedBatch, backends, checks, compact, merge_tokens, prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels"))
 from test_triton_aot import Target
@@ -44,6 +44,12 @@ from test_triton_aot import Target
 MULTIPROCESSORS = 132
 SAMPLES, TOKENS = 2, 8
 WIDTH, ENTRIES = 768, 100
+# Operators that describe or allocate memory, or that only call others.
+FREE = frozenset(
+    "alias as_strided chunk contiguous detach empty empty_like empty_strided expand expand_as flatten lift_fresh narrow "
+    "new_empty permute promote_types reshape resize_ result_type scalar_tensor select slice split squeeze t to transpose "
+    "unbind unflatten unsafe_split unsqueeze view view_as _reshape_alias _to_copy _unsafe_view".split()
+)
 
 
 @contextlib.contextmanager
@@ -87,6 +93,7 @@ def pretending(capability: int):
         (attention, "_flash", lambda: (flash, {"num_splits": 1})),
         (checks, "may_read", lambda tensor: False),
         (dtp, "compact", functools.partial(compact, exact=False)),
+        (dtp, "merge_tokens", functools.partial(merge_tokens, exact=False)),
         (rule, "prune", functools.partial(prune, exact=False)),
         (backends, "availability", lambda name, device_type: None),
         (backends, "_PREFERENCE", {"cpu": ("triton",)}),
@@ -116,13 +123,35 @@ def layers() -> dict[str, Callable[[], object]]:
     config = TextConfig()
     vision = Block(WIDTH, 12, 4 * WIDTH, eps=1e-6).to(torch.bfloat16).eval()
     text = Layer(config, TwinCrossAttention(config, merges=True)).to(torch.bfloat16).eval()
-    tokens, left, right = stream(), stream(), stream()
+    tokens, images = stream(), stream(2 * SAMPLES)
+    ranked = RankedNovelty(thresholds=(0.5,))
     return {
         "vision, pruned": lambda: vision(tokens, guide, MADTP(5.0), 0),
+        "vision, ranked novelty": lambda: vision(tokens, None, ranked, 0),
         "vision, dense": lambda: vision(tokens, None, MADTP(0.0), 0),
-        "text, pruned": lambda: text(tokens, guide, MADTP(5.0), 0, others=(left, right)),
-        "text, dense": lambda: text(tokens, None, MADTP(0.0), 0, others=(left, right)),
+        "text, pruned": lambda: text(tokens, guide, MADTP(5.0), 0, others=(images,)),
+        "text, dense": lambda: text(tokens, None, MADTP(0.0), 0, others=(images,)),
     }
+
+
+def computed(call: Callable[[], object]) -> dict[str, int]:
+    """The operators of PyTorch in a call that compute something, and how often."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    found: collections.Counter[str] = collections.Counter()
+
+    def look(event) -> None:
+        name = event.name.removeprefix("aten::")
+        if event.name.startswith("aten::") and name not in FREE:
+            found[name] += 1
+            return
+        for child in event.cpu_children:
+            look(child)
+
+    for event in profile.events():
+        if event.cpu_parent is None:
+            look(event)
+    return dict(found)
 
 
 def main() -> None:
@@ -144,6 +173,7 @@ def main() -> None:
                 call()
                 times.append((time.perf_counter() - start) * 1e6)
             facts = {"us_min": round(min(times), 1), "us": round(statistics.median(times), 1), "launches": kernels}
+            facts["pytorch"] = computed(call)
             print(json.dumps({"layer": name, **facts}), flush=True)
             if arguments.profile:
                 profile = cProfile.Profile()

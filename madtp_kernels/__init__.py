@@ -11,7 +11,7 @@ from .backends import BackendError
 from .checks import set_debug
 from .compaction import Compacted, compact
 from .importance import attention_importance
-from .linear import linear
+from .linear import linear, linear_pair
 from .merging import Merged, lowest_tokens, merge_tokens, top_tokens
 from .normalization import layer_norm
 from .prune import Pruned, prune
@@ -36,6 +36,7 @@ __all__ = [
     "compact",
     "layer_norm",
     "linear",
+    "linear_pair",
     "lowest_tokens",
     "match_tokens",
     "merge_scores",

@@ -93,9 +93,9 @@ def availability(name: str, device_type: str) -> str | None:
 
 # What a backend has no code for: PyTorch's own kernels do it, called by the reference.
 _LEFT_TO_PYTORCH = {
-    "cpu": ("unmerge",),
+    "cpu": ("unmerge", "linear_pair"),
     "triton": ("attention_importance_backward", "lowest_tokens"),
-    "cuda": ("attention_backward", "attention_importance_backward", "unmerge", "linear", "lowest_tokens"),
+    "cuda": ("attention_backward", "attention_importance_backward", "unmerge", "linear", "linear_pair", "lowest_tokens"),
 }
 # What the extension has for the CPU only.
 _WITHOUT_CUDA = (

@@ -58,7 +58,7 @@ def prune(
         backend: force an implementation of both.
 
     Returns:
-        :class:`Pruned`. Three launches on a GPU, four where scoring takes two.
+        :class:`Pruned`. Two launches on a GPU, three where scoring takes two.
 
     Raises:
         ValueError, BackendError: as the two operations.
@@ -108,10 +108,16 @@ def _on_gpu(
     x, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift = (
         tensors
     )
-    importance, threshold = score(entering, dictionary, received, cls, cu_seqlens, longest, temperature, bias)
+    chosen = None
+    if groups is None:  # the program that scores a sample also selects
+        importance, threshold, chosen = score(
+            entering, dictionary, received, cls, cu_seqlens, longest, temperature, bias, (protected, min_keep)
+        )
+    else:
+        importance, threshold = score(entering, dictionary, received, cls, cu_seqlens, longest, temperature, bias)
     result = compact(
         x, importance, threshold, None, cu_seqlens, longest, protected, groups, min_keep, ids, sizes, merged_id, weight, shift,
-        eps, exact,
+        eps, exact, chosen,
     )  # fmt: skip
     return Pruned(compacted(result, longest, exact, sizes, weight), importance, threshold)
 

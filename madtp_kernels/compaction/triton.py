@@ -1,5 +1,7 @@
 """Compaction on the GPU: one small launch decides, one moves rows, merges and applies LayerNorm.
 
+In :func:`madtp_kernels.prune` the last launch of scoring decides (:func:`select`), and one is left.
+
 The first has one program per sample. It writes where each token goes, which ones are dropped, and how many rows the sample has
 afterwards; counts (top-k) and groups of samples need a cut-off score first, which it finds by bisection over the bits of the
 scores: that turns "the K best" into "not below the cut-off". Groups under the threshold rule need one launch more, to count.
@@ -52,7 +54,7 @@ def _kept(importance, threshold, cut, protected, bos, o_j, mask, length, RANKED:
 
 
 @triton.jit
-def _count(importance, threshold, protected, bos, length, BLOCK: tl.constexpr):
+def count_kept(importance, threshold, protected, bos, length, BLOCK: tl.constexpr):
     """Number of tokens of a sample that survive by its threshold if it is pruned."""
     count = 0
     for start in range(1, length, BLOCK):
@@ -63,7 +65,7 @@ def _count(importance, threshold, protected, bos, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _select(
+def select(
     importance, threshold, cut, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept,
     RANKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +104,8 @@ def _select_kernel(
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
     bound = tl.load(threshold + i_b)
-    kept = _count(importance, bound, protected, bos, length, BLOCK)
-    _select(importance, bound, 0, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept, False, BLOCK)
+    kept = count_kept(importance, bound, protected, bos, length, BLOCK)
+    select(importance, bound, 0, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept, False, BLOCK)
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def _count_kernel(importance, threshold, protected, counts, cu_seqlens, BLOCK: t
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
-    tl.store(counts + i_b, _count(importance, tl.load(threshold + i_b), protected, bos, length, BLOCK))
+    tl.store(counts + i_b, count_kept(importance, tl.load(threshold + i_b), protected, bos, length, BLOCK))
 
 
 @triton.jit(do_not_specialize=["batch", "position_bits"])
@@ -149,7 +151,7 @@ def _rank_kernel(
             reached += tl.sum((key >= candidate).to(tl.int32), 0)
         if reached >= count:
             cut = candidate
-    _select(importance, 0.0, cut, protected, min_keep, places, dropped, rows_out, i_b, bos, length, count, True, BLOCK)
+    select(importance, 0.0, cut, protected, min_keep, places, dropped, rows_out, i_b, bos, length, count, True, BLOCK)
 
 
 @triton.jit
@@ -268,6 +270,14 @@ def _compact_kernel(
         )  # fmt: skip
 
 
+def empty_selection(capacity: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what is decided for each token of a batch, int32: its place ``[C]`` among the rows of its sample (-1: dropped);
+    numbers ``[C]`` of those dropped, packed from the start of each sample on; rows ``[B]`` of each sample.
+    """
+    places = torch.empty(capacity, dtype=torch.int32, device=device)
+    return places, torch.empty_like(places), torch.empty(batch, dtype=torch.int32, device=device)
+
+
 def _selection(
     device: torch.device,
     capacity: int,
@@ -276,22 +286,18 @@ def _selection(
     by_threshold: bool,
     grouped: bool,
 ) -> Callable:
-    """What decides for each token of a batch, from importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep.
-
-    It returns int32: place ``[C]`` of each token among the rows of its sample (-1: dropped), numbers ``[C]`` of those dropped,
-    packed from the start of each sample on, and rows ``[B]`` of each sample.
+    """What makes a :func:`selection <empty_selection>` from importance, threshold, keep_count, cu_seqlens, protected, groups,
+    min_keep.
     """
-    select = Launch(_select_kernel, batch, BLOCK=BLOCK, num_warps=4)
+    by_own_threshold = Launch(_select_kernel, batch, BLOCK=BLOCK, num_warps=4)
     count = Launch(_count_kernel, batch, BLOCK=BLOCK, num_warps=4)
     rank = Launch(_rank_kernel, batch, GROUP_BLOCK=256, BLOCK=BLOCK, num_warps=4)
     longest_bits = max_seqlen.bit_length()
 
     def run(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep):
-        places = torch.empty(capacity, dtype=torch.int32, device=device)
-        dropped = torch.empty_like(places)
-        rows_out = torch.empty(batch, dtype=torch.int32, device=device)
+        places, dropped, rows_out = empty_selection(capacity, batch, device)
         if by_threshold and not grouped:
-            select(importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens)
+            by_own_threshold(importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens)
             return places, dropped, rows_out
         if by_threshold:
             keep_count = torch.empty_like(rows_out)
@@ -337,15 +343,19 @@ def compact(
     norm_bias: Tensor | None,
     norm_eps: float,
     exact: bool,
+    selection: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Callable:
-    """values, cu_out, ids_out, sizes_out, normed; see the public operation for the contract."""
+    """values, cu_out, ids_out, sizes_out, normed; see the public operation for the contract.
+
+    ``selection``: what was decided before, as :func:`empty_selection` has it.
+    """
     (capacity, width), device, batch = x.shape, x.device, cu_seqlens.shape[0] - 1
     sized, with_norm = sizes is not None, norm_weight is not None
     block_d = block(width)
     copy_rows, chunk = _blocks(block_d, with_norm)
     slots = cdiv(max_seqlen, chunk)
     numbers = (x.stride(0), batch, slots, merged_id, norm_eps, width)
-    select = _selection(device, capacity, batch, max_seqlen, threshold is not None, groups is not None)
+    choose = _selection(device, capacity, batch, max_seqlen, threshold is not None, groups is not None)
     move = Launch(
         _compact_kernel, batch + batch * slots,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
@@ -354,7 +364,7 @@ def compact(
 
     def run(
         x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, ids, sizes, merged_id,
-        norm_weight, norm_bias, norm_eps, exact,
+        norm_weight, norm_bias, norm_eps, exact, selection=None,
     ):  # fmt: skip
         values = torch.empty_like(x, memory_format=torch.contiguous_format)
         cu_out = torch.empty_like(cu_seqlens)
@@ -364,9 +374,10 @@ def compact(
         if batch == 0:
             rows = 0 if exact else capacity
             return values[:rows], cu_out.zero_(), ids_out[:rows], sizes_out[:rows], normed[:rows]
-        if protected is not None:
-            protected = protected.view(torch.uint8)
-        places, dropped, rows_out = select(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep)
+        if selection is None:
+            protected = None if protected is None else protected.view(torch.uint8)
+            selection = choose(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep)
+        places, dropped, rows_out = selection
         move(
             x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
             norm_weight, norm_bias, cu_seqlens, *numbers,

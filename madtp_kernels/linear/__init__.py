@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, repeats
+from ..ragged import RaggedBatch
 from ..registration import call, define, differentiate
 from . import reference
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_pair"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 _MOST_TOKENS = 2**31 - 1
@@ -82,6 +83,73 @@ def linear(
     return result
 
 
+def linear_pair(
+    x: RaggedBatch,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    *,
+    form: str,
+    backend: str | None = None,
+) -> RaggedBatch:
+    """Two linear layers of one shape on the tokens of a ragged batch, in one launch on a GPU.
+
+    What looks at two things with weights of its own for each, as the words of BLIP-NLVR look at two images, is written for
+    twice as many samples: the second half goes through the second layer.
+
+    Args:
+        x: tokens ``[C, in]`` of B samples; rows beyond the last token are undefined.
+        weights, biases: two of ``[out, in]`` and of ``[out]`` (None: none), in the dtype of x.
+        form: what is multiplied by which:
+            "both": all tokens by both. The result ``[2C, out]`` has 2B samples, first those of the first layer.
+            "halves": B is even; the samples of the first half by the first layer, the others by the second: ``[C, out]``.
+            "columns": likewise, of halves whose lengths are the same, as "both" makes them. The result ``[C/2, 2 out]`` has
+            B/2 samples: the columns of the first layer, then those of the second.
+        backend: force "reference" or "triton"; by default chosen from the device.
+
+    Returns:
+        The tokens, each with the bits that :func:`linear` gives it (Triton); rows beyond the last are undefined.
+
+    Raises:
+        ValueError: an argument does not fit. NotImplementedError: a gradient is wanted. BackendError: a backend asked for by
+            name cannot run.
+    """
+    (weight, other_weight), (bias, other_bias) = weights, biases
+    values, cu_seqlens = x.values, x.cu_seqlens
+    tensors = (values, weight, other_weight, bias, other_bias, cu_seqlens)
+    key = repeats.signature(linear_pair, tensors, (form, backend))
+    if repeat := repeats.find(key):
+        return _paired(x, repeat(*tensors, form), form)
+    checks.floats("x.values", values, 2, "[C, in]")
+    checks.tensor("weights[0]", weight, (None, values.shape[1]), "[out, in]", values.dtype, values.device)
+    checks.tensor("weights[1]", other_weight, tuple(weight.shape), "[out, in]", values.dtype, values.device)
+    for number, vector in enumerate((bias, other_bias)):
+        if vector is not None:
+            checks.tensor(f"biases[{number}]", vector, (weight.shape[0],), "[out]", values.dtype, values.device)
+    if form not in reference.FORMS:
+        raise ValueError(f"form: expected one of {', '.join(map(repr, reference.FORMS))}, got {checks.describe(form)}")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise NotImplementedError("linear_pair: there is no gradient; call linear twice, or under torch.no_grad()")
+    if form != "both" and x.batch_size % 2:
+        raise ValueError(f"x: expected an even number of samples for form {form!r}, got {x.batch_size}")
+    result = call("linear_pair", *map(checks.unit_stride, tensors), form, backend or "")
+    repeats.remember(key, backend, values, ("linear_pair", "linear"))
+    return _paired(x, result, form)
+
+
+def _paired(x: RaggedBatch, result: tuple[Tensor, Tensor], form: str) -> RaggedBatch:
+    values, offsets = result
+    if form == "halves":
+        offsets = x.cu_seqlens
+    elif form == "columns":
+        offsets = x.cu_seqlens[: x.batch_size // 2 + 1]
+    return RaggedBatch.unchecked(values, offsets, x.max_seqlen, x.bound)
+
+
+def _fake_pair(x, weight, other_weight, bias, other_bias, cu_seqlens, form, backend):
+    offsets = 2 * cu_seqlens.shape[0] - 1 if form == "both" else 0
+    return x.new_empty(reference.pair_shape(x.shape[0], weight.shape[0], form)), cu_seqlens.new_empty(offsets)
+
+
 _run = backends.dispatch("linear", "linear")
 
 
@@ -128,3 +196,9 @@ define(
     _fake_backward,
 )
 differentiate("linear", _setup_context, _backward)
+define(
+    "linear_pair(Tensor x, Tensor weight, Tensor other_weight, Tensor? bias, Tensor? other_bias, Tensor cu_seqlens, str form, "
+    "str backend) -> (Tensor out, Tensor cu_seqlens_out)",
+    backends.dispatch("linear_pair", "linear"),
+    _fake_pair,
+)

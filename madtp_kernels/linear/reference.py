@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FORMS = ("both", "halves", "columns")
 QUICK_GELU = 1.702  # z sigmoid(1.702 z), CLIP's approximation of GELU
 
 
@@ -59,3 +60,42 @@ def defined(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``rows [C, ...]`` with zeros beyond T."""
     token = torch.arange(rows.shape[0], device=rows.device) < cu_seqlens[-1]
     return rows.where(token[:, None], 0)
+
+
+def pair_shape(capacity: int, columns: int, form: str) -> tuple[int, int]:
+    """Of the result of :func:`linear_pair` for ``capacity`` rows and weights of ``columns`` rows."""
+    if form == "columns":
+        return capacity // 2, 2 * columns
+    return (2 * capacity if form == "both" else capacity), columns
+
+
+def linear_pair(
+    x: Tensor,
+    weight: Tensor,
+    other_weight: Tensor,
+    bias: Tensor | None,
+    other_bias: Tensor | None,
+    cu_seqlens: Tensor,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    """Two linear layers: all rows by both, the second ones behind the first; or each half of the samples by its own, in its
+    place or with its columns behind those of the first. And, of "both", the offsets of twice the samples.
+
+    Nothing waits for the device: the rows of the second half are found there.
+    """
+    batch = cu_seqlens.shape[0] - 1
+    half = cu_seqlens[batch if form == "both" else batch // 2]
+    row = torch.arange(pair_shape(x.shape[0], 1, form)[0], device=x.device)
+    second = row + half if form == "columns" else row - half if form == "both" else row
+    most = max(x.shape[0] - 1, 0)
+    results = (
+        F.linear(x[rows.clamp(0, most)], *parameters)
+        for rows, parameters in ((row, (weight, bias)), (second, (other_weight, other_bias)))
+    )
+    if form == "columns":
+        return torch.cat([*results], 1), cu_seqlens.new_empty(0)
+    ours, theirs = results
+    out = ours.where((row < half)[:, None], theirs)
+    if form == "halves":
+        return out, cu_seqlens.new_empty(0)
+    return out, torch.cat([cu_seqlens, cu_seqlens[1:] + half])

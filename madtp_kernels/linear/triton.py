@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_utils import LOG2E, Launch, dot_precision, multiprocessors, prepared, product
+from ..triton_utils import LOG2E, Launch, cdiv, dot_precision, multiprocessors, prepared, product
 from . import reference, tiles
 from .tiles import Tile
 
 QUICK_GELU = tl.constexpr(reference.QUICK_GELU)
+BOTH, HALVES, COLUMNS = (tl.constexpr(form) for form in reference.FORMS)  # of `linear_pair`
 GROUP = 8  # row blocks whose tiles follow one another: what they share stays in the L2 cache
 
 
@@ -48,13 +49,13 @@ def _gelu(z):
 
 @triton.jit
 def _finish(
-    z, bias, residual, out, residual_row, first_row, first_column, tokens, OUT,
+    z, bias, residual, out, residual_row, out_row, first_row, first_out, first_column, tokens, OUT,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias to the sums z, apply the activation, add the residual, store."""
+    """Add the bias to the sums z, apply the activation, add the residual, store in rows from ``first_out + first_row`` on."""
     o_m = first_row + tl.arange(0, ROWS)
     o_n = first_column + tl.arange(0, COLUMNS)
-    rows = o_m.to(tl.int64)
+    rows = (first_out + o_m).to(tl.int64)
     m_n = o_n < OUT
     inside = (o_m < tokens)[:, None] & m_n[None, :]
     if bias is not None:
@@ -77,7 +78,7 @@ def _finish(
     if STORED:
         out.store([first_row, first_column], z.to(out.dtype))
     else:
-        tl.store(out + rows[:, None] * OUT + o_n[None, :], z.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + rows[:, None] * out_row + o_n[None, :], z.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -89,32 +90,33 @@ def _corner(tile, row_blocks, column_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     return (first_block + in_group % group) * BLOCK_M, in_group // group * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["batch"])
-def _linear_kernel(
-    x, weight, bias, residual, out, cu_seqlens, batch, x_row, weight_row, residual_row, OUT, IN,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit
+def _multiply_rows(
+    x, weight, bias, residual, out, x_row, weight_row, residual_row, out_row, first_in, first_out, tokens, first_tile,
+    OUT, IN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles ``program_id``, ``program_id + programs``, ... of the first T rows of the result."""
-    tokens = tl.load(cu_seqlens + batch)
+    """Tiles ``first_tile``, ``first_tile + programs``, ... of the products of ``tokens`` rows of x from ``first_in`` on, whose
+    results are the rows of ``out`` from ``first_out`` on.
+    """
     row_blocks = tl.cdiv(tokens, BLOCK_M)
     column_blocks = tl.cdiv(OUT, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     # The loops become one, in which the first loads of a tile precede the end of the tile before. The end finds its place by
     # a count of its own: what both shared would have to be kept for as long.
-    finished = tl.program_id(0)
-    for tile in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
+    finished = first_tile
+    for tile in tl.range(first_tile, row_blocks * column_blocks, tl.num_programs(0), flatten=True):
         first_row, first_column = _corner(tile, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
         o_m = first_row + tl.arange(0, BLOCK_M)
         o_n = first_column + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, IN, BLOCK_K):
             if DESCRIPTORS:  # what lies outside of the tensors is read as 0
-                x_tile = x.load([first_row, start])
+                x_tile = x.load([first_in + first_row, start])
                 w_tile = weight.load([first_column, start])
             else:
                 m_k = (start + o_k < IN)[None, :]
-                x_rows = x + o_m.to(tl.int64)[:, None] * x_row
+                x_rows = x + (first_in + o_m).to(tl.int64)[:, None] * x_row
                 w_rows = weight + o_n.to(tl.int64)[:, None] * weight_row
                 x_tile = tl.load(x_rows + (start + o_k)[None, :], mask=(o_m < tokens)[:, None] & m_k, other=0.0)
                 w_tile = tl.load(w_rows + (start + o_k)[None, :], mask=(o_n < OUT)[:, None] & m_k, other=0.0)
@@ -125,13 +127,69 @@ def _linear_kernel(
         # Halves of the tile one after the other: the addresses of a whole one would not fit the registers.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         _finish(
-            left, bias, residual, out, residual_row, first_row, first_column, tokens, OUT,
+            left, bias, residual, out, residual_row, out_row, first_row, first_out, first_column, tokens, OUT,
             BLOCK_M, BLOCK_N // 2, ACTIVATION, STORED,
         )  # fmt: skip
         _finish(
-            right, bias, residual, out, residual_row, first_row, first_column + BLOCK_N // 2, tokens, OUT,
+            right, bias, residual, out, residual_row, out_row, first_row, first_out, first_column + BLOCK_N // 2, tokens, OUT,
             BLOCK_M, BLOCK_N // 2, ACTIVATION, STORED,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _linear_kernel(
+    x, weight, bias, residual, out, cu_seqlens, batch, x_row, weight_row, residual_row, OUT, IN,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: tiles ``program_id``, ``program_id + programs``, ... of the first T rows of the result."""
+    _multiply_rows(
+        x, weight, bias, residual, out, x_row, weight_row, residual_row, OUT, 0, 0, tl.load(cu_seqlens + batch),
+        tl.program_id(0), OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, ACTIVATION, DESCRIPTORS, STORED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _pair_kernel(
+    x, weight, other_weight, bias, other_bias, out, offsets, cu_seqlens, batch, x_row, weight_row, other_row, OUT, IN,
+    FORM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: its tiles of the first product, then those of the second, dealt out as if they were one product.
+
+    ``batch`` counts the samples of one half: rows from ``cu_seqlens[batch]`` on are the second half, but of BOTH.
+    """
+    first = tl.load(cu_seqlens + batch)
+    second = first
+    second_in = first
+    second_out = first
+    out_row = OUT
+    if FORM == BOTH:
+        second_in = 0
+        if tl.program_id(0) == 0:
+            for start in range(0, batch + 1, BLOCK_B):
+                o_b = start + tl.arange(0, BLOCK_B)
+                offset = tl.load(cu_seqlens + o_b, mask=o_b <= batch, other=0)
+                tl.store(offsets + o_b, offset, mask=o_b <= batch)
+                tl.store(offsets + batch + o_b, first + offset, mask=(o_b > 0) & (o_b <= batch))
+    else:
+        second = tl.load(cu_seqlens + 2 * batch) - first
+    other_out = out
+    if FORM == COLUMNS:
+        second_out = 0
+        out_row = 2 * OUT
+        other_out = out + OUT
+    tiles = tl.cdiv(first, BLOCK_M) * tl.cdiv(OUT, BLOCK_N)
+    programs = tl.num_programs(0)
+    _multiply_rows(
+        x, weight, bias, None, out, x_row, weight_row, 0, out_row, 0, 0, first, tl.program_id(0),
+        OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, "", DESCRIPTORS, False, PRECISION,
+    )  # fmt: skip
+    _multiply_rows(
+        x, other_weight, other_bias, None, other_out, x_row, other_row, 0, out_row, second_in, second_out, second,
+        (tl.program_id(0) + programs - tiles % programs) % programs,
+        OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, "", DESCRIPTORS, False, PRECISION,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -237,3 +295,65 @@ def linear(
     choice = _tiles(x, weight)
     tile = tiles.choose(choice, _architecture(x.device), multiprocessors(x), *x.shape, weight.shape[0])
     return _product(tile, choice is tiles.COPY_ENGINE, x, weight, bias, cu_seqlens, activation, residual)
+
+
+def _pair(
+    tile: Tile,
+    descriptors: bool,
+    x: Tensor,
+    weight: Tensor,
+    other_weight: Tensor,
+    bias: Tensor | None,
+    other_bias: Tensor | None,
+    cu_seqlens: Tensor,
+    form: str,
+) -> Callable:
+    """What runs :func:`linear_pair` for tensors like these by a tile of one's choice."""
+    (capacity, width), columns, dtype, device = x.shape, weight.shape[0], x.dtype, x.device
+    batch = (cu_seqlens.shape[0] - 1) // (1 if form == "both" else 2)
+    shape = reference.pair_shape(capacity, columns, form)
+    # Each half may end with a tile of its own.
+    programs = tile.count(2 * capacity if form == "both" else capacity, columns) + cdiv(columns, tile.columns)
+    x_tiles = weight_tiles = other_tiles = _itself
+    if descriptors:
+        x_tiles = _described((capacity, width), x.stride(0), tile.rows, tile.depth)
+        weight_tiles, other_tiles = (
+            _described((columns, width), w.stride(0), tile.columns, tile.depth) for w in (weight, other_weight)
+        )
+    sizes = (batch, x.stride(0), weight.stride(0), other_weight.stride(0), columns, width)
+    start = Launch(
+        _pair_kernel, min(programs, multiprocessors(x) * tile.programs),
+        FORM=form, BLOCK_B=256, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP,
+        DESCRIPTORS=descriptors, PRECISION=dot_precision(dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    def run(x, weight, other_weight, bias, other_bias, cu_seqlens, form):
+        out = torch.empty(shape, dtype=dtype, device=device)
+        offsets = torch.empty(2 * batch + 1 if form == "both" else 0, dtype=torch.int32, device=device)
+        if not batch or not programs:
+            return out, offsets.zero_()
+        start(
+            x_tiles(x), weight_tiles(weight), other_tiles(other_weight), bias, other_bias, out, offsets, cu_seqlens, *sizes
+        )  # fmt: skip
+        return out, offsets
+
+    return run
+
+
+@prepared
+def linear_pair(
+    x: Tensor,
+    weight: Tensor,
+    other_weight: Tensor,
+    bias: Tensor | None,
+    other_bias: Tensor | None,
+    cu_seqlens: Tensor,
+    form: str,
+) -> Callable:
+    """Rows of the result and, of "both", their offsets ``[2B+1]``; see the public operation for the contract."""
+    choice = _tiles(x, weight)
+    if choice is not tiles.FLOAT32 and not _aligned(other_weight):
+        choice = tiles.UNALIGNED
+    rows = x.shape[0] * (2 if form == "both" else 1)
+    tile = tiles.choose(choice, _architecture(x.device), multiprocessors(x), rows, x.shape[1], weight.shape[0])
+    return _pair(tile, choice is tiles.COPY_ENGINE, x, weight, other_weight, bias, other_bias, cu_seqlens, form)

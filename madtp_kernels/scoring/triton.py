@@ -7,6 +7,9 @@ these are enough, and the tiles of a sample merge as an online softmax does.
 Samples of one tile, or about as many as there are multiprocessors, take one launch, one program per sample. Other batches would
 leave a part of the device idle that way: there every tile gets a program, and a second, tiny launch merges. Both do the same
 arithmetic in the same order: the bits are the same.
+
+Whoever merges a sample knows its threshold. Where compaction follows (:func:`madtp_kernels.prune`) it goes on and selects: that
+spares compaction a launch.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compaction.triton import count_kept, empty_selection, select
 from ..triton_utils import EPS, LOG2E, Launch, block, cdiv, dot_precision, multiprocessors, prepared, product
 
 STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
+_NOTHING = (None, None, None)  # where nothing is selected
 TOKEN_BLOCK = 1024  # tokens per step where only scores are read
 
 
@@ -148,7 +153,7 @@ def _merge(
     received, cls, importance, threshold, left, begin, tokens, tiles, received_total, M, entries,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Importance and threshold of one sample, from what its tiles left."""
+    """Importance of one sample, from what its tiles left, and its threshold, which is stored and returned."""
     best_total = _total(importance, begin, tokens, BLOCK)
     for start in range(0, tokens, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
@@ -177,16 +182,27 @@ def _merge(
             peak = new_peak
         candidate = (weighted + aligned / (best_total + EPS)) / (3.0 * mass)
         lowest = tl.minimum(lowest, tl.where(o_m < M, candidate, float("inf")))
-    tl.store(threshold, tl.min(lowest, 0))
+    bound = tl.min(lowest, 0)
+    tl.store(threshold, bound)
+    return bound
+
+
+@triton.jit
+def _select(importance, bound, protected, min_keep, places, dropped, rows_out, i_b, bos, length, BLOCK: tl.constexpr):
+    """What compaction's first launch would leave for a sample of which all scores are stored."""
+    kept = count_kept(importance, bound, protected, bos, length, BLOCK)
+    select(importance, bound, 0, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["slots", "one_launch"])
 def _score_kernel(
-    x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens, x_token, dictionary_entry,
-    slots, one_launch, WIDTH, M, entries, scale_log2, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, dictionary, bias, received, cls, importance, threshold, left, protected, min_keep, places, dropped, rows_out,
+    cu_seqlens, x_token, dictionary_entry, slots, one_launch, WIDTH, M, entries, scale_log2, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: all tiles of a sample and their merge (``one_launch``), or one tile of a sample."""
+    """One program: all tiles of a sample, their merge and, with ``places``, the selection (``one_launch``), or one tile of a
+    sample.
+    """
     i_b = tl.program_id(0) // slots
     slot = tl.program_id(0) % slots
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
@@ -197,6 +213,9 @@ def _score_kernel(
         if tokens <= 0:
             tl.store(threshold + i_b, 0.0)
     if slot * BLOCK_J >= tokens:
+        if places is not None:  # noqa: SIM102 (known when the kernel is compiled, the other is not)
+            if one_launch != 0:  # one token or none: it stays
+                _select(importance, 0.0, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens + 1, BLOCK)
         return
     # Sample b's tiles are numbered from bos // BLOCK_J + b: never more than its tiles, and known without a scan.
     left += (bos // BLOCK_J + i_b) * (STATISTICS * entries)
@@ -214,29 +233,37 @@ def _score_kernel(
         )  # fmt: skip
     if one_launch != 0:
         tl.debug_barrier()  # the merge reads what other threads of this program stored
-        _merge(
+        bound = _merge(
             received, cls, importance, threshold + i_b, left, bos + 1, tokens, last_tile, received_total, M, entries,
             BLOCK_M, BLOCK,
         )  # fmt: skip
+        if places is not None:
+            tl.debug_barrier()  # the selection reads the scores of other threads
+            _select(importance, bound, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens + 1, BLOCK)
 
 
 @triton.jit
 def _merge_kernel(
-    received, cls, importance, threshold, left, cu_seqlens, M, entries,
+    received, cls, importance, threshold, left, protected, min_keep, places, dropped, rows_out, cu_seqlens, M, entries,
     BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sample: the merge alone."""
+    """One program per sample: the merge and, with ``places``, the selection."""
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     tokens = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32) - 1
     if tokens <= 0:
+        if places is not None:
+            _select(importance, 0.0, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens + 1, BLOCK)
         return
     left += (bos // BLOCK_J + i_b) * (STATISTICS * entries)
     received_total = _total(received, bos + 1, tokens, BLOCK)
-    _merge(
+    bound = _merge(
         received, cls, importance, threshold + i_b, left, bos + 1, tokens, tl.cdiv(tokens, BLOCK_J), received_total,
         M, entries, BLOCK_M, BLOCK,
     )  # fmt: skip
+    if places is not None:
+        tl.debug_barrier()  # the selection reads the scores of other threads
+        _select(importance, bound, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens + 1, BLOCK)
 
 
 def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -262,8 +289,13 @@ def score_tokens(
     max_seqlen: int,
     temperature: float,
     bias: Tensor | None,
+    selection: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Callable:
-    """importance ``[C]`` and threshold ``[B]``, float32; see the public operation for the contract."""
+    """importance ``[C]`` and threshold ``[B]``, float32; see the public operation for the contract.
+
+    With a ``selection``, which is (protected ``[C]``, min_keep ``[B]``) of :func:`madtp_kernels.compact`, also what its first
+    launch leaves: see :func:`madtp_kernels.compaction.triton.compact`.
+    """
     (capacity, width), device = x.shape, x.device
     entries = dictionary.shape[0]
     batch = cu_seqlens.shape[0] - 1
@@ -285,15 +317,20 @@ def score_tokens(
     merge = Launch(_merge_kernel, batch, BLOCK_J=block_j, BLOCK_M=block_m, BLOCK=TOKEN_BLOCK, num_warps=warps)
     statistics = (capacity // block_j + batch, STATISTICS.value, padded)
 
-    def run(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias):
+    def run(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, selection=None):
         importance = torch.empty(capacity, dtype=torch.float32, device=device)
         threshold = torch.empty(batch, dtype=torch.float32, device=device)
-        if batch == 0:
-            return importance, threshold
-        left = torch.empty(statistics, dtype=torch.float32, device=device)
-        score(x, dictionary, bias, received, cls, importance, threshold, left, cu_seqlens, *sizes)
-        if not one_launch:
-            merge(received, cls, importance, threshold, left, cu_seqlens, entries, padded)
-        return importance, threshold
+        protected = min_keep = selected = None
+        if selection is not None:
+            protected, min_keep = selection
+            protected = None if protected is None else protected.view(torch.uint8)
+            selected = empty_selection(capacity, batch, device)
+        if batch:
+            left = torch.empty(statistics, dtype=torch.float32, device=device)
+            chooses = (protected, min_keep, *(selected or _NOTHING))
+            score(x, dictionary, bias, received, cls, importance, threshold, left, *chooses, cu_seqlens, *sizes)
+            if not one_launch:
+                merge(received, cls, importance, threshold, left, *chooses, cu_seqlens, entries, padded)
+        return (importance, threshold) if selection is None else (importance, threshold, selected)
 
     return run

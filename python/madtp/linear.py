@@ -48,10 +48,22 @@ class Linear(nn.Linear):
         x * sigmoid(1.702 x). ``tokens`` is the batch whose rows x has; rows beyond its last token are then undefined in the
         result.
         """
+        return project(x, *self.affine, activation=activation, residual=residual, tokens=tokens)
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """The weight ``[out, in]`` and the bias ``[out]`` as they are now."""
         own = self._parameters  # where `self.weight` looks last; a weight that is computed (parametrize) is not there
         weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (the slow way only where needed)
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        return project(x, weight, bias, activation=activation, residual=residual, tokens=tokens)
+        return weight, bias
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling it does what :func:`project` does with :attr:`affine`, and nobody watches."""
+        own = self.__dict__
+        watched = "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+        return type(self) is Linear and not watched
 
 
 class ScaledLinear(Linear):

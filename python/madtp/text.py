@@ -14,13 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch
+from madtp_kernels import RaggedBatch, attention, linear_pair
 
 from .config import TextConfig
 from .guidance import QueryModel
-from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attention, self_attention, single_attention
+from .layers import (
+    CrossAttention,
+    Keys,
+    LayerNorm,
+    QueryGroups,
+    cached_attention,
+    self_attention,
+    single_attention,
+    split_heads,
+)
 from .linear import Linear, mlp
-from .pruning import LayerTrace, Pruning, Tokens
+from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of
 from .vision import run_blocks
 
@@ -107,16 +116,44 @@ class TwinCrossAttention(nn.Module):
     def forward(
         self, x: Tokens, others: Sequence[Tokens | Keys], backend: str | None, query_groups: QueryGroups | None
     ) -> Tokens:
-        """``x [T, D]`` and the tokens of both images of each sample, to ``[T, D]``."""
-        output = self.output
-        left = output.dense0(self.self0(x, others[0], backend, query_groups), tokens=x)
-        right = output.dense1(self.self1(x, others[1], backend, query_groups), tokens=x)
-        merge = output.merge_layer
-        if merge is None:
-            both = (left + right) / 2 + x.values
+        """``x [T, D]`` and the tokens of both images of each sample, to ``[T, D]``.
+
+        ``others`` are the left and the right images; or one batch of all left and then all right ones, for which every
+        kernel is launched once, not twice (only at inference, and without ``query_groups``).
+        """
+        output, merge = self.output, self.output.merge_layer
+        if len(others) == 1:
+            seen = self._seen_in_both(x, others[0], backend)
+            left, right = seen.tensor_split(2, 1) if merge is None else (None, None)
         else:
-            both = merge(torch.cat([left, right], -1), residual=x.values, tokens=x)
+            left = output.dense0(self.self0(x, others[0], backend, query_groups), tokens=x)
+            right = output.dense1(self.self1(x, others[1], backend, query_groups), tokens=x)
+            seen = None if merge is None else torch.cat([left, right], -1)
+        if merge is None:
+            both = torch.add(x.values, left + right, alpha=0.5)
+        else:
+            both = merge(seen, residual=x.values, tokens=x)
         return x.with_values(output.LayerNorm(both, x))
+
+    def _seen_in_both(self, x: Tokens, images: Tokens, backend: str | None) -> Tensor:
+        """``[C, 2D]`` what the words see in the left and in the right ``images``, which are one batch."""
+        (left, right), output = (self.self0, self.self1), self.output
+        heads = left.num_heads
+        q = linear_pair(x, *zip(left.query.affine, right.query.affine, strict=True), form="both")
+        kv = linear_pair(images, *zip(left.kv.affine, right.kv.affine, strict=True), form="halves")
+        out, _ = attention(
+            split_heads(q.values, heads), *split_heads(kv.values, 2, heads).unbind(1), q.cu_seqlens, images.cu_seqlens,
+            x.max_seqlen, images.max_seqlen, key_bias=images.key_bias, with_lse=False, backend=backend,
+        )  # fmt: skip
+        seen = q.with_values(out.flatten(1))
+        return linear_pair(seen, *zip(output.dense0.affine, output.dense1.affine, strict=True), form="columns").values
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layers that both images have are called as they are, so that both can be served at once."""
+        cross = (self.self0, self.self1)
+        layers = (*(c.query for c in cross), *(c.kv for c in cross), self.output.dense0, self.output.dense1)
+        return all(isinstance(layer, Linear) and layer.is_plain for layer in layers)
 
 
 class Layer(nn.Module):
@@ -201,6 +238,7 @@ class TextEncoder(nn.Module):
             single = merge_from is None
             cross = SingleCrossAttention(config) if single else TwinCrossAttention(config, number >= merge_from)
             self.encoder.layer.append(Layer(config, cross))
+        self.looks_at_two = merge_from is not None
         self.encoder.txt_query_model = QueryModel(config.hidden_size, sd_dim, config.hidden_size != sd_dim)
 
     def forward(
@@ -219,7 +257,8 @@ class TextEncoder(nn.Module):
 
         Args:
             input_ids: ``[T]`` int64.
-            others: the tokens of each other modality (images), none for the text alone; sample b belongs to text b.
+            others: the tokens of each other modality (images), none for the text alone; sample b belongs to text b. Of two
+                images there may be one batch of all left and then all right ones.
             dictionary, pruning, alignment_features: as in the vision transformer.
             query_groups: consecutive texts that share a sample of ``others``.
             positions: ``[T]`` int64; by default counted from the first token of each text.
@@ -229,6 +268,8 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: a text beyond the position embeddings, or no dictionary where one is needed.
         """
+        if self.looks_at_two and len(others) == 1 and (query_groups or not self._serves_both_at_once(others[0])):
+            others = split(others[0])
         tokens = input_ids if isinstance(input_ids, Tokens) else Tokens.start(input_ids)
         tokens = self.embeddings(tokens, tokens.ids if positions is None else positions)
         *layers, last = self.encoder.layer
@@ -236,6 +277,40 @@ class TextEncoder(nn.Module):
         layers = [partial(layer, others=others, query_groups=query_groups) for layer in (*layers, last)]
         query_models = [self.encoder.txt_query_model] * len(layers)
         return TextOutput(*run_blocks(layers, query_models, tokens, dictionary, pruning.on("text"), alignment_features))
+
+    def _serves_both_at_once(self, images: Tokens) -> bool:
+        """Where launches count and no gradient is wanted."""
+        return (
+            images.values.is_cuda
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cuda")
+            and all(layer.crossattention.is_plain for layer in self.encoder.layer)
+        )
+
+
+def split(images: Tokens) -> tuple[Tokens, Tokens]:
+    """The left images (the first half of the samples) and the right images, without waiting for a device."""
+    batch = images.batch_size // 2
+    offset, rows = images.cu_seqlens[batch], images.values.shape[0]
+    parts = {name: getattr(images, name) for name in PER_TOKEN}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if images.device.type == "cpu" or not images.bound:
+        # On a GPU only images that were never pruned have an exact buffer, and those are all of one length.
+        cut = int(offset) if images.device.type == "cpu" else rows // 2
+        left, right = ({name: part[side] for name, part in parts.items()} for side in (slice(cut), slice(cut, None)))
+    else:
+        # The cut is known to the device only: move the right rows to the front of a buffer of the same capacity.
+        source = (torch.arange(rows, device=images.device) + offset).clamp(max=rows - 1)
+        left, right = parts, {name: part[source] for name, part in parts.items()}
+    shared = {
+        "max_seqlen": images.max_seqlen,
+        "bound": images.bound and images.device.type != "cpu",
+        "prefix": images.prefix,
+    }
+    return (
+        Tokens.unchecked(cu_seqlens=images.cu_seqlens[: batch + 1], **left, **shared),
+        Tokens.unchecked(cu_seqlens=images.cu_seqlens[batch:] - offset, **right, **shared),
+    )
 
 
 class LMHead(nn.Module):

@@ -35,7 +35,7 @@ SHARED_MEMORY = 99 * 1024
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MATRIX_KERNELS = {
     "_attention_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_importance_kernel", "_linear_kernel",
-    "_score_kernel", "_nearest_kernel", "_received_kernel",
+    "_pair_kernel", "_score_kernel", "_nearest_kernel", "_received_kernel",
 }  # fmt: skip
 COPY_INSTRUCTION = "cp.async.bulk.tensor"
 # Tiles that the copy engine fetches: on sm_90 and sm_100, where a block may take 227 KiB.
@@ -151,6 +151,13 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         activation = "gelu" if tile is tiles[0] or tile.stored else ""
         linear._multiply(tile, x, weight, hidden[0], cu, activation, hidden)
         yield COPY_ENGINE if tiles is linear_tiles.COPY_ENGINE else f"{tile.rows} x {tile.columns}"
+    halves, fetched = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32), tiles is linear_tiles.COPY_ENGINE
+    for form, tile in [("columns", tiles[-1]), ("both", tiles[-1]), ("halves", tiles[0])]:
+        if dtype != torch.float16 or form == "columns":
+            linear._pair(tile, fetched, x, weight, weight, hidden[0], hidden[0], halves, form)(
+                x, weight, weight, hidden[0], hidden[0], halves, form
+            )
+            yield COPY_ENGINE if fetched else f"{tile.rows} x {tile.columns}"
 
     for label, multiprocessors in [("one launch", 1), ("two launches", 1000)]:
         importance.multiprocessors = lambda tensor, count=multiprocessors: count
@@ -179,8 +186,9 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     dictionary = torch.zeros(entries, width, dtype=dtype)
     for label, one_launch in [("one launch", True), ("two launches", False)]:
         scoring._one_launch = lambda *sizes, choice=one_launch: choice
-        scoring.score_tokens(x, dictionary, per_token, per_token, cu, tokens, 1.0, None)
-        yield label
+        for selection, words in [(None, ""), ((flags, cu[:1]), ", selection")]:
+            scoring.score_tokens(x, dictionary, per_token, per_token, cu, tokens, 1.0, None, selection)
+            yield label + words
 
     group, protected = torch.zeros(1, dtype=torch.int32), torch.zeros(tokens, dtype=torch.bool)
     norm = torch.zeros(width, dtype=dtype)
@@ -234,13 +242,17 @@ def variants():
             attention.attention(q, k, v, cu, cu, length, length, 0.125, False, None)
             out, lse = torch.empty(tokens, 12, 64, dtype=dtype), torch.empty(12, tokens)
             importance.attention_importance(q, k, out, lse, cu, length, 0.125, False, None)
-            scoring.score_tokens(x, dictionary, per_token, per_token, cu, length, 1.0, None)
+            for selection in (None, (None, None)):
+                scoring.score_tokens(x, dictionary, per_token, per_token, cu, length, 1.0, None, selection)
             rest = (per_token.int(), None, -1, x[0], x[0], 1e-6, False)
             for groups in (None, group):
                 compaction.compact(x, per_token, threshold, None, cu, length, None, groups, None, *rest)
             normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
             linear.linear(x, weight, hidden[0], cu, "gelu", None)
             linear.linear(hidden, weight.view(768, 3072), x[0], cu, "", x)
+            twice = torch.empty(2 * batch + 1, dtype=torch.int32)
+            for form, offsets in [("both", cu), ("halves", twice), ("columns", twice)]:
+                linear.linear_pair(x, weight, weight, hidden[0], hidden[0], offsets, form)
     return sorted(seen)
 
 
@@ -386,7 +398,7 @@ def repeated_calls():
     call(linear, x, weight, None, cu)
 
     tokens, scores, ids = RaggedBatch(x, cu, 8, bound=True), torch.zeros(9), torch.zeros(9, dtype=torch.int32)
-    for _ in range(3):
+    for _ in range(4):
         call(prune, tokens, x, weight, scores, scores.clone(), 1.0, ids=ids, norm=(weight[0], None, 1e-6), exact=False)
     try:
         call(prune, tokens, x, weight, scores[:8], scores, 1.0, exact=False)
@@ -473,14 +485,16 @@ def test_launch_runs_compiled_kernels_unless_somebody_watches(answers):
 
 def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     """Columns: launched by Triton, run directly, looked up, with the tensors of this call."""
-    *linears, first, second, third, message = answers["repeats"]
+    *linears, first, second, third, fourth, message = answers["repeats"]
     assert linears[:4] == [[1, 0, 1, False], [0, 1, 1, True], [0, 1, 0, True], [0, 1, 0, True]]
     unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again = linears[4:]
     assert unaligned[:3] == [1, 0, 1] and with_residual[:3] == [1, 0, 1]
     assert shorter == [0, 1, 1, True]  # the same kernel, found by its specialisation
     assert with_gradient == debugged == [0, 1, 1, True]
     assert without_gradient == again == [0, 1, 0, True]
-    assert first[0] == 3 and second[:3] == [0, 3, 3] and third == [0, 3, 0, True]
+    # The second time, scoring selects, by another variant of its kernel.
+    assert first[0] == 3 and second[:3] == [1, 1, 2]
+    assert third == [0, 2, 1, True] and fourth == [0, 2, 0, True]
     assert message.startswith("received: expected [T]")
 
 
@@ -532,7 +546,7 @@ def test_matrix_products_use_the_matrix_units(reports, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_linear_layers_in_16_bits_are_fetched_by_the_copy_engine(reports, target):
-    rows = [row for row in reports[target] if row["kernel"] == "_linear_kernel" and not row["shape"]]
+    rows = [row for row in reports[target] if row["kernel"] in ("_linear_kernel", "_pair_kernel") and not row["shape"]]
     for row in rows:
         assert bool(row["instructions"][COPY_INSTRUCTION]) == (row["case"] == COPY_ENGINE), describe(row)
     fetched = {row["dtype"] for row in rows if row["case"] == COPY_ENGINE}

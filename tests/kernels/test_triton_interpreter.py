@@ -267,6 +267,27 @@ def test_scoring_has_the_same_bits_in_one_launch_and_in_two(monkeypatch):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "protected, min_keep"])
+def test_scoring_selects_as_compaction_does(options, one_launch, monkeypatch):
+    monkeypatch.setattr(scoring_triton, "_one_launch", lambda *sizes: one_launch)
+    arguments = scoring_inputs(LENGTHS, torch.float32, 30, False)
+    capacity, batch, cu = len(arguments[0]), len(LENGTHS), arguments[4]
+    protected = torch.rand(capacity, device=DEVICE) < 0.2 if options else None
+    min_keep = torch.randint(0, 30, (batch,), dtype=torch.int32, device=DEVICE) if options else None
+    importance, threshold = scoring_triton.score_tokens(*arguments)
+    *ours, (places, dropped, rows) = scoring_triton.score_tokens(*arguments, (protected, min_keep))
+    assert torch.equal(ours[0][: int(cu[-1])], importance[: int(cu[-1])]) and torch.equal(ours[1], threshold)
+    choose = compaction_triton._selection(importance.device, capacity, batch, max(LENGTHS), True, False)
+    flags = None if protected is None else protected.view(torch.uint8)
+    theirs = choose(importance, threshold, None, cu, flags, None, min_keep)
+    assert torch.equal(places[: int(cu[-1])], theirs[0][: int(cu[-1])]) and torch.equal(rows, theirs[2])
+    assert (rows < cu.diff()).any()
+    for start, length, kept in zip(cu.tolist(), LENGTHS, rows.tolist()):
+        gone = slice(start, start + (length - kept + 1 if kept < length else 0))
+        assert torch.equal(dropped[gone], theirs[1][gone])
+
+
 # ---- compaction -----------------------------------------------------------------------------------------------------
 
 OPTIONS = {

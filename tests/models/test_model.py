@@ -14,7 +14,8 @@ from madtp import NLVRConfig, TextConfig, VisionConfig, vision
 from madtp.data.synthetic import Shapes
 from madtp.layers import CrossAttention, self_attention
 from madtp.pruning import MADTP, Tokens
-from madtp.tasks.nlvr.model import NLVR, split
+from madtp.tasks.nlvr.model import NLVR
+from madtp.text import split
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
 
@@ -186,9 +187,9 @@ def test_with_sizes_merging_equal_tokens_changes_nothing(generator):
         results = {}
         for proportional in (True, False):
             pruned = model.visual_encoder(pixels, model.space_dict, MADTP(1.0, proportional_attention=proportional))
-            state = model.text_encoder(texts, split(pruned.tokens, 2), None, MADTP(0.0)).tokens.values
+            state = model.text_encoder(texts, split(pruned.tokens), None, MADTP(0.0)).tokens.values
             results[proportional] = (pruned, state)
-        unmerged = model.text_encoder(texts, split(dense.tokens, 2), None, MADTP(0.0)).tokens.values
+        unmerged = model.text_encoder(texts, split(dense.tokens), None, MADTP(0.0)).tokens.values
     pruned, state = results[True]
     assert (pruned.trace[0].lengths < TOKENS).all()
     for sizes in pruned.tokens.with_values(pruned.tokens.sizes).to_list():

@@ -13,7 +13,7 @@ from madtp_kernels import RaggedBatch
 
 from ...config import Config, TextConfig, VisionConfig, check_sizes
 from ...model import Model, renamed
-from ...pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
+from ...pruning import LayerTrace, Pruning, Tokens
 from ...rows import first_rows
 from ...text import TextEncoder
 from ...vision import VisionTransformer
@@ -97,7 +97,7 @@ class NLVR(Model):
             self._pixels(pixels), self.space_dict, self._pruning(pruning, 2 * batch, **paired), alignment_features
         )
         text = self.text_encoder(
-            input_ids, split(vision.tokens, batch), self.space_dict, self._pruning(pruning, batch), alignment_features
+            input_ids, (vision.tokens,), self.space_dict, self._pruning(pruning, batch), alignment_features
         )
         return NLVROutput(
             logits=self.cls_head(first_rows(text.tokens)),
@@ -107,27 +107,3 @@ class NLVR(Model):
             last_hidden_state=text.tokens,
             alignment_features=(vision.alignment_features, text.alignment_features) if alignment_features else None,
         )
-
-
-def split(images: Tokens, batch: int) -> tuple[Tokens, Tokens]:
-    """The left images (first ``batch`` samples) and the right images, without waiting for a device."""
-    offset, rows = images.cu_seqlens[batch], images.values.shape[0]
-    parts = {name: getattr(images, name) for name in PER_TOKEN}
-    parts = {name: part for name, part in parts.items() if part is not None}
-    if images.device.type == "cpu" or not images.bound:
-        # On a GPU only images that were never pruned have an exact buffer, and those are all of one length.
-        cut = int(offset) if images.device.type == "cpu" else rows // 2
-        left, right = ({name: part[side] for name, part in parts.items()} for side in (slice(cut), slice(cut, None)))
-    else:
-        # The cut is known to the device only: move the right rows to the front of a buffer of the same capacity.
-        source = (torch.arange(rows, device=images.device) + offset).clamp(max=rows - 1)
-        left, right = parts, {name: part[source] for name, part in parts.items()}
-    shared = {
-        "max_seqlen": images.max_seqlen,
-        "bound": images.bound and images.device.type != "cpu",
-        "prefix": images.prefix,
-    }
-    return (
-        Tokens.unchecked(cu_seqlens=images.cu_seqlens[: batch + 1], **left, **shared),
-        Tokens.unchecked(cu_seqlens=images.cu_seqlens[batch:] - offset, **right, **shared),
-    )

@@ -15,7 +15,7 @@ from ...layers import QueryGroups
 from ...pruning import Pruning
 from ...rows import first_rows
 from ...vision import VisionOutput
-from .model import NLVR, NLVROutput, split
+from .model import NLVR, NLVROutput
 
 
 def forward_pairs(
@@ -66,7 +66,7 @@ def read_statements(
     """The second half of :func:`forward_pairs`, from the images of the pairs: the left ones, then the right ones."""
     input_ids = model._ids(input_ids)
     text = model.text_encoder(
-        input_ids, split(images.tokens, len(statements)), model.space_dict, model._pruning(pruning, sum(statements)),
+        input_ids, (images.tokens,), model.space_dict, model._pruning(pruning, sum(statements)),
         alignment_features, query_groups=QueryGroups.of(statements, model.device),
     )  # fmt: skip
     return NLVROutput(
