@@ -17,7 +17,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .files import is_regular, open_regular, read_bytes, replacing
 
-__all__ = ["Log", "ResumeError", "Summary", "answered", "held", "numbered", "row_of", "run", "to_line"]
+__all__ = ["Log", "ResumeError", "Summary", "answered", "differences", "held", "numbered", "row_of", "run", "to_line"]
 
 _READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
 
@@ -40,6 +40,13 @@ the lines, themselves."""
 
 class ResumeError(ValueError):
     """The output, or what there is of it, belongs to another run."""
+
+
+def differences(then: Mapping, now: Mapping) -> str:
+    """Where the settings of a run and those of the one before it disagree, such as "dtype: float32 then, bfloat16 now"; empty
+    if nowhere."""
+    changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
+    return "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed)
 
 
 @dataclass
@@ -289,10 +296,8 @@ class Log:
         record = _parse(first)
         if record is None:
             raise ResumeError(f"{self.path} was not written by a run like this one; {self.remedy}")
-        if record != self.header:
-            keys = [key for key in {**self.header, **record} if self.header.get(key) != record.get(key)]
-            pairs = "; ".join(f"{key}: {record.get(key)} then, {self.header.get(key)} now" for key in keys)
-            raise ResumeError(f"{self.path} is of another run ({pairs}); {self.remedy}")
+        if changed := differences(record, self.header):
+            raise ResumeError(f"{self.path} is of another run ({changed}); {self.remedy}")
         self._start = len(first)
 
     def read(self) -> Iterator[tuple[dict, int]]:

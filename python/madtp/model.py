@@ -98,15 +98,6 @@ class Model(nn.Module):
         self.pruning = self.rule(value)
 
     @property
-    def use_sizes(self) -> bool:
-        """Deprecated: `pruning.proportional_attention`."""
-        return self.pruning.proportional_attention
-
-    @use_sizes.setter
-    def use_sizes(self, value: bool) -> None:
-        self.pruning = replace(self.pruning, proportional_attention=value)
-
-    @property
     def guided(self) -> bool:
         """Whether tokens are compared with the dictionary."""
         return self.pruning.active and self.pruning.needs_dictionary

@@ -7,17 +7,16 @@ import pickle
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from decoders import Unloadable, faulty
+from fresh import COMMAND
 from small_models import CONFIGS
 from test_bulk_readers import tar_of
 from test_cli_batch import picture, save_pictures
@@ -533,7 +532,7 @@ def test_options_of_folders(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_stopped_twice(command, tmp_path, models):
+def test_two_processes_that_are_stopped_twice(command, fresh_command, tmp_path, models):
     """Ctrl-C, then SIGKILL, at random moments: the files are those of a run that was not stopped."""
     save_tars(tmp_path, 8, 12, bad=("0030004",))
     sources = [str(tmp_path / "{000..007}.tar")]
@@ -545,25 +544,20 @@ def test_two_processes_that_are_stopped_twice(command, tmp_path, models):
     def start():
         more = ["--model", models / "clip", "--backend", "reference", "--output", f"{tmp_path}/out/"]
         more += ["--devices", "cpu,cpu", "--workers", "0", *options]
-        line = [sys.executable, "-m", "madtp", "embed", *sources, *map(str, more)]
-        # A shell's background processes ignore Ctrl-C, and so would what they start.
-        listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
+        return fresh_command.start(COMMAND, "embed", *sources, *more)
 
     rng, done = random.Random(), tmp_path / "out/stats"
     for number in (signal.SIGINT, signal.SIGKILL):
         before = len(list(done.glob("*.json")))
         process = start()
-        while len(list(done.glob("*.json"))) <= before and process.poll() is None:
+        while len(list(done.glob("*.json"))) <= before and process.returncode is None:
             time.sleep(0.02)
         time.sleep(rng.random() * 0.05)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode in ({signal.SIGINT: 130, signal.SIGKILL: -9}[number], 1), err
+        assert process.wait(60) in ({signal.SIGINT: 130, signal.SIGKILL: -9}[number], 1), process.stderr
     last = start()
-    out, err = last.communicate(timeout=300)
-    assert last.returncode == 1, err
-    assert re.search(r"in [0-6] shards of .*, [2-8] shards were done before", out)
+    assert last.wait(300) == 1, last.stderr
+    assert re.search(r"in [0-6] shards of .*, [2-8] shards were done before", last.stdout)
     assert files_below(tmp_path / "out") == files_below(tmp_path / "whole")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh import COMMAND
 from PIL import Image
 
 import madtp
@@ -330,38 +331,29 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(madtp_command, t
 
 
 @pytest.mark.parametrize("signal_number, exit_code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_killed_run_goes_on(madtp_command, small, tmp_path, signal_number, exit_code):
+def test_a_killed_run_goes_on(madtp_command, fresh_command, small, tmp_path, signal_number, exit_code):
     row = {"images": [str(small / LEFT), str(small / RIGHT)], "text": TEXT}
-    rows = [{**row, "text": f"{n} dogs"} if n % 10 else "{" for n in range(1, 101)]
+    rows = [{**row, "text": f"{n} dogs"} if n % 10 else "{" for n in range(1, 61)]
     source = pairs_file(tmp_path / "pairs.jsonl", rows)
     output, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     arguments = ["nlvr", *MODEL, "--input", str(source), "--output", str(output), "--batch-size", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "madtp", *arguments],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background leaves SIGINT ignored, and commands inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
+    process = fresh_command.start(COMMAND, *arguments)
+    deadline = time.monotonic() + 180
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 10):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.returncode is None and time.monotonic() < deadline, process.stderr
         time.sleep(0.01)
     process.send_signal(signal_number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == exit_code and "Traceback" not in err
+    assert process.wait(180) == exit_code and "Traceback" not in process.stderr
     assert not output.exists()
     done = partial.read_bytes().count(b"\n") - 1
 
     code, out, _ = madtp_command(*arguments)
-    assert code == 1 and "100 rows (" in out
+    assert code == 1 and "60 rows (" in out
     resumed = int(re.search(r"\((\d+) of them", out)[1])
     assert 10 <= resumed <= done
     records = read(output)
-    assert [record["row"] for record in records] == list(range(1, 101))
-    assert [n for n, record in enumerate(records, 1) if "error" in record] == list(range(10, 101, 10))
+    assert [record["row"] for record in records] == list(range(1, 61))
+    assert [n for n, record in enumerate(records, 1) if "error" in record] == list(range(10, 61, 10))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "pairs.jsonl"]
 
 
@@ -493,13 +485,11 @@ def test_demo_of_random_weights_does_not_speak_of_accuracy(madtp_command, tmp_pa
     assert f"{len(TEMPLATES)} held-out pairs" in out and f"batch of {len(TEMPLATES)}" in out
 
 
-def test_info():
+def test_info(fresh_command):
     # In a process of its own: what it finds out about the extension is kept for the life of a process.
     environment = {**os.environ, "MADTP_KERNELS_BUILD": "0"}
     for options in ([], ["--json"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "madtp", "info", *options], env=environment, capture_output=True, text=True
-        )
+        done = fresh_command.run(COMMAND, "info", *options, env=environment)
         assert done.returncode == 0
         for word in ("torch", "reference", "triton"):
             assert word in done.stdout

@@ -5,15 +5,15 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from compression import annotations, pictures, save_tiny, tiny
+from fresh import COMMAND
 from safetensors.torch import load_file
 
 import madtp
@@ -109,14 +109,14 @@ def test_a_finished_run_is_not_done_again(data, whole, capsys, monkeypatch):
     assert outcome(whole)[0] == before and json.JSONDecoder().raw_decode(out)[0] == before[-1]["result"]
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(data, whole, tmp_path, capsys, generator):
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(data, whole, tmp_path, capsys, generator, fresh_command):
     output, lines = tmp_path / "killed", int(torch.randint(2, 12, (), generator=generator))
     log = output / "run" / "metrics.jsonl"
     arguments = compress(data, "nlvr", output, *EVERYTHING, "--save-every", "0.2")
-    process = subprocess.Popen([sys.executable, "-m", "madtp", *arguments], stdout=subprocess.DEVNULL)
+    process = fresh_command.start(COMMAND, *arguments)
     deadline = time.monotonic() + 120
     while not log.exists() or len(log.read_text().splitlines()) < lines:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.returncode is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -149,38 +149,32 @@ def in_float64(*arguments, **options):
 madtp_load = madtp.load
 
 
-def test_two_processes_compute_what_one_does(data, tmp_path, capsys, monkeypatch):
+def test_two_processes_compute_what_one_does(data, tmp_path, capsys, monkeypatch, fresh_command):
     """CLIP's loss compares the samples of both processes. The dev split has an odd number of instances.
 
     In float64, where no token changes sides of a threshold because a batch of another size rounds otherwise. The
     learning rate is small, since Adam makes as much of a rounding error as of a gradient where the gradient is zero.
     The loss itself is computed in float32, and its gradients are what is compared.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    (tmp_path / "double.py").write_text(
-        "import sys, madtp, test_compress\n"
-        "madtp.load = test_compress.in_float64\n"
-        "sys.exit(madtp.cli.main(sys.argv[1:]))\n"
-    )
-    options = "--accumulate", "2", "--epochs", "8", "--lr", "1e-6", "--distill", "0.5"
-    arguments = [str(tmp_path / "double.py"), *compress(data, "clip", tmp_path / "two", *options, "--batch-size", "2")]
-    two = subprocess.Popen(
-        [*launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    code = "import sys, madtp, test_compress; madtp.load = test_compress.in_float64; " + COMMAND
+    options = "--accumulate", "2", "--epochs", "3", "--lr", "1e-6", "--distill", "0.5"
+    arguments = compress(data, "clip", tmp_path / "two", *options, "--batch-size", "2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    two = [
+        fresh_command.start(code, *arguments, env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
     monkeypatch.setattr(madtp, "load", in_float64)
     done(compress(data, "clip", tmp_path / "one", *options), capsys)
-    out, err = two.communicate(timeout=240)
-    assert two.returncode == 0, err
-    assert out.count('"step"') == 1  # only one of them speaks
+    for process in two:
+        assert process.wait(240) == 0, process.stderr
+    assert [process.stdout.count('"step"') for process in two] == [1, 0]  # only one of them speaks
     (records, parts, *_), (expected, expected_parts, *_) = (outcome(tmp_path / name) for name in ("two", "one"))
     assert records[0] == expected[0] and "dense" in records[0]  # a score of ranks, over the instances of both
     assert [r["step"] for r in records] == [r["step"] for r in expected]
-    assert len(losses(tmp_path / "two")) == 8
+    assert len(losses(tmp_path / "two")) == 3
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1.1e-4)  # four decimals are logged
     momenta = [p["optimizer"]["state"] for p in (parts, expected_parts)]  # means of the gradients so far
     assert len(momenta[0]) == len(momenta[1]) > 50

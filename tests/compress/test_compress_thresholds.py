@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -221,27 +219,23 @@ def test_drawn_examples_are_named_and_grouped():
         read_examples(TASKS["clip"](tiny("clip")), "shapes:dev", None, 1, training=False)
 
 
-def test_thresholds_are_those_of_all_processes_together(tmp_path):
+def test_thresholds_are_those_of_all_processes_together(fresh_command):
     """Each has its share of the scores, of another length."""
-    script = tmp_path / "share.py"
-    script.write_text(
-        "import sys, torch\n"
-        "from madtp.processes import gathered_rows, joined, rank\n"
-        "from madtp.compress.thresholds import quantile\n"
-        "with joined('cpu'):\n"
-        "    scores = gathered_rows(torch.arange(10.0)[[slice(0, 3), slice(3, 10)][rank()]])\n"
-        "    print(scores.tolist(), quantile(scores, 0.4))\n"
-    )
+    code = """
+import torch
+from madtp.processes import gathered_rows, joined, rank
+from madtp.compress.thresholds import quantile
+with joined("cpu"):
+    scores = gathered_rows(torch.arange(10.0)[[slice(0, 3), slice(3, 10)][rank()]])
+    print(scores.tolist(), quantile(scores, 0.4))
+"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for number in ("0", "1"):
-        place = {"RANK": number, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **place, "PYTHONPATH": os.pathsep.join(sys.path)}
-        started.append(subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [fresh_command.start(code, env={**os.environ, **place, "RANK": rank}) for rank in "01"]
     for process in started:
-        assert process.communicate(timeout=120)[0].strip() == f"{[float(n) for n in range(10)]} 3.0"
+        assert process.wait() == 0, process.stderr
+        assert process.stdout.strip() == f"{[float(n) for n in range(10)]} 3.0"
 
 
 def test_ranked_novelty_is_trained_by_shares(tmp_path):

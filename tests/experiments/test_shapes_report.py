@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -374,7 +373,7 @@ def test_a_job_that_fails_stops_the_others_and_tells_why(reproduce, tmp_path):
         reproduce.do([job("nothing", "")], 1, tmp_path, tqdm(disable=True))
 
 
-def test_only_what_has_no_result_is_done(reproduce, tmp_path):
+def test_only_what_has_no_result_is_done(reproduce, tmp_path, fresh_command):
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
     for job in jobs(reproduce, tmp_path):
@@ -390,16 +389,17 @@ def test_only_what_has_no_result_is_done(reproduce, tmp_path):
     for one in reproduce.LARGE:
         settings = {"row": one.method, "reduction": one.reduction, "seed": one.seed}
         write(tmp_path / "results", f"large-{one.name}", 0.8, settings)
-    command = [sys.executable, FOLDER / "reproduce.py", "--directory", tmp_path]
+    code = f"import sys, runpy; sys.path.insert(0, {str(FOLDER)!r}); runpy.run_path({str(FOLDER / 'reproduce.py')!r}, run_name='__main__')"
     before = sorted(tmp_path.rglob("*"))
-    options = {"capture_output": True, "text": True, "check": True, "timeout": 600}
-    options["env"] = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # timings are called by the device
-    dry = subprocess.run([*command, "--dry-run"], **options)
+    options = {"timeout": 600, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}  # timings are called by the device
+    dry = fresh_command.run(code, "--directory", tmp_path, "--dry-run", **options)
+    assert dry.returncode == 0, dry.stderr
     lines = dry.stdout.splitlines()
     assert "# random-0.8-0: done" in lines and "# report" in lines
     assert lines[-1].startswith(f"1 of {len(jobs(reproduce, tmp_path))} jobs are left: about")
     assert sorted(tmp_path.rglob("*")) == before
-    done = subprocess.run(command, **options)
+    done = fresh_command.run(code, "--directory", tmp_path, **options)
+    assert done.returncode == 0, done.stderr
     assert "to do: report" in done.stdout.splitlines()
     assert done.stdout.splitlines()[-1].startswith("wrote ")
     assert row((tmp_path / "results.md").read_text(), "overall", "random")["accuracy, %"] == "**80.0**"

@@ -4,8 +4,10 @@
 `layer_norm_eps`, a temperature) and `clip` of 92140b1 (0.1.0; `use_sizes` too, towers without the sizes that came later).
 """
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 import madtp
 from madtp import CheckpointError
 from madtp.pruning import MADTP
+from madtp_kernels import RaggedBatch, attention_with_importance, prune
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier"
 TEXTS = {
@@ -96,3 +99,38 @@ def test_two_spellings_at_once_are_refused(tmp_path):
     shutil.copy(EARLIER / "nlvr" / "model.safetensors", tmp_path)
     with pytest.raises(CheckpointError, match="pruning or temperature, got both"):
         madtp.load(tmp_path)
+
+
+# ---- names that 0.1.0 documented
+
+
+def test_the_former_module_warns():
+    sys.modules.pop("madtp.checkpoints", None)
+    with pytest.warns(DeprecationWarning, match="renamed to madtp.weights"):
+        former = importlib.import_module("madtp.checkpoints")
+    assert former.load is madtp.load and former.save_pretrained is madtp.save_pretrained
+
+
+def test_former_arguments_warn_and_do_what_they_did():
+    model, pixels = (
+        madtp.load(EARLIER / "nlvr", backend="reference"),
+        load_file(EARLIER / "nlvr" / "expected.safetensors"),
+    )
+    with torch.inference_mode(), pytest.warns(DeprecationWarning) as warned:
+        found = model(pixels["pixels"], TEXTS["nlvr"], temperature=1.5, summaries=True)
+    assert {str(warning.message).split(":")[0] for warning in warned} == {"temperature", "summaries"}
+    assert found.alignment_features is not None
+    torch.testing.assert_close(found.logits, pixels["logits"], rtol=1e-5, atol=1e-5)
+    with model.dense():
+        assert not model.pruning.active
+    assert model.temperature == 1.5
+
+
+def test_operations_alone_as_they_were_shown():
+    """The example of docs/how-it-works.md, in small."""
+    tokens = RaggedBatch.from_list([torch.randn(57, 48), torch.randn(19, 48)])
+    qkv = torch.randn(tokens.values.shape[0], 3, 3, 16)
+    out, lse, received, cls = attention_with_importance(*qkv.unbind(1), tokens.cu_seqlens, tokens.max_seqlen)
+    result = prune(tokens, tokens.values, torch.randn(10, 48), received, cls, temperature=2.0)
+    assert out.shape == (76, 3, 16) and lse.shape == (3, 76)
+    assert (result.compacted.tokens.lengths <= tokens.lengths).all() and result.threshold.shape == (2,)

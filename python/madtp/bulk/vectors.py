@@ -21,7 +21,7 @@ import torch
 
 from .. import jsonl
 from ..files import locked
-from ..jsonl import ResumeError
+from ..jsonl import ResumeError, differences
 from .readers import Row, Shard
 from .writers import Results, read_records
 
@@ -386,10 +386,8 @@ def _read_settings(path: Path) -> dict | None:
 
 def _agree(path: Path, found: Mapping, settings: Mapping) -> None:
     now = json.loads(json.dumps(settings))
-    changed = [key for key in now if now[key] != found.get(key)]
-    if changed:
-        pairs = "; ".join(f"{key}: {found.get(key)} then, {now[key]} now" for key in changed)
-        raise ResumeError(f"{path} is of another run ({pairs}); name another index")
+    if changed := differences({key: found.get(key) for key in now}, now):
+        raise ResumeError(f"{path} is of another run ({changed}); name another index")
 
 
 def _shards(folder: Path) -> Iterator[tuple[np.ndarray, list[dict]]]:

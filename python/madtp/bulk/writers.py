@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import replacing
-from ..jsonl import ResumeError, to_line
+from ..jsonl import ResumeError, differences, to_line
 from .readers import Row, Shard
 from .workers import Failure
 
@@ -102,11 +102,8 @@ class Results:
             found = None
         if not isinstance(found, dict):
             raise ResumeError(f"{path} was not written by a run like this one; name another folder")
-        now = json.loads(json.dumps(self.settings))
-        changed = [key for key in {**now, **found} if now.get(key) != found.get(key)]
-        if changed:
-            pairs = "; ".join(f"{key}: {found.get(key)} then, {now.get(key)} now" for key in changed)
-            raise ResumeError(f"{self.folder} is of another run ({pairs}); name another folder, or give --overwrite")
+        if changed := differences(found, json.loads(json.dumps(self.settings))):
+            raise ResumeError(f"{self.folder} is of another run ({changed}); name another folder, or give --overwrite")
 
     @staticmethod
     def clear(folder: str | os.PathLike) -> None:

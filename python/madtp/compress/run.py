@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..files import replacing
+from ..jsonl import differences
 
 __all__ = ["Run"]
 
@@ -66,12 +67,8 @@ class Run:
         state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
         found = {**self.defaults, **json.loads(state["settings"])}
         wanted = {**self.defaults, **json.loads(json.dumps(self.settings))}
-        if found != wanted:
-            names = sorted(k for k in {**found, **wanted} if found.get(k) != wanted.get(k))
-            differences = "; ".join(f"{k}: {found.get(k)} then, {wanted.get(k)} now" for k in names)
-            raise ValueError(
-                f"{self.directory}: holds another run ({differences}); remove it, or name another directory"
-            )
+        if changed := differences(found, wanted):
+            raise ValueError(f"{self.directory}: holds another run ({changed}); remove it, or name another directory")
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         torch.set_rng_state(state["random"])
