@@ -173,7 +173,7 @@ def read(folder: Path) -> dict[str, Record]:
         if len(tests) != 1:
             raise Refused(f"{path}: expected one test result, got {len(tests)}")
         settings = uniform(content["settings"])
-        if name in named and tuple(settings.get(key) for key in SAID[:3]) != tuple(named[name]):
+        if name in named and tuple(settings.get(key) for key in SAID[:3]) != named[name][:3]:
             raise Refused(f"{path}: records {' '.join(str(settings.get(key)) for key in SAID[:3])}")
         records[name] = Record(settings, content["torch"], tests[0])
     runs: dict[tuple, list] = defaultdict(list)

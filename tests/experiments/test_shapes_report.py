@@ -385,7 +385,8 @@ def test_only_what_has_no_result_is_done(reproduce, tmp_path, fresh_command):
         elif job.result:
             write(tmp_path / "results", job.name, 0.9, {"row": "dense"})
     for one in reproduce.RUNS:
-        run(tmp_path / "results", *one, accuracy=0.8)
+        settings = {"row": one.method, "reduction": one.reduction, "seed": one.seed, "steps": one.steps, "texts": 4}
+        write(tmp_path / "results", one.name, 0.8, settings)
     for one in reproduce.LARGE:
         settings = {"row": one.method, "reduction": one.reduction, "seed": one.seed}
         write(tmp_path / "results", f"large-{one.name}", 0.8, settings)
