@@ -95,7 +95,14 @@ def availability(name: str, device_type: str) -> str | None:
 _LEFT_TO_PYTORCH = {
     "cpu": ("unmerge", "linear_pair"),
     "triton": ("attention_importance_backward", "lowest_tokens"),
-    "cuda": ("attention_backward", "attention_importance_backward", "unmerge", "linear", "linear_pair", "lowest_tokens"),
+    "cuda": (
+        "attention_backward",
+        "attention_importance_backward",
+        "unmerge",
+        "linear",
+        "linear_pair",
+        "lowest_tokens",
+    ),
 }
 # What the extension has for the CPU only.
 _WITHOUT_CUDA = (

@@ -127,6 +127,20 @@ def test_distillation_pulls_every_stream_to_the_model_as_it_was(name, tmp_path):
     assert all(torch.equal(a.values, b.values) for a, b in zip(teacher(batch), dense, strict=True))
 
 
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_teacher_in_half_precision_says_the_same(name, tmp_path):
+    """To the rounding of bfloat16, under autocast or not, and leaves the batch as it was."""
+    model, task, batch = batch_of(name, tmp_path)
+    dense, teacher = Teacher(model, task)(batch), Teacher(model, task, torch.bfloat16)
+    half = teacher(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = teacher(batch)
+    assert next(model.parameters()).dtype == torch.float32 and torch.as_tensor(batch["pixels"]).dtype == torch.float32
+    for exact, one, other in zip(dense, half, again, strict=True):
+        assert one.values.dtype == torch.bfloat16 and torch.equal(one.values, other.values)
+        assert (one.values - exact.values).square().mean() < 1e-3 * exact.values.var()
+
+
 # ---- the dictionary
 
 

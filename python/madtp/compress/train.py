@@ -137,7 +137,8 @@ class Trainer:
         if self.prunes and not self.brackets and not isinstance(rule, MADTP):
             raise ValueError(f"controller: official has tables for madtp only, got the rule {rule.name!r}")
 
-        self.teacher = Teacher(model, task) if settings.distill > 0 else None
+        half = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        self.teacher = Teacher(model, task, half) if settings.distill > 0 else None
         self.objective: nn.Module = Objective(model, task, settings)
         # What is learnt beside the model (heads of auxiliary losses) belongs to the task.
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
