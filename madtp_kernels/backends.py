@@ -94,7 +94,7 @@ def availability(name: str, device_type: str) -> str | None:
 # What a backend has no code for: PyTorch's own kernels do it, called by the reference.
 _LEFT_TO_PYTORCH = {
     "cpu": ("unmerge", "linear_pair"),
-    "triton": ("attention_importance_backward", "lowest_tokens"),
+    "triton": ("attention_importance_backward",),
     "cuda": (
         "attention_backward",
         "attention_importance_backward",

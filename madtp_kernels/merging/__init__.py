@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks, segments
+from .. import backends, checks, repeats, segments
 from ..ragged import RaggedBatch
 from ..registration import call, define, differentiate
 from . import reference
@@ -236,6 +236,9 @@ def lowest_tokens(
         ValueError: an argument does not fit, or (CPU, or debug mode) scores that are not finite. BackendError: a backend asked
             for by name cannot run.
     """
+    key = repeats.signature(lowest_tokens, (scores, count, cu_seqlens, free), (threshold, backend))
+    if repeat := repeats.find(key):
+        return repeat(scores, count, cu_seqlens, free, None if threshold is None else float(threshold))
     if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: expected float32 or float64 [T], got {checks.describe(scores)}")
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
@@ -244,10 +247,12 @@ def lowest_tokens(
     checks.tensor("free", free, (scores.shape[0],), "[T]", torch.bool, scores.device)
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
-    return call(
+    result = call(
         "lowest_tokens", scores.detach(), count, cu_seqlens, free, None if threshold is None else float(threshold),
         backend or "",
     )  # fmt: skip
+    repeats.remember(key, backend, scores, ("lowest_tokens", "merging"))
+    return result
 
 
 def _is_number(value: object, least: int) -> bool:

@@ -1,4 +1,5 @@
-"""Merging tokens on the GPU: a handful of PyTorch's operators number the rows, one launch makes them.
+"""Choosing tokens and merging them on the GPU. Choosing is one launch, which finds the score that the r-th lowest token has by
+bisection over its bits. Of merging, a handful of PyTorch's operators number the rows, and one launch makes them.
 
 Tokens are sorted by the row they go to, so that a row's members lie side by side: its sum is made by one program, in the order
 of the tokens, and nothing is added atomically.
@@ -6,17 +7,66 @@ of the tokens, and nothing is added atomically.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, block, launch, on_device_of_first
+from ..triton_utils import EPS, Launch, block, launch, on_device_of_first, prepared
 from .reference import number_rows
 
+POSITION_BITS = tl.constexpr(30)
+BLOCK = 1024  # scores per step
 CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
+
+
+@triton.jit
+def _rank(scores, free, threshold, bos, o_j, length, HAS_THRESHOLD: tl.constexpr):
+    """Tokens that may go as int64, larger goes earlier: the lower score, then the later position. Distinct and >= 0; -1 for
+    tokens that stay.
+    """
+    m_j = o_j < length
+    value = tl.load(scores + bos + o_j, mask=m_j, other=0.0)
+    may_go = m_j & (tl.load(free + bos + o_j, mask=m_j, other=0) != 0)
+    if HAS_THRESHOLD:
+        may_go = may_go & (value <= threshold)
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True).to(tl.int64)  # one zero, not two
+    descending = tl.where(bits < 0, 0xFFFFFFFF + 1 + bits, 0x7FFFFFFF - bits)
+    return tl.where(may_go, (descending << POSITION_BITS) + o_j, -1)
+
+
+@triton.jit(do_not_specialize=["threshold", "position_bits"])
+def _lowest_kernel(
+    scores, count, free, goes, cu_seqlens, threshold, position_bits, HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per sample: goes[j] = whether token j is one of the ``count`` that go first."""
+    i_b = tl.program_id(0)
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    most = tl.load(count + i_b)
+    candidates = 0
+    for start in range(0, length, BLOCK):
+        key = _rank(scores, free, threshold, bos, start + tl.arange(0, BLOCK), length, HAS_THRESHOLD)
+        candidates += tl.sum((key >= 0).to(tl.int32), 0)
+    # The largest key that `most` keys reach, bit by bit: 32 bits of score, then those of the position that can be set. Where
+    # no more may go than should, all do.
+    cut = tl.full((), 0, tl.int64)
+    steps = tl.where(candidates > most, 32 + position_bits, 0)
+    for step in range(steps):
+        bit = tl.where(step < 32, 31 + POSITION_BITS - step, 31 + position_bits - step)
+        candidate = cut + (tl.full((), 1, tl.int64) << bit.to(tl.int64))
+        reached = 0
+        for start in range(0, length, BLOCK):
+            key = _rank(scores, free, threshold, bos, start + tl.arange(0, BLOCK), length, HAS_THRESHOLD)
+            reached += tl.sum((key >= candidate).to(tl.int32), 0)
+        if reached >= most:
+            cut = candidate
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        key = _rank(scores, free, threshold, bos, o_j, length, HAS_THRESHOLD)
+        tl.store(goes + bos + o_j, ((key >= cut) & (most > 0)).to(tl.uint8), mask=o_j < length)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -60,6 +110,23 @@ def _merge_kernel(
             m_c = o_c < CARRY_WIDTHS[i]
             element = tl.load(carry[i] + own * CARRY_WIDTHS[i] + o_c, mask=m_c & is_kept, other=0)
             tl.store(carried[i] + row * CARRY_WIDTHS[i] + o_c, element, mask=m_c)
+
+
+@prepared
+def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tensor, threshold: float | None) -> Callable:
+    """``[C]`` bool; see the public operation for the contract."""
+    batch, bits = cu_seqlens.shape[0] - 1, scores.shape[0].bit_length()
+    choose = Launch(_lowest_kernel, batch, HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4)
+
+    def run(scores, count, cu_seqlens, free, threshold):
+        # False beyond the last sample, as the contract says.
+        goes = torch.zeros_like(free)
+        if batch:
+            bound = 0.0 if threshold is None else threshold
+            choose(scores, count, free.view(torch.uint8), goes.view(torch.uint8), cu_seqlens, bound, bits)
+        return goes
+
+    return run
 
 
 @on_device_of_first

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, repeats
 from ..registration import call, define, define_gradient
 from . import reference
 
@@ -49,12 +49,17 @@ def nearest_kept(
     Raises:
         ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
     """
+    key = repeats.signature(nearest_kept, (keys, kept, cu_seqlens), (max_seqlen, backend))
+    if repeat := repeats.find(key):
+        return repeat(keys.flatten(1), kept, cu_seqlens, max_seqlen)
     rows = _rows(keys)
     checks.tensor("kept", kept, (keys.shape[0],), "[T]", torch.bool, keys.device)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
-    return call(
+    result = call(
         "nearest_kept", rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, backend or "",
     )  # fmt: skip
+    repeats.remember(key, backend, rows, ("nearest_kept", "similarity"))
+    return result
 
 
 def novelty(
@@ -121,6 +126,12 @@ def merge_scores(
         ValueError: an argument does not fit, or (CPU, or debug mode) an order or a weight that is not finite. BackendError: a
             backend asked for by name cannot run.
     """
+    exponents = (weight_exponent, novelty_exponent, size_exponent)
+    key = repeats.signature(
+        merge_scores, (keys, order, weight, sizes, free, cu_seqlens), (max_seqlen, *exponents, backend)
+    )
+    if repeat := repeats.find(key):
+        return repeat(keys.flatten(1), order, weight, sizes, free, cu_seqlens, max_seqlen, *exponents)
     rows, shape = _rows(keys), (keys.shape[0],)
     wide = torch.promote_types(keys.dtype, torch.float32)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
@@ -132,10 +143,12 @@ def merge_scores(
     if sizes is not None:
         checks.tensor("sizes", sizes, shape, "[T]", torch.float32, keys.device)
     checks.tensor("free", free, shape, "[T]", torch.bool, keys.device)
-    return call(
+    result = call(
         "merge_scores", rows.detach(), order.detach(), weight if weight is None else weight.detach(), sizes, free, cu_seqlens,
-        max_seqlen, weight_exponent, novelty_exponent, size_exponent, backend or "",
+        max_seqlen, *exponents, backend or "",
     )  # fmt: skip
+    repeats.remember(key, backend, rows, ("merge_scores", "similarity"))
+    return result
 
 
 def match_tokens(

@@ -4,18 +4,20 @@ A first launch leaves 1 / |k| of every key, 0 for one without a direction (zero,
 In the second a program owns a block of queries of one sample and walks over blocks of candidates, up to the sample's length.
 With a rank all of them are visited. To halve the products, as the CPU does, the tokens of every sample would have to be sorted
 by rank: by estimate (not measured) that takes a GPU as long as the products it would spare, 33 GFLOP for 64 images of 577
-tokens. Matching takes a third, which finds the cosine that the r-th best pair has by bisection over its bits.
+tokens. Matching takes a third, which finds the cosine that the r-th best pair has by bisection over its bits; so do the scores
+of merging, for whose means a program reads all tokens of a sample.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import cdiv, dot_precision, launch, on_device_of_first, product
-from .reference import worth
+from ..triton_utils import Launch, cdiv, dot_precision, prepared, product
 
 POSITION_BITS = tl.constexpr(30)
 NORM_ROWS, NORM_COLUMNS = 16, 256
@@ -25,8 +27,10 @@ KEPT, OTHERS, HIGHER, ODD = (tl.constexpr(mode) for mode in range(4))
 
 
 @triton.jit(do_not_specialize=["batch"])
-def _scale_kernel(keys, scale, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """1 / |k| of ROWS keys; 0 for one without a direction."""
+def _scale_kernel(
+    keys, scale, order, free, rank, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """1 / |k| of ROWS keys; 0 for one without a direction. With ``order``, also the rank: -1 for tokens that are not free."""
     tokens = tl.load(cu_seqlens + batch)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) * ROWS >= tokens:
@@ -41,6 +45,10 @@ def _scale_kernel(keys, scale, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.const
     directed = (square > 0.0) & (square < float("inf"))
     inverse = 1.0 / tl.sqrt_rn(tl.where(directed, square, 1.0))
     tl.store(scale + rows, tl.where(directed, inverse, 0.0), mask=rows < tokens)
+    if order is not None:
+        may_go = tl.load(free + rows, mask=rows < tokens, other=0) != 0
+        value = tl.load(order + rows, mask=rows < tokens, other=0.0)
+        tl.store(rank + rows, tl.where(may_go, value, -1.0), mask=rows < tokens)
 
 
 @triton.jit(do_not_specialize=["query_blocks", "first_free"])
@@ -168,6 +176,48 @@ def _match_kernel(
         tl.store(similarity + bos + o_j, float("-inf"), mask=m_j & (source == 0))
 
 
+@triton.jit
+def _power(x, exponent, KIND: tl.constexpr):
+    """x ** exponent for x >= 0, in float64. KIND: the exponent where it is 0 or 1, else -1."""
+    if KIND == 0:
+        return tl.full(x.shape, 1.0, tl.float64)
+    if KIND == 1:
+        return x
+    return tl.exp2(tl.log2(x) * exponent)
+
+
+@triton.jit(do_not_specialize=["weight_exponent", "novelty_exponent", "size_exponent"])
+def _worth_kernel(
+    new, weight, sizes, free, scores, cu_seqlens, weight_exponent, novelty_exponent, size_exponent,
+    WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sample: (a / mean a)^p n^q s^r, in float64 as the reference; 0 for what is not a number."""
+    i_b = tl.program_id(0)
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    total = tl.zeros((BLOCK,), tl.float64)
+    number = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        may_go = tl.load(free + bos + o_j, mask=o_j < length, other=0) != 0
+        total += tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64)
+        number += may_go.to(tl.int32)
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1).to(tl.float64)
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        m_j = o_j < length
+        may_go = tl.load(free + bos + o_j, mask=m_j, other=0) != 0
+        share = tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64) / mean
+        score = _power(share, weight_exponent, WEIGHT)
+        novelty = tl.load(new + bos + o_j, mask=m_j, other=0.0).to(tl.float64)
+        score *= _power(novelty, novelty_exponent, NOVELTY)
+        if sizes is not None:
+            size = tl.load(sizes + bos + o_j, mask=m_j, other=1.0).to(tl.float64)
+            score *= _power(size, size_exponent, SIZE)
+        score = tl.where(score == score, tl.minimum(score, 3.4028234663852886e38), 0.0)
+        tl.store(scores + bos + o_j, score.to(tl.float32), mask=m_j)
+
+
 def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Queries and candidates of a tile, features of a step, warps, stages. Bits of a result depend on them: never on the batch.
 
@@ -182,55 +232,64 @@ def _search(
     cu_seqlens: Tensor,
     max_seqlen: int,
     seen: tl.constexpr,
-    kept: Tensor | None = None,
-    rank: Tensor | None = None,
     first_free: int = 0,
     cosines: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    capacity, width = keys.shape
+) -> Callable:
+    """What searches: from keys, cu_seqlens, and what else decides, the nearest rows ``[C]`` and the cosines ``[C]``.
+
+    ``rank`` is what candidates need more of; ``order`` the same but for tokens that are not ``free``, which have least.
+    """
+    (capacity, width), device = keys.shape, keys.device
     batch = cu_seqlens.shape[0] - 1
-    nearest = torch.empty(capacity, dtype=torch.int32, device=keys.device)
-    cosine = torch.empty(capacity, dtype=torch.float32, device=keys.device) if cosines else None
     block_m, block_n, block_k, warps, stages = _blocks(keys.dtype)
     query_blocks = cdiv(max_seqlen, block_m * (2 if seen is ODD else 1))
-    if capacity and batch and query_blocks:
-        scale = torch.empty(capacity, dtype=torch.float32, device=keys.device)
-        launch(
-            _scale_kernel,
-            cdiv(capacity, NORM_ROWS),
-            keys,
-            scale,
-            cu_seqlens,
-            batch,
-            keys.stride(0),
-            width,
-            ROWS=NORM_ROWS,
-            COLUMNS=NORM_COLUMNS,
-            num_warps=4,
-        )
-        launch(
-            _nearest_kernel, batch * query_blocks,
-            keys, scale, kept, rank, nearest, cosine, cu_seqlens, keys.stride(0), query_blocks, first_free, width,
-            SEEN=seen, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(keys.dtype),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return nearest, cosine
+    sizes = (batch, keys.stride(0), width)
+    scaling = Launch(_scale_kernel, cdiv(capacity, NORM_ROWS), ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4)
+    searching = Launch(
+        _nearest_kernel, batch * query_blocks,
+        SEEN=seen, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(keys.dtype),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+    def run(keys, cu_seqlens, *, kept=None, rank=None, order=None, free=None):
+        nearest = torch.empty(capacity, dtype=torch.int32, device=device)
+        cosine = torch.empty(capacity, dtype=torch.float32, device=device) if cosines else None
+        if capacity and batch and query_blocks:
+            scale = torch.empty(capacity, dtype=torch.float32, device=device)
+            rank = rank if order is None else torch.empty_like(scale)
+            scaling(keys, scale, order, free, rank if order is not None else None, cu_seqlens, *sizes)
+            searching(
+                keys, scale, kept, rank, nearest, cosine, cu_seqlens, keys.stride(0), query_blocks, first_free, width
+            )  # fmt: skip
+        return nearest, cosine
+
+    return run
 
 
-@on_device_of_first
-def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+@prepared
+def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Callable:
     """``[C]`` int32; see the public operation for the contract."""
-    return _search(keys, cu_seqlens, max_seqlen, KEPT, kept=kept.view(torch.uint8), cosines=False)[0]
+    search = _search(keys, cu_seqlens, max_seqlen, KEPT, cosines=False)
+
+    def run(keys, kept, cu_seqlens, max_seqlen):
+        return search(keys, cu_seqlens, kept=kept.view(torch.uint8))[0]
+
+    return run
 
 
-@on_device_of_first
-def novelty(keys: Tensor, rank: Tensor | None, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+@prepared
+def novelty(keys: Tensor, rank: Tensor | None, cu_seqlens: Tensor, max_seqlen: int) -> Callable:
     """novelty float32 ``[C]`` and the rows it was measured from, int32 ``[C]``; see the public operation for the contract."""
-    nearest, result = _search(keys, cu_seqlens, max_seqlen, OTHERS if rank is None else HIGHER, rank=rank)
-    return result, nearest
+    search = _search(keys, cu_seqlens, max_seqlen, OTHERS if rank is None else HIGHER)
+
+    def run(keys, rank, cu_seqlens, max_seqlen):
+        nearest, result = search(keys, cu_seqlens, rank=rank)
+        return result, nearest
+
+    return run
 
 
-@on_device_of_first
+@prepared
 def merge_scores(
     keys: Tensor,
     order: Tensor,
@@ -240,24 +299,41 @@ def merge_scores(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *exponents: float,
-) -> tuple[Tensor, Tensor]:
-    """scores and novelty float32 ``[C]``; see the public operation for the contract. The formula is left to PyTorch."""
-    new, _ = novelty(keys, order.masked_fill(~free, -1.0), cu_seqlens, max_seqlen)
-    return worth(new, order if weight is None else weight, sizes, free, cu_seqlens, *exponents), new
+) -> Callable:
+    """scores and novelty float32 ``[C]``; see the public operation for the contract."""
+    batch, device, capacity = cu_seqlens.shape[0] - 1, keys.device, keys.shape[0]
+    search = _search(keys, cu_seqlens, max_seqlen, HIGHER)
+    kinds = [int(exponent) if exponent in (0, 1) else -1 for exponent in exponents]
+    rate = Launch(
+        _worth_kernel, batch, WEIGHT=kinds[0], NOVELTY=kinds[1], SIZE=kinds[2], BLOCK=BLOCK, num_warps=4
+    )  # fmt: skip
+
+    def run(keys, order, weight, sizes, free, cu_seqlens, max_seqlen, *exponents):
+        free = free.view(torch.uint8)
+        _, new = search(keys, cu_seqlens, order=order, free=free)
+        scores = torch.empty(capacity, dtype=torch.float32, device=device)
+        if batch:
+            rate(new, order if weight is None else weight, sizes, free, scores, cu_seqlens, *exponents)
+        return scores, new
+
+    return run
 
 
-@on_device_of_first
+@prepared
 def match_tokens(
     keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, count: Tensor | None, threshold: float | None, protected: int
-) -> tuple[Tensor, Tensor]:
+) -> Callable:
     """into int32 and similarity float32, ``[C]``; see the public operation for the contract."""
-    nearest, similarity = _search(keys, cu_seqlens, max_seqlen, ODD, first_free=protected)
-    into = torch.empty_like(nearest)
-    batch = cu_seqlens.shape[0] - 1
-    if keys.shape[0] and batch:
-        launch(
-            _match_kernel, batch,
-            nearest, similarity, count, into, cu_seqlens, 0.0 if threshold is None else threshold, protected,
-            max_seqlen.bit_length(), HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-    return into, similarity
+    batch, bits = cu_seqlens.shape[0] - 1, max_seqlen.bit_length()
+    search = _search(keys, cu_seqlens, max_seqlen, ODD, first_free=protected)
+    match = Launch(_match_kernel, batch, HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4)
+
+    def run(keys, cu_seqlens, max_seqlen, count, threshold, protected):
+        nearest, similarity = search(keys, cu_seqlens)
+        into = torch.empty_like(nearest)
+        if keys.shape[0] and batch:
+            bound = 0.0 if threshold is None else threshold
+            match(nearest, similarity, count, into, cu_seqlens, bound, protected, bits)
+        return into, similarity
+
+    return run

@@ -177,6 +177,9 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         similarity.novelty(x, rank, cu, tokens)
         similarity.match_tokens(x, cu, tokens, None if rank is None else cu[:1], 0.5, 1)
         yield label
+    similarity.merge_scores(x, per_token, None, per_token, flags, cu, tokens, 0.25, 1.0, 0.3)
+    merging.lowest_tokens(per_token, cu[:1], cu, flags, 0.5)
+    yield "scores of merging"
     normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
     rows = cu[:1].expand(tokens).contiguous()
     merging.merge_tokens(x, rows, per_token, per_token, cu, tokens, "sum", False, (rows, flags, q))
