@@ -42,13 +42,19 @@ def inputs(task, size):
     return pixels, RaggedBatch(ids, offsets, 12)
 
 
+def without_values(task, *arguments, **options):
+    """A model whose weights have shapes only."""
+    with torch.device("meta"):
+        return TASKS[task].Model(*arguments, **options).eval()
+
+
 @pytest.mark.parametrize("features", [False, True], ids=["", "features"])
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("name", CASES)
 def test_forward(name, temperature, features):
     task = name.partition(",")[0]
     config, options = CASES[name]
-    model = TASKS[task].Model(config, temperature, **options).to("meta").eval()
+    model = without_values(task, config, temperature, **options)
     with torch.inference_mode():
         model(*inputs(task, config.vision.image_size), alignment_features=features)
 
@@ -57,7 +63,7 @@ def test_forward(name, temperature, features):
 @pytest.mark.parametrize("name", ["nlvr", "caption", "vqa", "retrieval", "clip"])
 def test_rules(name, rule):
     config, _ = CASES[name]
-    model = TASKS[name].Model(config, rule).to("meta").eval()
+    model = without_values(name, config, rule)
     with torch.inference_mode():
         model(*inputs(name, config.vision.image_size))
 
@@ -66,7 +72,7 @@ def test_rules(name, rule):
 @pytest.mark.parametrize("name", ["retrieval", "retrieval, compat", "clip", "clip, compat"])
 def test_embeddings(name, temperature):
     config, _ = CASES[name]
-    model = TASKS[name.partition(",")[0]].Model(config, temperature).to("meta").eval()
+    model = without_values(name.partition(",")[0], config, temperature)
     pixels, texts = inputs(name, config.vision.image_size)
     with torch.inference_mode():
         model.embed_image(pixels), model.embed_text(texts)
