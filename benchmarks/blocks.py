@@ -11,7 +11,7 @@ from measure import DEVICE, DTYPES
 from torch import Tensor
 
 from madtp.config import VisionConfig
-from madtp.pruning import MADTP, Tokens
+from madtp.pruning import MADTP, Pruning, Tokens
 from madtp.vision import Block, VisionTransformer
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
@@ -65,6 +65,12 @@ def pruned_call(
     """The block with its own importance, scoring and pruning."""
     stream, pruning = Tokens.start(tokens), MADTP(temperature, backend=backend)
     return lambda: block(stream, (guide, None), pruning, 0)[0]
+
+
+def ruled_call(block: Block, tokens: RaggedBatch, rule: Pruning) -> Callable[[], Tokens]:
+    """The block with a rule that needs no dictionary."""
+    stream = Tokens.start(tokens)
+    return lambda: block(stream, None, rule, 0)[0]
 
 
 def run_blocks(blocks, tokens: RaggedBatch, guide: Tensor | None, temperatures, backend: str | None = None) -> Tokens:

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Builds, measures and tests on a machine with one GPU and no network, what is worth most first.
 #
-#   benchmarks/gpu_check.sh first           build gpu-tests operations model same-sample counters: about 4 minutes
-#   benchmarks/gpu_check.sh second          build-tiles tune operations model same-sample gpu-tests memcheck racecheck conformance
-#                                           counters: about 5 minutes
+#   benchmarks/gpu_check.sh first           build gpu-tests model ranked pairs operations same-sample counters: about 6 minutes
+#   benchmarks/gpu_check.sh second          build-tiles tune operations model gpu-tests memcheck racecheck conformance
+#                                           operation-tests: about 7 minutes
 #   benchmarks/gpu_check.sh last            build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck
 #                                           conformance: within LIMIT=285
 #   benchmarks/gpu_check.sh tests           operation-tests model-tests: about 2 minutes
 #   benchmarks/gpu_check.sh benchmarks      the whole of benchmarks/, for report.py: some minutes
 #   benchmarks/gpu_check.sh model counters  the stages that are named; without names everything
-#   benchmarks/gpu_check.sh --dry-run ...   tiny sizes on whatever device there is, to see that everything runs
+#   benchmarks/gpu_check.sh --dry-run ...   tiny sizes on whatever device there is, to see that everything runs; tests are
+#                                           collected only
 #
 # OUT    folder that receives the log, the figures (one line of JSON each, written as soon as it is known), the records
 #        and the counters; benchmarks/results/<device> by default
@@ -22,8 +23,9 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-FIRST="build gpu-tests operations model same-sample counters"
-SECOND="build-tiles tune operations model same-sample gpu-tests memcheck racecheck conformance counters"
+# Worth most first: do the kernels give right answers, what does a whole model take, why.
+FIRST="build gpu-tests model ranked pairs operations same-sample counters"
+SECOND="build-tiles tune operations model gpu-tests memcheck racecheck conformance operation-tests"
 LAST="build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck conformance"
 TESTS="operation-tests model-tests"
 BENCHMARKS="bench-operations bench-blocks bench-model bench-captions"
@@ -45,7 +47,7 @@ for word in "$@"; do
             ;;
     esac
 done
-[ -n "$stages" ] || stages="${FIRST/build/build-tiles} tune memcheck racecheck conformance $TESTS $BENCHMARKS"
+[ -n "$stages" ] || stages="${FIRST/build/build-tiles} memcheck racecheck conformance tune $TESTS $BENCHMARKS"
 
 if [ -z "${CUDA_HOME:-}" ] && ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
     export CUDA_HOME=/usr/local/cuda
@@ -63,8 +65,9 @@ no_gpu=""
 [ -n "$device" ] || no_gpu="torch sees no CUDA device"
 no_pytest=$no_gpu
 [ -n "$no_pytest" ] || has pytest || no_pytest="pytest is missing"
-no_device=$no_gpu
+no_device=$no_gpu no_tests=$no_pytest
 [ -z "$dry" ] || no_device=""
+[ -z "$dry" ] || ! has pytest || no_tests=""
 name=$(echo "${device:-no device}" | tr '[:upper:]' '[:lower:]' | tr -cs '[:alnum:]\n' '-')
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out" "$cache" || exit 1
@@ -117,7 +120,7 @@ measure() { stage "$1" "$2" "$no_device" python3 benchmarks/gpu_figures.py "$1" 
 parallel=""
 ! has xdist || parallel="-n 8"
 pytest="env CUBLAS_WORKSPACE_CONFIG=:4096:8 python3 -m pytest -q -p no:cacheprovider --tb=short $parallel"
-run_tests() { stage "$1" "$2" "$no_pytest" $pytest -rfE "${@:3}"; }
+run_tests() { stage "$1" "$2" "$no_tests" $pytest ${dry:+--collect-only} -rfE "${@:3}"; }
 
 only=""
 ! has pytest_benchmark || only="--benchmark-only --benchmark-columns=median,rounds -p no:xdist"
@@ -154,13 +157,16 @@ for chosen in $stages; do
         operations) measure operations 70 ;;
         operations-short) measure operations-short 40 ;;
         model) measure model 70 ;;
+        ranked) measure ranked 40 ;;
+        pairs) measure pairs 15 ;;
         gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;
         same-sample | same-bfloat16) measure "$chosen" 40 ;;
         counters) counters ;;
         memcheck | racecheck) sanitize "$chosen" 50 ;;
         conformance) run_tests conformance 60 tests/test_conformance.py ;;
         operation-tests)
-            run_tests operation-tests 70 tests/kernels/test_{linear,operators,contracts,ragged}.py tests/test_batch_invariance.py
+            run_tests operation-tests 80 tests/kernels/test_{linear,linear_pair,merging,similarity,operators,contracts,ragged}.py \
+                tests/test_batch_invariance.py
             ;;
         model-tests) run_tests model-tests 60 tests/models/test_{model,tasks,clip}.py tests/patch/test_patch.py ;;
         bench-*) records "${chosen#bench-}" 120 ;;

@@ -9,6 +9,8 @@ keeps every line before. Stages:
                  those of tune.py, too; build-short only those that the short stages need
     operations   ceilings and the operations of 64 x 577 tokens in bfloat16; operations-short fewer of them
     model        the real-size BLIP-NLVR: as a CUDA graph, eager, its kernels
+    ranked       the rule RankedNovelty: its operations, and the model as a graph and eager
+    pairs        two linear layers in one launch, beside two launches
     same-sample  how many tokens change when a sample has other neighbours
     launches     one launch of each kernel of interest, for a profiler that starts when it is told to
     small        small uneven cases of every operation against the reference, for compute-sanitizer
@@ -31,7 +33,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import inputs
@@ -40,16 +42,28 @@ import nlvr
 import test_operations
 import torch
 import torch.nn.functional as F
-from blocks import dense_call, dictionary, pruned_call, vision_transformer
+from blocks import dense_call, dictionary, pruned_call, ruled_call, vision_transformer
 from measure import DTYPES, ON_GPU, relative_error
 
-from madtp_kernels import backends, layer_norm
+from madtp.pruning import RankedNovelty
+from madtp_kernels import (
+    backends,
+    layer_norm,
+    linear,
+    linear_pair,
+    lowest_tokens,
+    merge_scores,
+    merge_tokens,
+    nearest_kept,
+)
 
 HERE = Path(__file__).resolve()
 BATCH = "64 x 577"
 PAIRS = (64, 32, 1)
 # Of the official GFLOPs of the random real-size model: what `nlvr.temperature_for` finds.
 TEMPERATURES = {"dense": 0.0, "pruned 50%": 5.5, "pruned 80%": 16.3}
+# Shares of each layer's tokens that go: about a third and a half of the official GFLOPs of the random model.
+RANKED = {f"ranked novelty, {share:.0%} a layer": RankedNovelty(shares=(share,)) for share in (0.06, 0.12)}
 SECONDS = 0.25  # for the rounds of one figure
 TUNERS = 7  # processes that compile the tiles of `tune.py`
 
@@ -199,14 +213,15 @@ def build(log: Log, tiles: bool = False, parts: Sequence[str] | None = None) -> 
     for part in range(TUNERS if tiles and ON_GPU and not DRY else 0):
         share = ["--rehearsal", "--part", f"{part}/{TUNERS}"]
         commands[f"tune {part}"] = ([sys.executable, str(HERE.parent / "tune.py"), *share], setting)
-    for part in REHEARSALS if parts is None else parts:
-        commands[part] = ([sys.executable, str(HERE), part, "--rehearsal"], setting)
+    parts = REHEARSALS if parts is None else parts
+    for name, together in {"rehearsals": parts}.items() if DRY else ((part, [part]) for part in parts):
+        commands[name] = ([sys.executable, str(HERE), *together, "--rehearsal"], setting)
 
     def run(name: str) -> bool:
         command, setting = commands[name]
         start = time.perf_counter()
         done = subprocess.run(
-            [*command, *(["--dry-run"] if DRY and name in PARTS else [])],
+            [*command, *(["--dry-run"] if DRY and name == "rehearsals" else [])],
             env=os.environ | setting, capture_output=True, text=True,
         )  # fmt: skip
         seconds = round(time.perf_counter() - start, 1)
@@ -349,30 +364,121 @@ def pairs_of(log: Log, dtype: str, count: int) -> nlvr.Pairs:
     return nlvr.pairs(dtype, count)
 
 
-def forwards(log: Log, count: int) -> None:
+def forwards(log: Log, count: int, rules: Mapping[str, float | RankedNovelty] | None = None) -> None:
     pairs = pairs_of(log, "bfloat16", count)
     net = nlvr.model("bfloat16")
     layers = net.config.vision.depth + net.config.text.num_hidden_layers
-    for name, temperature in TEMPERATURES.items():
+    for name, rule in (TEMPERATURES if rules is None else rules).items():
         facts = {"pairs": count, "layers": layers}
-        call = functools.partial(nlvr.answer, "bfloat16", pairs, temperature)
+        call = functools.partial(nlvr.answer, "bfloat16", pairs, rule)
         with log.guarding(name, **facts):
             if not log.rehearsal:
-                facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), pruning=temperature > 0)
+                counted = rule if rules else rule > 0
+                facts["gflops_per_pair"] = nlvr.gflops_per_pair("bfloat16", call(), pruning=counted)
         log.time(name, call, **facts)
         if ON_GPU and not log.rehearsal:
             with log.guarding(f"{name}, model.capture", **facts):
-                forward = net.capture(pairs.pixels, pairs.input_ids, pruning=temperature)
+                forward = net.capture(pairs.pixels, pairs.input_ids, pruning=rule)
                 replay = functools.partial(forward, pairs.pixels, pairs.input_ids)
                 log.time(f"{name}, model.capture", replay, graph=False, **facts)
+            if rules:
+                continue
             # Copies of inputs and results, and a look at every weight, included: what `madtp.predict` waits for.
             with log.guarding(f"{name}, madtp.graphs", **facts):
-                product = functools.partial(nlvr.answer_by_graph, "bfloat16", pairs, temperature)
+                product = functools.partial(nlvr.answer_by_graph, "bfloat16", pairs, rule)
                 for _ in range(3):  # runs, records, replays
                     product()
                 log.time(f"{name}, madtp.graphs", product, graph=False, **facts, recordings=len(net.graphs))
-    if not log.rehearsal:
+    if not log.rehearsal and not rules:
         log.time("dense, plain PyTorch", lambda: nlvr.plain_answer("bfloat16", pairs), pairs=count)
+
+
+def ranked_operations(log: Log) -> None:
+    """What RankedNovelty adds to a layer: scores, choice, nearest survivors, merging; each against the reference."""
+    lengths = inputs.lengths_of(BATCH)
+    x = inputs.packed(inputs.tokens(lengths, inputs.WIDTH, dtype=torch.bfloat16, seed=20), lengths)
+    cu, most = x.cu_seqlens, x.max_seqlen
+    keys = inputs.tokens(lengths, 12, inputs.WIDTH // 12, dtype=torch.bfloat16, seed=21)
+    order, sizes = (inputs.tokens(lengths, dtype=torch.float32, seed=seed).abs() + 0.1 for seed in (22, 23))
+    free = torch.ones_like(order, dtype=torch.bool)
+    free[cu[:-1].long()] = False
+    count = (cu.diff() * 0.12).int()
+
+    def score(backend=None):
+        return merge_scores(keys, order, cu, most, sizes=sizes, free=free, backend=backend)
+
+    scores, new = score("reference" if DRY else None)
+
+    def choose(backend=None):
+        return lowest_tokens(scores, count, cu, free=free, backend=backend)
+
+    goes = choose()
+
+    def search(backend=None):
+        return nearest_kept(keys, ~goes, cu, most, backend=backend)
+
+    into = search()
+
+    def merge(backend=None):
+        return merge_tokens(x, into, sizes=sizes, exact=False, backend=backend)
+
+    def check():
+        exact = new if DRY else score("reference")[1]
+        assert (exact - score()[1]).abs().max() < 2e-2, "novelty"
+        assert torch.equal(choose("reference"), goes), "lowest tokens"
+        ours, theirs = merge(), merge("reference")
+        assert torch.equal(ours.tokens.cu_seqlens, theirs.tokens.cu_seqlens), "merged"
+        rows = int(theirs.tokens.cu_seqlens[-1])
+        assert relative_error(ours.tokens.values[:rows], theirs.tokens.values[:rows].double()) < 1e-2, "merged"
+
+    for name, call in [
+        ("merge_scores", score), ("lowest_tokens", choose), ("nearest_kept", search), ("merge_tokens", merge)
+    ]:  # fmt: skip
+        log.time(name, call, tokens=sum(lengths))
+    log.check("ranked novelty against the reference", check)
+
+
+def ranked_block(log: Log) -> None:
+    block = vision_transformer("bfloat16", 1).blocks[0]
+    for count in (128, 2) if not DRY else (1,):
+        lengths = [577] * count
+        x = inputs.packed(inputs.tokens(lengths, inputs.WIDTH, dtype=torch.bfloat16, seed=8), lengths)
+        for name, rule in RANKED.items():
+            log.time(f"vision block, {name}", ruled_call(block, x, rule), images=count)
+
+
+def paired(log: Log) -> None:
+    """Two linear layers in one launch, beside two launches: the words' queries, keys and values of images, projections."""
+    width, pairs = inputs.WIDTH, PAIRS[0]
+    for form, samples, length, columns in [
+        ("both", pairs, 20, width), ("halves", 2 * pairs, 150, 2 * width), ("columns", 2 * pairs, 20, width)
+    ]:  # fmt: skip
+        lengths = [length] * samples
+        x = inputs.packed(inputs.tokens(lengths, width, dtype=torch.bfloat16, seed=30), lengths)
+        weights, biases = (
+            tuple(inputs.tokens([n], *rest, dtype=torch.bfloat16, seed=n + i) / width**0.5 for i in range(2))
+            for n, *rest in ([columns, width], [columns])
+        )
+        half = len(x.values) if form == "both" else len(x.values) // 2
+        cu = torch.tensor([0, half], dtype=torch.int32, device=measure.DEVICE)
+
+        def two(x=x, weights=weights, biases=biases, half=half, cu=cu):
+            rows = x.values, x.values[-half:]
+            return [linear(r[:half], w, b, cu) for r, w, b in zip(rows, weights, biases, strict=True)]
+
+        def one(x=x, weights=weights, biases=biases, form=form):
+            return linear_pair(x, weights, biases, form=form).values
+
+        log.time("linear_pair", one, form=form, rows=len(x.values), columns=columns)
+        log.time("linear twice", two, form=form, rows=len(x.values), columns=columns)
+
+        def check(one=one, two=two, form=form):
+            expected = torch.cat(two(), 1 if form == "columns" else 0)
+            if ON_GPU:
+                assert torch.equal(one(), expected), "other bits than two layers"
+            assert relative_error(one(), expected.double()) < 1e-2, "other values than two layers"
+
+        log.check("linear_pair against linear", check, form=form)
 
 
 def vision_block(log: Log) -> None:
@@ -570,6 +676,10 @@ PARTS: dict[str, Callable[[Log], None]] = {
     "cuda-backend": cuda_backend,
     **{f"nlvr-{count}": functools.partial(forwards, count=count) for count in PAIRS},
     "block": vision_block,
+    "ranked-operations": ranked_operations,
+    "ranked-block": ranked_block,
+    **{f"ranked-{count}": functools.partial(forwards, count=count, rules=RANKED) for count in PAIRS},
+    "pairs": paired,
     "agreement": agreement,
     "kernels": kernels,
     "same-bfloat16": functools.partial(same_sample, dtype="bfloat16"),
@@ -581,12 +691,13 @@ STAGES = {
     "operations": ["ceilings", "attention", "scoring", "layer-norm", "linear-gelu", "linear-residual", "cuda-backend"],
     "operations-short": ["ceilings", "attention", "scoring", "linear-gelu-full", "linear-residual-full"],
     "model": [f"nlvr-{count}" for count in PAIRS] + ["kernels", "block", "agreement"],
+    "ranked": ["ranked-operations", *(f"ranked-{count}" for count in PAIRS if count != 32), "ranked-block"],
     "same-sample": ["same-bfloat16", "same-float32"],
 }
 # Parts that compile something of their own, the longest first.
 REHEARSALS = [
     "linear-gelu", "same-float32", *(f"nlvr-{count}" for count in PAIRS), "linear-residual", "attention", "scoring", "block",
-    "agreement", "same-bfloat16", "small", "layer-norm",
+    "agreement", "same-bfloat16", "small", "ranked-64", "ranked-1", "ranked-operations", "pairs", "layer-norm",
 ]  # fmt: skip
 
 

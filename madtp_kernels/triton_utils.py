@@ -98,8 +98,8 @@ def _specialised(kernel: JITFunction) -> tuple[bool, ...]:
 def specialisation(kernel: JITFunction, args: tuple, constants: dict) -> tuple | None:
     """All that decides which variant of a kernel Triton compiles for run-time arguments and constants; None if unknown.
 
-    Of tensors the dtype and whether the address is a multiple of 16 bytes; of integers whether they are 1 or multiples of 16,
-    where the kernel does not ask to leave that out; of descriptors dtype and shape of a block.
+    Of tensors, alone or in a tuple, the dtype and whether the address is a multiple of 16 bytes; of integers whether they are 1
+    or multiples of 16, where the kernel does not ask to leave that out; of descriptors dtype and shape of a block.
     """
     key: list = [kernel.fn, driver.active.get_current_device()]
     for arg, specialised in zip(args, _specialised(kernel), strict=False):
@@ -114,6 +114,8 @@ def specialisation(kernel: JITFunction, args: tuple, constants: dict) -> tuple |
         elif issubclass(kind, TensorDescriptor):
             key.append(arg.base.dtype)
             key.append(tuple(arg.block_shape))
+        elif kind is tuple and all(type(part) is Tensor for part in arg):
+            key.append(tuple((part.dtype, not part.data_ptr() & 15) for part in arg))
         else:
             return None
     key.extend(constants.items())

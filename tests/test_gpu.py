@@ -13,7 +13,7 @@ from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run
 
 from madtp import NLVRConfig, graphs
 from madtp.config import TextConfig, VisionConfig
-from madtp.pruning import MADTP, Tokens
+from madtp.pruning import MADTP, RankedNovelty, Tokens
 from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize
 from madtp_kernels import (
@@ -22,6 +22,7 @@ from madtp_kernels import (
     backends,
     layer_norm,
     linear,
+    linear_pair,
     merge_tokens,
     nearest_kept,
     prune,
@@ -330,6 +331,42 @@ def test_linear_in_a_graph_follows_new_data_and_lengths(backend, dtype, generato
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
+def pair_case(generator, form, lengths, capacity, dtype, width=128, columns=256):
+    """Arguments of `linear_pair` in a buffer of ``capacity`` rows; for "columns" the lengths of one half."""
+    lengths = [*lengths, *lengths] if form == "columns" else lengths
+    x = spare_rows(normal(generator, sum(lengths), width, dtype=dtype), capacity - sum(lengths))
+    parameters = [
+        tuple(normal(generator, *shape, dtype=dtype) for _ in range(2)) for shape in ((columns, width), (columns,))
+    ]
+    return RaggedBatch(x, offsets(lengths), 150, bound=True), *parameters
+
+
+@pytest.mark.parametrize("form", ["both", "halves", "columns"])
+@each_dtype
+def test_a_pair_of_layers_has_the_bits_of_two_in_a_graph_too(form, dtype, generator, as_in_use):
+    x, weights, biases = pair_case(generator, form, [70, 0, 33, 1], 400, dtype)
+    replay = captured(lambda: linear_pair(x, weights, biases, form=form))
+    for lengths in ([3, 150, 0, 20], [0, 0, 1, 0], [40, 50, 60, 45]):
+        fresh, *_ = pair_case(generator, form, lengths, 400, dtype)
+        x.values.copy_(fresh.values), x.cu_seqlens.copy_(fresh.cu_seqlens)
+        ours = replay()
+        with no_synchronisation():
+            linear_pair(x, weights, biases, form=form)
+        rows = int(x.cu_seqlens[-1])
+        cut = rows if form == "both" else int(x.cu_seqlens[x.batch_size // 2])
+        first, second = (
+            linear(x.values, *layer, offsets([rows]))[:rows] for layer in zip(weights, biases, strict=True)
+        )
+        expected = {
+            "both": (first, second),
+            "halves": (first[:cut], second[cut:]),
+            "columns": (first[:cut], second[cut:]),
+        }
+        expected = torch.cat(expected[form], 1 if form == "columns" else 0)
+        assert torch.equal(ours.values[: len(expected)], expected), lengths
+        assert int(ours.cu_seqlens[-1]) == len(expected)
+
+
 @each_dtype
 @pytest.mark.parametrize("options", [{}, {"causal": True, "bias": True}], ids=["plain", "causal-bias"])
 def test_attention_gradient_does_not_wait_and_agrees(options, dtype, generator, as_in_use):
@@ -485,6 +522,39 @@ def test_whole_model_agrees_with_the_reference(backend, generator, as_in_use):
     for a, b in zip(ours.vision + ours.text, exact.vision + exact.text, strict=True):
         assert torch.equal(a.cu_seqlens, b.cu_seqlens)
     torch.testing.assert_close(ours.logits, exact.logits, rtol=1e-3, atol=1e-3)
+
+
+@each_dtype
+@torch.inference_mode()
+def test_both_images_at_once_as_one_after_the_other(dtype, generator, as_in_use):
+    """The text encoder splits the images itself where a module is watched."""
+    model = small_model(dtype, None)
+    pixels, words = pictures(generator, dtype), statements(generator, [9, 20, 14])
+    at_once = model(pixels, words)
+    handle = model.text_encoder.encoder.layer[0].crossattention.self1.kv.register_forward_hook(lambda *_: None)
+    assert not model.text_encoder._serves_both_at_once(at_once.image_embeds)
+    apart = model(pixels, words)
+    handle.remove()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(at_once.logits, apart.logits, rtol=tolerance, atol=tolerance)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "limit", [{"shares": (0.2,)}, {"thresholds": (0.5,)}, {"thresholds": (0.5,), "second_look": 1.0}]
+)
+@torch.inference_mode()
+def test_ranked_novelty_in_a_graph_is_what_runs_eagerly(limit, dtype, generator, as_in_use):
+    model = small_model(dtype, None)
+    model.pruning = RankedNovelty(**limit)
+    for count in (4, 4, 4, 8, 8, 8):
+        inputs = pairs_of(generator, dtype, lengths_of(generator, count))
+        ours, theirs = graphs.run(model, *inputs), model(*inputs)
+        assert torch.equal(ours.logits, theirs.logits)
+        for a, b in zip(ours.vision, theirs.vision, strict=True):
+            assert torch.equal(a.cu_seqlens, b.cu_seqlens)
+        assert bool(theirs.vision[-1].pruned.any())
+    assert len(model.graphs) == 2
 
 
 # ---- graphs of the product ------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Choosing tokens and merging them on the GPU. Choosing is one launch, which finds the score that the r-th lowest token has by
-bisection over its bits. Of merging, a handful of PyTorch's operators number the rows, and one launch makes them.
+bisection over its bits. Merging is two, of which the first numbers the rows and the second makes them.
 
-Tokens are sorted by the row they go to, so that a row's members lie side by side: its sum is made by one program, in the order
-of the tokens, and nothing is added atomically.
+A row that several tokens go into is summed by one program, which looks for them among all of its sample, in their order: nothing
+but the numbers of members is added atomically. Most rows have none, and are copied.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, block, launch, on_device_of_first, prepared
-from .reference import number_rows
+from ..triton_utils import EPS, Launch, block, prepared
 
 POSITION_BITS = tl.constexpr(30)
-BLOCK = 1024  # scores per step
+BLOCK = 1024  # tokens per step where rows are not read
+SAMPLES = 512  # samples whose rows are added up at once
 CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
 
 
@@ -69,37 +69,125 @@ def _lowest_kernel(
         tl.store(goes + bos + o_j, ((key >= cut) & (most > 0)).to(tl.uint8), mask=o_j < length)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit
+def _place_kernel(
+    into, places, members, dropped, drops, rows_out, cu_seqlens, APPEND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per sample: the place of each kept token among those of its sample (-1: not kept), how many others go into
+    it, the number of rows of the sample; with APPEND also the numbers of the tokens that are dropped, and how many.
+    """
+    i_b = tl.program_id(0)
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    placed = 0
+    listed = 0
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        mask = o_j < length
+        target = tl.load(into + bos + o_j, mask=mask, other=0)
+        kept = mask & (target == bos + o_j)
+        order = tl.cumsum(kept.to(tl.int32), 0)
+        tl.store(places + bos + o_j, tl.where(kept, placed + order - 1, -1), mask=mask)
+        tl.store(members + bos + o_j, 0, mask=mask)
+        placed += tl.max(order, 0)
+        if APPEND:
+            gone = mask & (target < 0)
+            order = tl.cumsum(gone.to(tl.int32), 0)
+            tl.store(dropped + bos + listed + order - 1, o_j, mask=gone)
+            listed += tl.max(order, 0)
+    if APPEND:
+        tl.store(drops + i_b, listed)
+        placed += tl.minimum(listed, 1)
+    tl.store(rows_out + i_b, placed)
+    tl.debug_barrier()  # members are 0 before anybody counts
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        target = tl.load(into + bos + o_j, mask=o_j < length, other=-1)
+        tl.atomic_add(members + target, 1, mask=(target >= 0) & (target != bos + o_j))
+
+
+@triton.jit
+def _add_token(acc, total, total_size, x, weights, sizes, token, x_row, o_d, m_d):
+    """Sums over a row's tokens so far, and one more."""
+    weight = tl.load(weights + token)
+    acc += weight * tl.load(x + token * x_row + o_d, mask=m_d, other=0.0).to(tl.float32)
+    return acc, total + weight, total_size + tl.load(sizes + token)
+
+
+@triton.jit(do_not_specialize=["slots"])
 def _merge_kernel(
-    x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, carry, carried, batch, x_row, WIDTH,
-    CARRY_WIDTHS: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
+    x, weights, sizes, into, places, members, dropped, drops, rows_out, values, cu_out, sizes_out, rows, source, carry,
+    carried, cu_seqlens, x_row, slots, WIDTH, CARRY_WIDTHS: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
+    APPEND: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row of the result. `carry` and `carried` are tuples of contiguous rows of CARRY_WIDTHS elements."""
-    row = tl.program_id(0).to(tl.int64)
+    """``slots`` programs per sample: the first writes the offset and the appended row, each other one the row of a token that
+    is kept. `carry` and `carried` are tuples of contiguous rows of CARRY_WIDTHS elements.
+    """
+    i_b = tl.program_id(0) // slots
+    slot = tl.program_id(0) % slots
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    if slot > length:
+        return
+    before = 0
+    for start in range(0, i_b, SAMPLES):
+        o_b = start + tl.arange(0, SAMPLES)
+        before += tl.sum(tl.load(rows_out + o_b, mask=o_b < i_b, other=0), 0)
+    begin_out = before.to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < WIDTH
-    if row >= tl.load(cu_out + batch):
-        tl.store(source + row, -1)
-        return
-    begin = tl.load(first + row)
-    end = tl.load(first + row + 1)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
     total = 0.0
     total_size = 0.0
-    own = tl.full((), -1, tl.int64)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for i in range(begin, end):
-        token = tl.load(order + i)
-        weight = tl.load(weights + token)
-        total += weight
-        total_size += tl.load(sizes + token)
-        if tl.load(into + token) == token:
-            own = token
-        acc += weight * tl.load(x + token * x_row + o_d, mask=m_d, other=0.0).to(tl.float32)
-    is_kept = own >= 0
-    stays = is_kept & ((end - begin == 1) | (total == 0.0))
-    divisor = tl.where(is_kept, total, 1.0 if SUM else total + EPS)
-    result = acc / tl.where(stays, 1.0, divisor)
-    result = result.to(values.dtype.element_ty)
+    if slot == 0:
+        count = tl.load(rows_out + i_b)
+        if i_b == 0:
+            tl.store(cu_out, 0)
+        tl.store(cu_out + i_b + 1, before + count)
+        if APPEND:
+            left = tl.load(drops + i_b)
+            row = begin_out + count - 1
+            if left > 0:
+                for i in range(left):
+                    token = bos + tl.load(dropped + bos + i)
+                    tl.store(rows + token, row.to(tl.int32))
+                    acc, total, total_size = _add_token(
+                        acc, total, total_size, x, weights, sizes, token, x_row, o_d, m_d
+                    )  # fmt: skip
+                result = acc / (1.0 if SUM else total + EPS)
+                tl.store(values + row * WIDTH + o_d, result.to(values.dtype.element_ty), mask=m_d)
+                tl.store(sizes_out + row, total_size)
+                tl.store(source + row, -1)
+                for i in tl.static_range(len(CARRY_WIDTHS)):
+                    for start in range(0, CARRY_WIDTHS[i], CARRY_BLOCK):
+                        o_c = start + tl.arange(0, CARRY_BLOCK)
+                        nothing = tl.zeros((CARRY_BLOCK,), carried[i].dtype.element_ty)
+                        tl.store(carried[i] + row * CARRY_WIDTHS[i] + o_c, nothing, mask=o_c < CARRY_WIDTHS[i])
+        return
+
+    own = bos + slot - 1
+    target = tl.load(into + own)
+    if target != own:
+        if target >= 0:
+            tl.store(rows + own, (begin_out + tl.load(places + target)).to(tl.int32))
+        return
+    row = begin_out + tl.load(places + own)
+    tl.store(rows + own, row.to(tl.int32))
+    alone = tl.load(members + own) == 0
+    if alone:
+        total_size = tl.load(sizes + own)
+    else:  # in the order of the tokens
+        for start in range(0, length, BLOCK):
+            o_j = start + tl.arange(0, BLOCK)
+            hit = tl.load(into + bos + o_j, mask=o_j < length, other=-1) == own
+            last = -1
+            for _ in range(tl.sum(hit.to(tl.int32), 0)):
+                last = tl.min(tl.where(hit & (o_j > last), o_j, 2147483647), 0)
+                acc, total, total_size = _add_token(
+                    acc, total, total_size, x, weights, sizes, bos + last, x_row, o_d, m_d
+                )  # fmt: skip
+    stays = alone | (total == 0.0)
+    result = (acc / tl.where(stays, 1.0, total)).to(values.dtype.element_ty)
     copied = tl.load(x + own * x_row + o_d, mask=m_d & stays, other=0.0)
     tl.store(values + row * WIDTH + o_d, tl.where(stays, copied, result), mask=m_d)
     tl.store(sizes_out + row, total_size)
@@ -108,7 +196,7 @@ def _merge_kernel(
         for start in range(0, CARRY_WIDTHS[i], CARRY_BLOCK):
             o_c = start + tl.arange(0, CARRY_BLOCK)
             m_c = o_c < CARRY_WIDTHS[i]
-            element = tl.load(carry[i] + own * CARRY_WIDTHS[i] + o_c, mask=m_c & is_kept, other=0)
+            element = tl.load(carry[i] + own * CARRY_WIDTHS[i] + o_c, mask=m_c, other=0)
             tl.store(carried[i] + row * CARRY_WIDTHS[i] + o_c, element, mask=m_c)
 
 
@@ -129,7 +217,7 @@ def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tenso
     return run
 
 
-@on_device_of_first
+@prepared
 def merge_tokens(
     x: Tensor,
     into: Tensor,
@@ -140,28 +228,44 @@ def merge_tokens(
     append: str,
     exact: bool,
     carry: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> Callable:
     """values, cu_out, sizes_out, rows, source, carried; see the public operation for the contract."""
-    capacity, width = x.shape
-    cu_out, rows, _ = number_rows(into, cu_seqlens, append != "")
-    target, order = rows.where(rows >= 0, capacity).sort(stable=True)
-    first = torch.searchsorted(target, torch.arange(capacity + 1, device=x.device))
-    values = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sizes_out = torch.empty(capacity, dtype=torch.float32, device=x.device)
-    source = torch.empty(capacity, dtype=torch.int32, device=x.device)
-    carry = [tensor.contiguous() for tensor in carry]
-    carried = [torch.empty_like(tensor) for tensor in carry]
-    if capacity:
-        launch(
-            _merge_kernel, capacity,
-            x, weights, sizes, into, order, first, cu_out, values, sizes_out, source, tuple(map(_as_numbers, carry)),
-            tuple(map(_as_numbers, carried)), cu_out.shape[0] - 1, x.stride(0), width,
-            CARRY_WIDTHS=tuple(tensor[0].numel() * (2 if tensor.is_complex() else 1) for tensor in carry),
-            BLOCK_D=block(width), SUM=append == "sum", num_warps=4,
-        )  # fmt: skip
-    defined = int(cu_out[-1]) if exact else capacity  # the one wait for the device, asked for by `exact`
-    results = (tensor[:defined] for tensor in carried)
-    return values[:defined], cu_out, sizes_out[:defined], rows.int(), source[:defined], list(results)
+    (capacity, width), device, batch = x.shape, x.device, cu_seqlens.shape[0] - 1
+    slots = max_seqlen + 1
+    place = Launch(_place_kernel, batch, APPEND=append != "", BLOCK=BLOCK, num_warps=4)
+    merge = Launch(
+        _merge_kernel, batch * slots,
+        CARRY_WIDTHS=tuple(tensor[:1].numel() * (2 if tensor.is_complex() else 1) for tensor in carry),
+        BLOCK_D=block(width), SUM=append == "sum", APPEND=append != "", BLOCK=BLOCK, SAMPLES=SAMPLES, num_warps=4,
+    )  # fmt: skip
+
+    def run(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, carry):
+        values = torch.empty_like(x, memory_format=torch.contiguous_format)
+        sizes_out = torch.empty(capacity, dtype=torch.float32, device=device)
+        # -1 for what goes nowhere, and beyond the last token, so that whoever gathers all rows stays inside.
+        rows, source = (torch.full((capacity,), -1, dtype=torch.int32, device=device) for _ in range(2))
+        carry = [tensor.contiguous() for tensor in carry]
+        carried = [torch.empty_like(tensor) for tensor in carry]
+        if not batch or not capacity:
+            cu_out = torch.zeros_like(cu_seqlens)
+        else:
+            cu_out = torch.empty_like(cu_seqlens)
+            places, members = torch.empty(2, capacity, dtype=torch.int32, device=device).unbind()
+            rows_out = torch.empty(batch, dtype=torch.int32, device=device)
+            dropped = drops = None
+            if append:
+                dropped, drops = torch.empty_like(places), torch.empty_like(rows_out)
+            place(into, places, members, dropped, drops, rows_out, cu_seqlens)
+            merge(
+                x, weights, sizes, into, places, members, dropped, drops, rows_out, values, cu_out, sizes_out, rows, source,
+                tuple(map(_as_numbers, carry)), tuple(map(_as_numbers, carried)), cu_seqlens, x.stride(0), slots, width,
+            )  # fmt: skip
+        if not exact:
+            return values, cu_out, sizes_out, rows, source, carried
+        defined = int(cu_out[-1])  # the one wait for the device, asked for by `exact`
+        return values[:defined], cu_out, sizes_out[:defined], rows, source[:defined], [t[:defined] for t in carried]
+
+    return run
 
 
 def _as_numbers(tensor: Tensor) -> Tensor:
