@@ -80,16 +80,28 @@ def test_bleu_and_rouge_of_one_caption_by_hand(no_java):
 
 @needs_java
 @pytest.mark.slow
-def test_with_java_the_tokenizer_and_meteor_are_those_of_the_package():
+def test_with_java_the_tokenizer_and_meteor_are_those_of_the_package(monkeypatch):
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    compute, calls = Meteor.compute_score, []  # METEOR reads its tables for half a minute: it is asked once
+
+    def computed(self, *arguments):
+        calls.append((*arguments, compute(self, *arguments)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(Meteor, "compute_score", computed)
     captions, references = {"empty": "", **CAPTIONS}, {"empty": ["a blank page", ""], **REFERENCES}
     result = caption_scores(captions, references)
     tokenizer = PTBTokenizer()
     gold = tokenizer.tokenize({key: [{"caption": t} for t in texts] for key, texts in references.items()})
     candidates = tokenizer.tokenize({key: [{"caption": captions[key]}] for key in references})
-    expected = by_hand(gold, candidates) | {"METEOR": Meteor().compute_score(gold, candidates)[0]}
+    ((*asked, (meteor, _)),) = calls
+    assert [list(part.values()) for part in asked] == [
+        list(gold.values()),
+        list(candidates.values()),
+    ] and 0 < meteor < 1
+    expected = by_hand(gold, candidates) | {"METEOR": meteor}
     assert result.tokenizer == "ptb"
     assert {name: result.scores[name] for name in expected} == pytest.approx(expected, rel=1e-12)
     assert "do n't" in gold["x"][1]

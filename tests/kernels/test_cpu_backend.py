@@ -6,6 +6,7 @@ Their results on any legal shape are checked with everyone's, in `test_propertie
 import os
 import subprocess
 import sys
+import sys
 import threading
 from pathlib import Path
 
@@ -68,20 +69,6 @@ def test_keys_hidden_at_the_end_of_a_sample_are_left_out(dtype, generator):
 # ---- instruction sets -----------------------------------------------------------------------------------------------
 
 
-def in_fresh_process(arguments, **environment):
-    """Standard output of a Python process; its failure is the test's."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        cwd=TESTS,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture
 def instruction_set(fresh):
     """A function: what the kernels run with when a set is asked for, or None where the processor lacks it; and stderr."""
@@ -96,14 +83,17 @@ def instruction_set(fresh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "portable"])
-def test_lesser_instruction_sets(name, instruction_set):
+def test_lesser_instruction_sets(name, instruction_set, fresh):
     """All properties hold with the kernels of older processors too; the best set is tested by default."""
     found, _ = instruction_set(name)
     if found is None:
         pytest.skip(f"this processor does not have {name}")
     assert found == name
     files = ["test_properties.py", "../test_batch_invariance.py", "test_not_finite.py", "test_cpu_gradients.py"]
-    in_fresh_process(["-m", "pytest", "-q", "-x", "-k", "(cpu or finite) and not nlvr", *files], MADTP_KERNELS_CPU=name)
+    program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-x", "-k", "(cpu or finite) and not nlvr"]
+    done = fresh.run(program, *options, *files, env=os.environ | {"MADTP_KERNELS_CPU": name}, cwd=TESTS, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_unknown_instruction_set_is_refused_by_name(instruction_set):
@@ -251,7 +241,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 def test_memory_grows_with_tokens_only():
     """One head's probabilities of 12,000 tokens would take 576 MB; queries, keys and values take 1.5 MB each."""
-    assert int(in_fresh_process(["-c", PEAK])) * 1024 < 40e6
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 40e6
 
 
 # ---- compaction -----------------------------------------------------------------------------------------------------
