@@ -6,7 +6,6 @@ Their results on any legal shape are checked with everyone's, in `test_propertie
 import os
 import subprocess
 import sys
-import sys
 import threading
 from pathlib import Path
 
