@@ -116,8 +116,23 @@ def _implementation(op: str, package: str, name: str) -> Callable:
     if op in _LEFT_TO_PYTORCH.get(name, ()):
         name = "reference"
     if name in ("reference", "triton"):
-        return getattr(importlib.import_module(f"madtp_kernels.{package}.{name}"), op)
+        implementation = getattr(importlib.import_module(f"madtp_kernels.{package}.{name}"), op)
+        return _without_autocast(implementation) if name == "reference" else implementation
     return getattr(native.load(), op)
+
+
+def _without_autocast(reference: Callable) -> Callable:
+    """A function made of PyTorch's operators, which autocast would make less precise than the kernels of other backends."""
+
+    @functools.wraps(reference)
+    def run(leading, *args):
+        device = leading.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return reference(leading, *args)
+        with torch.autocast(device, enabled=False):
+            return reference(leading, *args)
+
+    return run
 
 
 @functools.cache

@@ -248,8 +248,8 @@ def lowest_tokens(
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
     result = call(
-        "lowest_tokens", scores.detach(), count, cu_seqlens, free, None if threshold is None else float(threshold),
-        backend or "",
+        "lowest_tokens", *map(checks.unit_stride, (scores.detach(), count, cu_seqlens, free)),
+        None if threshold is None else float(threshold), backend or "",
     )  # fmt: skip
     repeats.remember(key, backend, scores, ("lowest_tokens", "merging"))
     return result

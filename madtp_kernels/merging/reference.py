@@ -43,7 +43,7 @@ def number_rows(into: Tensor, cu_seqlens: Tensor, append: bool) -> tuple[Tensor,
     extra = (segments.scatter_add(dropped.long(), sample, batch + 1)[:batch] > 0).long() * append
     cu_out = torch.cat([counts.new_zeros(1), (counts + extra).cumsum(0)])
     if batch == 0:
-        return cu_out.int(), row, kept
+        return cu_out.int(), torch.full_like(row, -1), kept
     before = cu_out[:-1] - (counts.cumsum(0) - counts)  # rows appended to earlier samples
     target = kept.cumsum(0) - 1 + before[sample]
     other = into.long().clamp(0, max(capacity - 1, 0))

@@ -116,7 +116,7 @@ def merge_scores(
         order: ``[T]`` float32 >= 0: what a token matters; tokens are compared with those of higher order only.
         weight: ``[T]`` float32 >= 0; by default the order.
         sizes: ``[T]`` float32; by default 1.
-        free: ``[T]`` bool: the tokens that may go. The others are compared with nothing, and score 0.
+        free: ``[T]`` bool: the tokens that may go. None is compared with the others, which score 0.
 
     Returns:
         Scores and novelty, ``[T]`` float32 (float64 for float64 keys). A score that is not a number is 0. Neither carries a
@@ -143,12 +143,15 @@ def merge_scores(
     if sizes is not None:
         checks.tensor("sizes", sizes, shape, "[T]", torch.float32, keys.device)
     checks.tensor("free", free, shape, "[T]", torch.bool, keys.device)
-    result = call(
-        "merge_scores", rows.detach(), order.detach(), weight if weight is None else weight.detach(), sizes, free, cu_seqlens,
+    weight = None if weight is None else weight.detach()
+    scores, new = call(
+        "merge_scores", rows.detach(), *map(checks.unit_stride, (order.detach(), weight, sizes, free, cu_seqlens)),
         max_seqlen, *exponents, backend or "",
     )  # fmt: skip
+    if weight_exponent <= 0:  # 0 ** 0 is 1
+        scores = scores.masked_fill(~free, 0.0)
     repeats.remember(key, backend, rows, ("merge_scores", "similarity"))
-    return result
+    return scores, new
 
 
 def match_tokens(

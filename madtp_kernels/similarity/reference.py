@@ -111,6 +111,8 @@ def worth(
     size_exponent: float,
 ) -> Tensor:
     """The score of :func:`merge_scores`, of tokens whose novelty ``new [C]`` is known. Nothing waits for a device."""
+    if cu_seqlens.shape[0] == 1:
+        return torch.zeros_like(new)
     free = free & (torch.arange(len(free), device=free.device) < cu_seqlens[-1])
     weight = weight.double().where(free, 0.0)
     number = segments.sums(free.double(), cu_seqlens)
@@ -119,6 +121,7 @@ def worth(
     score = (weight / mean[sample]) ** weight_exponent * new.double() ** novelty_exponent
     if sizes is not None and size_exponent:
         score = score * sizes.double() ** size_exponent
+    score = score.where(free, 0.0)
     return torch.nan_to_num(score, nan=0.0).clamp(max=torch.finfo(torch.float32).max).to(new.dtype)
 
 

@@ -214,7 +214,7 @@ def _worth_kernel(
         if sizes is not None:
             size = tl.load(sizes + bos + o_j, mask=m_j, other=1.0).to(tl.float64)
             score *= _power(size, size_exponent, SIZE)
-        score = tl.where(score == score, tl.minimum(score, 3.4028234663852886e38), 0.0)
+        score = tl.where(may_go & (score == score), tl.minimum(score, 3.4028234663852886e38), 0.0)
         tl.store(scores + bos + o_j, score.to(tl.float32), mask=m_j)
 
 

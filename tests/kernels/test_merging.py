@@ -420,6 +420,15 @@ def test_what_goes_is_what_does_not_stay(backend, generator):
 
 
 @every_backend
+def test_a_buffer_without_samples_has_no_rows(backend):
+    """Whoever gathers all rows of the buffer finds that no token went anywhere."""
+    tokens = RaggedBatch(torch.ones(3, 2, device=DEVICE), offsets([]), 0, bound=True)
+    into = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    merged = merge_tokens(tokens, into, exact=False, backend=backend)
+    assert merged.rows.tolist() == merged.source.tolist() == [-1, -1, -1]
+
+
+@every_backend
 def test_rows_beyond_the_samples_are_not_chosen(backend):
     scores, free = spare_rows(torch.zeros(3, device=DEVICE), 2), torch.ones(5, dtype=torch.bool, device=DEVICE)
     count = torch.tensor([9], dtype=torch.int32, device=DEVICE)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import CASES, DEVICE, OPERATIONS, backends_here, compaction_case, missing, normal, offsets, scoring_case
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from madtp_kernels import RaggedBatch, compact, layer_norm, linear, registration
 
@@ -172,3 +173,15 @@ def test_a_batch_with_other_values_is_not_checked_again(generator, monkeypatch):
         tokens.with_values(normal(generator, 4, 7))
     tokens.cu_seqlens[-1] = 4  # a write that PyTorch counts is seen
     tokens.with_values(normal(generator, 4, 7))
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATIONS ])
+def test_the_formula_is_as_precise_under_autocast(op, generator):
+    """Its products would be of bfloat16, where those of kernels are of the operands' precision."""
+    case = CASES[op](generator, LENGTHS)
+    expected = OPERATIONS[op](**case, backend="reference")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = OPERATIONS[op](**case, backend="reference")
+    for ours, theirs in zip(*(pytree.tree_leaves(result) for result in (found, expected)), strict=True):
+        if isinstance(ours, torch.Tensor):
+            assert ours.dtype == theirs.dtype and torch.equal(ours.nan_to_num(), theirs.nan_to_num())

@@ -43,6 +43,8 @@ OPTIONS = {
     "nearest_kept": [{}],
     "novelty": [{}, {"rank": True}],
     "match_tokens": [{}, {"count": False, "threshold": 0.3, "protected": 0}],
+    "merge_scores": [{"weight": True}],
+    "lowest_tokens": [{}],
     "compact": [
         {},
         {"by_count": True, "ties": True},

@@ -122,6 +122,22 @@ def test_a_sample_where_nothing_matters_costs_nothing(backend):
     torch.testing.assert_close(new, torch.tensor([0.0, 2.0, 0.0, 0.0], device=DEVICE), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("exponent", [0.0, -1.0])
+@every_backend
+def test_what_may_not_go_scores_nothing_whatever_the_exponent(backend, exponent, generator):
+    """0 ** 0 is 1, and the others' weight counts as 0."""
+    case = merging_case(generator, [7, 1, 5], 8, torch.float32)
+    scores, _ = merge_scores(**case, weight_exponent=exponent, backend=backend)
+    assert (scores[~case["free"]] == 0).all() and (scores[case["free"]] > 0).any()
+
+
+@every_backend
+def test_scores_of_a_buffer_without_samples(backend):
+    keys, order, free = torch.ones(3, 4), torch.ones(3), torch.ones(3, dtype=torch.bool)
+    scores, new = merge_scores(*(t.to(DEVICE) for t in (keys, order)), offsets([]), 0, free=free.to(DEVICE), backend=backend)
+    assert scores.shape == new.shape == (3,)
+
+
 @every_backend
 def test_of_a_group_of_copies_one_is_novel(backend, generator):
     """Against all others every copy is redundant; against those of higher rank the first of them is not."""
