@@ -175,7 +175,7 @@ def test_a_batch_with_other_values_is_not_checked_again(generator, monkeypatch):
     tokens.with_values(normal(generator, 4, 7))
 
 
-@pytest.mark.parametrize("op", [op for op in OPERATIONS ])
+@every_operation
 def test_the_formula_is_as_precise_under_autocast(op, generator):
     """Its products would be of bfloat16, where those of kernels are of the operands' precision."""
     case = CASES[op](generator, LENGTHS)

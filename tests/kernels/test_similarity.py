@@ -134,7 +134,9 @@ def test_what_may_not_go_scores_nothing_whatever_the_exponent(backend, exponent,
 @every_backend
 def test_scores_of_a_buffer_without_samples(backend):
     keys, order, free = torch.ones(3, 4), torch.ones(3), torch.ones(3, dtype=torch.bool)
-    scores, new = merge_scores(*(t.to(DEVICE) for t in (keys, order)), offsets([]), 0, free=free.to(DEVICE), backend=backend)
+    scores, new = merge_scores(
+        *(t.to(DEVICE) for t in (keys, order)), offsets([]), 0, free=free.to(DEVICE), backend=backend
+    )
     assert scores.shape == new.shape == (3,)
 
 
