@@ -14,6 +14,7 @@ from .importance import attention_importance
 from .linear import linear, linear_pair
 from .merging import Merged, lowest_tokens, merge_tokens, top_tokens
 from .normalization import layer_norm
+from .pair_attention import pair_attention
 from .prune import Pruned, prune
 from .ragged import RaggedBatch
 from .received import attention_received
@@ -43,6 +44,7 @@ __all__ = [
     "merge_tokens",
     "nearest_kept",
     "novelty",
+    "pair_attention",
     "prune",
     "score_tokens",
     "set_debug",

@@ -136,18 +136,19 @@ def linear_pair(
     return _paired(x, result, form)
 
 
-def _paired(x: RaggedBatch, result: tuple[Tensor, Tensor], form: str) -> RaggedBatch:
-    values, offsets = result
-    if form == "halves":
-        offsets = x.cu_seqlens
-    elif form == "columns":
-        offsets = x.cu_seqlens[: x.batch_size // 2 + 1]
+def _paired(x: RaggedBatch, result: list[Tensor], form: str) -> RaggedBatch:
+    if form == "both":
+        values, offsets = result
+    else:
+        (values,), offsets = result, x.cu_seqlens
+        if form == "columns":
+            offsets = offsets[: x.batch_size // 2 + 1]
     return RaggedBatch.unchecked(values, offsets, x.max_seqlen, x.bound)
 
 
 def _fake_pair(x, weight, other_weight, bias, other_bias, cu_seqlens, form, backend):
-    offsets = 2 * cu_seqlens.shape[0] - 1 if form == "both" else 0
-    return x.new_empty(reference.pair_shape(x.shape[0], weight.shape[0], form)), cu_seqlens.new_empty(offsets)
+    out = x.new_empty(reference.pair_shape(x.shape[0], weight.shape[0], form))
+    return [out, cu_seqlens.new_empty(2 * cu_seqlens.shape[0] - 1)] if form == "both" else [out]
 
 
 _run = backends.dispatch("linear", "linear")
@@ -198,7 +199,7 @@ define(
 differentiate("linear", _setup_context, _backward)
 define(
     "linear_pair(Tensor x, Tensor weight, Tensor other_weight, Tensor? bias, Tensor? other_bias, Tensor cu_seqlens, str form, "
-    "str backend) -> (Tensor out, Tensor cu_seqlens_out)",
+    "str backend) -> Tensor[]",
     backends.dispatch("linear_pair", "linear"),
     _fake_pair,
 )

@@ -329,13 +329,14 @@ def _pair(
 
     def run(x, weight, other_weight, bias, other_bias, cu_seqlens, form):
         out = torch.empty(shape, dtype=dtype, device=device)
-        offsets = torch.empty(2 * batch + 1 if form == "both" else 0, dtype=torch.int32, device=device)
-        if not batch or not programs:
-            return out, offsets.zero_()
-        start(
-            x_tiles(x), weight_tiles(weight), other_tiles(other_weight), bias, other_bias, out, offsets, cu_seqlens, *sizes
-        )  # fmt: skip
-        return out, offsets
+        offsets = torch.empty(2 * batch + 1, dtype=torch.int32, device=device) if form == "both" else None
+        if batch and programs:
+            start(
+                x_tiles(x), weight_tiles(weight), other_tiles(other_weight), bias, other_bias, out, offsets, cu_seqlens, *sizes
+            )  # fmt: skip
+        elif offsets is not None:
+            offsets.zero_()
+        return [out] if offsets is None else [out, offsets]
 
     return run
 
@@ -350,7 +351,7 @@ def linear_pair(
     cu_seqlens: Tensor,
     form: str,
 ) -> Callable:
-    """Rows of the result and, of "both", their offsets ``[2B+1]``; see the public operation for the contract."""
+    """Rows of the result and, of "both", their offsets ``[2B+1]``, as a list; see the public operation for the contract."""
     choice = _tiles(x, weight)
     if choice is not tiles.FLOAT32 and not _aligned(other_weight):
         choice = tiles.UNALIGNED

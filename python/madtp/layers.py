@@ -31,7 +31,10 @@ class LayerNorm(nn.LayerNorm):
                 return x.normed[1]
             x, tokens = x.values, x
         if tokens is not None and tokens.bound and x.is_cuda and not torch.is_autocast_enabled("cuda"):
-            return layer_norm(x, self.weight, self.bias, tokens.cu_seqlens, self.eps)
+            own = self._parameters  # where `self.weight` looks last
+            weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (the slow way only where needed)
+            bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+            return layer_norm(x, weight, bias, tokens.cu_seqlens, self.eps)
         return super().forward(x)
 
 

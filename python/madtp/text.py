@@ -14,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, attention, linear_pair
+from madtp_kernels import RaggedBatch, pair_attention
 
 from .config import TextConfig
 from .guidance import QueryModel
-from .layers import (
-    CrossAttention,
-    Keys,
-    LayerNorm,
-    QueryGroups,
-    cached_attention,
-    self_attention,
-    single_attention,
-    split_heads,
-)
+from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attention, self_attention, single_attention
 from .linear import Linear, mlp
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of
@@ -137,16 +128,12 @@ class TwinCrossAttention(nn.Module):
 
     def _seen_in_both(self, x: Tokens, images: Tokens, backend: str | None) -> Tensor:
         """``[C, 2D]`` what the words see in the left and in the right ``images``, which are one batch."""
-        (left, right), output = (self.self0, self.self1), self.output
-        heads = left.num_heads
-        q = linear_pair(x, *zip(left.query.affine, right.query.affine, strict=True), form="both")
-        kv = linear_pair(images, *zip(left.kv.affine, right.kv.affine, strict=True), form="halves")
-        out, _ = attention(
-            split_heads(q.values, heads), *split_heads(kv.values, 2, heads).unbind(1), q.cu_seqlens, images.cu_seqlens,
-            x.max_seqlen, images.max_seqlen, key_bias=images.key_bias, with_lse=False, backend=backend,
+        left, right, output = self.self0, self.self1, self.output
+        return pair_attention(
+            x, images,
+            _pair_of(left.query, right.query), _pair_of(left.kv, right.kv), _pair_of(output.dense0, output.dense1),
+            left.num_heads, key_bias=images.key_bias, backend=backend,
         )  # fmt: skip
-        seen = q.with_values(out.flatten(1))
-        return linear_pair(seen, *zip(output.dense0.affine, output.dense1.affine, strict=True), form="columns").values
 
     @property
     def is_plain(self) -> bool:
@@ -154,6 +141,12 @@ class TwinCrossAttention(nn.Module):
         cross = (self.self0, self.self1)
         layers = (*(c.query for c in cross), *(c.kv for c in cross), self.output.dense0, self.output.dense1)
         return all(isinstance(layer, Linear) and layer.is_plain for layer in layers)
+
+
+def _pair_of(first: Linear, second: Linear) -> tuple:
+    """Weights and biases of two layers."""
+    (weight, bias), (other_weight, other_bias) = first.affine, second.affine
+    return (weight, other_weight), (bias, other_bias)
 
 
 class Layer(nn.Module):

@@ -7,7 +7,8 @@ from helpers import DEVICE, backends_here, interpreted, normal, offsets, spare_r
 from madtp.config import TextConfig
 from madtp.pruning import Pruning, Tokens
 from madtp.text import TwinCrossAttention, split
-from madtp_kernels import RaggedBatch, linear, linear_pair
+from madtp_kernels import RaggedBatch, linear, linear_pair, pair_attention
+from madtp_kernels.pair_attention import _repeated
 
 WIDTH, COLUMNS = 24, 40
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -98,6 +99,27 @@ def test_bad_input(generator):
             linear_pair(**case | change)
     with pytest.raises(NotImplementedError, match="no gradient"):
         linear_pair(**case | {"weights": (weight.requires_grad_(), other)})
+
+
+def test_a_call_that_repeats_another_computes_the_same(generator):
+    """What an eager call on a GPU does from the second on, here through the interpreter."""
+    attention_triton = pytest.importorskip("madtp_kernels.attention.triton")
+    from madtp_kernels.linear import triton as linear_triton
+
+    def tokens(lengths):
+        x = spare_rows(normal(generator, sum(lengths), 32), 3)
+        return RaggedBatch(x, offsets(lengths), max(lengths), bound=True)
+
+    words, images = tokens([3, 1, 0, 6]), tokens([9, 2, 3, 0, 4, 5, 1, 7])
+    bias = spare_rows(normal(generator, 31), 3)
+    shapes = [((32, 32), (32,)), ((64, 32), (64,)), ((16, 32), (16,))]
+    layers = [tuple(tuple(normal(generator, *shape) / 6 for _ in range(2)) for shape in pair) for pair in shapes]
+    expected = pair_attention(words, images, *layers, 2, key_bias=bias, backend="triton")
+    flat = [tensor for weights, biases in layers for tensor in (*weights, *biases)]
+    tensors = (words.values, words.cu_seqlens, images.values, images.cu_seqlens, bias, *flat)
+    pair = linear_triton.linear_pair
+    got = _repeated(pair, pair, attention_triton.attention, pair, tensors, 2, words.max_seqlen, images.max_seqlen)
+    torch.testing.assert_close(got[:10], expected[:10], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("merges", [False, True])
