@@ -259,8 +259,12 @@ class TextEncoder(nn.Module):
                 other.
 
         Raises:
-            ValueError: a text beyond the position embeddings, or no dictionary where one is needed.
+            ValueError: a text beyond the position embeddings, more to look at than the encoder has layers for, or no
+                dictionary where one is needed.
         """
+        most = 2 if self.looks_at_two else 1
+        if len(others) > most:
+            raise ValueError(f"others: expected the tokens of at most {most}, got {len(others)}")
         if self.looks_at_two and len(others) == 1 and (query_groups or not self._serves_both_at_once(others[0])):
             others = split(others[0])
         tokens = input_ids if isinstance(input_ids, Tokens) else Tokens.start(input_ids)

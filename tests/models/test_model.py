@@ -167,6 +167,13 @@ def test_cross_attention_to_tokens_with_sizes(backend, generator):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_an_encoder_leaves_nothing_out_that_it_is_to_look_at(generator):
+    images = Tokens.start(RaggedBatch.from_list([normal(generator, 3, 64), normal(generator, 5, 64)]))
+    texts = RaggedBatch.from_list([torch.ones(2, dtype=torch.int64, device=DEVICE)] * 2)
+    with pytest.raises(ValueError, match="^others: expected the tokens of at most 2, got 3"):
+        make().text_encoder(texts, (images, images, images), None, MADTP(0.0))
+
+
 def two_tone_pictures(generator, count):
     """Pictures made of two different patches, each in many places."""
     patches = normal(generator, count, 2, 3, 8, 8)
