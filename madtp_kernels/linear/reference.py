@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FORMS = ("both", "halves", "columns")
+FORMS = ("both", "halves", "columns")  # which rows of `linear_pair` go through which layer
 QUICK_GELU = 1.702  # z sigmoid(1.702 z), CLIP's approximation of GELU
 
 
