@@ -24,14 +24,20 @@ _RENAMED = {"temperature": "pruning", "summaries": "alignment_features", "use_si
 
 
 def renamed(method: Callable) -> Callable:
-    """Decorator: keyword arguments of the release before go by their old names too."""
+    """Decorator: keyword arguments of the release before go by their old names too.
+
+    Raises:
+        ValueError: one is given by both names.
+    """
 
     @functools.wraps(method)
     def call(*args, **kwargs):
         for old in _RENAMED.keys() & kwargs.keys():
-            warnings.warn(f"{old}: renamed to {_RENAMED[old]}", DeprecationWarning, stacklevel=2)
-            value = kwargs.pop(old)
-            kwargs.setdefault(_RENAMED[old], value)
+            new = _RENAMED[old]
+            warnings.warn(f"{old}: renamed to {new}", DeprecationWarning, stacklevel=2)
+            if new in kwargs:
+                raise ValueError(f"{new}, {old}: expected one of them, got both")
+            kwargs[new] = kwargs.pop(old)
         return method(*args, **kwargs)
 
     return call
@@ -96,6 +102,21 @@ class Model(nn.Module):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self.pruning = self.rule(value)
+
+    @property
+    def use_sizes(self) -> bool:
+        """Gone: whether merged tokens weigh what they stand for is a setting of :attr:`pruning`.
+
+        Raises:
+            AttributeError: always; an attribute that is set and has no effect would be worse.
+        """
+        raise AttributeError("use_sizes: gone; see Model.pruning.proportional_attention")
+
+    @use_sizes.setter
+    def use_sizes(self, value: bool) -> None:
+        raise AttributeError(
+            "use_sizes: gone; set Model.pruning to dataclasses.replace(model.pruning, proportional_attention=...)"
+        )
 
     @property
     def guided(self) -> bool:

@@ -147,6 +147,10 @@ def test_the_keywords_of_the_release_before(pixels, texts):  # noqa: F811
         new = model(pixels, texts, pruning=1.0)
     assert sizes.pruning == MADTP(1.0, proportional_attention=True)
     assert torch.equal(old.image_embeds, new.image_embeds)
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="^pruning, temperature: .* got both"):
+        model(pixels, texts, temperature=1.0, pruning=2.0)
+    with pytest.raises(AttributeError, match="^use_sizes: gone; set Model.pruning"):
+        model.use_sizes = True
 
 
 @pytest.mark.parametrize(

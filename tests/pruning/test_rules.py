@@ -392,6 +392,9 @@ def test_a_protected_token_stays(generator):
         ({"most": 1.5}, "most"),
         ({"order": "luck"}, "order: expected one of"),
         ({"keys": "none"}, "keys: expected one of"),
+        ({"attention_exponent": math.nan}, "attention_exponent: expected a finite number, got nan"),
+        ({"size_exponent": "0.3"}, "size_exponent: expected a finite number"),
+        ({"second_look": -1.0}, "second_look: expected a number >= 0 or None"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -47,6 +47,8 @@ class PiToMe(MergingPruning):
         super().__post_init__()
         if self.form not in ("protect", "matching"):
             raise ValueError(f"form: expected 'protect' or 'matching', got {self.form!r}")
+        if not self.layers >= 1:
+            raise ValueError(f"layers: expected at least 1, got {self.layers!r}")
 
     def energy(self, keys: Tensor, tokens, layer: int) -> Tensor:
         """``[C]`` float32: the energy of each token among those that are not protected."""

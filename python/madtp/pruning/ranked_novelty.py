@@ -3,6 +3,7 @@ training."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -65,6 +66,13 @@ class RankedNovelty(MergingPruning):
         ):  # fmt: skip
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        for name in ("attention_exponent", "novelty_exponent", "size_exponent"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        look = self.second_look
+        if look is not None and not (isinstance(look, (int, float)) and 0 <= look < math.inf):
+            raise ValueError(f"second_look: expected a number >= 0 or None, got {look!r}")
 
     @property
     def variants(self):
