@@ -72,6 +72,10 @@ def variants_on(backends):
 
 
 every_case = pytest.mark.parametrize("op, options, backend", variants_on(backends_here()))
+# The interpreter has one thread and one order of sums: that its bits repeat says nothing of a GPU, where these run too.
+every_case_at_speed = pytest.mark.parametrize(
+    "op, options, backend", variants_on([b for b in backends_here() if not interpreted(b.values[0])])
+)
 WITHOUT_GRADIENT = ("nearest_kept", "match_tokens", "merge_scores", "lowest_tokens")
 every_differentiable_variant = pytest.mark.parametrize(
     "op, options", [v for v in VARIANTS if v.values[0] not in WITHOUT_GRADIENT]
@@ -209,7 +213,7 @@ def test_gradcheck(op, options, generator):
     size = {"heads": 2, "head_dim": 3} if op.startswith("attention") else {"width": 5}
     options = {**options, "ties": False} if "ties" in options else options  # a small change decides a tie: a jump
     # Where a query sees one key, all heads have the maximum, and a small change decides which.
-    lengths = [5, 0, 6] if op == "attention_received" else [5, 0, 1, 6]
+    lengths = [5, 0, 6] if op == "attention_received" else [3, 0, 1, 4]
     case = differentiable(in_double(CASES[op](generator, lengths, **size, **options)))
     leaves = list(leaves_of(case).values())
 
@@ -239,6 +243,8 @@ def test_gradcheck(op, options, generator):
     [case for case in variants_on(backends_here(kernels_only=True)) if case.values[0] not in WITHOUT_GRADIENT],
 )
 def test_gradients_agree_with_the_reference(op, options, dtype, backend, generator):
+    if interpreted(backend) and dtype != torch.float32:
+        pytest.skip("one dtype is enough through the interpreter")
     lengths = [4, 0, 1, 5] if interpreted(backend) else LENGTHS
     case = CASES[op](generator, lengths, dtype=dtype, **{k: v for k, v in options.items() if k != "key_lengths"})
     seeds, grads = None, {}
@@ -406,9 +412,9 @@ def test_inductor_compiles_a_pruned_layer(generator):
 # ---- inference mode, determinism
 
 
-@every_case
+@every_case_at_speed
 def test_inference_mode_gives_the_same_bits(op, options, backend, generator):
-    case = CASES[op](generator, [3, 0, 1, 4] if interpreted(backend) else LENGTHS, **options)
+    case = CASES[op](generator, LENGTHS, **options)
     expected = run(op, case, backend)
     with torch.inference_mode():
         ours = run(op, case, backend)
@@ -417,12 +423,9 @@ def test_inference_mode_gives_the_same_bits(op, options, backend, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@every_case
+@every_case_at_speed
 def test_same_input_same_bits(op, options, backend, dtype, generator):
-    if interpreted(backend):
-        lengths, repeats = [3, 0, 1, 4], 2
-    else:
-        lengths, repeats = [*LENGTHS, 90, 33, 2, 64], 3
+    lengths, repeats = [*LENGTHS, 90, 33, 2, 64], 3
     options = {k: v for k, v in options.items() if k != "key_lengths"}
     case = CASES[op](generator, lengths, dtype=dtype, **options)
     threads = torch.get_num_threads()
@@ -516,12 +519,7 @@ def test_addresses_beyond_32_bits(backend, generator, monkeypatch):
     for op in OPERATIONS:
         case = CASES[op](generator, lengths, dtype=torch.bfloat16)
         expected = run(op, case, backend)
-        for name in ("x", "q", "k", "v", "out", "keys"):
-            if isinstance(case.get(name), RaggedBatch):
-                case[name] = case[name].with_values(far(case[name].values))
-            elif name in case:
-                case[name] = far(case[name])
-            if name in case:
-                same(run(op, case, backend), expected)
-                case = CASES[op](generator, lengths, dtype=torch.bfloat16)
-                expected = run(op, case, backend)
+        for name in {"x", "q", "k", "v", "out", "keys"} & case.keys():
+            value = case[name]
+            moved = value.with_values(far(value.values)) if isinstance(value, RaggedBatch) else far(value)
+            same(run(op, case | {name: moved}, backend), expected)
