@@ -35,6 +35,14 @@ def test_command_saves_the_rule_and_what_is_known_of_it(tmp_path, capsys):
     assert "standard deviation" in capsys.readouterr().out
 
 
+def test_options_of_learning_are_refused_where_nothing_learns(tmp_path, capsys):
+    words = ["--pairs", "none.jsonl", "--reduction", "0.4", "--method", "tome", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", "--model", "demo-dense", *words, "--lr", "0.5", "--distill", "1"])
+    assert stop.value.code == 2
+    assert "--lr, --distill: with --method nothing learns" in capsys.readouterr().err
+
+
 def test_gflops_as_the_target(model):
     pairs = ShapesExamples(Shapes("train"), range(4), 1)
     result = calibrate_rule(model, pairs, "tome", target_gflops=0.3, inputs=4)

@@ -15,6 +15,7 @@ from .training import TrainingOptions, begin, load_source, origin, report
 
 MERGING = [name for name, rule in METHODS.items() if issubclass(rule, MergingPruning)]
 """Rules that have limits to calibrate."""
+_LEARNING = ("steps", "lr", "dictionary", "distill", "precision")
 _EXAMPLES = """\
 examples:
   madtp calibrate --model model_base_retrieval_coco.pth --pairs pairs.jsonl --reduction 0.3 --output retrieval-0.3
@@ -81,6 +82,8 @@ class Calibrate(Command, TrainingOptions):
 
         if (self.reduction, self.keep_ratio, self.target_gflops) == (None, None, None):
             raise UsageError("one of --reduction, --keep-ratio, --target-gflops is required")
+        if self.method is not None:
+            self._refuse_learning()
         begin(self, self.pairs)
         if self.keep_ratio is not None:
             self.reduction = 1 - self.keep_ratio
@@ -113,6 +116,13 @@ class Calibrate(Command, TrainingOptions):
                 save_every=self.save_every, log_every=self.log_every, progress=False if self.quiet else None,
             )  # fmt: skip
             return report(result, self)
+
+    def _refuse_learning(self) -> None:
+        """Options of learning, which would be without effect."""
+        fields = type(self).__dataclass_fields__
+        names = [name for name in _LEARNING if getattr(self, name) != fields[name].default]
+        if names:
+            raise UsageError(f"{', '.join(f'--{name}' for name in names)}: with --method nothing learns")
 
     def _set_limits(self) -> int:
         """Set the limits of a rule, save the model and what is known of the calibration."""
