@@ -224,12 +224,12 @@ def test_help_has_examples(capsys):
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: Shapes("validation"), "split: expected one of train, dev, test, got 'validation'"),
-        (lambda: Shapes("train", -1), "seed: expected a number >= 0, got -1"),
-        (lambda: Shapes("train").pair(0, 1, ("most",)), "templates: .* got most"),
-        (lambda: Shapes("train").pair(0, 1, ()), "templates: .* got none"),
+        (lambda _: Shapes("validation"), "split: expected one of train, dev, test, got 'validation'"),
+        (lambda _: Shapes("train", -1), "seed: expected a number >= 0, got -1"),
+        (lambda train: train.pair(0, 1, ("most",)), "templates: .* got most"),
+        (lambda train: train.pair(0, 1, ()), "templates: .* got none"),
     ],
 )
-def test_wrong_arguments_are_named(call, named):
+def test_wrong_arguments_are_named(train, call, named):
     with pytest.raises(ValueError, match=named):
-        call()
+        call(train)
