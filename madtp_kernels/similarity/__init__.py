@@ -7,6 +7,8 @@ matter more, and ToMe's matching. Formulas are in `reference.py`, the GPU kernel
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -206,6 +208,15 @@ def match_tokens(
     )  # fmt: skip
 
 
+def _match_tokens(keys, cu_seqlens, max_seqlen, count, threshold, protected, backend):
+    if threshold is not None and keys.dtype != torch.float64:
+        # To the precision of the cosines, so that every backend compares them with the same number.
+        threshold = ctypes.c_float(threshold).value
+    return backends.dispatch("match_tokens", "similarity")(
+        keys, cu_seqlens, max_seqlen, count, threshold, protected, backend
+    )
+
+
 def _per_token(keys, *dtypes):
     dtype = torch.promote_types(keys.dtype, torch.float32)
     return tuple(keys.new_empty(keys.shape[0], dtype=d or dtype) for d in dtypes)
@@ -235,6 +246,6 @@ define(
 define(
     "match_tokens(Tensor keys, Tensor cu_seqlens, SymInt max_seqlen, Tensor? count, float? threshold, int protected, "
     "str backend) -> (Tensor into, Tensor similarity)",
-    backends.dispatch("match_tokens", "similarity"),
+    _match_tokens,
     lambda keys, *_: _per_token(keys, torch.int32, None),
 )

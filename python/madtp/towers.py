@@ -159,8 +159,8 @@ class ImageTower(nn.Module):
         )
         self.norm_post = LayerNorm(width, eps=eps)
         self.head = AttentionPool(width, vision.num_heads, hidden, **options) if vision.pool == "attention" else None
-        self.pooler = nn.Linear(width, width) if vision.pooler else None
-        self.proj = nn.Linear(width, config.embed_dim, bias=False) if vision.projection else None
+        self.pooler = Linear(width, width) if vision.pooler else None
+        self.proj = Linear(width, config.embed_dim, bias=False) if vision.projection else None
 
     def patches(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` to ``[B, P, 3 * patch * patch]``, in the order of the weights."""
@@ -321,7 +321,7 @@ class TextTower(nn.Module):
         )
         self.query_models = nn.ModuleList(QueryModel(width, sd_dim, mapped or width != sd_dim) for _ in layers)
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.proj = nn.Linear(width, config.embed_dim, bias=text.projection_bias) if text.projection else None
+        self.proj = Linear(width, config.embed_dim, bias=text.projection_bias) if text.projection else None
 
     def forward(
         self,

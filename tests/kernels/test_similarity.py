@@ -288,3 +288,14 @@ def test_the_cuda_backend_says_that_it_has_no_source(op, monkeypatch):
                 backends._resolve(op, "", "cuda", "cuda", torch.float32)
     finally:
         backends._resolve.cache_clear()
+
+
+@every_backend
+def test_a_threshold_is_compared_in_the_precision_of_the_cosines(backend, generator):
+    """A number that differs from a cosine by less than float32 can tell is that cosine, and a pair has to be above it."""
+    case = keys_case(generator, [20])
+    _, similarity = match_tokens(**case, threshold=-2.0, backend=backend)
+    attained = similarity[similarity.isfinite()].median().item()
+    below = attained - 1e-12
+    into = [match_tokens(**case, threshold=value, backend=backend)[0] for value in (attained, below)]
+    assert torch.equal(*into)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch
 
 from ...config import Config, TextConfig, VisionConfig, check_sizes
+from ...linear import Linear
 from ...model import Model, renamed
 from ...pruning import LayerTrace, Pruning, Tokens
 from ...rows import first_rows
@@ -65,7 +66,7 @@ class NLVR(Model):
         width = config.text.hidden_size
         self.visual_encoder = VisionTransformer(config.vision)
         self.text_encoder = TextEncoder(config.text, config.vision.sd_dim, config.merge_from)
-        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.cls_head = nn.Sequential(Linear(width, width), nn.ReLU(), Linear(width, 2))
 
     @renamed
     def forward(

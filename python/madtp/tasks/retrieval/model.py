@@ -26,6 +26,7 @@ from madtp_kernels import RaggedBatch
 
 from ...config import Config, TextConfig, VisionConfig, check_sizes
 from ...layers import QueryGroups
+from ...linear import Linear
 from ...model import Model, renamed
 from ...pruning import LayerTrace, Pruning, Tokens
 from ...pruning.official import official, padded
@@ -113,9 +114,9 @@ class Retrieval(Model):
         super().__init__(config, *args, **kwargs)
         self.visual_encoder = VisionTransformer(config.vision)
         self.text_encoder = TextEncoder(config.text, config.vision.sd_dim)
-        self.vision_proj = nn.Linear(config.vision.embed_dim, config.proj_dim)
-        self.text_proj = nn.Linear(config.text.hidden_size, config.proj_dim)
-        self.itm_head = nn.Linear(config.text.hidden_size, 2)
+        self.vision_proj = Linear(config.vision.embed_dim, config.proj_dim)
+        self.text_proj = Linear(config.text.hidden_size, config.proj_dim)
+        self.itm_head = Linear(config.text.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))  # temperature of the contrastive loss; only training uses it
 
     @renamed
