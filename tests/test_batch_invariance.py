@@ -224,6 +224,9 @@ def test_nlvr_gives_the_same_answer_alone_and_in_a_batch(backend, temperature, m
         alone = sample_of(forward(model, pixels, texts, [s], temperature, backend), 0, 1)
         for what, other in (("alone", alone), ("permuted", permuted[s])):
             assert other[0] == batch[s][0], f"sample {s} {what} keeps other tokens"
+            if backend == "cpu":  # to the bit, up to the answer
+                assert all(map(torch.equal, other[2], batch[s][2])), f"sample {s} {what} has another answer"
+                continue
             torch.testing.assert_close(
                 other[2], batch[s][2], atol=1e-5, rtol=1e-5, msg=lambda m, s=s, w=what: f"{s} {w}: {m}"
             )
