@@ -104,6 +104,9 @@ def main() -> None:
     parser.add_argument("--streams", choices=["vision", "text"], nargs="+", help="which are pruned, if not the model's")
     parser.add_argument("--grouping", choices=["instance", "batch"], default="instance", help="default: instance")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument(
+        "--pairs", type=int, default=TEST_PAIRS, help=f"of eight statements each (default: {TEST_PAIRS})"
+    )
     parser.add_argument("--record", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     model = madtp.load(args.model, grouping=args.grouping)
@@ -113,7 +116,7 @@ def main() -> None:
     if args.strength is not None:
         pruning = pruning.at(args.strength)
     scale = model.config.vision.image_size // 96
-    result = evaluate(model, Shapes("test", args.seed, scale), TEST_PAIRS, pruning)
+    result = evaluate(model, Shapes("test", args.seed, scale), args.pairs, pruning)
     print(json.dumps(result, indent=2))
     if args.record:
         settings, metrics = history(Path(args.model))
