@@ -93,9 +93,12 @@ def same(kind: type, name: str, default: Any = ..., *, help: str = "", group: st
 
 
 def unset(kind: type) -> type:
-    """A dataclass with the options of another one, each None unless it is given; the help names the other's default."""
+    """A dataclass with the options of another one, each None unless it is given; the help names the other's default.
+    Positional arguments are left out."""
     fields: list = []
     for field in filter(_is_option, dataclasses.fields(kind)):
+        if field.metadata["settings"].get("positional"):
+            continue
         settings = {"action": _switch(field.default), **field.metadata["settings"]}
         metadata = {**field.metadata, "settings": settings, "help": _help(field)}
         fields.append((field.name, field.type, dataclasses.field(default=None, metadata=metadata)))
