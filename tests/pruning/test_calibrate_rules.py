@@ -43,6 +43,22 @@ def test_options_of_learning_are_refused_where_nothing_learns(tmp_path, capsys):
     assert "--lr, --distill: with --method nothing learns" in capsys.readouterr().err
 
 
+def test_sizes_count_if_asked_for(tmp_path, monkeypatch):
+    """Also with a rule whose merged tokens count once by default."""
+    rules = []
+
+    def calibrated(model, pairs, rule, *rest, **options):
+        rules.append(rule)
+        raise ValueError("enough")
+
+    write(tmp_path, "train", 1, 1)
+    monkeypatch.setattr("madtp.compress.calibrate.calibrate_rule", calibrated)
+    words = ["--pairs", str(tmp_path / "train.jsonl"), "--reduction", "0.4", "--output", str(tmp_path / "out")]
+    for more in ([], ["--use-sizes"]):
+        main(["calibrate", "--model", "demo-dense", *words, "--method", "evit", *more])
+    assert [rule.proportional_attention for rule in rules] == [False, True]
+
+
 def test_gflops_as_the_target(model):
     pairs = ShapesExamples(Shapes("train"), range(4), 1)
     result = calibrate_rule(model, pairs, "tome", target_gflops=0.3, inputs=4)

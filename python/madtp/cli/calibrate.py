@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 from ..compress.settings import Settings
@@ -130,11 +130,15 @@ class Calibrate(Command, TrainingOptions):
 
         from ..compress.calibrate import calibrate_rule, read_pairs
         from ..files import replacing
+        from ..pruning import METHODS
 
         model = load_source(self, self.task, self.device)
+        rule = METHODS[self.method]()
+        if self.use_sizes:
+            rule = replace(rule, proportional_attention=True)
         pairs = read_pairs(self.pairs, model.config.task, self.image_root)
         found = calibrate_rule(
-            model, pairs, self.method, self.reduction, target_gflops=self.target_gflops, inputs=self.inputs,
+            model, pairs, rule, self.reduction, target_gflops=self.target_gflops, inputs=self.inputs,
             batch_size=self.batch_size,
         )  # fmt: skip
         model.pruning = found.rule
