@@ -34,7 +34,7 @@ NAMED = EARLIER | {run.name: run for run in RUNS}
 SAID = ("method", "reduction", "seed", "steps")
 """Settings in which the runs of a table may differ, because it says so."""
 BUDGET = ("pairs", "texts", "lr", "warmup", "distill", "weight_decay", "clip", "beta2", "precision", "average")
-"""Settings in which runs of the same reduction and number of steps may not differ."""
+"""Settings in which runs of one trainer, of the same reduction and number of steps may not differ."""
 BEST, PLAIN = "ranked-novelty", "madtp"
 """The method that others are compared with, and the paper's."""
 
@@ -65,6 +65,7 @@ MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
 DENSE = "#000000"
+EARLIER_TRAINER = ", earlier trainer"
 SHOWN_LAYERS = (1, 2, 3, 6, 12)  # of the twelve that see images
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 """Behind labels that a line may cross."""
@@ -143,6 +144,11 @@ class Record(NamedTuple):
         return self.settings.get("steps", 0)
 
     @property
+    def earlier(self) -> bool:
+        """Whether the run was made before `madtp compress` made the runs, which the tables say."""
+        return "texts" not in self.settings
+
+    @property
     def cost(self) -> float | None:
         """Official GFLOPs; the training of the dense model does not record them."""
         return self.test.get("gflops")
@@ -179,7 +185,7 @@ def read(folder: Path) -> dict[str, Record]:
     runs: dict[tuple, list] = defaultdict(list)
     for name, run in named.items():
         if name in records and not name.startswith("large-"):
-            runs[run.reduction, records[name].steps].append((name, records[name].settings))
+            runs[run.reduction, records[name].steps, records[name].earlier].append((name, records[name].settings))
     for some in runs.values():
         budget(some)
     counts = {name: record.test["statements"] for name, record in records.items()}
@@ -231,6 +237,11 @@ class Group(NamedTuple):
         """Tokens by layer, mean over seeds."""
         rows = [record.test[stream] for record in self.records]
         return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+    @property
+    def earlier(self) -> bool:
+        """Whether any of them was made by the earlier trainer."""
+        return any(record.earlier for record in self.records)
 
     @property
     def accuracies(self) -> list[float]:
@@ -327,8 +338,7 @@ def made_by(results: Results, groups: Iterable[Group], *others: str) -> str:
 
 def named(group: Group) -> str:
     """What tables call a group."""
-    earlier = any("texts" not in record.settings for record in group.records)
-    return METHODS[group.method].name + (", earlier trainer" if earlier else "")
+    return METHODS[group.method].name + (EARLIER_TRAINER if group.earlier else "")
 
 
 EVALUATE = "`python experiments/shapes/evaluate.py --model DIR ...`"
@@ -374,7 +384,8 @@ def baselines(results: Results) -> str:
             continue
         used += groups
         for group in groups:
-            same = [one for one in groups if one.method == BEST and one.steps == group.steps]
+            made = group.steps, group.earlier
+            same = [one for one in groups if one.method == BEST and (one.steps, one.earlier) == made]
             behind = percent(same[0].accuracy - group.accuracy) if same and group is not same[0] else ""
             row = [named(group), METHODS[group.method].note, str(group.steps), f"{group.cost:.3f}"]
             row += [f"{percent(group.reached)} %", str(len(group.records)), f"**{percent(group.accuracy)}**"]
@@ -597,12 +608,16 @@ def accuracy_plot(results: Results):
             above.set_xticks(range(0, 100, 10))
             above.set_xlabel("fewer GFLOPs than dense, %")
             above.spines["top"].set_visible(False)
-    axes.set_xlim(0, None)
+    # Room for the names on the left, where there are no GFLOPs.
+    axes.set_xlim(-min((x for x, *_ in names), default=0.0), None)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick < axes.get_xlim()[1]])
     low = min(100 * record.accuracy for record in results.records.values())
     axes.set_ylim(max(0, min(low - 4, 90)), 100.5)
     name_lines(axes, names)
     axes.set_xlabel("GFLOPs per statement, official count")
     axes.set_ylabel("test accuracy, %")
+    if any(group.earlier for group in results.groups):
+        axes.annotate("* earlier trainer", (1, 0), (-4, 4), "axes fraction", "offset points", ha="right", fontsize=8)
     tidy(axes)
     return drawn
 
@@ -617,13 +632,13 @@ def name_lines(axes, names: list[tuple[float, float, str, str]]) -> None:
     heights = apart([y for _, y, _, _ in left], 0.045 * span)
     for (x, y, text, colour), height in zip(left, heights, strict=True):
         axes.annotate(
-            text, (x, y), (0.9 * leftmost, height), ha="right", va="center", fontsize=8, color=colour,
+            text.replace(EARLIER_TRAINER, "*"), (x, y), (0.9 * leftmost, height), ha="right", va="center", fontsize=8, color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 4},
         )  # fmt: skip
     for x, y, text, colour in names:
         if x >= 1.2 * leftmost:
             axes.annotate(
-                text, (x, y), (0, -9), textcoords="offset points", ha="center", va="top",
+                text.replace(EARLIER_TRAINER, "*"), (x, y), (0, -9), textcoords="offset points", ha="center", va="top",
                 fontsize=8, color=colour,
             )  # fmt: skip
 
