@@ -124,7 +124,7 @@ LARGE, LARGE_STEPS, LARGE_DENSE_STEPS = tuple(Run(method, 0.8, 0) for method in 
 positions."""
 TIMED = [run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp") and not run.longer]
 SECONDS = {"pruned": 0.9, "dense": 0.6, "large": 5.0}
-"""Of a step on one thread of an Emerald Rapids core; the other figures are minutes."""
+"""Of a step on one thread of an Emerald Rapids core whose neighbour is busy; the other figures are minutes."""
 MINUTES = {
     "dense": 30, "pairs": 0.2, "calibrate": 4, "evaluate": 1, "timing": 5, "report": 0.2,
 }  # fmt: skip
