@@ -129,10 +129,11 @@ def cases_by_temperature(temperatures, robust, backend):
                 return
         return
     for temperature in temperatures.unique().tolist():
+        cases = (temperatures == temperature).nonzero().flatten().tolist()
         if emulated(backend):
-            yield temperature, ((temperatures == temperature) & robust.bool()).nonzero().flatten().tolist()[:2]
-        else:
-            yield temperature, (temperatures == temperature).nonzero().flatten().tolist()
+            cases = [case for case in cases if robust[case]][:2]
+        if cases:
+            yield temperature, cases
 
 
 def emulated(backend):

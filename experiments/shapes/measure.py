@@ -3,8 +3,8 @@
   python experiments/shapes/measure.py --models DENSE PRUNED... --output results/timing-cpu.json
 
 All models answer the same 64 statements of the test split, each about a pair of its own, through their
-ordinary forward; the dense one uses fused attention. They take turns in one process. At batch 64 pruned
-models also run as batch-maximum execution, where all samples keep as many tokens as the one that needs most.
+ordinary forward; the dense one uses fused attention. They take turns in one process. At batch 64 models pruned by MADTP
+also run as batch-maximum execution, where all samples keep as many tokens as the one that needs most.
 Before anything is timed, a batch has to give the answers that its statements get alone. The record says on
 which device, with how many threads, and at which revision. benchmarks/ has the clocks.
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 import madtp
 from madtp import flops
 from madtp.data.synthetic import Shapes
+from madtp.pruning import MADTP, Pruning
 from madtp.tasks.nlvr.model import NLVR, NLVROutput
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -61,7 +62,7 @@ def one(pairs: Pairs, number: int) -> Pairs:
 
 def gflops(model: NLVR, output: NLVROutput) -> float:
     """Mean official GFLOPs of a statement."""
-    costs = flops.from_output(model.config, output, pruning=output.vision[0].importance is not None)
+    costs = flops.from_output(model.config, output, pruning=model.pruning)
     return sum(cost.official for cost in costs) / len(costs)
 
 
@@ -107,14 +108,15 @@ def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Call
 
         return call
 
-    pruned = {name: model for name, model in models.items() if model.temperature > 0}
+    # Batch maximum is how released MADTP prunes; other rules know no batch.
+    pruned = {name: model for name, model in models.items() if model.pruning.active and isinstance(model.pruning, MADTP)}
     alone = {name: single(model) for name, model in models.items()}
     together = {name: batch(model, "instance") for name, model in models.items()}
     together |= {name + MAXIMUM: batch(model, "batch") for name, model in pruned.items()}
-    temperatures = {name: model.temperature for name, model in models.items()}
+    strengths = {name: model.pruning.strength for name, model in models.items()}
 
     def comparison(size: int, candidates: dict[str, Callable]) -> Comparison:
-        facts = {"dtype": dtype, "batch": size, "statements": STATEMENTS, "temperature": temperatures}
+        facts = {"dtype": dtype, "batch": size, "statements": STATEMENTS, "strength": strengths}
 
         def check_all() -> None:
             cost = facts["gflops_per_statement"] = {}
@@ -156,9 +158,9 @@ def main() -> int:
                 name: madtp.load(source, device=DEVICE, dtype=DTYPES[dtype])
                 for name, source in zip(names, args.models, strict=True)
             }
-            models[names[0]].temperature = 0.0
-            if dense := [name for name in names[1:] if not models[name].temperature]:
-                parser.error(f"--models: {', '.join(dense)}: no temperature, so not pruned")
+            models[names[0]].pruning = Pruning()
+            if dense := [name for name in names[1:] if not models[name].pruning.active]:
+                parser.error(f"--models: {', '.join(dense)}: no strength, so not pruned")
             todo = comparisons(models, dtype, args.rounds, bar.update)
             bar.reset(sum(len(comparison.candidates) for comparison in todo) * args.rounds)
             for comparison in todo:
