@@ -109,7 +109,9 @@ def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Call
         return call
 
     # Batch maximum is how released MADTP prunes; other rules know no batch.
-    pruned = {name: model for name, model in models.items() if model.pruning.active and isinstance(model.pruning, MADTP)}
+    pruned = {
+        name: model for name, model in models.items() if model.pruning.active and isinstance(model.pruning, MADTP)
+    }
     alone = {name: single(model) for name, model in models.items()}
     together = {name: batch(model, "instance") for name, model in models.items()}
     together |= {name + MAXIMUM: batch(model, "batch") for name, model in pruned.items()}
