@@ -146,14 +146,12 @@ def merge_scores(
         checks.tensor("sizes", sizes, shape, "[T]", torch.float32, keys.device)
     checks.tensor("free", free, shape, "[T]", torch.bool, keys.device)
     weight = None if weight is None else weight.detach()
-    scores, new = call(
+    result = call(
         "merge_scores", rows.detach(), *map(checks.unit_stride, (order.detach(), weight, sizes, free, cu_seqlens)),
         max_seqlen, *exponents, backend or "",
     )  # fmt: skip
-    if weight_exponent <= 0:  # 0 ** 0 is 1
-        scores = scores.masked_fill(~free, 0.0)
     repeats.remember(key, backend, rows, ("merge_scores", "similarity"))
-    return scores, new
+    return result
 
 
 def match_tokens(

@@ -23,7 +23,7 @@ from .linear import Linear, ScaledLinear, mlp, project
 from .pruning import MADTP, EViT, LayerTrace, Pruning, Tokens
 from .pruning.official import Official, fill_up, with_minimum
 from .rows import first_of, first_rows, rows_of
-from .vision import Block, reading, run_blocks
+from .vision import Block, cut_patches, reading, run_blocks
 
 
 class Features(NamedTuple):
@@ -162,14 +162,6 @@ class ImageTower(nn.Module):
         self.pooler = Linear(width, width) if vision.pooler else None
         self.proj = Linear(width, config.embed_dim, bias=False) if vision.projection else None
 
-    def patches(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to ``[B, P, 3 * patch * patch]``, in the order of the weights."""
-        size = self.config.patch_size
-        if self.config.patches_last:
-            return images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-        # A convolution whose stride is its kernel is a linear layer.
-        return F.pixel_unshuffle(images, size).flatten(2).mT
-
     def cut(self, pixels: Tensor | RaggedBatch | Sequence[Tensor]) -> Patches:
         """Images to patches.
 
@@ -196,7 +188,7 @@ class ImageTower(nn.Module):
             sides = f"{side}, {side}" if vision.positions == "fixed" else f"multiples of {size}"
             raise ValueError(f"pixels: expected [B, 3, {sides}], got {list(images.shape)}")
         grid = (high // size, wide // size)
-        vectors, number = self.patches(images).flatten(0, 1), grid[0] * grid[1]
+        vectors, number = cut_patches(images, size, vision.patches_last), grid[0] * grid[1]
         if isinstance(pixels, RaggedBatch):
             vectors = RaggedBatch(vectors, pixels.cu_seqlens * number, number, True)
         else:

@@ -8,15 +8,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, linear
+from madtp_kernels import RaggedBatch
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_features
 from .layers import LayerNorm, self_attention, single_attention
-from .linear import Linear, mlp
+from .linear import Linear, mlp, project
 from .pruning import LayerTrace, Pruning, Tokens
 from .rows import first_of
 
@@ -144,34 +143,29 @@ def embed_patches(
         starts, bound = pixels.cu_seqlens, True
     else:
         starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
+    rows = cut_patches(images, proj.stride[0])
+    number = pos_embed.shape[1] - 1
     # A convolution whose stride is its kernel is a linear layer on patches.
-    if images.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
-        x = _embedded_in_few_passes(images, starts, proj, cls_token, pos_embed)
-    else:
-        patches = F.pixel_unshuffle(images, proj.stride[0]).flatten(2).mT  # [B, P, 3 * patch * patch]
-        x = F.linear(patches, proj.weight.flatten(1), proj.bias)
+    patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
+    x = project(rows, proj.weight.flatten(1), proj.bias, tokens=patches).unflatten(0, (len(images), number))
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(images.device.type):
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+    else:  # the same sums, written once
+        embedded, x = x, x.new_empty(len(x), number + 1, x.shape[2])
+        x[:, :1] = cls_token + pos_embed[:, :1]
+        torch.add(embedded, pos_embed[:, 1:], out=x[:, 1:])
     length = x.shape[1]
     ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
     return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
 
 
-def _embedded_in_few_passes(
-    images: Tensor, starts: Tensor, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor
-) -> Tensor:
-    """``[B, P + 1, D]`` tokens with positions: one copy cuts the pictures into patches, one sum puts the rows in their
-    places.
+def cut_patches(images: Tensor, size: int, channels_last: bool = False) -> Tensor:
+    """``[B, 3, H, W]`` to ``[B * P, 3 * size * size]``: the patches of each image row by row, in one copy.
 
-    ``starts [B+1]`` int32 are the offsets of the pictures in use. A row's bits do not depend on the number of rows.
+    Their numbers come channel by channel, as in the weights of a convolution, or pixel by pixel.
     """
-    size = proj.stride[0]
-    rows = images.unflatten(2, (-1, size)).unflatten(4, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
-    number = pos_embed.shape[1] - 1
-    patches = linear(rows, proj.weight.flatten(1), proj.bias, starts * number).unflatten(0, (len(images), number))
-    x = patches.new_empty(len(images), number + 1, patches.shape[2])
-    x[:, :1] = cls_token + pos_embed[:, :1]
-    torch.add(patches, pos_embed[:, 1:], out=x[:, 1:])
-    return x
+    cut = images.unflatten(2, (-1, size)).unflatten(4, (-1, size))  # [B, 3, rows, size, columns, size]
+    return cut.permute(0, 2, 4, *((3, 5, 1) if channels_last else (1, 3, 5))).flatten(3).flatten(0, 2)
 
 
 class VisionTransformer(nn.Module):

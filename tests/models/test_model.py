@@ -285,17 +285,20 @@ def test_traces_tell_where_every_token_came_from(proportional, batch):
         assert torch.equal(tokens.cu_seqlens, trace[-1].cu_seqlens)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 4e-6), (torch.bfloat16, 0.03)], ids=str)
-def test_patches_embedded_in_few_passes_as_on_a_gpu(dtype, error, generator):
-    """Against the convolution in double precision; in bfloat16 the product of up to 2 is rounded, and the sum of up to 4."""
+def test_patches_are_embedded_as_by_a_convolution(dtype, error, training, generator):
+    """In double precision; in bfloat16 the product of up to 2 is rounded, and the sum of up to 4."""
     proj = torch.nn.Conv2d(3, 32, 8, 8).to(DEVICE, dtype)
-    cls_token, pos_embed = normal(generator, 1, 1, 32).to(dtype), normal(generator, 1, 13, 32).to(dtype)
-    images, starts = normal(generator, 2, 3, 24, 32).to(dtype), torch.arange(3, dtype=torch.int32, device=DEVICE)
+    cls_token, pos_embed = normal(generator, 1, 1, 32).to(dtype), normal(generator, 1, 17, 32).to(dtype)
+    images = normal(generator, 2, 3, 32, 32).to(dtype)
+    with torch.set_grad_enabled(training):
+        got = vision.embed_patches(images, proj, cls_token, pos_embed, 32)
     with torch.no_grad():
-        got = vision._embedded_in_few_passes(images, starts, proj, cls_token, pos_embed)
         patches = proj.double()(images.double()).flatten(2).mT
         want = torch.cat([cls_token.double().expand(2, -1, -1), patches], 1) + pos_embed.double()
-    torch.testing.assert_close(got.double(), want, atol=error, rtol=0)
+    torch.testing.assert_close(got.values.detach().double(), want.flatten(0, 1), atol=error, rtol=0)
+    assert got.cu_seqlens.tolist() == [0, 17, 34] and got.ids.tolist() == [*range(17), *range(17)]
 
 
 def test_kept_rows_are_the_rows_of_their_own_patches(generator):

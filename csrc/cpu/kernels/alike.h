@@ -27,16 +27,24 @@ float sum_of_squares(const Source* row, int64_t size) {
 
 // Raises *best to the largest x[i] * scale[i] and returns the first i that attains it; -1 if none is above *best.
 MADTP_INLINE int64_t best_scaled(const float* x, const float* scale, int64_t size, float* best) {
-  const int64_t full = size / kLanes * kLanes;
-  vf tops = broadcast(*best);
-  for (int64_t i = 0; i < full; i += kLanes) tops = maximum(tops, load(x + i) * load(scale + i));
-  float top = max_lanes(tops);
-  for (int64_t i = full; i < size; ++i) top = top > x[i] * scale[i] ? top : x[i] * scale[i];
+  const auto products = [&](int64_t i) {
+    const int64_t left = size - i;
+    return left >= kLanes ? load(x + i) * load(scale + i) : hide_from(load_n(x + i, left) * load_n(scale + i, left), left);
+  };
+  vf even = broadcast(*best), odd = even;  // two, so that one maximum need not wait for the other
+  int64_t i = 0;
+  for (; i + kLanes < size; i += 2 * kLanes) {
+    even = maximum(even, products(i));
+    odd = maximum(odd, products(i + kLanes));
+  }
+  if (i < size) even = maximum(even, products(i));
+  const float top = max_lanes(maximum(even, odd));
   if (!(top > *best)) return -1;
   *best = top;
-  int64_t found = 0;
-  while (x[found] * scale[found] != top) ++found;
-  return found;
+  for (i = 0; i < size; i += kLanes) {
+    if (const int lane = first_equal(products(i), broadcast(top)); lane < kLanes) return i + lane;
+  }
+  return -1;  // not reached: one of them is the largest
 }
 
 }  // namespace

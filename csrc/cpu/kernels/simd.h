@@ -73,6 +73,8 @@ MADTP_INLINE vf hide_from(vf a, int64_t n) {
 }
 // c where a equals b, else 0.
 MADTP_INLINE vf where_equal(vf a, vf b, vf c) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), c); }
+// The first lane where a equals b; kLanes if there is none.
+MADTP_INLINE int first_equal(vf a, vf b) { return __builtin_ctz(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) | 1 << kLanes); }
 // 0 in the first n lanes.
 MADTP_INLINE vf zero_before(vf a, int64_t n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(~first_lanes(n)), a); }
 MADTP_INLINE vf magnitude(vf a) { return _mm512_abs_ps(a); }
@@ -174,6 +176,19 @@ MADTP_INLINE vf hide_from(vf a, int64_t n) {
 
 // c where a equals b, else 0.
 MADTP_INLINE vf where_equal(vf a, vf b, vf c) { return a == b ? c : vf{}; }
+
+// The first lane where a equals b; kLanes if there is none.
+MADTP_INLINE int first_equal(vf a, vf b) {
+  const vi equal = a == b;
+#if defined(__AVX2__)
+  return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps((__m256)equal)) | 1u << kLanes);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    if (equal[i]) return i;
+  }
+  return kLanes;
+#endif
+}
 
 // 0 in the first n lanes.
 MADTP_INLINE vf zero_before(vf a, int64_t n) {

@@ -22,7 +22,7 @@ namespace madtp::cpu {
 namespace {
 
 constexpr int64_t kQueries = 96;      // of a work item
-constexpr int64_t kBlock = 48;        // queries in a product
+constexpr int64_t kBlock = 48;        // queries in a product, at most
 constexpr int64_t kCandidates = 192;  // in a product: whole panels of every instruction set
 constexpr int64_t kPackedRows = 64;   // candidates packed by a work item
 constexpr int64_t kPackedBytes = int64_t{2} << 20;  // packed at a time, for each thread: what its cache keeps
@@ -46,6 +46,7 @@ class Alike {
         factor_(factor_of(kernels_, type_)),
         width_(keys.size(1)),
         depth_(round_up(keys.size(1), layout_of(kernels_, factor_).depth)),
+        block_(kBlock / (2 * layout_of(kernels_, factor_).rows) * 2 * layout_of(kernels_, factor_).rows),
         row_bytes_(keys.size(1) * keys.element_size()),
         row_stride_(keys.stride(0) * keys.element_size()),
         scale_(offsets.total()) {
@@ -152,8 +153,8 @@ class Alike {
     const auto* const scales = reinterpret_cast<const float*>(item.packed + scales_offset(candidates));
     kernels_.load_rows(factor_, gather(scratch.rows, &lists.queries[item.first], item.last - item.first), scratch.left.at(), depth_);
     for (int64_t column = 0; column < candidates; column += kCandidates) {
-      for (int64_t q = item.first; q < item.last; q += kBlock) {
-        const int64_t rows = std::min(kBlock, item.last - q);
+      for (int64_t q = item.first; q < item.last; q += block_) {
+        const int64_t rows = std::min(block_, item.last - q);
         const int64_t end = seen == Seen::earlier ? std::min(candidates, q + rows - 1) : candidates;
         if (end <= column) continue;
         // Whole panels, as they were packed.
@@ -191,7 +192,9 @@ class Alike {
   const std::byte* data_;
   Type type_;
   Factor factor_;
-  int64_t width_, depth_, row_bytes_, row_stride_;
+  int64_t width_, depth_;
+  int64_t block_;  // queries in a product: whole pairs of the kernel's tiles
+  int64_t row_bytes_, row_stride_;
   std::vector<float> scale_;  // 1 / |k|, 0 for a key without a direction
 };
 
@@ -204,7 +207,11 @@ void find_novelty(const Tensor& keys, const Offsets& offsets, const float* rank,
     order.resize(offsets.length(b));
     std::iota(order.begin(), order.end(), offsets.start(b));
     if (rank != nullptr) {
-      std::stable_sort(order.begin(), order.end(), [rank](int64_t a, int64_t c) { return rank[a] > rank[c]; });
+      std::vector<std::pair<float, int64_t>> ranked;  // beside their rows, so that a comparison reads one place
+      ranked.reserve(order.size());
+      for (const int64_t row : order) ranked.emplace_back(rank[row], row);
+      std::stable_sort(ranked.begin(), ranked.end(), [](const auto& a, const auto& c) { return a.first > c.first; });
+      std::transform(ranked.begin(), ranked.end(), order.begin(), [](const auto& token) { return token.second; });
     }
     searches[b].candidates = order;
   });
@@ -270,7 +277,12 @@ std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order,
   std::vector<float> rank(offsets.total());
   for (int64_t row = 0; row < offsets.total(); ++row) rank[row] = may[row] ? orders[row] : -1.0f;
   find_novelty(keys, offsets, rank.data(), novelties, nearest.mutable_data_ptr<int32_t>());
-  const auto power = [](double base, double exponent) { return exponent == 1.0 ? base : std::pow(base, exponent); };
+  // A power takes as long as the cosines of a small sample; most sizes are 1, and the usual exponent is a quarter.
+  const auto power = [](double base, double exponent) {
+    if (exponent == 1.0 || base == 1.0) return base;
+    if (exponent == 0.25 && base > 0.0) return std::sqrt(std::sqrt(base));
+    return std::pow(base, exponent);
+  };
   for_each_item(offsets.samples, [&](int64_t b) {
     const int64_t start = offsets.start(b), end = start + offsets.length(b);
     double total = 0.0;
@@ -280,11 +292,13 @@ std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order,
       total += weights[row];
       ++number;
     }
-    const double mean = total / static_cast<double>(std::max<int64_t>(number, 1));
+    const double mean = total / static_cast<double>(number);
     for (int64_t row = start; row < end; ++row) {
-      double worth = power((may[row] ? weights[row] : 0.0) / mean, weight_exponent) * power(novelties[row], novelty_exponent);
+      score[row] = 0.0f;
+      if (!may[row]) continue;
+      double worth = power(weights[row] / mean, weight_exponent) * power(novelties[row], novelty_exponent);
       if (size != nullptr && size_exponent != 0.0) worth *= power(size[row], size_exponent);
-      score[row] = std::isnan(worth) ? 0.0f : static_cast<float>(std::min<double>(worth, std::numeric_limits<float>::max()));
+      if (!std::isnan(worth)) score[row] = static_cast<float>(std::min<double>(worth, std::numeric_limits<float>::max()));
     }
   });
   return {scores, result};
