@@ -6,18 +6,16 @@ and so are buffers without weights.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .base import stacked
+from .base import KeyMap
 
-__all__ = ["IGNORED", "TASKS", "from_ours", "parts_of", "task_of", "to_ours"]
-
-_log = logging.getLogger("madtp")
+__all__ = ["TASKS", "from_ours", "parts_of", "task_of", "to_ours"]
 
 # Task -> modules of its model, beside the dictionary.
 TASKS = {
@@ -28,23 +26,26 @@ TASKS = {
 }
 TWINS = {"nlvr"}  # whose text encoder looks at two images
 
-# Modules -> parts that are stacked along the first axis -> ours. The ViT's qkv is fused already.
-FUSED = (
-    (r"attention\.self", ("query", "key", "value"), "qkv"),
-    (r"crossattention\.self[01]?", ("key", "value"), "kv"),
+MAP = KeyMap(
+    # The ViT's qkv is fused already.
+    fused=(
+        (r"attention\.self", ("query", "key", "value"), "qkv"),
+        (r"crossattention\.self[01]?", ("key", "value"), "kv"),
+    ),
+    ignored={
+        r"embeddings\.position_ids$": "position numbers",
+        r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.": "momentum copies, for training",
+        r"^((image|text|idx)_queue|ptr_queue|queue_ptr)$": "queues of negatives, for training",
+    },
+    own=r"^$",
 )
+"""Official names of weights, and ours."""
+parts_of = MAP.parts_of  # the official names of the weights that one of ours is stacked of
 
 # The output layer of a decoder -> what it is tied to.
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-
-# Keys without a counterpart in our models -> what they are.
-IGNORED = {
-    r"embeddings\.position_ids$": "position numbers",
-    r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.": "momentum copies, for training",
-    r"^((image|text|idx)_queue|ptr_queue|queue_ptr)$": "queues of negatives, for training",
 }
 
 
@@ -77,30 +78,11 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
     Raises:
         ValueError: an output layer that differs from the embeddings that it is tied to.
     """
-    known = TASKS.get(task, set()) | {"space_dict"}
-    foreign = task is not None and _pretraining({key.split(".")[0] for key in state})
-    left_out = {}
-    for key in state:
-        reason = next((reason for pattern, reason in IGNORED.items() if re.search(pattern, key)), None)
-        if reason is None and foreign and key.split(".")[0] not in known:
-            reason = "parts of other tasks"
-        if reason is not None:
-            left_out.setdefault(reason, []).append(key)
-    for reason, keys in left_out.items():
-        _log.info("ignored as %s: %s", reason, ", ".join(keys))
-    dropped = {key for keys in left_out.values() for key in keys}
-    ours = {key: value for key, value in state.items() if key not in dropped}
-    if task in TWINS:
-        ours = _duplicate_cross_attention(ours)
-    for module, parts, fused in FUSED:
-        first = re.compile(rf"^(.*\.)?({module})\.{parts[0]}\.(weight|bias)$")
-        for key in [key for key in ours if first.match(key)]:
-            lead, kind = key.removesuffix(f".{parts[0]}.{key.rpartition('.')[2]}"), key.rpartition(".")[2]
-            sources = [f"{lead}.{part}.{kind}" for part in parts]
-            if all(source in ours for source in sources):
-                ours[f"{lead}.{fused}.{kind}"] = stacked(ours, sources)
-                for source in sources:
-                    del ours[source]
+    ignored = dict(MAP.ignored)
+    if task is not None and _pretraining({key.split(".")[0] for key in state}):
+        ignored[rf"^(?!({'|'.join(TASKS.get(task, ()))}|space_dict)(\.|$))"] = "parts of other tasks"
+    state = replace(MAP, ignored=ignored).drop(state)
+    ours = MAP.to_ours(_duplicate_cross_attention(state) if task in TWINS else state)
     for key in [key for key in ours if key.startswith("text_decoder.")]:
         prefix, name = key.split(".", 1)
         other = f"{prefix}.{TIED[name]}" if name in TIED else None
@@ -111,22 +93,9 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
     return ours
 
 
-def parts_of(key: str) -> list[str]:
-    """The official names of the weights that one of ours is stacked of; its own name where it is not."""
-    for module, parts, fused in FUSED:
-        lead, found, kind = key.rpartition(f".{fused}.")
-        if found and re.search(rf"(^|\.){module}$", lead):
-            return [f"{lead}.{part}.{kind}" for part in parts]
-    return [key]
-
-
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to MADTP's: the inverse of :func:`to_ours` but for what that leaves out. No two tensors share memory."""
-    official = {}
-    for key, value in state.items():
-        names = parts_of(key)
-        chunks = [value] if len(names) == 1 else [chunk.clone() for chunk in value.chunk(len(names))]
-        official.update(zip(names, chunks, strict=True))
+    official = MAP.from_ours(state)
     for name, other in TIED.items():
         if f"text_decoder.{other}" in official:
             official[f"text_decoder.{name}"] = official[f"text_decoder.{other}"].clone()
