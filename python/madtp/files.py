@@ -1,20 +1,20 @@
-"""Files read and written whole: what is no regular file is recognised, texts do not depend on the locale, outputs
-appear complete or not at all, and a lock keeps two runs apart."""
+"""Files read and written whole: what is no regular file is recognised, texts do not depend on the locale,
+and outputs appear complete or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import json
 import os
 import shutil
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["check_output", "is_regular", "locked", "open_regular", "read_bytes", "read_text", "replacing"]
+__all__ = ["check_output", "is_regular", "open_regular", "read_bytes", "read_text", "replacing", "sync", "write_json"]
 
 STANDARD = "-"
 """Name of standard input and output on a command line."""
@@ -122,17 +122,17 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
 
 
-@contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes out of a block that holds the same lock file. Raises BlockingIOError if one is in it."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BlockingIOError(error.errno, "in use by another process", str(path)) from error
-        yield
+def sync(folder: str | os.PathLike) -> None:
+    """Wait until the names of the files in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int = 2) -> None:
+    """Write a JSON file as :func:`replacing` does."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=indent) + "\n").encode())

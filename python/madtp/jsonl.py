@@ -9,7 +9,6 @@ What a row means is the caller's business.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import filecmp
 import hashlib
 import itertools
@@ -26,27 +25,30 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .files import is_regular, open_regular, read_bytes, replacing
+from .resume import ResumeError, lock, read_object, require_same
 
-__all__ = ["Log", "ResumeError", "Summary", "answered", "differences", "held", "numbered", "row_of", "run", "to_line"]
+__all__ = [
+    "Log",
+    "ResumeError",
+    "Summary",
+    "answered",
+    "held",
+    "numbered",
+    "require_new",
+    "row_of",
+    "run",
+    "split_fields",
+    "to_line",
+]
 
 _READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
 
+_REMEDY = "remove it, or give --overwrite"
 _DEEPEST = 100  # levels of a row's lists and objects; Python's reader and writer give up at different depths
 
 Rows = str | os.PathLike | Sequence[dict | bytes]
 """A JSON Lines file, a pipe or "-" for standard input, each line an object, blank lines passed over; or the objects, or
 the lines, themselves."""
-
-
-class ResumeError(ValueError):
-    """The output, or what there is of it, belongs to another run."""
-
-
-def differences(then: Mapping, now: Mapping) -> str:
-    """Where the settings of a run and those of the one before it disagree, such as "dtype: float32 then, bfloat16 now"; empty
-    if nowhere."""
-    changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
-    return "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed)
 
 
 @dataclass
@@ -104,15 +106,14 @@ def run(
     source = held(source)
     digest, total = _scan(source)
     partial = output.with_name(output.name + ".partial")
-    exists = f"{output} exists already; remove it, or give --overwrite"
-    if output.exists() and not overwrite and not partial.exists():
-        raise ResumeError(exists)
+    if not partial.exists():
+        require_new(output, overwrite)
     publish = publish or _publish
     with Log(partial, {"input": f"sha256 {digest[:16]}", **settings}, overwrite=overwrite) as log:
         summary, last_row = _resume(log, batch_size, total, source)
         if output.exists() and not overwrite:
             if summary.rows < total or not _is_published(_checked(log, source), publish, output):
-                raise ResumeError(exists)
+                require_new(output, overwrite)
             partial.unlink(missing_ok=True)  # the run was stopped after it had written the output
             return summary
         rows = ((n, row) for n, row in numbered(source) if n > last_row)
@@ -124,6 +125,12 @@ def run(
         publish(_checked(log, source), output)
         partial.unlink(missing_ok=True)
     return summary
+
+
+def require_new(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise ResumeError for a file that is there and must not be replaced."""
+    if not overwrite and os.path.exists(path):
+        raise ResumeError(f"{path} exists already; {_REMEDY}")
 
 
 def held(source: Rows) -> Rows:
@@ -243,29 +250,19 @@ class Log:
         path: of the file; made if it is not there.
         header: what the records are; a file that begins otherwise is refused.
         overwrite: drop what is there.
-        write: whether records are added; where not, the file has to be there, and others may read it too.
-        remedy: what the user can do about a file that is refused.
 
     Raises:
         ResumeError: another header, a file that is not of this kind, or one that another process writes.
         OSError: the file cannot be opened.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        header: dict,
-        *,
-        overwrite: bool = False,
-        write: bool = True,
-        remedy: str = "remove it, or give --overwrite",
-    ) -> None:
-        self.path, self.header, self.remedy, self._writes = Path(path), header, remedy, write
+    def __init__(self, path: str | os.PathLike, header: dict, *, overwrite: bool = False) -> None:
+        self.path, self.header = Path(path), header
         if not is_regular(path):
-            raise ResumeError(f"{path} is no regular file; {remedy}")
-        self._file = open(path, "a+b" if write else "rb")  # noqa: SIM115 (closed by `close`)
+            raise ResumeError(f"{path} is no regular file; {_REMEDY}")
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by `__exit__`)
         try:
-            self._lock()
+            lock(self._file, path)
             if overwrite:
                 self._file.truncate(0)
             self._begin()
@@ -279,25 +276,15 @@ class Log:
     def __exit__(self, *_) -> None:
         self._file.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, (fcntl.LOCK_EX if self._writes else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ResumeError(f"{self.path} is being written by another process") from error
-
     def _begin(self) -> None:
         self._file.seek(0)
         first, header = self._file.readline(), to_line(self.header)
         # New, or stopped within its first line.
-        if self._writes and not first.endswith(b"\n") and header.startswith(first):
+        if not first.endswith(b"\n") and header.startswith(first):
             self._file.truncate(0)
             self.append([self.header])
             first = header
-        record = _parse(first)
-        if record is None:
-            raise ResumeError(f"{self.path} was not written by a run like this one; {self.remedy}")
-        if changed := differences(record, self.header):
-            raise ResumeError(f"{self.path} is of another run ({changed}); {self.remedy}")
+        require_same(self.path, read_object(first), self.header, _REMEDY)
         self._start = len(first)
 
     def read(self) -> Iterator[tuple[dict, int]]:
@@ -305,7 +292,7 @@ class Log:
         self._file.seek(self._start)
         end = self._start
         for line in self._file:
-            record = _parse(line) if line.endswith(b"\n") else None
+            record = read_object(line) if line.endswith(b"\n") else None
             if record is None:
                 return
             end += len(line)
@@ -335,14 +322,6 @@ def _resume(log: Log, batch_size: int, total: int, source: Rows) -> tuple[Summar
     log.cut(end)
     summary.resumed = summary.rows
     return summary, last_row
-
-
-def _parse(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _prepared(
@@ -377,13 +356,18 @@ def _prepare(prepare, kept, defaults: dict, n: int, row: dict | bytes) -> tuple[
 def _kept(keep: Sequence[str], answers: Sequence[str] | None, row: dict) -> dict:
     """What a record has of its row."""
     kept = {key: row[key] for key in keep if key in row}
-    if answers is not None:
-        own = {"row", "error", "input", *answers}
-        others = {key: value for key, value in row.items() if key not in kept}
-        kept |= {key: value for key, value in others.items() if key not in own}
-        if hidden := {key: value for key, value in others.items() if key in own}:
-            kept["input"] = hidden
-    return kept
+    if answers is None:
+        return kept
+    shown, hidden = split_fields({key: value for key, value in row.items() if key not in kept}, answers)
+    return kept | shown | hidden
+
+
+def split_fields(fields: Mapping, answers: Iterable[str]) -> tuple[dict, dict]:
+    """Fields of a row that its record may have as they are, and the others, as an object "input": names that records have
+    themselves, among them those in ``answers``."""
+    own = {"row", "error", "input", *answers}
+    hidden = {key: value for key, value in fields.items() if key in own}
+    return {key: value for key, value in fields.items() if key not in own}, {"input": hidden} if hidden else {}
 
 
 def row_of(line: bytes) -> dict:

@@ -12,6 +12,7 @@ import madtp
 import madtp_kernels
 from madtp import files
 from madtp.processing import ImageError, load_image
+from madtp.resume import ResumeError, locked
 
 
 @pytest.fixture
@@ -99,10 +100,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_a_lock_keeps_others_out(tmp_path):
-    with files.locked(tmp_path / "lock"):
-        with pytest.raises(BlockingIOError, match="in use by another process"), files.locked(tmp_path / "lock"):
-            pass
-    with files.locked(tmp_path / "lock"):
+    with locked(tmp_path / "lock", "shard 3"):
+        with pytest.raises(ResumeError, match="shard 3 is being written by another process"):
+            locked(tmp_path / "lock", "shard 3").__enter__()
+    with locked(tmp_path / "lock", "shard 3"):
         pass
 
 

@@ -17,7 +17,7 @@ from fresh import COMMAND
 from safetensors.torch import load_file
 
 import madtp
-from madtp import cli, files
+from madtp import cli, resume
 from madtp.compress import train as training
 from madtp.compress.calibrate import read_pairs
 from madtp.compress.dictionary import dictionary_from_examples
@@ -426,9 +426,9 @@ def test_a_target_is_met_within_five_percent_of_it(gflops, reduction, met):
 
 
 def test_two_runs_do_not_share_an_output(data, whole, capsys):
-    with files.locked(whole / "run" / "lock"):
+    with resume.locked(whole / "run" / "lock", whole):
         assert cli.main(compress(data, "nlvr", whole, *EVERYTHING)) == 2
-    assert "in use by another process" in capsys.readouterr().err
+    assert "is being written by another process" in capsys.readouterr().err
 
 
 def test_options_that_say_nothing_are_refused(data, tmp_path, capsys):

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from .. import jsonl
-from ..files import locked
-from ..jsonl import ResumeError, differences
+from ..resume import ResumeError, locked, read_object, require_same
 from .readers import Row, Shard
 from .writers import Results, read_records
 
@@ -71,11 +70,12 @@ class Vectors:
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"{path}: there are no such embeddings")
-        found = _read_settings(path)
-        if settings is not None and found is None:
-            _log.warning("%s does not say which model made it; make sure that it is this one", path)
+        said = path / "run.json"
+        if settings is not None and said.exists():
+            found = read_object(said.read_bytes())
+            require_same(path, found and {key: found.get(key) for key in settings}, settings, "name another index")
         elif settings is not None:
-            _agree(path, found, settings)
+            _log.warning("%s does not say which model made it; make sure that it is this one", path)
         if path.is_dir():
             return cls._of_folder(path)
         return cls(*_of_file(path))
@@ -263,13 +263,10 @@ class ImageIndex:
             raise ResumeError(f"{reason}; remove it, or name another index") from error
         self._stack = contextlib.ExitStack()
         self._known: dict[str, tuple[list[int], int]] = {}
-        self._stored: set[str] = set()
 
     def __enter__(self) -> ImageIndex:
-        try:
-            self._stack.enter_context(locked(self._results.folder / ".unfinished" / "index.lock"))
-        except BlockingIOError as error:
-            raise ResumeError(f"{self._results.folder} is being written by another process") from error
+        folder = self._results.folder
+        self._stack.enter_context(locked(folder / ".unfinished" / "index.lock", folder))
         self._read()
         return self
 
@@ -376,18 +373,6 @@ def _state(path: str | os.PathLike) -> list[int]:
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def _read_settings(path: Path) -> dict | None:
-    if not path.is_dir() or not (path / "run.json").exists():
-        return None
-    return json.loads((path / "run.json").read_bytes())
-
-
-def _agree(path: Path, found: Mapping, settings: Mapping) -> None:
-    now = json.loads(json.dumps(settings))
-    if changed := differences({key: found.get(key) for key in now}, now):
-        raise ResumeError(f"{path} is of another run ({changed}); name another index")
 
 
 def _shards(folder: Path) -> Iterator[tuple[np.ndarray, list[dict]]]:

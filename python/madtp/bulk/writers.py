@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ..files import replacing
-from ..jsonl import ResumeError, differences, to_line
+from ..files import replacing, sync
+from ..jsonl import to_line
+from ..resume import ResumeError, locked, read_object, require_same
 from .readers import Row, Shard
 from .workers import Failure
 
@@ -53,7 +52,6 @@ class Results:
         name: of the files with records ("captions").
         format: of records, and of what is known about vectors.
         dtype: of vectors, "float32" or "float16".
-        versions: of software; only a change is noticed.
 
     Raises:
         ResumeError: a folder of another run, or with other files.
@@ -96,14 +94,9 @@ class Results:
             with contextlib.suppress(FileExistsError):  # another process of the same run was faster
                 os.link(draft, path)
             draft.unlink()
-        try:
-            found = json.loads(path.read_bytes())
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ResumeError(f"{path} was not written by a run like this one; name another folder")
-        if changed := differences(found, json.loads(json.dumps(self.settings))):
-            raise ResumeError(f"{self.folder} is of another run ({changed}); name another folder, or give --overwrite")
+        require_same(
+            self.folder, read_object(path.read_bytes()), self.settings, "name another folder, or give --overwrite"
+        )
 
     @staticmethod
     def clear(folder: str | os.PathLike) -> None:
@@ -158,18 +151,7 @@ class Results:
     def locked(self, shard: Shard) -> Iterator[None]:
         """Keep other processes away from a shard. Raises ResumeError if one has it for longer than a while."""
         path = self._lock(shard)
-        until = time.monotonic() + _PATIENCE
-        with open(path, "ab") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if time.monotonic() > until:
-                        raise ResumeError(
-                            f"{self.folder}: shard {shard.number} is being written by another process"
-                        ) from error
-                    time.sleep(0.1)
+        with locked(path, f"{self.folder}: shard {shard.number}", _PATIENCE):
             yield
             path.unlink(missing_ok=True)
 
@@ -317,7 +299,7 @@ class ShardFiles:
         for name in files:
             os.replace(self._draft(Path(name).suffix[1:] if name != errors else "errors"), results.folder / name)
         for folder in {(results.folder / name).parent for name in files}:
-            _sync(folder)
+            sync(folder)
         marker = {
             "shard": self._shard.number,
             "source": self._shard.name,
@@ -333,11 +315,8 @@ class ShardFiles:
 
 def _read_marker(path: Path) -> dict:
     """What says that a shard is done. Raises ResumeError where it is damaged."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"source", "digest", "failed", "files"} <= found.keys():
+    found = read_object(path.read_bytes())
+    if found is None or not {"source", "digest", "failed", "files"} <= found.keys():
         raise ResumeError(f"{path} is damaged; remove it, and its shard is made again")
     return found
 
@@ -347,12 +326,6 @@ def _written(file, path: Path) -> int:
     file.flush()
     os.fsync(file.fileno())
     return path.stat().st_size
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def require_pyarrow() -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from ..options import UsageError, option
 from ..tasks import ImageInputs, Prepared, Task
 from .batch import UNFINISHED, Overlays, check_output, row_seed, run_rows, settings_of, shortened, source_of, truncation
-from .bulk import RESUMED, BulkOptions, is_bulk, run_bulk
+from .bulk import RESUMED, BulkOptions, BulkRun, is_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, grouping, load_model
 
 
@@ -91,21 +91,19 @@ class Answer(Command):
             raise UsageError("give either images or --input")
         seed = arguments.pop("seed", None)
         used = arguments if seed is None else {**arguments, "seed": seed}
-        return run_bulk(
-            self,
-            lambda model: ImageTask(
+        return BulkRun(
+            options=self,
+            make=lambda model: ImageTask(
                 model, text=self.text_key, defaults=self.defaults(), arguments=arguments, seed=seed or 0
             ),
-            [self.task.name],
+            tasks=[self.task.name],
             sources=self.images or list(filter(None, [self.input])),
             name=f"{self.task.Answer.columns[0]}s",
             answers=self.task.Answer.columns,
             tokens=next(iter(self.task.streams_of_records.values()))[1],
             unit=f"{self.task.unit}s",
-            text_key=self.text_key,
-            **self.defaults(),
-            **used,
-        )
+            settings={"text_key": self.text_key, **self.defaults(), **used},
+        ).run()
 
 
 def command_of(task: type[Task]) -> type[Command]:

@@ -66,6 +66,7 @@ def truncation(model, text: str) -> dict:
 def check_output(args: argparse.Namespace, source: str | Sequence = ()) -> None:
     """Find out before the model is loaded what would keep records from being written."""
     from .. import files
+    from ..jsonl import require_new
 
     if args.output == files.STANDARD:
         args.output = None
@@ -74,8 +75,8 @@ def check_output(args: argparse.Namespace, source: str | Sequence = ()) -> None:
             raise ValueError("standard output is closed; give --output")
     elif not _is_stream(args.output):
         files.check_output(args.output, option="--output")
-        if not args.overwrite and os.path.exists(args.output) and not os.path.exists(args.output + ".partial"):
-            raise ValueError(f"{args.output} exists already; remove it, or give --overwrite")
+        if not os.path.exists(args.output + ".partial"):
+            require_new(args.output, args.overwrite)
         refuse_inputs(args, args.output, source)
 
 

@@ -11,11 +11,13 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from ..bulk.readers import SHARD_SIZE
+from ..jsonl import split_fields
 from ..options import UsageError, option, positive
 from .batch import COMMON, TokenMeter, settings_of, shortened, truncation
 from .options import load_model, only_with
@@ -83,147 +85,185 @@ def is_bulk(options) -> bool:
     return folder
 
 
-def run_bulk(
-    options,
-    make: Callable,
-    tasks: Sequence[str],
-    *,
-    sources: Sequence[str],
-    images: bool = True,
-    words: bool = True,
-    name: str = "records",
-    vectors: str | None = None,
-    answers: Sequence[str] = (),
-    tokens: Sequence[str] = (),
-    unit: str = "images",
-    **settings,
-) -> int:
-    """Answer the rows of all sources; returns the exit code.
+@dataclass(kw_only=True)
+class BulkRun:
+    """A command's answers to the rows of all sources, in a folder.
 
     Args:
+        options: of the command.
         make: a callable of :mod:`madtp.bulk.callables` for the model.
         tasks, words: as for :func:`madtp.cli.options.load_model`.
         sources: as :class:`madtp.bulk.readers.Source` takes them.
         images: whether rows are about images; where not, about texts.
         name, vectors: as for :class:`madtp.bulk.writers.Results`.
         answers, tokens: fields of a result; those with token counts.
+        unit: what rows are called.
         settings: what determines the results, besides the model.
     """
-    from ..bulk.readers import Source
-    from ..bulk.run import Part, run
-    from ..bulk.workers import default_workers
-    from ..bulk.writers import Results, require_pyarrow
 
-    if not sources:
-        raise UsageError("give images, tars, tables or --input")
-    if options.workers is not None and options.workers < 0:
-        raise UsageError(f"--workers: expected at least 0, got {options.workers}")
-    child = _Child(*json.loads(os.environ["MADTP_BULK"])) if "MADTP_BULK" in os.environ else None
-    if child:
-        _end_with_parent()
-    format = options.format or ("parquet" if vectors else "jsonl")
-    if format == "parquet":
-        require_pyarrow()
-    source = Source(sources, image_key=options.image_key, shard_size=options.shard_size or SHARD_SIZE, images=images)
-    part, place, says = Part(), 0, None
-    if child:
-        part, place = Part.parse(child.part), child.place
-    elif options.shard:
-        part = Part.parse(options.shard)
-    else:
-        part, place, says = Part.from_environment()
-    if options.overwrite and not child:
-        if part.count > 1:
-            raise ValueError("--overwrite: other processes may be writing to the folder; remove it instead")
-        Results.clear(options.output)
-    devices = _devices(options.devices)
-    if devices and not child:
-        if source.standard_input:
-            raise ValueError("--devices: standard input can be read by one process only")
-        return _run_children(options, devices, part, source.total, unit, tokens)
-    options.device = devices[place % len(devices)] if devices else _own_device(options.device, place)
-    processes = child.processes if child else 1
-    if processes > 1 and not options.threads and options.device == "cpu":
-        options.threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    options: Any
+    make: Callable
+    tasks: Sequence[str]
+    sources: Sequence[str]
+    images: bool = True
+    words: bool = True
+    name: str = "records"
+    vectors: str | None = None
+    answers: Sequence[str] = ()
+    tokens: Sequence[str] = ()
+    unit: str = "images"
+    settings: dict = dataclasses.field(default_factory=dict)
 
-    model = load_model(options, tasks, words=words)
-    answering = make(model)
-    prepare = answering.prepare()
-    facts = settings_of(options, model, texts=words, **settings)
-    facts["device"] = options.device.split(":")[0]
-    facts |= {"image_key": options.image_key, "shard_size": source.shard_size}
-    if options.grouping == "batch":
-        facts |= {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
-    dtype = (options.npy_dtype or "float32") if vectors else "float32"
-    results = Results(options.output, facts, vectors=vectors, name=name, format=format, dtype=dtype)
-    if says and not options.quiet:
-        print(f"madtp: process {part.index} of {part.count}, by {says}", file=sys.stderr)
+    def run(self) -> int:
+        """Do the part of this process; returns the exit code."""
+        from ..bulk.readers import Source
+        from ..bulk.run import Part
+        from ..bulk.writers import Results, require_pyarrow
 
-    reserved = {"row", "error", "input", "embedding", *COMMON, *answers, *tokens}
-    first = "image_path" if vectors else "image"
+        options = self.options
+        if not self.sources:
+            raise UsageError("give images, tars, tables or --input")
+        if options.workers is not None and options.workers < 0:
+            raise UsageError(f"--workers: expected at least 0, got {options.workers}")
+        child = _Child(*json.loads(os.environ["MADTP_BULK"])) if "MADTP_BULK" in os.environ else None
+        if child:
+            _end_with_parent()
+        options.format = options.format or ("parquet" if self.vectors else "jsonl")
+        if options.format == "parquet":
+            require_pyarrow()
+        size = options.shard_size or SHARD_SIZE
+        source = Source(self.sources, image_key=options.image_key, shard_size=size, images=self.images)
+        if child:
+            return self._answer(source, Part.parse(child.part), child.place, child)
+        part, place, says = (Part.parse(options.shard), 0, None) if options.shard else Part.from_environment()
+        if options.overwrite:
+            if part.count > 1:
+                raise ValueError("--overwrite: other processes may be writing to the folder; remove it instead")
+            Results.clear(options.output)
+        if options.devices is not None:
+            if source.standard_input:
+                raise ValueError("--devices: standard input can be read by one process only")
+            return self._in_children(part, source.total)
+        if says and not options.quiet:
+            print(f"madtp: process {part.index} of {part.count}, by {says}", file=sys.stderr)
+        return self._answer(source, part, place)
 
-    def record(row) -> dict:
-        fields = {first: row.key} if images else {}
-        hidden = {}
-        for key, value in row.fields.items():
-            (hidden if key in reserved or key in fields else fields)[key] = value
+    def _answer(self, source, part, place: int, child: _Child | None = None) -> int:
+        """Answer the rows of a part in this process, number ``place`` of its machine."""
+        from ..bulk.run import run
+        from ..bulk.workers import default_workers
+
+        options, processes = self.options, child.processes if child else 1
+        devices = _devices(options.devices)
+        options.device = devices[place % len(devices)] if devices else _own_device(options.device, place)
+        if processes > 1 and not options.threads and options.device == "cpu":
+            options.threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        model = load_model(options, self.tasks, words=self.words)
+        answering = self.make(model)
+        prepare = answering.prepare()
+        progress = _Pipe(child.progress) if child else _Bar(self.unit, self.tokens, hidden=options.quiet)
+        workers = default_workers(options.device, processes) if options.workers is None else options.workers
+        try:
+            with contextlib.closing(progress):
+                summary = run(
+                    source,
+                    self._results(model, source),
+                    prepare,
+                    lambda instances: [shortened(found) for found in answering.answer(instances)],
+                    partial(self._record, model, prepare),
+                    part=part,
+                    workers=workers,
+                    batch_size=options.batch_size,
+                    batch_tokens=options.batch_tokens,
+                    tokens=answering.tokens,
+                    retry_failed=options.retry_failed is True,
+                    progress=progress,
+                )
+                if child:
+                    progress.summary(summary)
+        except KeyboardInterrupt:
+            if not child:
+                _say_interrupted()
+            return 130
+        if child:
+            return 1 if summary.failures else 0
+        return self._report(summary, part)
+
+    def _results(self, model, source):
+        """Where results go, with all that they depend on."""
+        from ..bulk.writers import Results
+
+        options = self.options
+        facts = settings_of(options, model, texts=self.words, **self.settings)
+        facts["device"] = options.device.split(":")[0]
+        facts |= {"image_key": options.image_key, "shard_size": source.shard_size}
+        if options.grouping == "batch":
+            facts |= {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
+        dtype = (options.npy_dtype or "float32") if self.vectors else "float32"
+        return Results(options.output, facts, vectors=self.vectors, name=self.name, format=options.format, dtype=dtype)
+
+    def _record(self, model, prepare, row) -> dict:
+        """What the record of a row has besides its result."""
+        first = "image_path" if self.vectors else "image"
+        own = {"embedding", *COMMON, *self.answers, *self.tokens}
+        fields, hidden = split_fields(row.fields, own | {first} if self.images else own)
+        fields = ({first: row.key} if self.images else {}) | fields
         with contextlib.suppress(ValueError):  # a row without a text has an error of its own
             text = prepare.text_of(row)
             if text is not None:
                 if not any(key in row.fields for key in prepare.texts):  # it is the default
                     fields[prepare.texts[0]] = text
                 fields |= truncation(model, text)
-        return fields | ({"input": hidden} if hidden else {})
+        return fields | hidden
 
-    progress = _Pipe(child.progress) if child else _Bar(unit, tokens, hidden=options.quiet)
-    workers = default_workers(options.device, processes) if options.workers is None else options.workers
-    try:
-        with contextlib.closing(progress):
-            summary = run(
-                source,
-                results,
-                prepare,
-                lambda instances: [shortened(found) for found in answering.answer(instances)],
-                record,
-                part=part,
-                workers=workers,
-                batch_size=options.batch_size,
-                batch_tokens=options.batch_tokens,
-                tokens=answering.tokens,
-                retry_failed=options.retry_failed is True,
-                progress=progress,
-            )
-            if child:
-                progress.summary(summary)
-    except KeyboardInterrupt:
-        if not child:
+    def _report(self, summary, part) -> int:
+        """Say what a run did, and what failed; the exit code."""
+        options = self.options
+        if not summary.shards and not summary.before:
+            if part.count > 1:
+                return 0  # there are fewer shards than processes
+            raise ValueError("there are no rows in any of the sources")
+        if not options.quiet:
+            before = f", {summary.before} shards were done before" if summary.before else ""
+            print(f"{summary.rows} {self.unit} in {summary.shards} shards of {options.output}{before}")
+        if not summary.failures:
+            return 0
+        errors = os.path.join(options.output, "errors")
+        print(f"madtp: {summary.failures} rows have no result (see {errors}):", file=sys.stderr)
+        for shard, key, reason in summary.failed:
+            print(f"  {shard}: {key}: {reason}", file=sys.stderr)
+        if summary.failures > len(summary.failed):
+            print(f"  and {summary.failures - len(summary.failed)} more", file=sys.stderr)
+        return 1
+
+    def _in_children(self, part, total: int | None) -> int:
+        """Start a process for each device, show what they do together, and report; the exit code."""
+        from ..bulk.run import Summary
+
+        summary, processes = Summary(), _Processes(self.options.argv)
+        mine = None if total is None else len(range(part.index, total, part.count))
+        try:
+            with contextlib.closing(_Bar(self.unit, self.tokens, hidden=self.options.quiet)) as bar:
+                count = len(_devices(self.options.devices))
+                for place in range(count):
+                    processes.start(f"{part.index * count + place}/{part.count * count}", place, count)
+                shards = 0
+                for message in processes.messages():
+                    if "rows" in message:
+                        bar.rows(message["rows"], message["answers"])
+                    elif "shard" in message:
+                        shards += 1
+                        bar.shards(shards, mine)
+                    else:
+                        _add(summary, message["summary"])
+            bad = processes.failure()
+        except KeyboardInterrupt:
+            bad = 130
+        finally:
+            processes.stop()
+        if bad == 130:
             _say_interrupted()
-        return 130
-    if child:
-        return 1 if summary.failures else 0
-    return _report(options, summary, part, unit)
-
-
-def _report(options, summary, part, unit: str) -> int:
-    """What a run did, and what failed; the exit code."""
-    if not summary.shards and not summary.before:
-        if part.count > 1:
-            return 0  # there are fewer shards than processes
-        raise ValueError("there are no rows in any of the sources")
-    if not options.quiet:
-        before = f", {summary.before} shards were done before" if summary.before else ""
-        print(f"{summary.rows} {unit} in {summary.shards} shards of {options.output}{before}")
-    if not summary.failures:
-        return 0
-    print(
-        f"madtp: {summary.failures} rows have no result (see {os.path.join(options.output, 'errors')}):",
-        file=sys.stderr,
-    )
-    for shard, key, reason in summary.failed:
-        print(f"  {shard}: {key}: {reason}", file=sys.stderr)
-    if summary.failures > len(summary.failed):
-        print(f"  and {summary.failures - len(summary.failed)} more", file=sys.stderr)
-    return 1
+        return self._report(summary, part) if bad is None else 2 if bad < 0 else bad
 
 
 def _say_interrupted() -> None:
@@ -243,7 +283,6 @@ class _Bar:
 
         self._meter = TokenMeter(tokens)
         self._bar = tqdm(unit=f" {unit}", disable=True if hidden else None)
-        self._done = 0
 
     def rows(self, count: int, answers: list[dict]) -> None:
         self._meter.seen(answers)
@@ -311,60 +350,54 @@ def _own_device(device: str, place: int) -> str:
     return f"cuda:{place % count}" if count > 1 else device
 
 
-def _run_children(options, devices: list[str], part, total: int | None, unit: str, tokens: Sequence[str]) -> int:
-    """Start a process for each device, show what they do together, and report; the exit code."""
-    from ..bulk.run import Summary
+class _Processes:
+    """The processes that a command starts to do a part of it each.
 
-    children: list[subprocess.Popen] = []
-    selector, summary, shards = selectors.DefaultSelector(), Summary(), 0
-    mine = None if total is None else len(range(part.index, total, part.count))
-    command = [sys.executable, "-m", "madtp", *(word for word in options.argv if word != "--overwrite")]
-    try:
-        with contextlib.closing(_Bar(unit, tokens, hidden=options.quiet)) as bar:
-            for place in range(len(devices)):
-                reader, writer = os.pipe()
-                share = f"{part.index * len(devices) + place}/{part.count * len(devices)}"
-                told = json.dumps(_Child(share, place, len(devices), writer))
-                # In a session of its own: Ctrl-C reaches it through this process, once.
-                children.append(
-                    subprocess.Popen(
-                        command, env={**os.environ, "MADTP_BULK": told}, pass_fds=[writer], start_new_session=True,
-                        stdin=subprocess.DEVNULL,
-                    )
-                )  # fmt: skip
-                os.close(writer)
-                selector.register(os.fdopen(reader, encoding="utf-8"), selectors.EVENT_READ)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    line = key.fileobj.readline()
-                    if not line.endswith("\n"):
-                        selector.unregister(key.fileobj)
-                        key.fileobj.close()
-                        continue
-                    message = json.loads(line)
-                    if "rows" in message:
-                        bar.rows(message["rows"], message["answers"])
-                    elif "shard" in message:
-                        shards += 1
-                        bar.shards(shards, mine)
-                    else:
-                        _add(summary, message["summary"])
-                if any(child.poll() not in (None, 0, 1) for child in children):
-                    break
-            ended = not selector.get_map()
-            codes = [child.wait() if ended else child.poll() for child in children]
-        bad = next((code for code in codes if code not in (None, 0, 1)), None)
-        if bad == 130:
-            _say_interrupted()
-        return _report(options, summary, part, unit) if bad is None else 2 if bad < 0 else bad
-    except KeyboardInterrupt:
-        _say_interrupted()
-        return 130
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGINT)
-        for child in children:
+    Args:
+        argv: the command line.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self._command = [sys.executable, "-m", "madtp", *(word for word in argv if word != "--overwrite")]
+        self._children: list[subprocess.Popen] = []
+        self._selector = selectors.DefaultSelector()
+
+    def start(self, part: str, place: int, count: int) -> None:
+        """Start number ``place`` of ``count``."""
+        reader, writer = os.pipe()
+        environment = {**os.environ, "MADTP_BULK": json.dumps(_Child(part, place, count, writer))}
+        # In a session of its own: Ctrl-C reaches it through this process, once.
+        self._children.append(
+            subprocess.Popen(
+                self._command, env=environment, pass_fds=[writer], start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        )
+        os.close(writer)
+        self._selector.register(os.fdopen(reader, encoding="utf-8"), selectors.EVENT_READ)
+
+    def messages(self) -> Iterator[dict]:
+        """What the processes tell, until all have ended, or one has failed."""
+        while self._selector.get_map() and not any(child.poll() not in (None, 0, 1) for child in self._children):
+            for key, _ in self._selector.select():
+                line = key.fileobj.readline()
+                if line.endswith("\n"):
+                    yield json.loads(line)
+                else:
+                    self._selector.unregister(key.fileobj)
+                    key.fileobj.close()
+
+    def failure(self) -> int | None:
+        """The exit code of one that failed; None if none did."""
+        ended = not self._selector.get_map()
+        codes = [child.wait() if ended else child.poll() for child in self._children]
+        return next((code for code in codes if code not in (None, 0, 1)), None)
+
+    def stop(self) -> None:
+        """Interrupt those that still run."""
+        running = [child for child in self._children if child.poll() is None]
+        for child in running:
+            child.send_signal(signal.SIGINT)
+        for child in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(30)
             if child.poll() is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
@@ -129,7 +128,7 @@ class Calibrate(Command, TrainingOptions):
         import madtp
 
         from ..compress.calibrate import calibrate_rule, read_pairs
-        from ..files import replacing
+        from ..files import write_json
         from ..pruning import METHODS
 
         model = load_source(self, self.task, self.device)
@@ -143,9 +142,8 @@ class Calibrate(Command, TrainingOptions):
         )  # fmt: skip
         model.pruning = found.rule
         madtp.save_pretrained(model, self.output)
-        with replacing(Path(self.output) / "calibration.json") as file:
-            record = {"model": self.model, "pairs": self.pairs, **found.to_dict()}
-            file.write((json.dumps(record, indent=2) + "\n").encode())
+        record = {"model": self.model, "pairs": self.pairs, **found.to_dict()}
+        write_json(Path(self.output) / "calibration.json", record)
         print(f"{self.method}, schedule {found.schedule}: {found.gflops:.4g} GFLOPs of {found.dense_gflops:.4g}")
         print(
             f"saved on {found.inputs} inputs: {found.saving:.1%} (expected on others: within {found.uncertainty:.1%})"

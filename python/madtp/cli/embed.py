@@ -20,7 +20,7 @@ from .batch import (
     source_of,
     truncation,
 )
-from .bulk import MANY, RESUMED, BulkOptions, is_bulk, run_bulk
+from .bulk import MANY, RESUMED, BulkOptions, BulkRun, is_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
 
 TASKS = ("retrieval", "clip")
@@ -72,6 +72,7 @@ def _few(args: Embed) -> int:
     from ..files import check_output as check_file
     from ..index import to_text
     from ..inputs import read_texts
+    from ..jsonl import require_new
     from ..predict import embed_images, embed_texts
 
     if Path(args.output).suffix not in _WRITERS:
@@ -87,8 +88,8 @@ def _few(args: Embed) -> int:
         check_file(path, option="--output")
     check_output(args, source)
     names = f"{args.output}.jsonl"
-    if Path(names).exists() and not args.overwrite and not Path(f"{args.output}.partial").exists():
-        raise ValueError(f"{names} exists already; remove it, or give --overwrite")
+    if not Path(f"{args.output}.partial").exists():
+        require_new(names, args.overwrite)
     overlays = Overlays(args, source)
     model = load_model(args, TASKS, words=bool(args.texts))
     kind = "text" if args.texts else "image"
@@ -140,10 +141,10 @@ def _many(args: Embed) -> int:
     texts = bool(args.texts or args.text_key)
     text = (args.text_key or "text") if texts else None
     kind = "text" if texts else "image"
-    return run_bulk(
-        args,
-        lambda model: Embedder(model, text=text),
-        TASKS,
+    return BulkRun(
+        options=args,
+        make=lambda model: Embedder(model, text=text),
+        tasks=TASKS,
         sources=args.images or list(filter(None, [args.input, args.texts])),
         images=not texts,
         words=texts,
@@ -151,9 +152,8 @@ def _many(args: Embed) -> int:
         answers=["index"],
         tokens=[f"{kind}_tokens"],
         unit=f"{kind}s",
-        kind=kind,
-        text_key=text,
-    )
+        settings={"kind": kind, "text_key": text},
+    ).run()
 
 
 def _publish(records: Iterator[dict], output: Path) -> None:

@@ -151,6 +151,7 @@ class Evaluate(Command):
         loaded.
         """
         from ..files import check_output, open_regular
+        from ..jsonl import require_new
 
         for path in (self.annotations, self.vqa_annotations):
             if path:
@@ -166,8 +167,8 @@ class Evaluate(Command):
                 continue
             check_output(path, option=f"--{name}")
             refuse_inputs(self, path)
-            if Path(path).exists() and not self.overwrite and not (parts and parts.exists()):
-                raise ValueError(f"{path} exists already; remove it, or give --overwrite")
+            if not (parts and parts.exists()):
+                require_new(path, self.overwrite)
         if self.plots:
             from ..report.plots import require_matplotlib
 

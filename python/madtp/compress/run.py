@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import replacing
-from ..jsonl import differences
+from ..files import replacing, write_json
+from ..resume import require_same
 
 __all__ = ["Run"]
 
@@ -39,7 +39,7 @@ class Run:
         step: steps that were done, the sampler's position.
 
     Raises:
-        ValueError: the directory holds a run with other settings.
+        ResumeError: the directory holds a run with other settings.
     """
 
     def __init__(
@@ -65,10 +65,8 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
-        found = {**self.defaults, **json.loads(state["settings"])}
-        wanted = {**self.defaults, **json.loads(json.dumps(self.settings))}
-        if changed := differences(found, wanted):
-            raise ValueError(f"{self.directory}: holds another run ({changed}); remove it, or name another directory")
+        found, wanted = {**self.defaults, **json.loads(state["settings"])}, {**self.defaults, **self.settings}
+        require_same(self.directory, found, wanted, "remove it, or name another directory")
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         torch.set_rng_state(state["random"])
@@ -79,8 +77,7 @@ class Run:
 
     def _cut_log(self) -> None:
         """Drop what was logged after the checkpoint: those steps are done again. Say under which settings they are."""
-        with replacing(self.directory / SETTINGS) as file:
-            file.write((json.dumps(self.settings, indent=1) + "\n").encode())
+        write_json(self.directory / SETTINGS, self.settings, indent=1)
         path = self.directory / METRICS
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         kept = []

@@ -7,7 +7,6 @@ the run, so that a run that was killed goes on exactly, and processes differ in 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -22,10 +21,11 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..files import locked, replacing
+from ..files import replacing, write_json
 from ..model import Model
 from ..processes import from_first, mean_over_processes, processes, rank, wait
 from ..pruning import MADTP, METHODS, Pruning
+from ..resume import locked
 from ..search import find_strength
 from ..tasks import Task
 from ..weights import save_pretrained
@@ -69,11 +69,11 @@ def train(
     Raises:
         ValueError: settings or data that do not fit.
         FloatingPointError: the loss is not a finite number.
-        BlockingIOError: another process trains to the same output.
+        ResumeError: another process trains to the same output.
     """
     directory = Path(output) / "run"
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / "lock") if rank() == 0 else contextlib.nullcontext():
+    with locked(directory / "lock", output) if rank() == 0 else contextlib.nullcontext():
         trainer = Trainer(model, task, examples, dev, settings, output, **options)
         if (result := trainer.prepare()) is not None:
             return result
@@ -375,8 +375,7 @@ class Trainer:
             model.pruning = rule
         if rank() == 0:
             save_pretrained(model.half() if settings.save_as == "float16" else model, self.output)
-            with replacing(self.output / "result.json") as file:
-                file.write((json.dumps(result, indent=2) + "\n").encode())
+            write_json(self.output / "result.json", result)
         model.float()
         self._log(result=result)
         self.board.close()

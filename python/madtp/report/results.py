@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import madtp_kernels
 
 from ..evaluate.run import TIMING
-from ..files import replacing
+from ..files import replacing, write_json
 from ..jsonl import to_line
 from ..tasks import Task
 from .plots import name_of, quality_plot, save_png, strength_of, tokens_plot
@@ -41,8 +40,7 @@ def write(command, task: Task, settings: dict, results: list[dict], records: dic
             "timing": TIMING,
             "results": results,
         }
-        with replacing(command.output) as file:
-            file.write((json.dumps(document, indent=1) + "\n").encode())
+        write_json(command.output, document, indent=1)
         written.append(f"figures: {command.output}")
     if command.plots:
         written += _plot(Path(command.plots), task, results)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
 
 import safetensors.torch
 
-from ..files import replacing
+from ..files import replacing, write_json
 from ..model import Model
 from .files import CONFIG, PREPROCESSOR, TOKENIZER, WEIGHTS
 
@@ -25,11 +24,9 @@ def save_pretrained(model: Model, directory: str | os.PathLike) -> None:
     with replacing(directory / WEIGHTS) as file:
         file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
     settings = {**model.config.to_dict(), "pruning": model.pruning.to_dict()}
-    with replacing(directory / CONFIG) as file:
-        file.write((json.dumps(settings, indent=2) + "\n").encode())
+    write_json(directory / CONFIG, settings)
     if model.processor is not None and model.processor.transform is not None:
-        with replacing(directory / PREPROCESSOR) as file:
-            file.write((json.dumps(model.processor.transform.settings(), indent=2) + "\n").encode())
+        write_json(directory / PREPROCESSOR, model.processor.transform.settings())
     if model.config.text is None:
         return
     try:

@@ -6,7 +6,6 @@ and so are buffers without weights.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
