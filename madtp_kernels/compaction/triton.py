@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, block, cdiv, prepared
+from ..triton_utils import EPS, Launch, block, cdiv, prepared, rows_before
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
-SAMPLES = 512  # samples whose rows are added up at once
 
 
 @triton.jit
@@ -235,7 +234,7 @@ def _merge_rows(
 def _compact_kernel(
     x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
     norm_weight, norm_bias, cu_seqlens, x_token, batch, slots, merged_id, eps, WIDTH,
-    CHUNK: tl.constexpr, COPY_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SAMPLES: tl.constexpr,
+    CHUNK: tl.constexpr, COPY_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The first programs write the offset and the merged row of a sample each, the others move the survivors of a run of
     CHUNK rows: ``slots`` of them per sample.
@@ -248,10 +247,7 @@ def _compact_kernel(
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
     if (first >= length) & (merges == 0):
         return
-    before = 0
-    for start in range(0, i_b, SAMPLES):
-        o_b = start + tl.arange(0, SAMPLES)
-        before += tl.sum(tl.load(rows_out + o_b, mask=o_b < i_b, other=0), 0)
+    before = rows_before(rows_out, i_b)
     begin_out = before.to(tl.int64)
     if merges:
         rows = tl.load(rows_out + i_b)
@@ -359,7 +355,7 @@ def compact(
     move = Launch(
         _compact_kernel, batch + batch * slots,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
-        SAMPLES=SAMPLES, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
 
     def run(

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, block, prepared
+from ..triton_utils import EPS, Launch, block, prepared, rows_before
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # tokens per step where rows are not read
-SAMPLES = 512  # samples whose rows are added up at once
 CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
 
 
@@ -118,7 +117,7 @@ def _add_token(acc, total, total_size, x, weights, sizes, token, x_row, o_d, m_d
 def _merge_kernel(
     x, weights, sizes, into, places, members, dropped, drops, rows_out, values, cu_out, sizes_out, rows, source, carry,
     carried, cu_seqlens, x_row, slots, WIDTH, CARRY_WIDTHS: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
-    APPEND: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
+    APPEND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``slots`` programs per sample: the first writes the offset and the appended row, each other one the row of a token that
     is kept. `carry` and `carried` are tuples of contiguous rows of CARRY_WIDTHS elements.
@@ -129,10 +128,7 @@ def _merge_kernel(
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
     if slot > length:
         return
-    before = 0
-    for start in range(0, i_b, SAMPLES):
-        o_b = start + tl.arange(0, SAMPLES)
-        before += tl.sum(tl.load(rows_out + o_b, mask=o_b < i_b, other=0), 0)
+    before = rows_before(rows_out, i_b)
     begin_out = before.to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < WIDTH
@@ -236,7 +232,7 @@ def merge_tokens(
     merge = Launch(
         _merge_kernel, batch * slots,
         CARRY_WIDTHS=tuple(tensor[:1].numel() * (2 if tensor.is_complex() else 1) for tensor in carry),
-        BLOCK_D=block(width), SUM=append == "sum", APPEND=append != "", BLOCK=BLOCK, SAMPLES=SAMPLES, num_warps=4,
+        BLOCK_D=block(width), SUM=append == "sum", APPEND=append != "", BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
     def run(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, carry):

@@ -185,12 +185,12 @@ def clip(
             cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["norm"] += _LAYER_NORM * width  # what stands for the image
         one = pooled and getattr(vision, "pool", "class") == "class"
-        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision"), one)
+        cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision", lengths), one)
     if text is not None:
         lengths = _checked("text", text, config.text.num_hidden_layers)
         width, heads = config.text.hidden_size, config.text.num_attention_heads
         entries = config.vision or VisionConfig(embed_dim=width, num_heads=heads, sd_dim=width)
-        hidden, rule = config.text.intermediate_size, _rule(pruning, "text")
+        hidden, rule = config.text.intermediate_size, _rule(pruning, "text", lengths)
         cost += _blocks_cost(entries, lengths, width, heads, hidden, rule, pooled)
         cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["linear"] += width * config.embed_dim
@@ -229,7 +229,7 @@ def _vit_cost(config, lengths: list[int], pruning: Pruning | bool, pooled: bool 
     patches = (config.image_size // config.patch_size) ** 2
     cost = Counter()
     cost["linear"] += patches * 3 * config.patch_size**2 * width
-    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, _rule(pruning, "vision"), pooled)
+    cost += _blocks_cost(config, lengths, width, config.num_heads, hidden, _rule(pruning, "vision", lengths), pooled)
     cost["norm"] += _LAYER_NORM * lengths[-1] * width
     return cost
 
@@ -276,7 +276,7 @@ def _text_cost(
     pooled: bool = False,
 ) -> Counter:
     """Text encoder whose words look at `others` (token counts), twice where `merge_from` is given."""
-    width, heads, rule = text.hidden_size, text.num_attention_heads, _rule(pruning, "text")
+    width, heads, rule = text.hidden_size, text.num_attention_heads, _rule(pruning, "text", lengths)
     alignment = vision.sd_num * vision.sd_dim + (width * vision.sd_dim if width != vision.sd_dim else 0)
     cost = Counter()
     cost["norm"] += _LAYER_NORM * lengths[0] * width
@@ -339,10 +339,10 @@ def _feed_forward(cost: Counter, tokens: int, width: int, hidden: int) -> None:
     cost["elementwise"] += _GELU * tokens * hidden + tokens * width
 
 
-def _rule(pruning: Pruning | bool, stream: str) -> Pruning:
+def _rule(pruning: Pruning | bool, stream: str, lengths: Sequence[int]) -> Pruning:
     if isinstance(pruning, bool):
         return MADTP(1.0) if pruning else Pruning()
-    return pruning.on(stream)
+    return pruning.on(stream, len(lengths) - 1)
 
 
 def _as_list(values) -> list:

@@ -273,7 +273,9 @@ class TextEncoder(nn.Module):
         last = partial(last.read, rows=first_of) if pooled else last
         layers = [partial(layer, others=others, query_groups=query_groups) for layer in (*layers, last)]
         query_models = [self.encoder.txt_query_model] * len(layers)
-        return TextOutput(*run_blocks(layers, query_models, tokens, dictionary, pruning.on("text"), alignment_features))
+        return TextOutput(
+            *run_blocks(layers, query_models, tokens, dictionary, pruning.on("text", len(layers)), alignment_features)
+        )
 
     def _serves_both_at_once(self, images: Tokens) -> bool:
         """Where launches count and no gradient is wanted."""

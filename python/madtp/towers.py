@@ -272,7 +272,7 @@ class ImageTower(nn.Module):
                 f"pruning: {pruning.name} scores tokens by the attention of a class token, which this tower lacks"
             )
         tokens = Tokens.start(tokens, prefix=self.config.prefix)
-        rule = with_minimum(pruning.on("vision"), tokens.batch_size, tokens.device)
+        rule = with_minimum(pruning.on("vision", len(self.blocks)), tokens.batch_size, tokens.device)
         blocks = reading(self.blocks, first_of) if pooled and self.config.pool == "class" else self.blocks
         if states is not None:
             states.append(tokens)
@@ -341,7 +341,7 @@ class TextTower(nn.Module):
             raise ValueError(
                 f"input_ids: a text of {input_ids.max_seqlen} tokens exceeds the model's {context} positions"
             )
-        eot, rule = input_ids.lengths - 1, pruning.on("text")
+        eot, rule = input_ids.lengths - 1, pruning.on("text", len(self.blocks))
         compat = compat and (rule.active or alignment_features)  # a dense EOT sees nothing of the padding behind it
         if compat:
             tokens = Tokens.start(fill_up(input_ids, context, 0)[0])

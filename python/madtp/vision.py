@@ -211,6 +211,6 @@ class VisionTransformer(nn.Module):
         query_models = [self.img_query_model] * len(self.blocks)
         blocks = reading(self.blocks, first_of) if pooled else self.blocks
         tokens, *record = run_blocks(
-            blocks, query_models, self.embed(pixels), dictionary, pruning.on("vision"), alignment_features
+            blocks, query_models, self.embed(pixels), dictionary, pruning.on("vision", len(blocks)), alignment_features
         )
         return VisionOutput(tokens.with_values(self.norm(tokens)), *record)

@@ -157,8 +157,8 @@ RULES = {
     "index": (RankedNovelty(order="index", attention_exponent=0.0), ranked_novelty),
     "tome": (ToMe(), tome),
     "atm": (ATM(keys="concatenated"), tome),
-    "pitome": (PiToMe(), pitome),
-    "pitome, protect": (PiToMe(form="protect", margin=0.5), pitome),
+    "pitome": (PiToMe(layers=12), pitome),
+    "pitome, protect": (PiToMe(form="protect", margin=0.5, layers=12), pitome),
 }
 THRESHOLD = {"ranked_novelty": 0.35, "tome": 0.8, "atm": 0.8}
 
@@ -294,7 +294,8 @@ def test_madtp_merges_into_the_nearest_survivor(backend, weights, generator):
 
 EVERY = [
     RankedNovelty(thresholds=(0.3,)), RankedNovelty(shares=(0.3,)), RankedNovelty(counts=(4,), order="importance"),
-    ToMe(counts=(4,)), ATM(thresholds=(0.4,)), PiToMe(shares=(0.2,)), PiToMe(counts=(3,), form="protect"),
+    ToMe(counts=(4,)), ATM(thresholds=(0.4,)), PiToMe(shares=(0.2,), layers=12),
+    PiToMe(counts=(3,), form="protect", layers=12),
     EViT(shares=(0.3,)), MADTPNearest(temperature=3.0), ToMe(counts=(4,), authors_order=True),
 ]  # fmt: skip
 names = [f"{rule.name}-{i}" for i, rule in enumerate(EVERY)]
@@ -405,6 +406,40 @@ def test_wrong_settings_are_named(settings, message):
 def test_too_few_limits_are_named(generator):
     with pytest.raises(ValueError, match="got 2 for layer 2"):
         run(RankedNovelty(shares=(0.1, 0.1)), *case(generator, torch.float32), layer=2)
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (ToMe(counts=(4,) * 3), "counts: expected one value for each of the 4 layers of vision or one for all, got 3"),
+        (ATM(thresholds=(0.4,) * 12), "thresholds: expected one value for each of the 4 layers of vision .*, got 12"),
+        (EViT(shares=(0.1,) * 5), "shares: expected one value for each of the 4 layers of vision .*, got 5"),
+        (PiToMe(layers=12), "layers: expected 4, as many as the model's vision has, got 12"),
+    ],
+)
+def test_settings_for_another_number_of_layers_are_named(rule, message, vision):
+    model, pixels = vision
+    with pytest.raises(ValueError, match=message):
+        model(pixels, None, rule)
+    with pytest.raises(ValueError, match=message):
+        flops.vit(model.config, [65] * 5, pruning=rule)
+    # In a stream that the rule leaves alone they do not matter.
+    model(pixels, None, replace(rule, streams=("text",)))
+
+
+def test_counts_are_whole_numbers():
+    with pytest.raises(ValueError, match=r"counts: expected whole numbers, got \(4.0, 2.5\)"):
+        ToMe(counts=(4, 2.5))
+
+
+def test_pitome_knows_the_depth_of_its_model(vision, generator):
+    model, pixels = vision
+    rule = PiToMe(counts=(9,), margin=0.6)
+    assert torch.equal(
+        model(pixels, None, rule).tokens.values, model(pixels, None, replace(rule, layers=4)).tokens.values
+    )
+    with pytest.raises(ValueError, match="layers: expected the model's number"):
+        run(rule, *case(generator, torch.float32))
 
 
 # ---- cost

@@ -241,8 +241,12 @@ class Pruning:
         """Whether anything may be dropped."""
         return self.strength > 0
 
-    def on(self, stream: str) -> Pruning:
-        """The rule for "vision" or "text": itself, or a dense one."""
+    def on(self, stream: str, layers: int) -> Pruning:
+        """The rule for "vision" or "text" of a model, where that stream has so many layers: itself, or a dense one.
+
+        Raises:
+            ValueError: settings that were made for another number of layers.
+        """
         return self if stream in self.streams else Pruning(backend=self.backend)
 
     def __call__(

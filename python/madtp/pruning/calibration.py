@@ -318,6 +318,10 @@ class _Fitting(Pruning):
     shape: _Shape | None = field(default=None, compare=False)
     record: list[float] = field(default_factory=list, compare=False)
 
+    def on(self, stream, layers):
+        rule = super().on(stream, layers)
+        return replace(self, rule=self.rule.on(stream, layers)) if rule is self else rule
+
     @property
     def importance(self) -> str | None:
         return self.rule.importance

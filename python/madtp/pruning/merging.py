@@ -37,7 +37,7 @@ class MergingPruning(Pruning):
             score is depends on the model and its inputs, so thresholds come from :func:`madtp.pruning.calibrate`.
         shares: share of each sample's tokens (without protected ones) that is merged, those of lowest score.
         counts: number of tokens of each sample that is merged.
-        strength: multiplies the limit; 0 is dense, 1 the limit as it is.
+        strength: multiplies the limit; 0 is dense, 1 the limit as it is. Counts are rounded after that.
         most: at most this share of a sample's tokens is merged in a layer, rounded down.
         streams: images only by default.
     """
@@ -65,6 +65,8 @@ class MergingPruning(Pruning):
             if not all(0 <= value < math.inf for value in values) or (name == "shares" and max(values) > 1):
                 expected = "shares from 0 to 1" if name == "shares" else "numbers >= 0"
                 raise ValueError(f"{name}: expected {expected}, got {values}")
+            if name == "counts" and not all(value.is_integer() for value in values):
+                raise ValueError(f"counts: expected whole numbers, got {values}")
             object.__setattr__(self, name, values)
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"strength: expected a number >= 0, got {self.strength!r}")
@@ -94,6 +96,14 @@ class MergingPruning(Pruning):
     @property
     def active(self) -> bool:
         return self.strength > 0 and max(self.limit[1]) > 0
+
+    def on(self, stream, layers):
+        kind, values = self.limit
+        if stream in self.streams and len(values) not in (1, layers):
+            raise ValueError(
+                f"{kind}: expected one value for each of the {layers} layers of {stream} or one for all, got {len(values)}"
+            )
+        return super().on(stream, layers)
 
     def limit_of(self, layer: int) -> tuple[str, float]:
         """The limit of a layer.

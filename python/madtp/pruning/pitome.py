@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,8 @@ class PiToMe(MergingPruning):
             "matching": all tokens are split, and the r most similar pairs merged (the paper's code has both).
         margin: ``m`` in the first layer.
         alpha: of ``f``.
-        layers: of the model, over which the margin falls to zero.
+        layers: over which the margin falls to zero; None: those of the model the rule runs in. Another number than the
+            model has is refused.
     """
 
     name: ClassVar[str] = "pitome"
@@ -41,17 +42,27 @@ class PiToMe(MergingPruning):
     form: str = "matching"
     margin: float = 0.9
     alpha: float = 1.0
-    layers: int = 12
+    layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form not in ("protect", "matching"):
             raise ValueError(f"form: expected 'protect' or 'matching', got {self.form!r}")
-        if not self.layers >= 1:
+        if self.layers is not None and not self.layers >= 1:
             raise ValueError(f"layers: expected at least 1, got {self.layers!r}")
+
+    def on(self, stream, layers):
+        rule = super().on(stream, layers)
+        if rule is not self or self.layers == layers:
+            return rule
+        if self.layers is not None:
+            raise ValueError(f"layers: expected {layers}, as many as the model's {stream} has, got {self.layers}")
+        return replace(self, layers=layers)
 
     def energy(self, keys: Tensor, tokens, layer: int) -> Tensor:
         """``[C]`` float32: the energy of each token among those that are not protected."""
+        if self.layers is None:
+            raise ValueError("layers: expected the model's number, got None: the rule did not come from `on`")
         margin, free = self.margin * (1 - layer / self.layers), ~tokens.protected
         keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
         if keys.device.type == "cpu":  # a sample at a time: its bits do not depend on the others
