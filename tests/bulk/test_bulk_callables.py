@@ -158,6 +158,8 @@ def test_it_is_small_and_loads_where_it_is_called(models):
         assert ranked.model.pruning.name == "topk" and ranked.model.pruning.strength == 0.25
     with pytest.raises(ValueError, match="method: expected one of .*madtp.*, got 'best'"):
         _ = madtp.Embedder(models / "clip", method="best").model
+    with pytest.raises(ValueError, match="strength: of no use with a model that is loaded already"):
+        madtp.Embedder(embedder.model, strength=0.25)
     with pytest.raises(TypeError, match="name its source instead"):
         pickle.dumps(madtp.Embedder(embedder.model))
 

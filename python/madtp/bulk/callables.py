@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from .. import predict
-from ..pruning import METHODS, Pruning
+from ..pruning import Pruning, rule_named
 from ..tasks import TASKS, task_of
 from .readers import IMAGE_KEYS, Row, Span
 from .workers import Failure, attempt
@@ -155,10 +155,13 @@ class Answering:
         strength: float | None = None,
         **options,
     ) -> None:
+        loaded, settings = isinstance(model, torch.nn.Module), {"method": method, "strength": strength, **options}
+        if loaded and (given := [name for name, value in settings.items() if value is not None]):
+            raise ValueError(f"{', '.join(given)}: of no use with a model that is loaded already")
         self._method, self._strength = method, strength
         self._source, self._device, self._dtype, self._options = model, str(device), str(dtype), options
         self._image, self._batch_size, self._threads = image, batch_size, threads
-        self._model, self._answered = model if isinstance(model, torch.nn.Module) else None, False
+        self._model, self._answered = model if loaded else None, False
 
     def __getstate__(self) -> dict:
         if isinstance(self._source, torch.nn.Module):
@@ -182,22 +185,15 @@ class Answering:
                     f"device: {self._device!r}, but this process sees no GPU (an actor of Ray's does with num_gpus=1)"
                 )
             task = self.tasks[0] if self._source == "random:base" else None
-            options = {"task": task, **self._options}
+            rule = rule_named(self._method) if isinstance(self._method, str) else self._method
+            rule = Pruning.from_dict(rule) if isinstance(rule, Mapping) else rule
+            options = {"task": task, "pruning": rule, **self._options}
             model = load(
                 self._source, device=self._device, dtype=getattr(torch, self._dtype.removeprefix("torch.")), **options
             )
             if model.config.task not in self.tasks:
                 expected = " or ".join(map(repr, self.tasks))
                 raise ValueError(f"{self._source}: holds a model for task {model.config.task!r}, not {expected}")
-            rule = self._method
-            if isinstance(rule, str):
-                if rule not in METHODS:
-                    raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {rule!r}")
-                rule = METHODS[rule]()
-            if isinstance(rule, Mapping):
-                rule = Pruning.from_dict(rule)
-            if rule is not None:
-                model.pruning = rule
             if self._strength is not None:
                 model.pruning = model.pruning.at(self._strength)
             self._model = model

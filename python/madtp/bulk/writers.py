@@ -25,6 +25,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -264,42 +265,44 @@ class ShardFiles:
     def _draft(self, suffix: str) -> Path:
         return self._results._unfinished / f"{self._stem}-{suffix}"
 
+    def _names(self) -> dict[str, str]:
+        """What each draft is called in the end."""
+        results, stem = self._results, self._stem
+        if not results.vectors:
+            names = {"records": f"{results.name}_{stem}.{results.format}"}
+        else:
+            kind = f"{results.vectors}_emb"
+            names = {"npy": f"{kind}/{kind}_{stem}.npy", "records": f"metadata/metadata_{stem}.{results.format}"}
+        return {**names, "errors": f"errors/errors_{stem}.jsonl"}
+
     def finish(self) -> dict:
         """Put everything under its own name, on the disk, and the marker after it; returns the marker.
 
         A shard without a single vector has no file of them, since tools that read pairs of files pass over empty ones.
         """
-        results, files = self._results, {}
-        (results.folder / results._marker(self._shard.number)).unlink(missing_ok=True)
-        if results.vectors:
-            kind = f"{results.vectors}_emb"
-            if self._npy is not None:
-                self._header(self._vectors)
-                files[f"{kind}/{kind}_{self._stem}.npy"] = self._npy
-            records = f"metadata/metadata_{self._stem}.{results.format}"
-        else:
-            records = f"{results.name}_{self._stem}.{results.format}"
-        if self._records:
-            files[records] = self._records
-        errors = f"errors/errors_{self._stem}.jsonl"
-        if self._failures:
-            files[errors] = self._failures
-        for name in (*([f"{kind}/{kind}_{self._stem}.npy"] if results.vectors else []), records, errors):
-            if name not in files:
-                (results.folder / name).unlink(missing_ok=True)  # of a run before this one
-        sizes = {}
-        for name, content in files.items():
-            draft = self._draft(Path(name).suffix[1:] if name != errors else "errors")
-            if content is self._npy:
-                sizes[name] = _written(content, draft)
-                continue
-            with open(draft, "wb") as file:
-                write_records(file, content, results.format if name == records else "jsonl")
-                sizes[name] = _written(file, draft)
-        for name in files:
-            os.replace(self._draft(Path(name).suffix[1:] if name != errors else "errors"), results.folder / name)
-        for folder in {(results.folder / name).parent for name in files}:
-            sync(folder)
+        folder, sizes = self._results.folder, {}
+        place = folder / self._results._marker(self._shard.number)
+        place.unlink(missing_ok=True)
+        if self._npy is not None:
+            self._header(self._vectors)
+            _flush(self._npy)
+        for kind, records, format in (
+            ("records", self._records, self._results.format),
+            ("errors", self._failures, "jsonl"),
+        ):
+            if records:
+                with open(self._draft(kind), "wb") as file:
+                    write_records(file, records, format)
+                    _flush(file)
+        for kind, name in self._names().items():
+            draft = self._draft(kind)
+            if draft.exists():
+                sizes[name] = draft.stat().st_size
+                os.replace(draft, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)  # of a run before this one
+        for parent in {(folder / name).parent for name in sizes}:
+            sync(parent)
         marker = {
             "shard": self._shard.number,
             "source": self._shard.name,
@@ -308,7 +311,7 @@ class ShardFiles:
             "failed": len(self._failures),
             "files": sizes,
         }
-        with replacing(results.folder / results._marker(self._shard.number)) as file:
+        with replacing(place) as file:
             file.write(to_line(marker))
         return marker
 
@@ -321,11 +324,10 @@ def _read_marker(path: Path) -> dict:
     return found
 
 
-def _written(file, path: Path) -> int:
-    """Wait until a file is on the disk; its size."""
+def _flush(file: IO) -> None:
+    """Wait until a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
-    return path.stat().st_size
 
 
 def require_pyarrow() -> None:

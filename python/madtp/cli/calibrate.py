@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..compress.settings import Settings
 from ..options import UsageError, above_zero, option, positive, same, share
-from ..pruning import METHODS, MergingPruning
+from ..pruning import METHODS, MergingPruning, rule_named
 from ..tasks import TASKS
 from .options import Command
 from .training import TrainingOptions, begin, load_source, origin, report
@@ -129,10 +129,9 @@ class Calibrate(Command, TrainingOptions):
 
         from ..compress.calibrate import calibrate_rule, read_pairs
         from ..files import write_json
-        from ..pruning import METHODS
 
         model = load_source(self, self.task, self.device)
-        rule = METHODS[self.method]()
+        rule = rule_named(self.method)
         if self.use_sizes:
             rule = replace(rule, proportional_attention=True)
         pairs = read_pairs(self.pairs, model.config.task, self.image_root)

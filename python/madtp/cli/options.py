@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..options import UsageError, add_options, given, option, parsed, positive
-from ..pruning import MADTP, METHODS, Pruning
+from ..pruning import MADTP, METHODS, Pruning, rule_named
 
 _log = logging.getLogger("madtp")
 
@@ -198,16 +198,14 @@ def rule_of(options) -> Pruning | None:
     """The rule that ``--method`` names.
 
     Raises:
-        UsageError: there is no such rule, or it has no temperature.
+        ValueError: there is no such rule, or it has no temperature.
     """
     name = getattr(options, "method", None)
     if name is None:
         return None
-    if name not in METHODS:
-        raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {name}")
     if name != MADTP.name and (getattr(options, "temperature", None) or getattr(options, "temperatures", None)):
         raise UsageError(f"--temperature: of no use with --method {name}; give --strength")
-    return METHODS[name]()
+    return rule_named(name, "--method")
 
 
 def load_model(options, tasks: Sequence[str], *, words: bool = True):
@@ -229,6 +227,7 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
         options.model,
         task=task,
         temperature=strength if rule is None and dial == "temperature" else None,
+        pruning=rule,
         text_mode=getattr(options, "text_mode", None),
         hidden_act=getattr(options, "hidden_act", None),
         device=options.device,
@@ -240,8 +239,6 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
     if model.config.task not in tasks:
         expected = " or ".join(map(repr, tasks))
         raise ValueError(f"{options.model}: holds a model for task {model.config.task!r}, not {expected}")
-    if rule is not None:
-        model.pruning = rule
     if strength is not None and (rule is not None or dial == "strength"):
         model.pruning = model.pruning.at(strength)
     if not model.pruning.active and asked == [None]:

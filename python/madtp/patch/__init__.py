@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from madtp_kernels import backends
 
 from ..config import check_temperature
-from ..pruning import MADTP, METHODS, Pruning
+from ..pruning import MADTP, Pruning, rule_named
 from .engine import Engine
 from .kinds import KINDS, Kind, Method, base_of
 from .measure import Step, find, measure
@@ -196,10 +196,8 @@ def _rule(
         return MADTP(check_temperature(temperature))
     if method is None:
         trained = not kind.of_towers or dictionary is not None
-        method = MADTP.name if trained or _UNTRAINED not in METHODS else _UNTRAINED
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    return METHODS[method]()
+        method = MADTP.name if trained else _UNTRAINED
+    return rule_named(method)
 
 
 def remove_patch(model: nn.Module) -> None:

@@ -4,7 +4,7 @@
 `calibration` finds their limits, and `official` has what only reproduces quirks of MADTP's own code.
 """
 
-from .base import METHODS, PER_TOKEN, LayerTrace, Pruning, ScoredPruning, Tokens, original_tokens, register
+from .base import METHODS, PER_TOKEN, LayerTrace, Pruning, ScoredPruning, Tokens, original_tokens, register, rule_named
 from .calibration import SCHEDULES, Calibration, calibrate
 from .evit import EViT
 from .madtp import MADTP
@@ -37,4 +37,5 @@ __all__ = [
     "calibrate",
     "original_tokens",
     "register",
+    "rule_named",
 ]

@@ -195,6 +195,13 @@ def register(rule: type[Pruning]) -> type[Pruning]:
     return rule
 
 
+def rule_named(name: str, argument: str = "method") -> Pruning:
+    """The rule of that name as it comes. Raises ValueError, which names the ``argument``, if there is none."""
+    if name not in METHODS:
+        raise ValueError(f"{argument}: expected one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
     """How tokens are pruned: this one drops nothing, a subclass overrides :meth:`__call__`.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import METHODS, LayerTrace, Pruning
+from .base import LayerTrace, Pruning, rule_named
 from .merging import MergingPruning
 
 Forward = Callable[[Pruning], tuple[Tensor, "Sequence[float] | Tensor"]]
@@ -131,9 +131,7 @@ def calibrate(
         ValueError: a rule that has no limits to set, an unknown schedule, or a target that no schedule reaches.
     """
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        method = METHODS[method]()
+        method = rule_named(method)
     if not isinstance(method, MergingPruning):
         raise ValueError(
             f"method: {method.name!r} has no limits to set; expected a rule that merges, as 'ranked_novelty'"

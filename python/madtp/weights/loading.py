@@ -18,7 +18,7 @@ from madtp_kernels import backends
 
 from ..config import Config
 from ..model import Model
-from ..pruning import MADTP, METHODS, Pruning
+from ..pruning import MADTP, Pruning, rule_named
 from ..tasks import TASKS
 from ..towers import interpolate_positions
 from .files import CheckpointError
@@ -167,9 +167,7 @@ def _rule(found: Source, temperature: float | None, pruning: Pruning | str | Non
     if pruning is not None and temperature is not None:
         raise ValueError("pruning, temperature: expected one of them, got both")
     if isinstance(pruning, str):
-        if pruning not in METHODS:
-            raise ValueError(f"pruning: expected a rule or one of {', '.join(METHODS)}, got {pruning!r}")
-        pruning = METHODS[pruning]()
+        pruning = rule_named(pruning, "pruning")
     saved, before = found.settings.get("pruning"), found.settings.get("temperature")
     if saved is not None and before is not None:
         raise CheckpointError(f"{found.origin}: expected pruning or temperature, got both: {saved} and {before}")
@@ -196,8 +194,22 @@ def _build(config: Config, dtype: torch.dtype, pruning: Pruning, grouping: str, 
 def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.device) -> None:
     """Give a model without memory (on the device "meta") these weights, once it is known that they fit; make up only what
     BLIP checkpoints lack by design, and say so."""
+    _interpolate(model, state, origin)
+    invented = _check_fit(model, state, origin)
+    model.to_empty(device=device)
     own = model.state_dict()
-    prefix = int(getattr(model.config.vision, "class_token", True))
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(state[key] if key in state else initial_weight(key, parameter.shape))
+    bad = [key for key, parameter in own.items() if not _finite(parameter)]
+    if bad:
+        raise CheckpointError(f"{origin}: weights that are not finite numbers, in {model.dtype}: {_shortened(bad, 5)}")
+    _report(model, invented, origin)
+
+
+def _interpolate(model: Model, state: dict[str, Tensor], origin: str) -> None:
+    """Fit the position embedding in the state to the model's size of pictures."""
+    own, prefix = model.state_dict(), int(getattr(model.config.vision, "class_token", True))
     for position in ("visual_encoder.pos_embed", "visual.pos_embed"):
         if position in state and state[position].dim() == 3 and state[position].shape != own[position].shape:
             side = round((own[position].shape[1] - prefix) ** 0.5)
@@ -205,6 +217,11 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.dev
                 state[position] = interpolate_positions(state[position], (side, side), prefix)
             except ValueError as error:
                 raise CheckpointError(f"{origin}: {position.split('.')[0]}.{error}") from error
+
+
+def _check_fit(model: Model, state: dict[str, Tensor], origin: str) -> list[str]:
+    """Names of the weights that the state lacks by design; CheckpointError where it does not fit otherwise."""
+    own = model.state_dict()
     missing = sorted(set(own) - set(state))
     invented = [key for key in missing if INVENTED.search(key)]
     unexpected = sorted(set(state) - set(own))
@@ -216,7 +233,7 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.dev
     # Whole numbers are what a quantised model holds, with scales that nothing here knows.
     mistyped = [f"{key} {state[key].dtype}" for key in own if key in state and not state[key].is_floating_point()]
     problems = [
-        f"{what}: {', '.join(keys[:_NAMED])}{f', and {len(keys) - _NAMED} more' if len(keys) > _NAMED else ''}"
+        f"{what}: {_shortened(keys, _NAMED)}"
         for what, keys in (
             ("missing", [key for key in missing if key not in invented]),
             ("unexpected", unexpected),
@@ -229,15 +246,17 @@ def _fill(model: Model, state: dict[str, Tensor], origin: str, device: torch.dev
         raise CheckpointError(
             f"{origin}: weights do not fit a model for task {model.config.task!r}; " + "; ".join(problems)
         )
-    model.to_empty(device=device)
-    own = model.state_dict()
-    with torch.no_grad():
-        for key, parameter in own.items():
-            parameter.copy_(state[key] if key in state else initial_weight(key, parameter.shape))
-    bad = [key for key, parameter in own.items() if not _finite(parameter)]
-    if bad:
-        shown = ", ".join(bad[:5]) + (f", and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise CheckpointError(f"{origin}: weights that are not finite numbers, in {model.dtype}: {shown}")
+    return invented
+
+
+def _shortened(names: list[str], most: int) -> str:
+    """A list for a message, of which no more than so many are named."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _report(model: Model, invented: list[str], origin: str) -> None:
+    """Say which weights were made up."""
     if "temp" in invented:
         _log.info("%s has no temp: set to 0.07, where BLIP's training begins; nothing but training uses it", origin)
         invented.remove("temp")
