@@ -198,14 +198,17 @@ def rule_of(options) -> Pruning | None:
     """The rule that ``--method`` names.
 
     Raises:
-        ValueError: there is no such rule, or it has no temperature.
+        UsageError: there is no such rule, or it has no temperature.
     """
     name = getattr(options, "method", None)
     if name is None:
         return None
     if name != MADTP.name and (getattr(options, "temperature", None) or getattr(options, "temperatures", None)):
         raise UsageError(f"--temperature: of no use with --method {name}; give --strength")
-    return rule_named(name, "--method")
+    try:
+        return rule_named(name, "--method")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def load_model(options, tasks: Sequence[str], *, words: bool = True):
