@@ -56,7 +56,7 @@ class Model(nn.Module):
         backend: force an implementation of the kernels.
 
     Raises:
-        ValueError: an unknown grouping.
+        ValueError: an unknown grouping, or a rule beside ``proportional_attention`` that is without.
     """
 
     groupings: ClassVar[tuple[str, ...]] = ("instance", "batch")
@@ -76,6 +76,10 @@ class Model(nn.Module):
         super().__init__()
         if grouping not in self.groupings:
             raise ValueError(f"grouping: expected one of {', '.join(self.groupings)}, got {grouping!r}")
+        if proportional_attention and isinstance(pruning, Pruning) and not pruning.proportional_attention:
+            raise ValueError(
+                "proportional_attention: expected where pruning is a number, got a rule that says otherwise"
+            )
         self.config = config
         if not isinstance(pruning, Pruning):
             pruning = MADTP(pruning, proportional_attention=proportional_attention)

@@ -43,6 +43,24 @@ def test_options_of_learning_are_refused_where_nothing_learns(tmp_path, capsys):
     assert "--lr, --distill: with --method nothing learns" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--reduction", "0.4", "--inputs", "40"], "--inputs: of no use without --method"),
+        (["--target-gflops", "0.2"], "--target-gflops: of no use without --method"),
+        (
+            ["--reduction", "0.4", "--method", "tome", "--save-every", "1", "--workers", "0"],
+            "--workers, --save-every: with --method nothing learns",
+        ),
+    ],
+)
+def test_options_without_effect_are_named(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", "--model", "demo-dense", "--pairs", "p.jsonl", "--output", str(tmp_path / "o"), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_sizes_count_if_asked_for(tmp_path, monkeypatch):
     """Also with a rule whose merged tokens count once by default."""
     rules = []

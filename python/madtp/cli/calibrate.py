@@ -6,15 +6,15 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 from ..compress.settings import Settings
-from ..options import UsageError, above_zero, option, positive, same, share
+from ..options import UsageError, above_zero, given, option, positive, same, share
 from ..pruning import METHODS, MergingPruning, rule_named
 from ..tasks import TASKS
-from .options import Command
+from .options import Command, only_with
 from .training import TrainingOptions, begin, load_source, origin, report
 
 MERGING = [name for name, rule in METHODS.items() if issubclass(rule, MergingPruning)]
 """Rules that have limits to calibrate."""
-_LEARNING = ("steps", "lr", "dictionary", "distill", "precision")
+_LEARNING = ("steps", "lr", "dictionary", "distill", "precision", "workers", "save_every", "log_every")
 _EXAMPLES = """\
 examples:
   madtp calibrate --model model_base_retrieval_coco.pth --pairs pairs.jsonl --reduction 0.3 --output retrieval-0.3
@@ -59,7 +59,9 @@ class Calibrate(Command, TrainingOptions):
         "GFLOPs of an instance (with --method)", type=above_zero, metavar="G", exclusive="target"
     )
     method: str | None = option("set the limits of this rule (default: learn the dictionary of MADTP)", choices=MERGING)
-    inputs: int = option("with --method: pairs that choose a schedule", 40, type=positive, metavar="N")
+    inputs: int | None = option(
+        "with --method: pairs that choose a schedule (default: 40)", None, type=positive, metavar="N"
+    )
     steps: int = same(
         Settings, "steps", 100, help="steps of the optimiser, rounded up to whole epochs", group="learning"
     )
@@ -83,13 +85,12 @@ class Calibrate(Command, TrainingOptions):
             raise UsageError("one of --reduction, --keep-ratio, --target-gflops is required")
         if self.method is not None:
             self._refuse_learning()
+        only_with(self, self.method is not None, "without --method", "inputs", "target_gflops")
         begin(self, self.pairs)
         if self.keep_ratio is not None:
             self.reduction = 1 - self.keep_ratio
         if self.method is not None:
             return self._set_limits()
-        if self.reduction is None:
-            raise UsageError("--target-gflops: expects --method")
         with joined(self.device) as device:
             model = load_source(self, self.task, device)
             name = model.config.task
@@ -121,7 +122,7 @@ class Calibrate(Command, TrainingOptions):
         fields = type(self).__dataclass_fields__
         names = [name for name in _LEARNING if getattr(self, name) != fields[name].default]
         if names:
-            raise UsageError(f"{', '.join(f'--{name}' for name in names)}: with --method nothing learns")
+            raise UsageError(f"{given(self, names)}: with --method nothing learns")
 
     def _set_limits(self) -> int:
         """Set the limits of a rule, save the model and what is known of the calibration."""
@@ -136,7 +137,7 @@ class Calibrate(Command, TrainingOptions):
             rule = replace(rule, proportional_attention=True)
         pairs = read_pairs(self.pairs, model.config.task, self.image_root)
         found = calibrate_rule(
-            model, pairs, rule, self.reduction, target_gflops=self.target_gflops, inputs=self.inputs,
+            model, pairs, rule, self.reduction, target_gflops=self.target_gflops, inputs=self.inputs or 40,
             batch_size=self.batch_size,
         )  # fmt: skip
         model.pruning = found.rule
