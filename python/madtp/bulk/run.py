@@ -156,22 +156,15 @@ def run(
             with lock, results.files(shard) as files:
                 for batch in _batches(feed.rows(), size, most):
                     began = time.perf_counter()
-                    usable = [given for _, given in batch if not isinstance(given, (Failure, _Kept))]
-                    found = iter(answer_all(answer, usable, done=summary.rows > 0) if usable else [])
-                    answers = []
-                    for row, given in batch:
-                        result = given if isinstance(given, (Failure, _Kept)) else next(found)
-                        if isinstance(result, _Kept):
-                            files.add(row, old[row.number], {})
-                            continue
+                    found = _answered(batch, answer, done=summary.rows > 0)
+                    for row, result in found:
+                        kept = isinstance(result, _Kept)
+                        files.add(row, old[row.number] if kept else result, {} if kept else record(row))
                         if isinstance(result, Failure):
                             summary.fail(shard, row.key, result.reason)
-                        else:
-                            answers.append(result)
-                        files.add(row, result, record(row))
                     summary.rows += len(batch)
                     summary.answering += time.perf_counter() - began
-                    progress.rows(len(batch), answers)
+                    progress.rows(len(batch), [result for _, result in found if isinstance(result, dict)])
                 files.finish()
             summary.shards += 1
             progress.shards(summary.shards + summary.before, total, summary.before)
@@ -181,6 +174,13 @@ def run(
 
 class _Kept:
     """In place of an instance: the row's result is there from an earlier run."""
+
+
+def _answered(batch: list[tuple[Row, object]], answer: Callable[[list], list[dict]], done: bool) -> list[tuple]:
+    """Rows with their results, those that need no answer as they are."""
+    places = [n for n, (_, given) in enumerate(batch) if not isinstance(given, (Failure, _Kept))]
+    answers = dict(zip(places, answer_all(answer, [batch[n][1] for n in places], done=done) if places else []))
+    return [(row, answers.get(n, given)) for n, (row, given) in enumerate(batch)]
 
 
 def _batches(

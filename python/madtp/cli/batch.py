@@ -195,11 +195,6 @@ def shown(options: dict) -> dict:
     return {name: digested(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
-def cost_of(flops) -> dict:
-    """GFLOPs of a record."""
-    return {"gflops": round(flops.official, 6), "gflops_full": round(flops.full, 6)}
-
-
 def shortened(record: dict) -> dict:
     """A record with six decimals."""
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in record.items()}

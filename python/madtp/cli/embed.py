@@ -14,9 +14,9 @@ from .batch import (
     Item,
     Overlays,
     check_output,
-    cost_of,
     run_rows,
     settings_of,
+    shortened,
     source_of,
     truncation,
 )
@@ -64,96 +64,97 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
     npy_dtype: str | None = option("of vectors (default: float32)", choices=["float32", "float16"], group=MANY)
 
     def run(self) -> int:
-        return _many(self) if is_bulk(self) else _few(self)
+        return self._many() if is_bulk(self) else self._few()
 
+    def _source(self) -> tuple[str | list, Path]:
+        """The rows and the folder of their paths, once it is known that features can be written."""
+        from ..files import check_output as check_file
+        from ..inputs import read_texts
+        from ..jsonl import require_new
 
-def _few(args: Embed) -> int:
-    """Embed into one file."""
-    from ..files import check_output as check_file
-    from ..index import to_text
-    from ..inputs import read_texts
-    from ..jsonl import require_new
-    from ..predict import embed_images, embed_texts
+        if Path(self.output).suffix not in _WRITERS:
+            expected = ", ".join(_WRITERS) + " or /"
+            raise UsageError(f"--output: expected a name that ends with {expected}, got {self.output}")
+        if self.texts and (self.images or self.input or self.save_overlay):
+            raise UsageError("give either images or --texts (--save-overlay goes with images)")
+        found = ([{"text": text} for text in read_texts(self.texts)], Path()) if self.texts else source_of(self)
+        names = f"{self.output}.jsonl"
+        for path in (self.output, names):
+            check_file(path, option="--output")
+        check_output(self, found[0])
+        if not Path(f"{self.output}.partial").exists():
+            require_new(names, self.overwrite)
+        return found
 
-    if Path(args.output).suffix not in _WRITERS:
-        expected = ", ".join(_WRITERS) + " or /"
-        raise UsageError(f"--output: expected a name that ends with {expected}, got {args.output}")
-    if args.texts and (args.images or args.input or args.save_overlay):
-        raise UsageError("give either images or --texts (--save-overlay goes with images)")
-    if args.texts:
-        source, folder = [{"text": text} for text in read_texts(args.texts)], Path()
-    else:
-        source, folder = source_of(args)
-    for path in (args.output, f"{args.output}.jsonl"):
-        check_file(path, option="--output")
-    check_output(args, source)
-    names = f"{args.output}.jsonl"
-    if not Path(f"{args.output}.partial").exists():
-        require_new(names, args.overwrite)
-    overlays = Overlays(args, source)
-    model = load_model(args, TASKS, words=bool(args.texts))
-    kind = "text" if args.texts else "image"
+    def _few(self) -> int:
+        """Embed into one file."""
+        from ..index import to_text
+        from ..predict import embed_images, embed_texts
 
-    def prepare(row: int, fields: dict):
-        if args.texts:
-            return Item(row, Path(), model.processor.text(fields["text"]), truncation(model, fields["text"]))
-        image = image_of(fields, folder)
-        return Item(row, image, model.processor.image(image))
+        source, folder = self._source()
+        overlays = Overlays(self, source)
+        model = load_model(self, TASKS, words=bool(self.texts))
+        kind = "text" if self.texts else "image"
 
-    def answer(items: list) -> list[dict]:
-        if args.texts:
-            embeddings, _ = embed_texts(model, [item.inputs for item in items])
-            pictures = [{}] * len(items)
-        else:
-            embeddings, output = embed_images(model, [item.inputs for item in items])
-            pictures = overlays.patches(items, output.trace, model)
-        return [
-            {
-                f"{kind}_tokens": embedding.tokens,
-                **cost_of(embedding.flops),
-                **picture,
-                **item.added,
-                "features": to_text(embedding.features),
-            }
-            for item, embedding, picture in zip(items, embeddings, pictures, strict=True)
-        ]
+        def prepare(row: int, fields: dict):
+            if self.texts:
+                return Item(row, Path(), model.processor.text(fields["text"]), truncation(model, fields["text"]))
+            image = image_of(fields, folder)
+            return Item(row, image, model.processor.image(image))
 
-    return run_rows(
-        args,
-        source,
-        prepare,
-        answer,
-        settings=settings_of(args, model, texts=bool(args.texts), text_mode=model.config.text_mode, kind=kind),
-        tokens=[f"{kind}_tokens"],
-        answers=["features", "index"],
-        keep=[kind],
-        unit=f"{kind}s",
-        publish=_publish,
-    )
+        def answer(items: list) -> list[dict]:
+            if self.texts:
+                embeddings, _ = embed_texts(model, [item.inputs for item in items])
+                pictures = [{}] * len(items)
+            else:
+                embeddings, output = embed_images(model, [item.inputs for item in items])
+                pictures = overlays.patches(items, output.trace, model)
+            return [
+                {
+                    f"{kind}_tokens": embedding.tokens,
+                    **shortened(embedding.record()),
+                    **picture,
+                    **item.added,
+                    "features": to_text(embedding.features),
+                }
+                for item, embedding, picture in zip(items, embeddings, pictures, strict=True)
+            ]
 
+        return run_rows(
+            self,
+            source,
+            prepare,
+            answer,
+            settings=settings_of(self, model, texts=bool(self.texts), text_mode=model.config.text_mode, kind=kind),
+            tokens=[f"{kind}_tokens"],
+            answers=["features", "index"],
+            keep=[kind],
+            unit=f"{kind}s",
+            publish=_publish,
+        )
 
-def _many(args: Embed) -> int:
-    """Embed into a folder."""
-    from ..bulk.callables import Embedder
+    def _many(self) -> int:
+        """Embed into a folder."""
+        from ..bulk.callables import Embedder
 
-    if sum(map(bool, (args.images, args.input, args.texts))) > 1:
-        raise UsageError("give one of images, --input and --texts")
-    texts = bool(args.texts or args.text_key)
-    text = (args.text_key or "text") if texts else None
-    kind = "text" if texts else "image"
-    return BulkRun(
-        options=args,
-        make=lambda model: Embedder(model, text=text),
-        tasks=TASKS,
-        sources=args.images or list(filter(None, [args.input, args.texts])),
-        images=not texts,
-        words=texts,
-        vectors="text" if texts else "img",
-        answers=["index"],
-        tokens=[f"{kind}_tokens"],
-        unit=f"{kind}s",
-        settings={"kind": kind, "text_key": text},
-    ).run()
+        if sum(map(bool, (self.images, self.input, self.texts))) > 1:
+            raise UsageError("give one of images, --input and --texts")
+        texts = bool(self.texts or self.text_key)
+        text = (self.text_key or "text") if texts else None
+        kind = "text" if texts else "image"
+        return BulkRun(
+            options=self,
+            make=lambda model: Embedder(model, text=text),
+            tasks=TASKS,
+            sources=self.images or list(filter(None, [self.input, self.texts])),
+            images=not texts,
+            words=texts,
+            vectors="text" if texts else "img",
+            answers=["index"],
+            tokens=[f"{kind}_tokens"],
+            unit=f"{kind}s",
+            settings={"kind": kind, "text_key": text},
+        ).run()
 
 
 def _publish(records: Iterator[dict], output: Path) -> None:

@@ -21,6 +21,7 @@ from .options import (
     ModelSource,
     RunOptions,
     TextOptions,
+    check_source,
     grouping,
     load_model,
     method,
@@ -150,16 +151,10 @@ class Evaluate(Command):
         What cannot be read or written, or would replace something unasked, is found out here, before the model is
         loaded.
         """
-        from ..files import check_output, open_regular
+        from ..files import check_output
         from ..jsonl import require_new
 
-        for path in (self.annotations, self.vqa_annotations):
-            if path:
-                open_regular(path).close()
-        if self.image_root and not Path(self.image_root).is_dir():
-            raise ValueError(f"--image-root: {self.image_root} is no folder")
-        if self.model == "random:base" and self.task is None:
-            raise UsageError("--task: random:base is for any task, so it has to be named")
+        check_source(self, *filter(None, (self.annotations, self.vqa_annotations)))
         parts = None if self.records is None else Path(self.records + ".parts")
         for name in ("output", "records"):
             path = getattr(self, name)

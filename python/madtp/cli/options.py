@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..files import open_regular
 from ..options import UsageError, add_options, given, option, parsed, positive
 from ..pruning import MADTP, METHODS, Pruning, rule_named
 
@@ -167,6 +169,16 @@ def check_device(name: str) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         why = "is built without CUDA" if torch.version.cuda is None else f"sees {torch.cuda.device_count()} of them"
         raise ValueError(f"--device {name}: there is no such GPU; torch {torch.__version__} {why}")
+
+
+def check_source(options, *files: str) -> None:
+    """Find out before the model is loaded which file or folder is missing, or that random weights need a task."""
+    for path in files:
+        open_regular(path).close()
+    if options.image_root and not os.path.isdir(options.image_root):
+        raise ValueError(f"--image-root: {options.image_root} is no folder")
+    if options.model == "random:base" and options.task is None:
+        raise UsageError("--task: random:base is for any task, so it has to be named")
 
 
 def only_with(options, condition: bool, what: str, *names: str) -> None:

@@ -84,242 +84,228 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
     )
 
     def run(self) -> int:
-        return _run(self)
+        from ..inputs import read_texts
 
+        if bool(self.text) == bool(self.texts):
+            raise UsageError("give either --text or --texts")
+        if self.ann and (not self.index or self.images or self.input or self.direction == "image-to-text"):
+            raise UsageError("--ann: of no use but where texts search an --index")
+        texts = self.text or read_texts(self.texts)
+        rows = None
+        if self.images or self.input:
+            rows = self._rows()
+            if self.index and not os.path.exists(self.index):
+                check_file(self.index.rstrip(os.sep), option="--index")
+        elif not self.index:
+            raise UsageError("give images, --input or an --index to search")
+        elif not Path(self.index).exists():
+            raise ValueError(f"{self.index}: there is no such index; give images to make it from")
+        elif self.ann:
+            open_regular(self.ann).close()
+        check_output(self, rows or ())
+        model = load_model(self, TASKS)
+        rerank, classifies = self.rerank, task_of(model).matches
+        if rerank is None:
+            rerank = 16 if classifies and rows is not None else 0
+        if rerank < 0 or (rerank and not classifies):
+            expected = "at least 0" if classifies else "0, since CLIP has no classifier"
+            raise ValueError(f"--rerank: expected {expected}, got {rerank}")
 
-def _run(args: Retrieve) -> int:
-    from ..inputs import read_texts
+        rows, collection, failed = self._collection(model, rows)
+        if self.direction == "image-to-text":
+            return self._image_to_text(model, texts, rows, collection, failed, rerank)
+        code = self._text_to_image(model, texts, collection, rerank)
+        return max(code, report(failed, len(rows), "images could not be searched"))
 
-    if bool(args.text) == bool(args.texts):
-        raise UsageError("give either --text or --texts")
-    if args.ann and (not args.index or args.images or args.input or args.direction == "image-to-text"):
-        raise UsageError("--ann: of no use but where texts search an --index")
-    texts = args.text or read_texts(args.texts)
-    rows = None
-    if args.images or args.input:
-        rows = _rows(args)
-        if args.index and not os.path.exists(args.index):
-            check_file(args.index.rstrip(os.sep), option="--index")
-    elif not args.index:
-        raise UsageError("give images, --input or an --index to search")
-    elif not Path(args.index).exists():
-        raise ValueError(f"{args.index}: there is no such index; give images to make it from")
-    elif args.ann:
-        open_regular(args.ann).close()
-    check_output(args, rows or ())
-    model = load_model(args, TASKS)
-    rerank, classifies = args.rerank, task_of(model).matches
-    if rerank is None:
-        rerank = 16 if classifies and rows is not None else 0
-    if rerank < 0 or (rerank and not classifies):
-        expected = "at least 0" if classifies else "0, since CLIP has no classifier"
-        raise ValueError(f"--rerank: expected {expected}, got {rerank}")
+    def _rows(self) -> list[dict]:
+        from ..jsonl import numbered, row_of
 
-    rows, collection, failed = _collection(args, model, rows)
-    if args.direction == "image-to-text":
-        return _image_to_text(args, model, texts, rows, collection, failed, rerank)
-    code = _text_to_image(args, model, texts, collection, rerank)
-    return max(code, report(failed, len(rows), "images could not be searched"))
+        source, folder = source_of(self)
+        rows = []
+        for number, row in numbered(source):
+            try:
+                row = row_of(row) if isinstance(row, bytes) else row
+                rows.append({**row, "image": str(image_of(row, folder))})
+            except ValueError as error:
+                raise ValueError(f"{self.input}, line {number}: {error}") from error
+        return rows
 
+    def _collection(self, model, rows: list[dict] | None):
+        """Images, those of the index unless they are given, the vectors of the ones that can be used, and why the others,
+        by number from 1, cannot."""
+        from ..bulk.vectors import Vectors
 
-def _rows(args: Retrieve) -> list[dict]:
-    from ..jsonl import numbered, row_of
+        settings = settings_of(self, model, texts=False)
+        for name in ("model", "tokenizer", "device", "backend"):  # the fingerprint has what matters
+            del settings[name]
+        if rows is None:
+            vectors = Vectors.open(self.index, settings)
+            names = [name for name, alive in zip(vectors.names, vectors.usable(), strict=True) if alive]
+            if not names:
+                raise ValueError(f"{self.index}: this index is empty")
+            return [{"image": name} for name in names], vectors, {}
+        return rows, *self._encoded(model, [row["image"] for row in rows], settings)
 
-    source, folder = source_of(args)
-    rows = []
-    for number, row in numbered(source):
-        try:
-            row = row_of(row) if isinstance(row, bytes) else row
-            rows.append({**row, "image": str(image_of(row, folder))})
-        except ValueError as error:
-            raise ValueError(f"{args.input}, line {number}: {error}") from error
-    return rows
+    def _encoded(self, model, images: list[str], settings: dict):
+        """The vectors of the images that can be used, and why the others cannot; the index has them afterwards."""
+        from ..bulk.vectors import ImageIndex, Vectors
+        from ..predict import embed_images
 
+        meter = TokenMeter(["image_tokens"])
 
-def _collection(args, model, rows: list[dict] | None):
-    """Images, those of the index unless they are given, the vectors of the ones that can be used, and why the others,
-    by number from 1, cannot."""
-    from ..bulk.vectors import ImageIndex, Vectors
-    from ..predict import embed_images
+        def embed(pixels: list) -> list[dict]:
+            return meter.seen(
+                [
+                    {"embedding": embedding.features.numpy(), "image_tokens": embedding.tokens}
+                    for embedding in embed_images(model, pixels)[0]
+                ]
+            )
 
-    settings = settings_of(args, model, texts=False)
-    for name in ("model", "tokenizer", "device", "backend"):  # the fingerprint has what matters
-        del settings[name]
-    meter = TokenMeter(["image_tokens"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.index or Path(folder) / "index"
+            try:
+                with ImageIndex(path, settings) as index:
+                    options = {"unit": "images", "note": meter.note, "progress": False if self.quiet else None}
+                    added, failed = index.update(images, model.processor.image, embed, self.batch_size, **options)
+                    usable = [image for number, image in enumerate(images, 1) if number not in failed]
+                    vectors = Vectors([index.vectors.rows(index.numbers(usable))], usable)
+            except KeyboardInterrupt:
+                if self.index:
+                    print("madtp: interrupted; the index has what is done", file=sys.stderr)
+                raise
+        if self.index and not self.quiet:
+            print(f"{self.index}: {added} of {len(images)} images encoded anew", file=sys.stderr)
+        if len(failed) == len(images):
+            raise ValueError(f"none of {len(images)} images can be used; the first: {failed[1]}")
+        return vectors, failed
 
-    def embed(pixels: list) -> list[dict]:
-        return meter.seen(
-            [
-                {"embedding": embedding.features.numpy(), "image_tokens": embedding.tokens}
-                for embedding in embed_images(model, pixels)[0]
+    def _text_to_image(self, model, texts, collection, rerank: int) -> int:
+        import torch
+
+        from ..bulk.vectors import candidates
+        from ..predict import embed_texts
+
+        count = max(self.top, rerank)
+
+        def prepare(number: int, row: dict) -> Item:
+            return Item(number, Path(), model.processor.text(row["text"]), truncation(model, row["text"]))
+
+        def answer(items: list[Item]) -> list[dict]:
+            ids = [item.inputs for item in items]
+            embeddings, _ = embed_texts(model, ids)
+            queries = torch.stack([embedding.features for embedding in embeddings])
+            if self.ann:  # more than are asked for, since its own order may be coarser
+                found, scores = collection.scored(queries, candidates(self.ann, queries, max(100, 4 * count)), count)
+            else:
+                found, scores = collection.search(queries, count)
+            pairs = [(image, text) for text, row in enumerate(found) for image in row[:rerank]]
+            matches = self._match(model, collection.names, ids, pairs)
+            logits = [[matches.get((image, text)) for image in row] for text, row in enumerate(found)]
+            return [
+                {
+                    "images": _ranked("image", collection.names, *row, self.top),
+                    "text_tokens": embedding.tokens,
+                    **item.added,
+                }
+                for item, embedding, *row in zip(items, embeddings, found, scores, logits, strict=True)
             ]
+
+        return run_rows(
+            self,
+            [{"text": text} for text in texts],
+            prepare,
+            answer,
+            settings=self._settings(model, rerank, collection),
+            tokens=["text_tokens"],
+            keep=["text"],
+            unit="texts",
         )
 
-    if rows is None:
-        vectors = Vectors.open(args.index, settings)
-        names = [name for name, alive in zip(vectors.names, vectors.usable(), strict=True) if alive]
-        if not names:
-            raise ValueError(f"{args.index}: this index is empty")
-        return [{"image": name} for name in names], vectors, {}
-    images = [row["image"] for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        path = args.index or Path(folder) / "index"
-        try:
-            with ImageIndex(path, settings) as index:
-                options = {"unit": "images", "note": meter.note, "progress": False if args.quiet else None}
-                added, failed = index.update(images, model.processor.image, embed, args.batch_size, **options)
-                usable = [image for number, image in enumerate(images, 1) if number not in failed]
-                vectors = Vectors([index.vectors.rows(index.numbers(usable))], usable)
-        except KeyboardInterrupt:
-            if args.index:
-                print("madtp: interrupted; the index has what is done", file=sys.stderr)
-            raise
-    if args.index and not args.quiet:
-        print(f"{args.index}: {added} of {len(images)} images encoded anew", file=sys.stderr)
-    if len(failed) == len(images):
-        raise ValueError(f"none of {len(images)} images can be used; the first: {failed[1]}")
-    return rows, vectors, failed
+    def _image_to_text(self, model, texts, rows, collection, failed, rerank: int) -> int:
+        import numpy as np
+
+        from ..bulk.vectors import Vectors
+        from ..predict import embed_images, embed_texts, match
+
+        ids, embeddings = [model.processor.text(text) for text in texts], []
+        if truncated := sum(map(model.processor.cuts, texts)):
+            _log.warning("%d texts are not read to their end, since the model reads no more", truncated)
+        for start in range(0, len(ids), self.batch_size):
+            embeddings += embed_texts(model, ids[start : start + self.batch_size])[0]
+        described = Vectors([np.stack([embedding.features.numpy() for embedding in embeddings])], texts)
+        usable = [number for number in range(1, len(rows) + 1) if number not in failed]
+        place = dict(zip(usable, np.flatnonzero(collection.usable()).tolist(), strict=True))
+
+        def prepare(number: int, row: dict) -> Item:
+            if number in failed:
+                raise ValueError(failed[number])
+            return Item(number, Path(row["image"]), model.processor.image(row["image"]) if rerank else None)
+
+        def answer(items: list[Item]) -> list[dict]:
+            queries = collection.rows([place[item.row] for item in items])
+            found, scores = described.search(queries, max(self.top, rerank))
+            matches = {}
+            if rerank:
+                _, output = embed_images(model, [item.inputs for item in items])
+                pairs = [(image, text) for image, row in enumerate(found) for text in row[:rerank]]
+                matches = dict(zip(pairs, match(model, output.tokens, ids, pairs), strict=True))
+            logits = [[matches.get((image, text)) for text in row] for image, row in enumerate(found)]
+            return [
+                {"texts": _ranked("text", texts, *row, self.top)} for row in zip(found, scores, logits, strict=True)
+            ]
+
+        return run_rows(
+            self,
+            rows,
+            prepare,
+            answer,
+            settings=self._settings(model, rerank, collection, texts=described.digest()),
+            tokens=[],
+            answers=["texts"],
+            keep=["image"],
+        )
+
+    def _settings(self, model, rerank: int, collection, **more) -> dict:
+        """What determines the matches; among it the collection that is searched."""
+        return settings_of(
+            self,
+            model,
+            direction=self.direction,
+            text_mode=model.config.text_mode,
+            top=self.top,
+            rerank=rerank,
+            ann=self.ann,
+            collection=collection.digest(),
+            **more,
+        )
+
+    def _match(self, model, images: Sequence[str], ids: list, pairs: list[tuple[int, int]]) -> dict:
+        """Logits of (image, text) pairs, of images that are read here, each once."""
+        from ..predict import embed_images, match
+
+        logits = {}
+        needed = sorted({image for image, _ in pairs})
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(needed), self.batch_size):
+                numbers = needed[start : start + self.batch_size]
+                pixels = list(pool.map(model.processor.image, (images[number] for number in numbers)))
+                _, output = embed_images(model, pixels)
+                here = [pair for pair in pairs if pair[0] in numbers]
+                local = [(numbers.index(image), text) for image, text in here]
+                logits |= zip(here, match(model, output.tokens, ids, local), strict=True)
+        return logits
 
 
-def _text_to_image(args, model, texts, collection, rerank: int) -> int:
-    import torch
-
-    from ..bulk.vectors import candidates
-    from ..predict import embed_texts
-
-    count = max(args.top, rerank)
-
-    def prepare(number: int, row: dict) -> Item:
-        return Item(number, Path(), model.processor.text(row["text"]), truncation(model, row["text"]))
-
-    def answer(items: list[Item]) -> list[dict]:
-        ids = [item.inputs for item in items]
-        embeddings, _ = embed_texts(model, ids)
-        queries = torch.stack([embedding.features for embedding in embeddings])
-        if args.ann:  # more than are asked for, since its own order may be coarser
-            found, scores = collection.scored(queries, candidates(args.ann, queries, max(100, 4 * count)), count)
-        else:
-            found, scores = collection.search(queries, count)
-        pairs = [(image, text) for text, row in enumerate(found) for image in row[:rerank]]
-        matches = _match(args, model, collection.names, ids, pairs)
-        return [
-            {
-                "images": _ranked(
-                    "image",
-                    [(collection.names[n], score, matches.get((n, text))) for n, score in zip(*row, strict=True)],
-                    args.top,
-                ),
-                "text_tokens": embeddings[text].tokens,
-                **items[text].added,
-            }
-            for text, row in enumerate(zip(found, scores, strict=True))
-        ]
-
-    return run_rows(
-        args,
-        [{"text": text} for text in texts],
-        prepare,
-        answer,
-        settings=_settings(args, model, rerank, collection),
-        tokens=["text_tokens"],
-        keep=["text"],
-        unit="texts",
+def _ranked(
+    kind: str, names: Sequence[str], ids: Sequence[int], scores: Sequence[float], logits: Sequence, count: int
+) -> list[dict]:
+    """Records of the best matches of one query: those with logits first, by logit plus similarity, then the others, whose
+    logits are None, as they come, the most similar first."""
+    matches = sorted(
+        zip(ids, scores, logits, strict=True),
+        key=lambda found: (found[2] is None, 0.0 if found[2] is None else -(found[2] + found[1])),
     )
-
-
-def _image_to_text(args, model, texts, rows, collection, failed, rerank: int) -> int:
-    import numpy as np
-
-    from ..bulk.vectors import Vectors
-    from ..predict import embed_images, embed_texts, match
-
-    ids, embeddings = [model.processor.text(text) for text in texts], []
-    if truncated := sum(map(model.processor.cuts, texts)):
-        _log.warning("%d texts are not read to their end, since the model reads no more", truncated)
-    for start in range(0, len(ids), args.batch_size):
-        embeddings += embed_texts(model, ids[start : start + args.batch_size])[0]
-    described = Vectors([np.stack([embedding.features.numpy() for embedding in embeddings])], texts)
-    usable = [number for number in range(1, len(rows) + 1) if number not in failed]
-    place = dict(zip(usable, np.flatnonzero(collection.usable()).tolist(), strict=True))
-
-    def prepare(number: int, row: dict) -> Item:
-        if number in failed:
-            raise ValueError(failed[number])
-        return Item(number, Path(row["image"]), model.processor.image(row["image"]) if rerank else None)
-
-    def answer(items: list[Item]) -> list[dict]:
-        queries = collection.rows([place[item.row] for item in items])
-        found, scores = described.search(queries, max(args.top, rerank))
-        matches = {}
-        if rerank:
-            _, output = embed_images(model, [item.inputs for item in items])
-            pairs = [(image, text) for image, row in enumerate(found) for text in row[:rerank]]
-            matches = dict(zip(pairs, match(model, output.tokens, ids, pairs), strict=True))
-        return [
-            {
-                "texts": _ranked(
-                    "text",
-                    [(texts[n], score, matches.get((image, n))) for n, score in zip(*row, strict=True)],
-                    args.top,
-                )
-            }
-            for image, row in enumerate(zip(found, scores, strict=True))
-        ]
-
-    return run_rows(
-        args,
-        rows,
-        prepare,
-        answer,
-        settings=_settings(args, model, rerank, collection, texts=described.digest()),
-        tokens=[],
-        answers=["texts"],
-        keep=["image"],
-    )
-
-
-def _settings(args, model, rerank: int, collection, **more) -> dict:
-    """What determines the matches; among it the collection that is searched."""
-    return settings_of(
-        args,
-        model,
-        direction=args.direction,
-        text_mode=model.config.text_mode,
-        top=args.top,
-        rerank=rerank,
-        ann=args.ann,
-        collection=collection.digest(),
-        **more,
-    )
-
-
-def _match(args, model, images: Sequence[str], ids: list, pairs: list[tuple[int, int]]) -> dict:
-    """Logits of (image, text) pairs, of images that are read here, each once."""
-    from ..predict import embed_images, match
-
-    logits = {}
-    needed = sorted({image for image, _ in pairs})
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(needed), args.batch_size):
-            numbers = needed[start : start + args.batch_size]
-            pixels = list(pool.map(model.processor.image, (images[number] for number in numbers)))
-            _, output = embed_images(model, pixels)
-            here = [pair for pair in pairs if pair[0] in numbers]
-            local = [(numbers.index(image), text) for image, text in here]
-            logits |= zip(here, match(model, output.tokens, ids, local), strict=True)
-    return logits
-
-
-def _ranked(kind: str, matches: list[tuple], count: int) -> list[dict]:
-    """Records of (name, similarity, logit or None), the most similar first: those with logits go before."""
-    again = [found for found in matches if found[2] is not None]
-    again.sort(key=lambda found: -(found[2] + float(found[1])))
-    rest = [found for found in matches if found[2] is None]
     return [
-        {
-            kind: name,
-            "similarity": round(float(similarity), 6),
-            **({} if logit is None else {"match": round(logit, 6)}),
-        }
-        for name, similarity, logit in (again + rest)[:count]
+        {kind: names[n], "similarity": round(score, 6), **({} if logit is None else {"match": round(logit, 6)})}
+        for n, score, logit in matches[:count]
     ]

@@ -8,9 +8,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from ..compress.settings import RUN, Settings
-from ..options import UsageError, not_negative, option, positive, same
+from ..options import not_negative, option, positive, same
 from ..tasks import TASKS
-from .options import ModelSource, RunOptions, check_device
+from .options import ModelSource, RunOptions, check_device, check_source
 
 DRAWN = "shapes:"
 """What examples begin with that are drawn, not read; that of madtp.compress.examples, which is slow to import."""
@@ -40,15 +40,9 @@ class TrainingOptions(ModelSource):
 
 def begin(options: TrainingOptions, *files: str) -> None:
     """Find out before the model is loaded what is missing, and what cannot be written."""
-    from ..files import check_output, open_regular
+    from ..files import check_output
 
-    for path in files:
-        if not path.startswith(DRAWN):
-            open_regular(path).close()
-    if options.image_root and not Path(options.image_root).is_dir():
-        raise ValueError(f"--image-root: {options.image_root} is no folder")
-    if options.model == "random:base" and options.task is None:
-        raise UsageError("--task: random:base is for any task, so it has to be named")
+    check_source(options, *(path for path in files if not path.startswith(DRAWN)))
     if options.workers < 0:
         raise ValueError(f"--workers: expected a number >= 0, got {options.workers}")
     check_device(options.device)

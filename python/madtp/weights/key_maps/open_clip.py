@@ -46,6 +46,7 @@ MAP = replace(
 LINEAR_MAP = replace(MAP, names=MAP.names | _LINEAR_TEXT, transposed=MAP.transposed - {"text.proj.weight"})
 
 _TIMM_NAME = re.compile(r"vit_\w+_patch(\d+)_siglip_(\d+)")
+_KNOWN = frozenset("embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale init_logit_bias".split())
 _KNOWN_VISION = frozenset(
     "image_size layers width head_width mlp_ratio patch_size no_ln_pre final_ln_after_pool pool_type output_tokens act_kwargs "
     "norm_kwargs patch_dropout timm_model_name timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop "
@@ -152,51 +153,18 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
     text: Any = model.get("text_cfg") if isinstance(model, Mapping) else None
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
         raise ValueError("model_cfg: expected an object with 'vision_cfg' and 'text_cfg'")
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"}
     for name, value in model.items():
-        if name not in known and value not in (None, False):
+        if name not in _KNOWN and value not in (None, False):
             raise ValueError(f"model_cfg.{name}: not supported here, got {value!r}")
-    quick, width = bool(model.get("quick_gelu", False)), text.get("width", 512)
-    _check("vision_cfg", vision, _KNOWN_VISION)
-    _check(
-        "text_cfg", text, _KNOWN_TEXT, pool_type=("argmax", "last", "eos"), proj_type=("linear",)
-    )  # fmt: skip
-    cleaning = dict(text.get("tokenizer_kwargs") or {})
-    clean = {None: "", "whitespace": "", "lower": "lower", "canonicalize": "canonicalize"}.get(
-        cleaning.pop("clean", None)
-    )
-    if cleaning or clean is None:
-        raise ValueError(f"model_cfg.text_cfg.tokenizer_kwargs: not supported here, got {text['tokenizer_kwargs']!r}")
-    last = text.get("pool_type", "argmax") == "last"
-    if last != bool(text.get("no_causal_mask", False)):
-        raise ValueError("model_cfg.text_cfg: expected pool_type 'last' together with no_causal_mask, got one of them")
+    quick = bool(model.get("quick_gelu", False))
     image_size = vision.get("image_size", 224)
     if isinstance(image_size, (list, tuple)) and len(set(image_size)) == 1:
         image_size = image_size[0]
+    _check("vision_cfg", vision, _KNOWN_VISION)
     if vision.get("timm_model_name"):
-        name, act = vision["timm_model_name"], "gelu"  # timm's own, whatever quick_gelu says
-        if not _TIMM_NAME.fullmatch(name) or vision.get("timm_pool") != "map" or vision.get("timm_proj") != "none":
-            raise ValueError(
-                f"model_cfg.vision_cfg.timm_model_name: of timm only SigLIP's vit_*_patch*_siglip_* with timm_pool 'map' and "
-                f"timm_proj 'none' are supported, got {name!r}"
-            )
-        sizes, eps = _timm_sizes(state, name), 1e-6
+        sizes, act, eps = _timm_sizes(vision, state), "gelu", 1e-6  # timm's own, whatever quick_gelu says
     else:
-        layers = vision.get("layers", 12)
-        if not isinstance(layers, int):
-            raise ValueError("the image tower is a ResNet, which has no tokens to prune")
-        _check("vision_cfg", vision, _KNOWN_VISION, pool_type=("tok", "avg"))
-        wide, act, eps = vision.get("width", 768), _activation(vision, quick, "vision_cfg"), _eps(vision, "vision_cfg")
-        sizes = {
-            "patch_size": vision.get("patch_size", 16),
-            "embed_dim": wide,
-            "depth": layers,
-            "num_heads": wide // vision.get("head_width", 64),
-            "mlp_ratio": float(vision.get("mlp_ratio", 4.0)),
-            "norm_pre": not vision.get("no_ln_pre", False),
-            "pool": "mean" if vision.get("pool_type") == "avg" else "class",
-            "norm_after_pool": bool(vision.get("final_ln_after_pool", False)),
-        }
+        sizes, act, eps = _sizes(vision), _activation(vision, quick, "vision_cfg"), _eps(vision, "vision_cfg")
     if _eps(text, "text_cfg") != eps:
         raise ValueError(
             f"model_cfg.text_cfg.norm_kwargs: expected eps {eps} as in the image tower, got {_eps(text, 'text_cfg')}"
@@ -211,20 +179,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
             map_func=entries[1] != sizes["embed_dim"],
             **sizes,
         ),
-        text=CLIPTextConfig(
-            hidden_size=width,
-            num_hidden_layers=text.get("layers", 12),
-            num_attention_heads=text.get("heads", 8),
-            intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
-            vocab_size=text.get("vocab_size", 49408),
-            max_position_embeddings=text.get("context_length", 77),
-            eos_token_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None,
-            causal=not last,
-            padded=last,
-            # The tokenizer of CLIP lowers letters itself.
-            clean=clean,
-            projection_bias=bool(text.get("proj_bias", False)),
-        ),
+        text=_text(text),
         embed_dim=model["embed_dim"],
         hidden_act=act,
         text_act=None if text_act == act else text_act,
@@ -233,8 +188,60 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
     )
 
 
-def _timm_sizes(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+def _text(text: Mapping) -> CLIPTextConfig:
+    """Sizes of the text tower."""
+    _check("text_cfg", text, _KNOWN_TEXT, pool_type=("argmax", "last", "eos"), proj_type=("linear",))
+    cleaning = dict(text.get("tokenizer_kwargs") or {})
+    # The tokenizer of CLIP lowers letters itself.
+    known = {None: "", "whitespace": "", "lower": "lower", "canonicalize": "canonicalize"}
+    clean = known.get(cleaning.pop("clean", None))
+    if cleaning or clean is None:
+        raise ValueError(f"model_cfg.text_cfg.tokenizer_kwargs: not supported here, got {text['tokenizer_kwargs']!r}")
+    pool, width = text.get("pool_type", "argmax"), text.get("width", 512)
+    last = pool == "last"
+    if last != bool(text.get("no_causal_mask", False)):
+        raise ValueError("model_cfg.text_cfg: expected pool_type 'last' together with no_causal_mask, got one of them")
+    return CLIPTextConfig(
+        hidden_size=width,
+        num_hidden_layers=text.get("layers", 12),
+        num_attention_heads=text.get("heads", 8),
+        intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
+        vocab_size=text.get("vocab_size", 49408),
+        max_position_embeddings=text.get("context_length", 77),
+        eos_token_id=text.get("eos_id", 2) if pool == "eos" else None,
+        causal=not last,
+        padded=last,
+        clean=clean,
+        projection_bias=bool(text.get("proj_bias", False)),
+    )
+
+
+def _sizes(vision: Mapping) -> dict[str, Any]:
+    """Sizes of open_clip's own image tower."""
+    if not isinstance(layers := vision.get("layers", 12), int):
+        raise ValueError("the image tower is a ResNet, which has no tokens to prune")
+    _check("vision_cfg", vision, _KNOWN_VISION, pool_type=("tok", "avg"))
+    width = vision.get("width", 768)
+    return {
+        "patch_size": vision.get("patch_size", 16),
+        "embed_dim": width,
+        "depth": layers,
+        "num_heads": width // vision.get("head_width", 64),
+        "mlp_ratio": float(vision.get("mlp_ratio", 4.0)),
+        "norm_pre": not vision.get("no_ln_pre", False),
+        "pool": "mean" if vision.get("pool_type") == "avg" else "class",
+        "norm_after_pool": bool(vision.get("final_ln_after_pool", False)),
+    }
+
+
+def _timm_sizes(vision: Mapping, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of SigLIP's image tower, of which open_clip's file has but the name."""
+    name = vision["timm_model_name"]
+    if not _TIMM_NAME.fullmatch(name) or vision.get("timm_pool") != "map" or vision.get("timm_proj") != "none":
+        raise ValueError(
+            f"model_cfg.vision_cfg.timm_model_name: of timm only SigLIP's vit_*_patch*_siglip_* with timm_pool 'map' and "
+            f"timm_proj 'none' are supported, got {name!r}"
+        )
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in state:
