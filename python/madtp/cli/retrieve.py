@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..files import check_output as check_file
@@ -201,13 +202,10 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
             pairs = [(image, text) for text, row in enumerate(found) for image in row[:rerank]]
             matches = self._match(model, collection.names, ids, pairs)
             logits = [[matches.get((image, text)) for image in row] for text, row in enumerate(found)]
+            ranked = map(partial(_ranked, "image", collection.names, self.top), found, scores, logits)
             return [
-                {
-                    "images": _ranked("image", collection.names, *row, self.top),
-                    "text_tokens": embedding.tokens,
-                    **item.added,
-                }
-                for item, embedding, *row in zip(items, embeddings, found, scores, logits, strict=True)
+                {"images": images, "text_tokens": embedding.tokens, **item.added}
+                for item, embedding, images in zip(items, embeddings, ranked, strict=True)
             ]
 
         return run_rows(
@@ -250,9 +248,8 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
                 pairs = [(image, text) for image, row in enumerate(found) for text in row[:rerank]]
                 matches = dict(zip(pairs, match(model, output.tokens, ids, pairs), strict=True))
             logits = [[matches.get((image, text)) for text in row] for image, row in enumerate(found)]
-            return [
-                {"texts": _ranked("text", texts, *row, self.top)} for row in zip(found, scores, logits, strict=True)
-            ]
+            ranked = map(partial(_ranked, "text", texts, self.top), found, scores, logits)
+            return [{"texts": matches} for matches in ranked]
 
         return run_rows(
             self,
@@ -297,7 +294,7 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
 
 
 def _ranked(
-    kind: str, names: Sequence[str], ids: Sequence[int], scores: Sequence[float], logits: Sequence, count: int
+    kind: str, names: Sequence[str], count: int, ids: Sequence[int], scores: Sequence[float], logits: Sequence
 ) -> list[dict]:
     """Records of the best matches of one query: those with logits first, by logit plus similarity, then the others, whose
     logits are None, as they come, the most similar first."""
