@@ -32,6 +32,10 @@ def describe(value: object) -> str:
     """Shape, dtype and device of a tensor, or the value itself, for error messages."""
     if isinstance(value, Tensor) and value.is_nested:  # which may have no shape to show
         return f"NestedTensor of layout {value.layout}"
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        return (
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} of layout {value.layout} on {value.device}"
+        )
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
@@ -48,6 +52,7 @@ def tensor(
     """Check one tensor argument; None in ``shape`` matches any size. ``meaning`` is e.g. ``"[T, D]"``."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     fits = isinstance(value, Tensor) and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
+    fits = fits and value.layout == torch.strided
     if fits and tuple(value.shape) != shape:
         for got, want in zip(value.shape, shape, strict=True):
             fits = fits and (want is None or got == want)
@@ -63,7 +68,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def floats(name: str, value: Tensor, dims: int, meaning: str) -> None:
     """Check the leading tensor of an operation, which the others have to match."""
-    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype not in FLOATS:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if not dense or value.dim() != dims or value.dtype not in FLOATS:
         raise ValueError(f"{name}: expected floating-point {meaning}, got {describe(value)}")
 
 
@@ -143,6 +149,18 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, got {describe(value)}")
     if not _LEAST <= value <= _MOST:
         raise ValueError(f"{name}: expected a number within the range of float32, {_LEAST} to {_MOST}, got {value!r}")
+
+
+def number(name: str, value: float) -> None:
+    """Check a host-side number that has to be finite."""
+    if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {describe(value)}")
+
+
+def flag(name: str, value: bool) -> None:
+    """Check a switch: a word such as "no" would be taken for True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {describe(value)}")
 
 
 def unit_stride(value: Tensor | None) -> Tensor | None:

@@ -91,6 +91,10 @@ def prune(
             return repeat(tensors, longest, temperature, merged_id, eps, bool(exact))
     else:
         key = None
+    if not isinstance(x, RaggedBatch):
+        raise ValueError(f"x: expected a RaggedBatch of tokens [T, D], got {checks.describe(x)}")
+    checks.floats("x.values", x.values, 2, "[T, D]")
+    checks.tensor("entering", entering, tuple(x.values.shape), "[T, D]", x.dtype, x.device)
     importance, threshold = score_tokens(
         entering, dictionary, received, cls, x.cu_seqlens, x.max_seqlen, temperature, bias=bias, backend=backend
     )
@@ -137,7 +141,8 @@ def _on_cpu(
     weight, sizes = tensors[12], tensors[11]
     if weight is not None:
         checks.positive("norm eps", eps)
-    exact = exact is None or exact
+    exact = True if exact is None else exact
+    checks.flag("exact", exact)
     values, *rest = map(checks.unit_stride, tensors)
     (
         *result, importance, threshold, rows, longest

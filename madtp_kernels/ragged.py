@@ -147,6 +147,9 @@ class RaggedBatch:
         """``padded [B, L, ...]`` and ``mask [B, L]`` (True or 1 = a token). Tokens keep their order.
 
         The mask may have holes: what is kept is what it marks. Reads the number of tokens on the host.
+
+        Raises:
+            ValueError: shapes that do not fit, or a mask of other numbers than 0 and 1.
         """
         if not isinstance(padded, Tensor) or padded.dim() < 2:
             raise ValueError(f"padded: expected a tensor [B, L, ...], got {checks.describe(padded)}")
@@ -154,7 +157,13 @@ class RaggedBatch:
             raise ValueError(
                 f"mask: expected [B, L] = {list(padded.shape[:2])} on {padded.device}, got {checks.describe(mask)}"
             )
-        mask = mask.bool()
+        if mask.dtype != torch.bool:
+            real = mask == 1
+            if not (real | (mask == 0)).all():  # one that is added to logits means the opposite
+                raise ValueError(
+                    f"mask: expected True or 1 for a token and False or 0 for none, got others in {checks.describe(mask)}"
+                )
+            mask = real
         cu_seqlens = padded.new_zeros(mask.shape[0] + 1, dtype=torch.int32)
         cu_seqlens[1:] = mask.sum(1).cumsum(0)
         return cls(padded[mask], cu_seqlens, padded.shape[1])

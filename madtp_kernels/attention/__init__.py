@@ -102,6 +102,7 @@ def checked(
         checks.tensor("key_bias", key_bias, (k.shape[0],), "[Tk]", score_dtype, q.device)
     scale = head_dim**-0.5 if scale is None else scale
     checks.positive("scale", scale)
+    checks.flag("causal", causal)
     return (
         checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(v), checks.unit_stride(cu_seqlens_q),
         checks.unit_stride(cu_seqlens_k), max_seqlen_q, max_seqlen_k, float(scale), causal, checks.unit_stride(key_bias),

@@ -127,6 +127,7 @@ def compact(
         raise ValueError(f"merged_id: expected an int32, got {checks.describe(merged_id)}")
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
+    checks.flag("exact", exact)
 
     result = call(
         "compact", checks.unit_stride(values), *map(checks.unit_stride, (importance, threshold, keep_count, cu_seqlens)),

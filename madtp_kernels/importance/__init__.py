@@ -64,6 +64,7 @@ def attention_importance(
         checks.tensor("key_bias", key_bias, (shape[0],), "[T]", score_dtype, q.device)
     scale = shape[2] ** -0.5 if scale is None else scale
     checks.positive("scale", scale)
+    checks.flag("causal", causal)
     result = call(
         "attention_importance", checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
         checks.unit_stride(cu_seqlens), max_seqlen, float(scale), causal, checks.unit_stride(key_bias), backend or "",

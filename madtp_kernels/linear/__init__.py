@@ -113,6 +113,11 @@ def linear_pair(
         ValueError: an argument does not fit. NotImplementedError: a gradient is wanted. BackendError: a backend asked for by
             name cannot run.
     """
+    for name, pair in (("weights", weights), ("biases", biases)):
+        if not isinstance(pair, (tuple, list)):
+            raise ValueError(f"{name}: expected a tuple of two, got {checks.describe(pair)}")
+        if len(pair) != 2:
+            raise ValueError(f"{name}: expected a tuple of two, got {len(pair)}")
     (weight, other_weight), (bias, other_bias) = weights, biases
     values, cu_seqlens = x.values, x.cu_seqlens
     tensors = (values, weight, other_weight, bias, other_bias, cu_seqlens)

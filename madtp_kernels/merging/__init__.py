@@ -89,6 +89,8 @@ def merge_tokens(
         checks.tensor("weights", weights, (tokens,), "[T]", score_dtype, device)
     if sizes is not None:
         checks.tensor("sizes", sizes, (tokens,), "[T]", torch.float32, device)
+    if not isinstance(carry, (tuple, list)):
+        raise ValueError(f"carry: expected a tuple of tensors [T, ...], got {checks.describe(carry)}")
     for i, carried in enumerate(carry):
         if (
             not isinstance(carried, Tensor)
@@ -101,6 +103,7 @@ def merge_tokens(
             )
     if exact is None:
         exact = device.type == "cpu" and not torch.compiler.is_compiling()
+    checks.flag("exact", exact)
     sizes = values.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
     weights = sizes.to(score_dtype) if weights is None else weights
     merged, cu_out, sizes_out, rows, source, carried = call(
@@ -173,7 +176,9 @@ def top_tokens(
         raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
     if isinstance(threshold, Tensor):
         checks.tensor("threshold", threshold, (batch,), "[B]", scores.dtype, device)
-    elif threshold is not None and not isinstance(threshold, (int, float)):
+        if checks.may_read(threshold) and threshold.isnan().any():
+            raise ValueError("threshold: expected numbers, got NaN")
+    elif threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number or [B], got {checks.describe(threshold)}")
     if count is None and threshold is None:
         raise ValueError("count, threshold: expected at least one of them, got neither")
@@ -233,8 +238,8 @@ def lowest_tokens(
         ``[T]`` bool; False in rows beyond the last sample.
 
     Raises:
-        ValueError: an argument does not fit, or (CPU, or debug mode) scores that are not finite. BackendError: a backend asked
-            for by name cannot run.
+        ValueError: an argument does not fit, or (CPU, or debug mode) a negative count or scores that are not finite.
+            BackendError: a backend asked for by name cannot run.
     """
     key = repeats.signature(lowest_tokens, (scores, count, cu_seqlens, free), (threshold, backend))
     if repeat := repeats.find(key):
@@ -244,6 +249,8 @@ def lowest_tokens(
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
     checks.finite("scores", scores, cu_seqlens)
     checks.tensor("count", count, (cu_seqlens.shape[0] - 1,), "[B]", torch.int32, scores.device)
+    if checks.may_read(count) and len(count) and count.min() < 0:
+        raise ValueError(f"count: expected >= 0, got {count.min()}")
     checks.tensor("free", free, (scores.shape[0],), "[T]", torch.bool, scores.device)
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")

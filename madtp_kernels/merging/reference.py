@@ -96,7 +96,8 @@ def follow(carried: Tensor, source: Tensor) -> Tensor:
     if carried.shape[0] == 0:
         return carried.clone()
     present = (source >= 0).reshape(-1, *[1] * (carried.dim() - 1))
-    return carried[source.clamp(min=0).long()].masked_fill(~present, 0)
+    rows = carried[source.clamp(min=0).long()]
+    return torch.where(present, rows, rows.new_zeros(()))  # masked_fill knows no float8
 
 
 def follow_backward(d_carried: Tensor, source: Tensor, capacity: int) -> Tensor:

@@ -72,6 +72,7 @@ def attention_received(
         raise ValueError(f"heads: expected 'mean' or 'max', got {checks.describe(heads)}")
     scale = head_dim**-0.5 if scale is None else scale
     checks.positive("scale", scale)
+    checks.flag("causal", causal)
     first, last, mask = 0, _END, None
     if isinstance(queries, slice):
         first = 0 if queries.start is None else queries.start

@@ -145,6 +145,8 @@ def merge_scores(
     if sizes is not None:
         checks.tensor("sizes", sizes, shape, "[T]", torch.float32, keys.device)
     checks.tensor("free", free, shape, "[T]", torch.bool, keys.device)
+    for name, value in zip(("weight_exponent", "novelty_exponent", "size_exponent"), exponents, strict=True):
+        checks.number(name, value)
     weight = None if weight is None else weight.detach()
     result = call(
         "merge_scores", rows.detach(), *map(checks.unit_stride, (order.detach(), weight, sizes, free, cu_seqlens)),
@@ -195,7 +197,7 @@ def match_tokens(
     elif count is not None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
-        count = torch.full((batch,), count, dtype=torch.int32, device=keys.device)
+        count = torch.full((batch,), min(count, 2**31 - 1), dtype=torch.int32, device=keys.device)
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
     if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:

@@ -205,6 +205,25 @@ def test_scale(op, value, backend, generator):
     refuses(op, case, backend, "^scale: expected a finite number > 0, got", got)
 
 
+@pytest.mark.parametrize("op", ["attention", "attention_importance", "attention_with_importance", "attention_received"])
+def test_a_switch_is_no_word(op, backend, generator):
+    refuses(op, case_of(op, generator) | {"causal": "no"}, backend, "^causal: expected True or False, got str 'no'")
+
+
+@pytest.mark.parametrize("op", TENSORS)
+def test_tensors_are_dense(op, backend, generator):
+    name = TENSORS[op].split()[1]
+    case = full_case(op, name, generator)
+    refuses(op, case | {name: case[name].to_sparse()}, backend, f"^{name}: expected", "of layout torch.sparse_coo")
+
+
+def test_what_entered_is_named(backend, generator):
+    case = case_of("score_tokens", generator)
+    tokens = RaggedBatch(case.pop("x"), case.pop("cu_seqlens"), case.pop("max_seqlen"))
+    with pytest.raises(ValueError, match="^entering: expected"):
+        madtp_kernels.prune(tokens, tokens.values[:-1], **case, backend=backend)
+
+
 @pytest.mark.parametrize("op", ["attention", "attention_importance", "attention_with_importance"])
 def test_key_bias_of_another_precision_than_the_logits(op, backend, generator):
     case = case_of(op, generator, dtype=torch.bfloat16)

@@ -94,6 +94,8 @@ def test_bad_input(generator):
         ({"weights": (weight, other[1:])}, r"weights\[1\]: expected"),
         ({"weights": (weight.double(), other)}, r"weights\[0\]: expected"),
         ({"biases": (biases[0], biases[1][1:])}, r"biases\[1\]: expected"),
+        ({"biases": biases[:1]}, "biases: expected a tuple of two, got 1"),
+        ({"weights": torch.stack([weight, other])}, r"weights: expected a tuple of two, got float32\[2, "),
     ]:
         with pytest.raises(ValueError, match=message):
             linear_pair(**case | change)

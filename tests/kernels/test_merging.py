@@ -122,11 +122,13 @@ def test_carried_tensors_follow_their_tokens(backend, generator):
     wide = normal(generator, tokens, 5, 130)[:, 1:4].half()  # a view, in more than one step
     flags = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
     carry = (torch.arange(tokens, device=DEVICE), normal(generator, tokens, 3, 2), flags, wide, flags[:, None][:, :0])
+    carry += (normal(generator, tokens, 2).to(torch.float8_e4m3fn),)
     result = merge_tokens(**case, append="sum", carry=carry, backend=backend)
     for r, source in enumerate(result.source.tolist()):
         for before, after in zip(carry, result.carried, strict=True):
             assert after.dtype == before.dtype
-            assert torch.equal(after[r], before[source] if source >= 0 else torch.zeros_like(before[0]))
+            expected = before[source] if source >= 0 else torch.zeros_like(before[0])
+            assert after[r].tolist() == expected.tolist()
 
 
 @every_backend
@@ -265,6 +267,8 @@ def test_nothing_to_merge(backend, lengths, generator):
     ({"weights": torch.zeros(4)}, r"^weights: expected \[T\] = float32\[5\]"),
     ({"sizes": torch.zeros(5, dtype=torch.float64)}, r"^sizes: expected \[T\] = float32\[5\]"),
     ({"carry": (torch.zeros(4),)}, r"^carry\[0\]: expected \[T, ...\] = \[5, ...\] on cpu"),
+    ({"carry": torch.zeros(5)}, r"^carry: expected a tuple of tensors \[T, ...\], got float32\[5\]"),
+    ({"exact": "yes"}, "^exact: expected True or False, got str 'yes'"),
 ])  # fmt: skip
 def test_refuses(change, message, generator):
     case = {"x": RaggedBatch(normal(generator, 5, 4), offsets([3, 2]), 3), "into": torch.arange(5, dtype=torch.int32)}
@@ -352,6 +356,8 @@ def test_units_stay_together(generator):
     ({"protected": -1}, "^protected: expected an int >= 0 or bool"),
     ({"threshold": "high"}, "^threshold: expected a number or"),
     ({"threshold": torch.zeros(3)}, r"^threshold: expected \[B\] = float32\[2\]"),
+    ({"threshold": float("nan")}, "^threshold: expected a number or"),
+    ({"threshold": torch.tensor([0.0, float("nan")])}, "^threshold: expected numbers, got NaN"),
     ({"count": None}, "^count, threshold: expected at least one of them, got neither"),
     ({"unit": 0}, "^unit: expected an int >= 1"),
     ({"unit": 4}, "^cu_seqlens: expected lengths that are multiples of the unit 4"),

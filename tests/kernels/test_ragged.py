@@ -248,6 +248,11 @@ def test_bad_padding(generator):
         RaggedBatch.from_padded(padded, torch.ones(2, 4, device="meta"))
     with raises("mask: expected", "got list"):
         RaggedBatch.from_padded(padded, [[1, 1, 1, 1], [1, 0, 0, 0]])
+    # A mask that is added to logits has 0 where this one has 1.
+    additive = torch.tensor([[0, 0, 0, 0], [0, -1e4, -1e4, -1e4]], device=DEVICE)
+    with pytest.raises(ValueError, match="^mask: expected True or 1 for a token"):
+        RaggedBatch.from_padded(padded, additive)
+    assert RaggedBatch.from_padded(padded, (additive == 0).float()).lengths.tolist() == [4, 1]
 
 
 def test_bad_nesting(generator):

@@ -267,6 +267,18 @@ def test_matching_refuses(options, message, generator):
         match_tokens(**keys_case(generator, [4, 3]), **options)
 
 
+def test_more_than_there_are_is_all(generator):
+    case = keys_case(generator, [4, 3])
+    assert torch.equal(match_tokens(**case, count=2**40)[0], match_tokens(**case, count=4)[0])
+
+
+@pytest.mark.parametrize("name", ["weight_exponent", "novelty_exponent", "size_exponent"])
+def test_exponents_are_finite_numbers(name, generator):
+    for value in (math.nan, math.inf, "1"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite number"):
+            merge_scores(**merging_case(generator, [4, 3]), **{name: value})
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 0), (5, 2, 0), (5, 2, 3, 4)], ids=str)
 def test_keys_of_no_shape_for_keys(shape):
     with pytest.raises(ValueError, match=r"^keys: expected floating-point \[T, D\] or \[T, H, d\]"):
