@@ -122,7 +122,11 @@ BATCH_MAXIMUM = Run("madtp", 0.8, 0)
 LARGE, LARGE_STEPS, LARGE_DENSE_STEPS = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 1500, 600
 """Runs at 577 tokens: pictures are drawn at twice the size, and the dense model is trained on from interpolated
 positions."""
-TIMED = [run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp") and not run.longer]
+TIMED = sorted(
+    (run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp")),
+    key=lambda run: (run.method, run.reduction, run.steps),
+    reverse=True,
+)
 SECONDS = {"pruned": 0.9, "dense": 0.6, "large": 5.0}
 """Of a step on one thread of an Emerald Rapids core whose neighbour is busy; the other figures are minutes."""
 MINUTES = {
@@ -230,7 +234,7 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         calibrate = ("-m", "madtp", "calibrate", "--model", str(dense), "--pairs", str(pairs), *options)
         calibrated.append(Job("calibrate", f"calibrate-{reduction}", calibrate, output / "result.json"))
     timing = results / f"timing-{device}.json"
-    timed = [str(dense), *(str(model(run.name)) for run in sorted(TIMED, reverse=True))]
+    timed = [str(dense), *(str(model(run.name)) for run in TIMED)]
     return [
         [
             Job("dense", "train-dense", script("train_dense.py", output=dense), dense / "result.json"),
