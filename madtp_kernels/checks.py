@@ -11,6 +11,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _debug = os.environ.get("MADTP_KERNELS_DEBUG", "0") not in ("", "0")
 
@@ -23,9 +24,9 @@ def set_debug(enabled: bool) -> None:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether a check may look at the values of this tensor: on the CPU always, on a device in debug mode."""
-    if not _debug and tensor.device.type != "cpu":
+    if not (tensor.is_cpu or _debug):
         return False
-    return not (torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor))
+    return not (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor))
 
 
 def describe(value: object) -> str:
@@ -50,6 +51,8 @@ def tensor(
     device: torch.device,
 ) -> None:
     """Check one tensor argument; None in ``shape`` matches any size. ``meaning`` is e.g. ``"[T, D]"``."""
+    if isinstance(value, Tensor) and value.dtype is dtype and value.shape == shape and value.device == device:
+        return  # most calls
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     fits = isinstance(value, Tensor) and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
     fits = fits and value.layout == torch.strided
@@ -77,7 +80,7 @@ def offsets(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, value
     """Check offsets and the length bound against the buffer they describe."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected int32 offsets [B+1], got {describe(cu_seqlens)}")
-    tensor(name, cu_seqlens, (None,), "[B+1]", torch.int32, values.device)
+    tensor(name, cu_seqlens, cu_seqlens.shape, "[B+1]", torch.int32, values.device)
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise ValueError(f"{max_name}: expected an int >= 0, got {describe(max_seqlen)}")
     if isinstance(max_seqlen, int) and max_seqlen < 0:
@@ -129,9 +132,8 @@ def finite(name: str, value: Tensor, cu_seqlens: Tensor | None = None) -> None:
     if cu_seqlens is not None:
         count = _known_offsets("cu_seqlens", cu_seqlens)[0]
         rows = value if count == len(value) else value[:count]
-    if math.isfinite(
-        rows.detach().sum(dtype=torch.float64)
-    ):  # NaN and infinity reach the sum; finite float32 cannot overflow it
+    # NaN and infinity reach the sum. One that overflows without them is looked at again.
+    if math.isfinite(rows.detach().sum() if rows.requires_grad else rows.sum()):
         return
     bad = (~torch.isfinite(rows)).sum().item()
     if bad:
