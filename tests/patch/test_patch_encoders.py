@@ -216,6 +216,10 @@ def test_what_is_refused(generator):
         model(**given | {"spatial_shapes": given["spatial_shapes"] * 2})
     with pytest.raises(ValueError, match="output_attentions: a patched model keeps neither"):
         model(**given, output_attentions=True)
+    with pytest.raises(ValueError, match="pixel_values: expected a tensor, got NoneType None"):
+        model()
+    with pytest.raises(TypeError, match="got Sequential; its 1 is one, which fits a head that reads the class token"):
+        madtp.apply_patch(torch.nn.Sequential(torch.nn.Identity(), theirs("ViTModel")))
     with pytest.raises(ValueError, match="method: expected one of .*, got 'magic'"):
         madtp.apply_patch(theirs("ViTModel"), method="magic")
     with pytest.raises(ValueError, match="temperature: only madtp has one, got method"):

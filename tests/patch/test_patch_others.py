@@ -436,6 +436,13 @@ def test_integers_of_any_type(dtype, task, make, generator):
             run(task, model, inputs | {"input_ids": inputs["input_ids"].to(wrong)})
 
 
+def test_anything_but_zero_marks_a_token(make, generator):
+    model, (_, inputs) = make("vqa"), sample_inputs("vqa", generator)
+    madtp.apply_patch(model, temperature=0)
+    expected = results("vqa", model, inputs)
+    assert equal(results("vqa", model, inputs | {"attention_mask": inputs["attention_mask"] * 7}), expected)
+
+
 # ---- what is asked for
 
 

@@ -125,7 +125,12 @@ def apply_patch(
     """
     base = base_of(model)
     if base is None:
-        raise TypeError(f"model: expected one of {', '.join(KINDS)}, got {type(model).__name__}")
+        inside = (name for name, module in getattr(model, "named_modules", dict)() if base_of(module) is not None)
+        hint = "".join(
+            f"; its {name} is one, which fits a head that reads the class token or the pooler's output"
+            for name in [next(inside, "")] if name
+        )  # fmt: skip
+        raise TypeError(f"model: expected one of {', '.join(KINDS)}, got {type(model).__name__}{hint}")
     if hasattr(model, "_madtp"):
         raise ValueError("model: it is patched already; call remove_patch first")
     kind = KINDS[base.__name__]

@@ -12,7 +12,7 @@ from madtp_kernels import RaggedBatch
 from ..generation import CACHE
 from ..rows import first_rows
 from .engine import Memory, groups_of, ready
-from .tensors import integers, padded, ragged_ids, tokens_of
+from .tensors import integers, padded, pixels_of, ragged_ids, tokens_of
 
 
 @can_return_tuple
@@ -20,7 +20,7 @@ from .tensors import integers, padded, ragged_ids, tokens_of
 def vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
     """`BlipVisionModel.forward`."""
     engine = ready(self, kwargs, interpolate_pos_encoding=interpolate_pos_encoding)
-    tokens, _ = engine.images(pixel_values)
+    tokens, _ = engine.images(pixels_of(pixel_values))
     # BLIP's tokens have passed this LayerNorm already; transformers applies it to the pooled one twice.
     return BaseModelOutputWithPooling(padded(tokens), self.post_layernorm(first_rows(tokens)))
 

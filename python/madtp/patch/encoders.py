@@ -10,7 +10,7 @@ from transformers.utils.generic import can_return_tuple
 from .. import graphs
 from ..rows import rows_of
 from .engine import no_longer, ready
-from .tensors import padded, texts_of
+from .tensors import padded, pixels_of, texts_of
 
 
 @can_return_tuple
@@ -25,7 +25,7 @@ def image_encoder(
     wanted = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
     engine = ready(self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding)
     model, tower = engine.model, engine.model.visual
-    pixels = (pixel_values, pixel_attention_mask, spatial_shapes)
+    pixels = (pixels_of(pixel_values), pixel_attention_mask, spatial_shapes)
     length = None if spatial_shapes is None else pixel_values.shape[1]
     if wanted:
         tokens, states = engine.states(*pixels, length)

@@ -75,6 +75,13 @@ def tokens_of(hidden_states: Tensor, mask: Tensor | None, *, padding: bool) -> T
     return replace(tokens, **parts)
 
 
+def pixels_of(pixel_values: Tensor | None) -> Tensor:
+    """The pixels, which have to be there."""
+    if not isinstance(pixel_values, Tensor):
+        raise ValueError(f"pixel_values: expected a tensor, got {checks.describe(pixel_values)}")
+    return pixel_values
+
+
 def integers(input_ids: Tensor | None) -> Tensor:
     """Ids ``[B, L]`` of any integer type, as int64."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
@@ -92,7 +99,7 @@ def ragged_ids(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask: expected {list(input_ids.shape)} as input_ids, got {list(mask.shape)}")
-    return RaggedBatch.from_padded(input_ids, mask), positions.expand(input_ids.shape)[mask.bool()]
+    return RaggedBatch.from_padded(input_ids, mask.bool()), positions.expand(input_ids.shape)[mask.bool()]
 
 
 def patches_of(pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor) -> Patches:
