@@ -1,6 +1,7 @@
-"""Rules without training on the bundled NLVR model of pictures of shapes: right answers on held-out statements.
+"""Rules without training on an NLVR model of pictures of shapes: right answers on held-out statements.
 
   python experiments/real/statements.py --record experiments/real/results/shapes.jsonl
+  python experiments/real/statements.py --model reproduction/large-dense --record experiments/real/results/shapes-577.jsonl
 
 Limits are set on pairs of the training split, without their labels; the texts are not pruned. Resumable.
 """
@@ -32,9 +33,9 @@ SETTINGS = {
 
 
 @torch.inference_mode()
-def evaluate(model, rule: Pruning, pairs: int) -> tuple[float, float, float, int]:
+def evaluate(model, shapes: Shapes, rule: Pruning, pairs: int) -> tuple[float, float, float, int]:
     """Share of right answers, mean GFLOPs, those without the rule's own work, and the number of statements."""
-    task, examples, right, costs, network = task_of(model), ShapesExamples(Shapes("test"), range(pairs)), [], [], []
+    task, examples, right, costs, network = task_of(model), ShapesExamples(shapes, range(pairs)), [], [], []
     for start in range(0, pairs, 16):
         batch = task.collate([task.instance(examples[i]) for i in range(start, min(start + 16, pairs))])
         output = task.forward(model, batch, rule)
@@ -49,6 +50,7 @@ def evaluate(model, rule: Pruning, pairs: int) -> tuple[float, float, float, int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, required=True, help="JSON lines, one per setting; appended to")
+    parser.add_argument("--model", default="demo-dense", help="a saved model (default: the package's dense one)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--savings", nargs="+", type=float, default=[0.53, 0.67, 0.74, 0.79])
     parser.add_argument("--pairs", type=int, default=256, help="of eight statements each (default: 256)")
@@ -58,10 +60,12 @@ def main() -> None:
     done = set()
     if args.record.exists():
         done = {(row["setting"], row["target"]) for row in map(json.loads, args.record.read_text().splitlines())}
-    model = madtp.load("demo-dense")
-    dense = evaluate(model, Pruning(), args.pairs)
+    model = madtp.load(args.model)
+    scale = model.config.vision.image_size // 96
+    test = Shapes("test", scale=scale)
+    dense = evaluate(model, test, Pruning(), args.pairs)
     print(f"dense: {dense[0]:.4f} of {dense[3]} statements, {dense[1]:.4f} GFLOPs", flush=True)
-    pairs = ShapesExamples(Shapes("train"), range(args.calibrate), 1)
+    pairs = ShapesExamples(Shapes("train", scale=scale), range(args.calibrate), 1)
     args.record.parent.mkdir(parents=True, exist_ok=True)
     for saving in args.savings:
         for name in args.settings:
@@ -74,7 +78,7 @@ def main() -> None:
                 print(json.dumps({"setting": name, "target": saving, "failed": str(error)}), flush=True)
                 continue
             seconds = time.perf_counter() - start
-            accuracy, gflops, network, statements = evaluate(model, found.rule, args.pairs)
+            accuracy, gflops, network, statements = evaluate(model, test, found.rule, args.pairs)
             row = {
                 "setting": name, "target": saving, "saving": round(1 - gflops / dense[1], 4),
                 "saving_of_network": round(1 - network / dense[1], 4),

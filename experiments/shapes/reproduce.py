@@ -119,9 +119,11 @@ ANATOMY = {
 """The same model under other conditions: where its errors come from."""
 BATCH_MAXIMUM = Run("madtp", 0.8, 0)
 """The model that is also evaluated with equally many tokens for all samples of a batch."""
-LARGE, LARGE_STEPS, LARGE_DENSE_STEPS = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 1500, 600
-"""Runs at 577 tokens: pictures are drawn at twice the size, and the dense model is trained on from interpolated
-positions."""
+LARGE, LARGE_STEPS = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 1500
+"""Runs at 577 tokens: pictures are drawn at twice the size."""
+LARGE_DENSE = {"large-dense-begun": (600, 3e-4), "large-dense": (1200, 5e-4)}
+"""Steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the package's,
+from interpolated positions."""
 TIMED = sorted(
     (run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp")),
     key=lambda run: (run.method, run.reduction, run.steps),
@@ -223,8 +225,12 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         return [[*(trained(run, "demo-dense") for run in SHORT), dense_test("demo-dense")], tested(SHORT), [report]]
 
     dense, large = model("dense"), model("large-dense")
-    command = training("demo-dense", large, LARGE_DENSE_STEPS, 3e-4, 2, reduction=0, seed=0)
-    minutes = LARGE_DENSE_STEPS * SECONDS["large"] / 60
+    large_dense, source = [], "demo-dense"
+    for seed, (name, (steps, rate)) in enumerate(LARGE_DENSE.items()):
+        command = training(source, model(name), steps, rate, 2, reduction=0, seed=seed)
+        minutes = steps * SECONDS["large"] / 60
+        large_dense.append(Job("compress", f"train-{name}", command, model(name) / "result.json", minutes))
+        source = model(name)
     pairs = directory / "pairs" / "train.jsonl"
     drawn = ("-m", "madtp.data.synthetic", "--output", str(pairs.parent), "--split", "train", "--pairs", "600")
     calibrated = []
@@ -239,8 +245,9 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         [
             Job("dense", "train-dense", script("train_dense.py", output=dense), dense / "result.json"),
             Job("pairs", "pairs", drawn, pairs),
-            Job("compress", "train-large-dense", command, large / "result.json", minutes),
+            large_dense[0],
         ],
+        large_dense[1:],
         [
             *(trained(run, dense) for run in RUNS),
             *(trained(run, large, 2) for run in LARGE),
