@@ -304,7 +304,7 @@ def test_every_command_parses(reproduce, tmp_path, monkeypatch):
             runpy.run_path(program, run_name="__main__")
 
     assert seen == {
-        (0, 0, None),
+        *((0, seed, None) for seed, _ in enumerate(reproduce.LARGE_DENSE)),
         *((run.reduction, run.seed, reproduce.METHODS[run.method][1]) for run in reproduce.RUNS),
     }
 
