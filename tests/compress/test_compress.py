@@ -23,7 +23,7 @@ from madtp.compress.calibrate import read_pairs
 from madtp.compress.dictionary import dictionary_from_examples
 from madtp.compress.evaluation import evaluate
 from madtp.compress.settings import Settings
-from madtp.compress.train import _Board, train
+from madtp.compress.train import Trainer, _Board, train
 from madtp.guidance import alignment_loss
 from madtp.tasks import TASKS
 
@@ -207,6 +207,24 @@ def test_accumulated_batches_make_one_step(data, tmp_path):
         for number, state in momenta[0].items():
             bound = 100 * torch.finfo(torch.float32).eps * state["exp_avg"].abs().max().item()
             torch.testing.assert_close(others[number]["exp_avg"], state["exp_avg"], rtol=0, atol=bound)
+
+
+def test_another_model_can_be_the_teacher(data, whole, tmp_path, capsys):
+    """A run goes on with the same one only, and one of other tokens is refused."""
+    options = "--distill", "1", "--epochs", "1", "--lr", "1e-9", "--teacher"
+    cli.main(compress(data, "nlvr", tmp_path, *options, str(data / "nlvr")))
+    own = [r["train"]["distillation"] for r in outcome(tmp_path)[0] if "train" in r]
+    cli.main(compress(data, "nlvr", tmp_path / "other", *options, str(whole)))
+    others = [r["train"]["distillation"] for r in outcome(tmp_path / "other")[0] if "train" in r]
+    assert all(other > 1.01 * mine for mine, other in zip(own, others, strict=True))
+    assert cli.main(compress(data, "nlvr", tmp_path, *options, str(whole))) == 2
+    assert "teacher" in capsys.readouterr().err
+    assert cli.main(compress(data, "nlvr", tmp_path / "new", *options, str(tmp_path / "missing"))) == 2
+    assert "missing" in capsys.readouterr().err
+    model, larger = madtp.load(data / "nlvr"), madtp.load(data / "nlvr", image_size=96)
+    settings = Settings(reduction=0.3, epochs=1, batch_size=1, lr=1.0, weight_decay=0.0)
+    with pytest.raises(ValueError, match="teacher: expected a model of nlvr, .* patches"):
+        Trainer(model, TASKS["nlvr"](model), range(4), [], settings, tmp_path, teacher=larger)
 
 
 @pytest.mark.parametrize("task_name", ["nlvr", "clip"])

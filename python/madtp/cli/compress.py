@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 
 from ..compress.settings import Settings
 from ..options import UsageError, option, positive, same, unset
@@ -37,7 +37,8 @@ once. "shapes:train" and "shapes:dev" instead of files are pairs of shapes, draw
 A model that was never pruned begins with a dictionary of its own tokens, drawn from up to 64 training examples: with
 random entries even the lowest temperature drops about half of the tokens. --distill 1 also pulls the tokens that
 survive towards what they are without pruning; that takes one more forward per batch, without gradient, and a second
-copy of the weights. On the small model of experiments/shapes it helped much.
+copy of the weights. On the small model of experiments/shapes it helped much. A model that is pruned already can go
+on to a lower cost with --teacher, the dense one.
 
 Retrieval and clip train with the negatives of the batch, without MADTP's momentum encoders and queue.
 The exit code is 1 where the target was missed. Training has no dropout and no stochastic depth.
@@ -60,6 +61,10 @@ class Compress(Command, TrainingOptions, unset(Settings)):
     image_size: int | None = option(
         "train at another size; positions are interpolated", type=positive, metavar="PIXELS"
     )
+    teacher: str | None = option(
+        "with --distill: another model without pruning, whose tokens those that survive are pulled to (default: the model "
+        "as the run begins)", metavar="SOURCE", group="pruning",
+    )  # fmt: skip
     method: str | None = option(
         "the rule that prunes (default: the model's, or madtp)", metavar="NAME", group="pruning"
     )
@@ -74,16 +79,22 @@ class Compress(Command, TrainingOptions, unset(Settings)):
         """Train, or go on, and save the model."""
         from ..compress.examples import read_examples
         from ..compress.train import train
+        from ..fingerprint import fingerprint
         from ..processes import joined
 
         only_with(self, self.controller != "official", "with --controller official", "ramp")
         only_with(self, self.epochs is None, "with --epochs", "steps")
+        only_with(self, bool(self.distill), "without --distill", "teacher")
         if self.image_root is None and not all(path.startswith(DRAWN) for path in (self.annotations, self.dev)):
             raise UsageError("--image-root: needed where annotations are files")
         begin(self, self.annotations, self.dev)
         with joined(self.device) as device:
             model = load_source(self, self.task, device)
             source = origin(self, model, self.annotations, self.dev)
+            teacher = None
+            if self.teacher is not None:
+                teacher = load_source(replace(self, model=self.teacher), model.config.task, device)
+                source["teacher"] = fingerprint(teacher)
             task = TASKS[model.config.task](model)
             only_with(self, task.aligned, f"for {task.name}, which has no text to align pictures with", "alignment")
             keeps = "keep" if model.guided else "tokens"  # before another rule takes the place of the model's
@@ -97,7 +108,7 @@ class Compress(Command, TrainingOptions, unset(Settings)):
             examples = read_examples(task, self.annotations, self.image_root, settings.texts, training=True)
             dev = read_examples(task, self.dev, self.image_root, settings.texts, training=False)
             result = train(
-                model, task, examples, dev, settings, self.output, origin=source, workers=self.workers,
+                model, task, examples, dev, settings, self.output, teacher=teacher, origin=source, workers=self.workers,
                 save_every=self.save_every, log_every=self.log_every, progress=False if self.quiet else None,
             )  # fmt: skip
             return report(result, self)

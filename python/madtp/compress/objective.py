@@ -73,7 +73,8 @@ class Teacher:
     """A copy of a model as it is now, which runs without pruning and never learns. It belongs to each process alone.
 
     Args:
-        model, task: as trained.
+        model: the one that is trained, or another that makes as many tokens of as many numbers.
+        task: of the one that is trained.
         dtype: in which the copy computes. Autocast has no say: without it the kernels of inference run, in half the time.
     """
 

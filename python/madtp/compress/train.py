@@ -82,6 +82,13 @@ def train(
         return trainer.finish()
 
 
+def _tokens(model: Model) -> str:
+    """The task of a model, and the numbers and sizes of its tokens."""
+    vision, text = model.config.vision, model.config.text
+    words = "" if text is None else f", words of {text.hidden_size}"
+    return f"{model.config.task}, {vision.num_patches} patches of {vision.embed_dim} numbers{words}"
+
+
 class Trainer:
     """A training run in three parts: :meth:`prepare`, :meth:`epoch` until it is :attr:`done`, :meth:`finish`.
 
@@ -94,6 +101,7 @@ class Trainer:
         dev: the split on which the strength of the pruning is set and, with labels, the best weights are chosen.
         settings: what determines the result.
         output: directory for what :func:`train` says.
+        teacher: whose tokens those that survive are pulled to with distillation; by default the model as it is now.
         origin: what else the result depends on, as JSON values: the run only goes on if they are the same.
         workers: processes that prepare pictures, per training process; 0: none beside it.
         save_every: seconds between checkpoints.
@@ -110,6 +118,7 @@ class Trainer:
         settings: Settings,
         output: str | os.PathLike,
         *,
+        teacher: Model | None = None,
         origin: dict | None = None,
         workers: int = 0,
         save_every: float = 300,
@@ -138,7 +147,9 @@ class Trainer:
             raise ValueError(f"controller: official has tables for madtp only, got the rule {rule.name!r}")
 
         half = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-        self.teacher = Teacher(model, task, half) if settings.distill > 0 else None
+        if teacher is not None and (made := _tokens(teacher)) != (wanted := _tokens(model)):
+            raise ValueError(f"teacher: expected a model of {wanted}, got one of {made}")
+        self.teacher = Teacher(model if teacher is None else teacher, task, half) if settings.distill > 0 else None
         self.objective: nn.Module = Objective(model, task, settings)
         # What is learnt beside the model (heads of auxiliary losses) belongs to the task.
         trained = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
