@@ -111,6 +111,9 @@ def _checked(options: dict) -> dict:
     for name in options:
         if name not in OPTIONS:
             raise ValueError(f"{name}: no option here; there are {', '.join(OPTIONS)}")
+    beams = options.get("num_beams", 1)
+    if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
+        raise ValueError(f"num_beams: expected a whole number of at least 1, got {beams!r}")
     if options.get("do_sample"):
         options.setdefault("top_k", _TOP_K)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,29 +42,50 @@ def answer(model, inputs: Sequence, batch_size: int = 8, **options) -> list[Answ
     Raises:
         ImageError, TextError: the first input that cannot be used (`madtp.jsonl` goes on past such rows).
         FloatingPointError: the model's dtype cannot hold its activations.
+        ValueError: inputs that are no sequence or not of as many things as the model takes, or a batch size below 1.
     """
     task, answers = task_of(model), []
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
+    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, Sequence):
+        raise ValueError(f"inputs: expected a sequence, got a {type(inputs).__name__}")
+    if model.processor is None:
+        raise ValueError("model: expected one with a processor, as madtp.load gives it")
+    takes = inspect.signature(model.processor)
     for start in range(0, len(inputs), batch_size):
         given = [each if isinstance(each, tuple) else (each,) for each in inputs[start : start + batch_size]]
+        for number, each in enumerate(given, start):
+            try:
+                takes.bind(*each)
+            except TypeError as error:
+                names = ", ".join(takes.parameters)
+                raise ValueError(f"inputs[{number}]: expected ({names}), got {len(each)} of them") from error
         answers += task.answer(model, [model.processor(*each) for each in given], **options)[0]
     return answers
 
 
 def nlvr(model, pairs: Sequence[tuple], batch_size: int = 8) -> list[NLVRAnswer]:
     """Answers to (left image, right image, statement) triples; see :func:`answer`."""
-    return answer(model, pairs, batch_size)
+    return answer(_for_task(model, "nlvr"), pairs, batch_size)
 
 
 def caption(model, images: Sequence, batch_size: int = 8, **options) -> list[CaptionAnswer]:
     """Captions of images; options are those of :meth:`madtp.tasks.caption.CaptionTask.answer`, see :func:`answer`."""
-    return answer(model, images, batch_size, **options)
+    return answer(_for_task(model, "caption"), images, batch_size, **options)
 
 
 def vqa(model, questions: Sequence[tuple], batch_size: int = 8, **options) -> list[VQAAnswer]:
     """Answers to (image, question) pairs; options are those of :meth:`madtp.tasks.vqa.VQATask.answer`, see
     :func:`answer`.
     """
-    return answer(model, questions, batch_size, **options)
+    return answer(_for_task(model, "vqa"), questions, batch_size, **options)
+
+
+def _for_task(model, name: str):
+    """The model, which has to be for this task."""
+    if task_of(model).name != name:
+        raise ValueError(f"model: expected one for task {name!r}, got one for {task_of(model).name!r}")
+    return model
 
 
 def embed_images(model, pixels: Sequence[torch.Tensor]) -> tuple[list[Embedding], Any]:

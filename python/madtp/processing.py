@@ -129,6 +129,8 @@ def _opened(source, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image,
         if isinstance(source, Image.Image):
             image, name = source, "PIL image"
         else:
+            if not isinstance(source, (str, os.PathLike, bytes, bytearray)):  # a number would be an open file
+                raise ImageError(type(source).__name__, "expected a path, the bytes of a file or a PIL image")
             if isinstance(source, (bytes, bytearray)):
                 file, name = io.BytesIO(source), f"image of {len(source)} bytes"
             else:

@@ -509,6 +509,26 @@ def test_captions_of_pictures(pictures):
         predict.caption(model, [b"no picture"])
 
 
+def test_inputs_that_make_no_sense_are_named(pictures):
+    captions, questions = (with_processor(make(task), task) for task in ("caption", "vqa"))
+    for call, message in [
+        (lambda: predict.caption(captions, "photo.png"), "^inputs: expected a sequence, got a str"),
+        (lambda: predict.caption(captions, iter(pictures)), "^inputs: expected a sequence, got a list_iterator"),
+        (lambda: predict.caption(captions, pictures, batch_size=-1), "^batch_size: expected a whole number"),
+        (lambda: predict.caption(captions, pictures, batch_size=0), "^batch_size: expected a whole number"),
+        (lambda: predict.caption(captions, pictures, num_beams=0), "^num_beams: expected a whole number"),
+        (lambda: predict.caption(questions, pictures), "^model: expected one for task 'caption', got one for 'vqa'"),
+        (lambda: predict.vqa(questions, pictures), r"^inputs\[0\]: expected \(image, question\), got 1 of them"),
+        (lambda: predict.nlvr(questions, [(1, 2, 3)]), "^model: expected one for task 'nlvr'"),
+        (lambda: predict.caption(make("caption"), pictures), "^model: expected one with a processor"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    for image in (None, 0, torch.zeros(3, 8, 8), [pictures[0]]):
+        with pytest.raises(ImageError, match=f"^{type(image).__name__}: expected a path, the bytes of a file or a PIL"):
+            predict.caption(captions, [image])
+
+
 def test_answers_about_pictures(pictures):
     model = with_processor(make("vqa"), "vqa")
     questions = [(picture, "What is this?") for picture in pictures]

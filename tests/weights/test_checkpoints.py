@@ -305,6 +305,22 @@ def test_the_file_is_named_when_its_weights_do_not_fit(model, tmp_path):
         madtp.load(path)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"source": None}, "^source: expected a path, a hub id or a state dict, got NoneType None"),
+        ({"source": ""}, "^source: expected a path"),
+        ({"source": torch.nn.Linear(2, 2)}, r"^source: .* got Linear .*; give its state_dict\(\)"),
+        ({"dtype": "bfloat16"}, "^dtype: expected a floating-point type, got 'bfloat16'"),
+        ({"use_sizes": "no"}, "^use_sizes: expected True, False or None, got 'no'"),
+        ({"config": 5}, "^config: expected sizes of a model, .* got a int"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        madtp.load(**{"source": "demo"} | arguments)
+
+
 # ---- files that cannot be read
 
 

@@ -119,14 +119,16 @@ def _checked(
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype!r}")
     device = _usable(device)
     if isinstance(config, dict):
         task = task or config.get("task")
         if task not in TASKS:
             raise ValueError(f"task: give one of {', '.join(TASKS)}, since config names none")
         config = TASKS[task].Config.from_dict(config)
+    if config is not None and not isinstance(config, Config):
+        raise ValueError(f"config: expected sizes of a model, as a Config or its dict, got a {type(config).__name__}")
     if config is not None and task not in (None, config.task):
         raise ValueError(f"config: sizes of a model for task {config.task!r}, not {task!r}")
     return device, task if config is None else config.task, config
@@ -164,6 +166,8 @@ def _adjusted(found: Source, image_size: int | None, text_mode: str | None) -> S
 
 def _rule(found: Source, temperature: float | None, pruning: Pruning | str | None, use_sizes: bool | None) -> Pruning:
     """How the model is pruned: as it was saved, unless the caller says otherwise."""
+    if use_sizes not in (None, True, False):
+        raise ValueError(f"use_sizes: expected True, False or None, got {use_sizes!r}")
     if pruning is not None and temperature is not None:
         raise ValueError("pruning, temperature: expected one of them, got both")
     if isinstance(pruning, str):

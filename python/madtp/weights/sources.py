@@ -69,6 +69,11 @@ def locate(
     if source == "random:base":
         config = config or TASKS[task or next(iter(TASKS))].Config()
         return Source(source, None, _activated(config, hidden_act), _usual(config, "clip", centred=True))
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        hint = "; give its state_dict()" if hasattr(source, "state_dict") else ""
+        raise ValueError(
+            f"source: expected a path, a hub id or a state dict, got {type(source).__name__} {source!r:.80}{hint}"
+        )
     place, origin = _place(source), str(source)
     if not place.is_dir():
         state, temperature = read_file(place)
