@@ -148,7 +148,7 @@ def embed_patches(
     # A convolution whose stride is its kernel is a linear layer on patches.
     patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
     x = project(rows, proj.weight.flatten(1), proj.bias, tokens=patches).unflatten(0, (len(images), number))
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(images.device.type):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda" if images.is_cuda else "cpu"):
         x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
     else:  # the same sums, written once
         embedded, x = x, x.new_empty(len(x), number + 1, x.shape[2])
