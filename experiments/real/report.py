@@ -23,6 +23,7 @@ from benchmarks.report import markdown  # noqa: E402
 from madtp.files import replacing  # noqa: E402
 
 PHOTOGRAPHS = {"photographs": "224.jsonl", "large": "448.jsonl"}
+STATEMENTS = {"statements": "shapes.jsonl", "statements-577": "shapes-577.jsonl"}
 TOKENS = {"photographs": 257, "large": 1025}
 STYLES = {
     "ranked novelty": ("#0072b2", "o"), "no second look": ("#004a75", "h"), "equal counts": ("#56b4e9", "o"), "tome": ("#44aa99", "v"),
@@ -154,8 +155,8 @@ def main() -> None:
     records = {name: read(args.results / file) for name, file in PHOTOGRAPHS.items()}
     tables = {name: cosines(rows) for name, rows in records.items() if rows}
     tables |= {f"{name}-errors": errors(rows) for name, rows in records.items() if rows}
-    if rows := read(args.results / "shapes.jsonl"):
-        tables["statements"] = statements(rows)
+    answered = {name: read(args.results / file) for name, file in STATEMENTS.items()}
+    tables |= {name: statements(rows) for name, rows in answered.items() if rows}
     args.output.write_text(replaced(args.output.read_text(), tables))
     if any(records.values()):
         import matplotlib

@@ -187,14 +187,14 @@ class MergingPruning(Pruning):
             count: ``[B]`` int32: no more than so many of each sample.
             threshold: only those whose score is at most this.
         """
-        most = (self.prunable(tokens) * self.most + 1e-4).int()
+        most = (self.prunable(tokens) * (self.most * (1 + 1e-6))).int()  # two thirds of three are two
         count = most if count is None else torch.minimum(count, most)
         return lowest_tokens(score, count, tokens.cu_seqlens, free=free, threshold=threshold, backend=self.backend)
 
     @staticmethod
     def prunable(tokens: Tokens) -> Tensor:
         """``[B]`` int32: tokens of each sample that are not protected."""
-        return (tokens.lengths - tokens.prefix - int(tokens.protected_ids is not None)).clamp(min=0)
+        return (tokens.lengths - (tokens.prefix + (tokens.protected_ids is not None))).clamp(min=0)
 
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
         if not self.active or not self.limit_of(layer)[1]:

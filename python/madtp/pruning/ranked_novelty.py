@@ -132,7 +132,8 @@ class RankedNovelty(MergingPruning):
         return tokens * tokens / 2 * depth + gone * (tokens - gone) * depth + gone * depth
 
     def into(self, tokens, goes, threshold, keys, new, total, free):
-        nearest = nearest_kept(keys, free & ~goes, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
+        stays = free > goes  # free and not going, in one operation
+        nearest = nearest_kept(keys, stays, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
         if self.second_look and threshold is not None:
             # What a token resembled may have gone, too: it stays if it is new beside all that is left.
             rows = goes.nonzero()[:, 0] if goes.device.type == "cpu" else own_rows(tokens).long()
