@@ -188,12 +188,14 @@ class Model(nn.Module):
         """The rule of a call: its own, MADTP at a temperature, or the model's.
 
         Raises:
-            ValueError: a temperature that makes no sense.
+            ValueError: a temperature that makes no sense, or neither a rule nor a number.
         """
         if pruning is None:
             return self.pruning
         if isinstance(pruning, Pruning):
             return pruning
+        if isinstance(pruning, (str, type)):
+            raise ValueError(f"pruning: expected a rule or MADTP's temperature, got {pruning!r}")
         if isinstance(self.pruning, MADTP):
             return self.pruning.at(pruning)
         return MADTP(pruning)

@@ -483,7 +483,7 @@ def test_a_rule_that_reads_the_class_token_is_known_in_any_wrapping():
         name = "own"
 
     groups = torch.zeros(2, dtype=torch.int32)
-    for rule in (MADTP(2.0), Own(2.0), EViT(0.5), RankedNovelty(0.5, order="cls")):
+    for rule in (MADTP(2.0), Own(2.0), EViT(), RankedNovelty(order="cls")):
         assert towers._reads_class_token(rule)
         if isinstance(rule, ScoredPruning):
             assert towers._reads_class_token(official(rule, "grouping", groups=groups))

@@ -151,6 +151,9 @@ def test_the_keywords_of_the_release_before(pixels, texts):  # noqa: F811
         model(pixels, texts, temperature=1.0, pruning=2.0)
     with pytest.raises(AttributeError, match="^use_sizes: gone; set Model.pruning"):
         model.use_sizes = True
+    for word in ("tome", MADTP):
+        with pytest.raises(ValueError, match="^pruning: expected a rule or MADTP's temperature, got"):
+            model(pixels, texts, pruning=word)
     with pytest.raises(ValueError, match="^proportional_attention: .* got a rule that says otherwise"):
         type(model)(model.config, MADTP(1.0), proportional_attention=True)
 

@@ -1,5 +1,6 @@
 """Rules that merge tokens: each against its formula in float64, sample by sample; their limits; their calibration."""
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -23,6 +24,7 @@ from madtp.pruning import (
     RankedNovelty,
     Tokens,
     ToMe,
+    TopK,
     calibrate,
     original_tokens,
 )  # fmt: skip
@@ -425,6 +427,30 @@ def test_settings_for_another_number_of_layers_are_named(rule, message, vision):
         flops.vit(model.config, [65] * 5, pruning=rule)
     # In a stream that the rule leaves alone they do not matter.
     model(pixels, None, replace(rule, streams=("text",)))
+
+
+@pytest.mark.parametrize("rule", METHODS.values(), ids=METHODS)
+def test_only_a_rules_own_numbers_go_without_a_name(rule):
+    """`ToMe(4)` would else set something that has nothing to do with a 4."""
+    kinds = inspect.signature(rule).parameters.values()
+    assert {p.name for p in kinds if p.kind is not p.KEYWORD_ONLY} <= {"temperature", "drop", "seed"}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ToMe(shares=0.1), "^shares: expected a tuple, one number for each layer or one for all, got 0.1"),
+        (lambda: ToMe(counts=3), "^counts: expected a tuple"),
+        (lambda: ToMe(counts=("3",)), "^counts: expected a tuple"),
+        (lambda: ToMe(strength="1"), "^strength: expected a number >= 0, got '1'"),
+        (lambda: ToMe(most=True), "^most: expected a share from 0 to 1, got True"),
+        (lambda: TopK("a"), "^drop: expected a share from 0 to below 1, got 'a'"),
+        (lambda: TopK(0.1, proportional_attention="no"), "^proportional_attention: expected True or False, got 'no'"),
+    ],
+)
+def test_settings_of_another_kind_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_counts_are_whole_numbers():

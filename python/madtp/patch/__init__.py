@@ -192,6 +192,8 @@ def _rule(
 ) -> Pruning:
     """The rule that the arguments of :func:`apply_patch` mean; a search sets its strength."""
     if pruning is not None:
+        if not isinstance(pruning, Pruning):
+            raise ValueError(f"pruning: expected a rule, got {pruning!r}; a name is method=, a number temperature=")
         if method not in (None, pruning.name):
             raise ValueError(f"method: the rule that was given is {pruning.name!r}, got {method!r}")
         return pruning

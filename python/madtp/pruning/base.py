@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -185,6 +186,11 @@ def original_tokens(tokens: RaggedBatch, trace: Sequence[LayerTrace]) -> Tensor:
     return tokens.values if rows is None else unmerge(tokens.values, rows, trace[0].cu_seqlens_in)
 
 
+def is_number(value: object) -> bool:
+    """Whether a setting is a number; words and switches are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 METHODS: dict[str, type[Pruning]] = {}
 """Every rule by its name."""
 
@@ -231,6 +237,8 @@ class Pruning:
     def __post_init__(self) -> None:
         if not set(self.streams) <= set(STREAMS):
             raise ValueError(f"streams: expected some of {', '.join(STREAMS)}, got {self.streams}")
+        if not isinstance(self.proportional_attention, bool):
+            raise ValueError(f"proportional_attention: expected True or False, got {self.proportional_attention!r}")
 
     @property
     def strength(self) -> float:

@@ -15,7 +15,7 @@ from .merging import MergingPruning, counts, own_rows, sizes_of
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EViT(MergingPruning):
     """Keeps the tokens that the first one attends to most (mean over heads); the others' weighted sum is appended.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from madtp_kernels import lowest_tokens
 
-from .base import LayerTrace, Pruning, Tokens
+from .base import LayerTrace, Pruning, Tokens, is_number
 
 if TYPE_CHECKING:
     from ..layers import Attention
@@ -26,7 +26,7 @@ LIMITS = ("thresholds", "shares", "counts")
 """Fields of a rule that say, layer by layer, how much goes; at most one is set."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergingPruning(Pruning):
     """A rule that merges tokens into others of their sample, in each layer as many as its limit lets pass.
 
@@ -61,16 +61,19 @@ class MergingPruning(Pruning):
         if len(given) > 1:
             raise ValueError(f"{', '.join(LIMITS)}: expected one of them, got {' and '.join(given)}")
         for name in given:
-            values = tuple(float(value) for value in getattr(self, name))
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or not all(map(is_number, values)):
+                raise ValueError(f"{name}: expected a tuple, one number for each layer or one for all, got {values!r}")
+            values = tuple(map(float, values))
             if not all(0 <= value < math.inf for value in values) or (name == "shares" and max(values) > 1):
                 expected = "shares from 0 to 1" if name == "shares" else "numbers >= 0"
                 raise ValueError(f"{name}: expected {expected}, got {values}")
             if name == "counts" and not all(value.is_integer() for value in values):
                 raise ValueError(f"counts: expected whole numbers, got {values}")
             object.__setattr__(self, name, values)
-        if not 0 <= self.strength < math.inf:
+        if not is_number(self.strength) or not 0 <= self.strength < math.inf:
             raise ValueError(f"strength: expected a number >= 0, got {self.strength!r}")
-        if not 0 <= self.most <= 1:
+        if not is_number(self.most) or not 0 <= self.most <= 1:
             raise ValueError(f"most: expected a share from 0 to 1, got {self.most!r}")
 
     @property

@@ -16,7 +16,7 @@ from .merging import own_rows
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MADTPNearest(MADTP):
     """MADTP (arXiv 2403.02991) whose dropped tokens are merged into the survivors with the most similar keys.
 

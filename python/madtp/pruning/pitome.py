@@ -18,7 +18,7 @@ from .merging import MergingPruning, own_rows
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PiToMe(MergingPruning):
     """Tokens in the order of their energy, every second one matched with the most similar of the others.
 

@@ -22,7 +22,7 @@ KEYS = ("concatenated", "per_head", "averaged")
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankedNovelty(MergingPruning):
     """Drops tokens that are like one that matters more; each is merged into the survivor with the most similar key.
 

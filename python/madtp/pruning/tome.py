@@ -15,7 +15,7 @@ from .merging import MergingPruning, own_rows
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToMe(MergingPruning):
     """Each token at an even place finds the most similar one at an odd place; the r most similar pairs of a sample
     merge.
@@ -76,7 +76,7 @@ class ToMe(MergingPruning):
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ATM(ToMe):
     """ToMe's matching above a threshold of similarity for each layer, so that every sample merges as many as are alike.
 

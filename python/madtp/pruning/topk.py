@@ -10,7 +10,7 @@ from torch import Tensor
 
 from madtp_kernels.segments import sums
 
-from .base import ScoredPruning, register
+from .base import ScoredPruning, is_number, register
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _FixedShare(ScoredPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.drop < 1:
+        if not is_number(self.drop) or not 0 <= self.drop < 1:
             raise ValueError(f"drop: expected a share from 0 to below 1, got {self.drop!r}")
 
     @property

@@ -170,6 +170,8 @@ def _rule(found: Source, temperature: float | None, pruning: Pruning | str | Non
         raise ValueError(f"use_sizes: expected True, False or None, got {use_sizes!r}")
     if pruning is not None and temperature is not None:
         raise ValueError("pruning, temperature: expected one of them, got both")
+    if isinstance(pruning, type):
+        raise ValueError(f"pruning: expected a rule or the name of one, got the class {pruning.__name__}")
     if isinstance(pruning, str):
         pruning = rule_named(pruning, "pruning")
     saved, before = found.settings.get("pruning"), found.settings.get("temperature")
