@@ -9,12 +9,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import quick_interpreter
 import torch
 from fresh import Fresh
 
 # Triton reads this when a kernel is defined: it has to be set before any kernel module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    quick_interpreter.install()
 
 GOLDEN = Path(__file__).parent / "golden"
 
