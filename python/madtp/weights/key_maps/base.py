@@ -6,11 +6,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["KeyMap", "renamed", "stacked"]
+__all__ = ["KeyMap", "renamed", "stacked", "text_sizes"]
 
 _log = logging.getLogger("madtp")
 
@@ -39,6 +40,12 @@ def stacked(state: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
         told = ", ".join(f"{key} {shape} {dtype}" for key, (shape, dtype) in zip(keys, facts))
         raise ValueError(f"weights that belong together: expected one shape and one floating-point type, got {told}")
     return torch.cat(parts)
+
+
+def text_sizes(config: Any) -> dict[str, int]:
+    """What a configuration of transformers says of a text transformer, under our names, which are the same."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    return {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...config import Config, TextConfig, VisionConfig
 from ...tasks import TASKS as REGISTRY
 from . import blip
-from .base import renamed
+from .base import renamed, text_sizes
 
 __all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
 
@@ -146,12 +146,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
             layer_norm_eps=vision.layer_norm_eps,
         ),
         "text": TextConfig(
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            intermediate_size=text.intermediate_size,
-            vocab_size=text.vocab_size,
-            max_position_embeddings=text.max_position_embeddings,
+            **text_sizes(text),
             encoder_width=text.encoder_hidden_size,
             pad_token_id=text.pad_token_id,
             sep_token_id=text.sep_token_id,

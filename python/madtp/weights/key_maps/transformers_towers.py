@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...config import ACTIVATIONS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from .base import KeyMap
+from .base import KeyMap, text_sizes
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -170,18 +170,6 @@ def _vision(vision: Any, state: Mapping[str, Tensor], sd: bool = False, **option
     )
 
 
-def _text(text: Any, **options) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        hidden_size=text.hidden_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=text.num_attention_heads,
-        intermediate_size=text.intermediate_size,
-        vocab_size=text.vocab_size,
-        max_position_embeddings=text.max_position_embeddings,
-        **options,
-    )
-
-
 def _towers(theirs: Any) -> tuple[Any, Any]:
     """Their configurations of the image and the text tower; None where there is none."""
     kind = theirs.model_type
@@ -207,8 +195,8 @@ def _clip(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig:
         # A whole CLIP has MADTP's maps and the width of its dictionary.
         sizes["vision"] = _vision(vision, state, sd=whole, projection=whole or "visual_projection.weight" in state)
     if text is not None:
-        sizes["text"] = _text(
-            text,
+        sizes["text"] = CLIPTextConfig(
+            **text_sizes(text),
             # Files from before transformers 4.31 have a wrong 2 here, which stands for the highest id.
             eos_token_id=None if text.eos_token_id == 2 else text.eos_token_id,
             projection=whole or "text_projection.weight" in state,
@@ -236,8 +224,8 @@ def _siglip(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig
             options |= {"image_size": side * vision.patch_size, "positions": "bilinear antialias", "patches_last": True}
         sizes["vision"] = _vision(vision, state, **options)
     if text is not None:
-        sizes["text"] = _text(
-            text,
+        sizes["text"] = CLIPTextConfig(
+            **text_sizes(text),
             causal=False,
             padded=True,
             # SigLIP 2 (the vocabulary is Gemma's) was trained on lower case, whatever class its tokenizer has.
