@@ -321,6 +321,18 @@ def test_arguments_of_another_kind_are_named(arguments, message):
         madtp.load(**{"source": "demo"} | arguments)
 
 
+def test_saving_what_has_no_processor_or_is_no_model(tmp_path, caplog):
+    model = madtp.load("demo")
+    model.processor = None
+    madtp.save_pretrained(model, tmp_path)
+    assert "saved without a tokenizer, because the model has no processor" in caplog.text
+    assert madtp.load(tmp_path).pruning == model.pruning
+    with pytest.raises(ValueError, match="^model: expected a model of madtp, got a Linear"):
+        madtp.save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    with pytest.raises(ValueError, match="^directory: expected a name"):
+        madtp.save_pretrained(model, "")
+
+
 # ---- files that cannot be read
 
 
