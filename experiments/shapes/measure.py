@@ -46,9 +46,9 @@ Pairs = tuple[torch.Tensor, list[torch.Tensor]]
 """Pixels ``[2B, 3, S, S]``, left pictures first, and B texts."""
 
 
-def draw(dtype: torch.dtype) -> Pairs:
-    """The first statement about each of the first pairs of the test split."""
-    batch = Shapes("test").batch(range(STATEMENTS), statements=1)
+def draw(dtype: torch.dtype, side: int) -> Pairs:
+    """The first statement about each of the first pairs of the test split, on pictures of so many pixels a side."""
+    batch = Shapes("test", scale=side // 96).batch(range(STATEMENTS), statements=1)
     lengths = batch.lengths.flatten().tolist()
     ids = [row[:n].to(DEVICE) for row, n in zip(batch.input_ids.flatten(0, 1), lengths, strict=True)]
     return batch.pixels.to(DEVICE, dtype), ids
@@ -88,7 +88,7 @@ def check_maximum(name: str, model: NLVR, pairs: Pairs) -> float:
 
 def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Callable) -> list[Comparison]:
     """One statement at a time, and all at once. `progress` is called after each timed call."""
-    pairs = draw(DTYPES[dtype])
+    pairs = draw(DTYPES[dtype], next(iter(models.values())).config.vision.image_size)
     singles = [one(pairs, number) for number in range(STATEMENTS)]
 
     def single(model: NLVR) -> Callable:
