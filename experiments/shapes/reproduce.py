@@ -238,8 +238,15 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         options = ("--reduction", str(reduction), "--output", str(output), "--use-sizes", "--workers", "0")
         calibrate = ("-m", "madtp", "calibrate", "--model", str(dense), "--pairs", str(pairs), *options)
         calibrated.append(Job("calibrate", f"calibrate-{reduction}", calibrate, output / "result.json"))
-    timing = results / f"timing-{device}.json"
-    timed = [str(dense), *(str(model(run.name)) for run in TIMED)]
+    timed = {
+        f"timing-{device}": [dense, *(model(run.name) for run in TIMED)],
+        f"large-timing-{device}": [large, model(f"large-{LARGE[0].name}")],
+    }
+    timings = [
+        Job("timing", name, (*script("measure.py", output=results / f"{name}.json"), "--models", *map(str, models)),
+            results / f"{name}.json")
+        for name, models in timed.items()
+    ]  # fmt: skip
     return [
         [
             Job("dense", "train-dense", script("train_dense.py", output=dense), dense / "result.json"),
@@ -267,7 +274,7 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
                 for reduction in CALIBRATED
             ),
         ],
-        [Job("timing", "timing", (*script("measure.py", output=timing), "--models", *timed), timing)],
+        *([timing] for timing in timings),
         [report],
     ]  # fmt: skip
 
