@@ -51,11 +51,11 @@ def tensor(
     device: torch.device,
 ) -> None:
     """Check one tensor argument; None in ``shape`` matches any size. ``meaning`` is e.g. ``"[T, D]"``."""
-    if isinstance(value, Tensor) and value.dtype is dtype and value.shape == shape and value.device == device:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if dense and value.dtype is dtype and value.shape == shape and value.device == device:
         return  # most calls
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    fits = isinstance(value, Tensor) and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
-    fits = fits and value.layout == torch.strided
+    fits = dense and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
     if fits and tuple(value.shape) != shape:
         for got, want in zip(value.shape, shape, strict=True):
             fits = fits and (want is None or got == want)

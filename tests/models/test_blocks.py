@@ -25,7 +25,7 @@ def is_ours(value):
 
 @pytest.mark.parametrize("method", ["madtp", "ranked_novelty"])
 def test_a_walk_through_a_pruned_layer_passes_three_of_our_objects(method, generator):
-    model = TASKS["nlvr"].Model(NLVRConfig(VISION, TEXT, merge_from=1), METHODS[method](1.0)).eval()
+    model = TASKS["nlvr"].Model(NLVRConfig(VISION, TEXT, merge_from=1), METHODS[method]().at(1.0)).eval()
     randomize(model, seed=3)
     met = {name: set() for name in FORWARDS.values()}
 

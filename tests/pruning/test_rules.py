@@ -429,7 +429,7 @@ def test_settings_for_another_number_of_layers_are_named(rule, message, vision):
     model(pixels, None, replace(rule, streams=("text",)))
 
 
-@pytest.mark.parametrize("rule", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("rule", [rule for rule in METHODS.values() if rule.__module__.startswith("madtp.")])
 def test_only_a_rules_own_numbers_go_without_a_name(rule):
     """`ToMe(4)` would else set something that has nothing to do with a 4."""
     kinds = inspect.signature(rule).parameters.values()
