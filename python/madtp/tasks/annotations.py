@@ -25,6 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..files import open_regular, replacing
+from ..resume import read_object
 
 __all__ = [
     "VISUAL_GENOME_WEIGHT",
@@ -178,25 +179,17 @@ def _content(path) -> bytes:
         return file.read()
 
 
-def _object(text: bytes) -> dict | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def first_object(path: str | os.PathLike) -> dict | None:
     """The first line of JSON Lines, or the object that a file is; None for a list, and for what is not JSON."""
     content = _content(path).strip()
-    first = _object(content.split(b"\n", 1)[0])
-    return _object(content) if first is None else first
+    first = read_object(content.split(b"\n", 1)[0])
+    return read_object(content) if first is None else first
 
 
 def _read_list(path) -> list[_Record]:
     """Records of a JSON list, or one per line."""
     content = _content(path)
-    if _object(content.strip().split(b"\n", 1)[0]) is not None:
+    if read_object(content.strip().split(b"\n", 1)[0]) is not None:
         return _read_lines(path)
     return _records(path, _parse(path, content))
 
