@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,71 +141,101 @@ def calibrate(
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
     adaptive = method.adaptive if adaptive is None else adaptive
-    dense, gflops = _run(forward, Pruning(backend=method.backend))
-    dense_gflops = float(gflops.mean())
-
-    shape = _Shape(layers)
-
-    def attempt(schedule: Schedule, scale: float, method: MergingPruning) -> tuple[MergingPruning, Tensor, float]:
-        """The rule at a scale of the schedule, its features, and what it saves."""
-        limits = schedule.limits(scale, layers)
-        if schedule.kind == "counts" and not adaptive:
-            limits = _whole(limits)
-        trial = _Fitting(
-            method, schedule.kind, limits, adaptive, shape, streams=method.streams,
-            proportional_attention=method.proportional_attention, backend=method.backend,
-        )  # fmt: skip
-        features, cost = _run(forward, trial)
-        return trial.fitted(layers), features, 1 - float(cost.mean()) / dense_gflops
-
-    found: dict[str, tuple[float, MergingPruning]] = {}
-    tried: dict[str, tuple[float, float]] = {}
-
-    def consider(schedule: str, variant: MergingPruning, name: str) -> None:
-        rule, features, saving = _search(
-            partial(attempt, method=variant), SCHEDULES[schedule], shape, target, tolerance
-        )
-        cosine = float(_cosines(features, dense).mean())
-        tried[name] = (saving, cosine)
-        # Errors grow by about a factor of 2.4 with each tenth of the cost: savings that differ a little compare so.
-        error = (1 - cosine) * 2.4 ** (10 * (target - saving))
-        found[name] = (error if abs(target - saving) <= max(0.01, tolerance) else math.inf, rule)
-
-    def best() -> str:
-        return min(found, key=lambda name: found[name][0])
-
-    first, *others = method.variants if adaptive else method.variants[:1]
-    names = list(SCHEDULES)
-    further = [schedule] if schedule else ["flat", "shares", "early"]
-    while further:
-        for name in further:
-            consider(name, first, name)
-        place = names.index(best())
-        further = [] if schedule else [n for n in names[max(place - 1, 0) : place + 2] if n not in found]
-    schedule = best()
-    for number, variant in enumerate(others, 2):
-        consider(schedule, variant, f"{schedule}, variant {number}")
-    error, rule = found[best()]
-    if math.isinf(error):
-        nearest = min((saving for saving, _ in tried.values()), key=lambda saving: abs(saving - target))
-        raise ValueError(
-            f"target: {method.name!r} saves {nearest:.1%} of the GFLOPs at the nearest, expected {target:.1%}"
-        )
+    tried = _Tried(forward, target, tolerance, layers, adaptive, _dense(forward, method))
+    rule = tried.choose(method, schedule)
+    dense = tried.dense
     if many is not None:
-        forward = many
-        dense, gflops = _run(forward, Pruning(backend=method.backend))
-        dense_gflops = float(gflops.mean())
+        forward, dense = many, _dense(many, method)
     if many is not None and adaptive:
-        rule, features, cost = _at_cost(forward, rule, target, dense_gflops, tolerance)
+        rule, features, cost = _at_cost(forward, rule, target, dense.gflops, tolerance)
     else:
         features, cost = _run(forward, rule)
-    cosines, savings = _cosines(features, dense), 1 - cost / gflops
+    cosines, savings = _cosines(features, dense.features), 1 - cost / dense.cost
     return Calibration(
-        rule=rule, target=target, saving=1 - float(cost.mean()) / dense_gflops,
+        rule=rule, target=target, saving=1 - float(cost.mean()) / dense.gflops,
         deviation=float(savings.std(correction=0)), least=float(savings.min()), most=float(savings.max()),
-        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=schedule,
-        gflops=float(cost.mean()), dense_gflops=dense_gflops, tried=tried,
+        cosine=float(cosines.mean()), cosine_p10=float(cosines.quantile(0.1)), inputs=len(cost), schedule=tried.schedule,
+        gflops=float(cost.mean()), dense_gflops=dense.gflops, tried=tried.figures,
     )  # fmt: skip
+
+
+class _Dense(NamedTuple):
+    """The unpruned model on some inputs."""
+
+    features: Tensor
+    cost: Tensor
+    """``[N]`` GFLOPs of each input."""
+
+    @property
+    def gflops(self) -> float:
+        return float(self.cost.mean())
+
+
+def _dense(forward: Forward, method: Pruning) -> _Dense:
+    return _Dense(*_run(forward, Pruning(backend=method.backend)))
+
+
+class _Tried:
+    """The schedules that were tried for one cost: what each saves, how like the dense model its results are, its rule."""
+
+    def __init__(
+        self, forward: Forward, target: float, tolerance: float, layers: int, adaptive: bool, dense: _Dense
+    ) -> None:
+        self.forward, self.target, self.tolerance = forward, target, tolerance
+        self.layers, self.adaptive, self.dense = layers, adaptive, dense
+        self.shape = _Shape(layers)
+        self.schedule = ""
+        self.figures: dict[str, tuple[float, float]] = {}
+        self._found: dict[str, tuple[float, MergingPruning]] = {}  # error at the wanted cost, rule
+
+    def choose(self, method: MergingPruning, schedule: str | None) -> MergingPruning:
+        """The best rule, by the schedule of that name or by the best one; :attr:`schedule` says which it was."""
+        first, *others = method.variants if self.adaptive else method.variants[:1]
+        names = list(SCHEDULES)
+        further = [schedule] if schedule else ["flat", "shares", "early"]
+        while further:
+            for name in further:
+                self._try(name, first, name)
+            place = names.index(self._best())
+            neighbours = names[max(place - 1, 0) : place + 2]
+            further = [] if schedule else [name for name in neighbours if name not in self._found]
+        self.schedule = self._best()
+        for number, variant in enumerate(others, 2):
+            self._try(self.schedule, variant, f"{self.schedule}, variant {number}")
+        error, rule = self._found[self._best()]
+        if math.isinf(error):
+            nearest = min((saving for saving, _ in self.figures.values()), key=lambda saving: abs(saving - self.target))
+            raise ValueError(
+                f"target: {method.name!r} saves {nearest:.1%} of the GFLOPs at the nearest, expected {self.target:.1%}"
+            )
+        return rule
+
+    def _best(self) -> str:
+        return min(self._found, key=lambda name: self._found[name][0])
+
+    def _try(self, schedule: str, method: MergingPruning, name: str) -> None:
+        attempt = partial(self._attempt, method)
+        rule, features, saving = _search(attempt, SCHEDULES[schedule], self.shape, self.target, self.tolerance)
+        cosine = float(_cosines(features, self.dense.features).mean())
+        self.figures[name] = (saving, cosine)
+        missed = self.target - saving
+        # Errors grow by about a factor of 2.4 with each tenth of the cost: savings that differ a little compare so.
+        error = (1 - cosine) * 2.4 ** (10 * missed)
+        self._found[name] = (error if abs(missed) <= max(0.01, self.tolerance) else math.inf, rule)
+
+    def _attempt(
+        self, method: MergingPruning, schedule: Schedule, scale: float
+    ) -> tuple[MergingPruning, Tensor, float]:
+        """The rule at a scale of the schedule, its features, and what it saves."""
+        limits = schedule.limits(scale, self.layers)
+        if schedule.kind == "counts" and not self.adaptive:
+            limits = _whole(limits)
+        trial = _Fitting(
+            method, schedule.kind, limits, self.adaptive, self.shape, streams=method.streams,
+            proportional_attention=method.proportional_attention, backend=method.backend,
+        )  # fmt: skip
+        features, cost = _run(self.forward, trial)
+        return trial.fitted(self.layers), features, 1 - float(cost.mean()) / self.dense.gflops
 
 
 def _run(forward: Forward, rule: Pruning) -> tuple[Tensor, Tensor]:
