@@ -36,18 +36,18 @@ class Run(NamedTuple):
     """Row of the tables, one of :data:`METHODS`."""
     reduction: float
     seed: int
-    longer: int | None = None
-    """Steps, if not those that all methods have."""
+    own_steps: int | None = None
+    """If not those of :data:`STEPS`."""
 
     @property
     def name(self) -> str:
         """Of its record and its model."""
-        return f"{self.method}-{self.reduction}-{self.seed}" + (f"-{self.longer}" if self.longer else "")
+        return f"{self.method}-{self.reduction}-{self.seed}" + (f"-{self.own_steps}" if self.own_steps else "")
 
     @property
     def steps(self) -> int:
         """How many it takes at 145 tokens."""
-        return self.longer or STEPS[self.reduction]
+        return self.own_steps or STEPS[self.reduction]
 
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -83,16 +83,19 @@ SHARES = {
 }
 """Share of the tokens that each layer drops, for rules with a limit per layer."""
 STEPS = {0.3: 500, 0.5: 500, 0.6: 1000, 0.7: 1000, 0.8: 2800, 0.85: 2800}
-"""The same for all methods."""
 RATE = {0.3: 2e-4, 0.5: 2e-4, 0.6: 5e-4, 0.7: 5e-4, 0.8: 7e-4, 0.85: 7e-4}
+COMPARED = tuple(
+    Run(method, 0.8, 0, own_steps=1000)
+    for method in ("ranked-novelty", "madtp", "madtp-nearest", "tome", "cls", "random")
+)
+"""Ways to prune, with as many steps of the same data."""
+SHIPPED, *SEEDS = (Run("ranked-novelty", 0.8, seed, own_steps=5600) for seed in (0, 1, 2))
+"""The pruned model that the package holds, and the same with other seeds."""
 RUNS = (
-    *(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp", "madtp-nearest")),
-    *(Run(method, 0.5, 0) for method in ("madtp", "ranked-novelty")),
-    *(Run(method, reduction, 0) for method in ("ranked-novelty", "madtp", "madtp-nearest") for reduction in (0.7, 0.6)),
-    *(Run(method, 0.8, seed) for method in ("ranked-novelty", "madtp", "madtp-nearest") for seed in (1, 2)),
-    *(Run(method, 0.8, 0) for method in ("tome", "cls", "random", "madtp-sizes", "vision-only")),
-    Run("ranked-novelty-importance", 0.8, 0), Run("madtp-nearest", 0.5, 0), Run("ranked-novelty", 0.85, 0),
-    Run("ranked-novelty", 0.8, 0, longer=5600),
+    SHIPPED, *COMPARED, *SEEDS,
+    *(Run("ranked-novelty", reduction, 0) for reduction in (0.5, 0.6, 0.7, 0.8, 0.85)),
+    *(Run(method, reduction, 0) for method in ("madtp", "madtp-nearest") for reduction in (0.5, 0.6, 0.7)),
+    *(Run(method, 0.8, 0, own_steps=1000) for method in ("ranked-novelty-importance", "madtp-sizes", "vision-only")),
 )  # fmt: skip
 """In the order of their worth."""
 EARLIER = {
@@ -100,24 +103,22 @@ EARLIER = {
     for run in (
         *(Run("madtp-sizes", reduction, seed) for reduction in (0.8, 0.5) for seed in (0, 1, 2)),
         *(Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)),
-        *(Run(method, 0.8, 0) for method in ("random", "cls", "no-alignment", "vision-only")),
+        *(Run(method, 0.8, 0) for method in ("madtp", "random", "cls", "no-alignment", "vision-only")),
     )
 } | {"madtp-sizes-0.8-0-longer": Run("madtp-sizes", 0.8, 0)}
 """Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each, the longer one with
 1600: a record of that age counts under these names only, and a new run of the same name replaces it."""
-SHORT = (RUNS[0],)
-"""Of `--short`: the best method at 80 %, for as many steps as all others."""
+SHORT = (Run("ranked-novelty", 0.8, 0),)
+"""Of `--short`: the best method at 80 %, for half as many steps as the model of the package."""
 CALIBRATED = (0.3, 0.5)
 """Reductions for which MADTP's dictionary and temperature are learnt, and nothing else."""
-SHIPPED = RUNS[-1]
-"""The pruned model that the package holds."""
 ANATOMY = {
     "shipped-as-it-is": {},
     "shipped-milder": {"strength": 0.5},
     "shipped-unpruned": {"strength": 0},
 }
 """The same model under other conditions: where its errors come from."""
-BATCH_MAXIMUM = Run("madtp", 0.8, 0)
+BATCH_MAXIMUM = Run("madtp", 0.8, 0, own_steps=1000)
 """The model that is also evaluated with equally many tokens for all samples of a batch."""
 LARGE, LARGE_STEPS, LARGE_RATE = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 500, 2e-4
 """Runs at 577 tokens: pictures are drawn at twice the size. RankedNovelty begins so well there that a higher rate does harm."""
@@ -125,7 +126,7 @@ LARGE_DENSE = {"large-dense-begun": (600, 3e-4), "large-dense": (1200, 5e-4)}
 """Steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the package's,
 from interpolated positions."""
 TIMED = sorted(
-    (run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp")),
+    (run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp") and run not in COMPARED),
     key=lambda run: (run.method, run.reduction, run.steps),
     reverse=True,
 )

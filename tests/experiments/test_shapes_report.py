@@ -62,12 +62,12 @@ def write(folder: Path, name: str, accuracy: float, settings: dict | None = None
     (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def run(folder: Path, method: str, reduction: float, seed: int, accuracy: float, **others) -> None:
+def run(folder: Path, method: str, reduction: float, seed: int, accuracy: float, suffix: str = "", **others) -> None:
     test = {key: others.pop(key) for key in ("gflops", "reached", "statements") if key in others}
     if "reached" in test:
         test["reduction"] = test.pop("reached")
     settings = {"row": method, "reduction": reduction, "seed": seed, "steps": 90, "texts": 4, "batch_size": 8} | others
-    write(folder, f"{method}-{reduction}-{seed}", accuracy, settings, **test)
+    write(folder, f"{method}-{reduction}-{seed}{suffix}", accuracy, settings, **test)
 
 
 def write_times(folder: Path) -> None:
@@ -107,9 +107,9 @@ def made(report, folder: Path) -> str:
 def test_seeds_are_averaged_and_compared_with_dense(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5, reduction=0.0)
     for seed, accuracy, reached in ((0, 0.92, 0.79), (1, 0.95, 0.8), (2, 0.95, 0.81)):
-        run(tmp_path, "madtp", 0.8, seed, accuracy, reached=reached, gflops=0.1 + 0.01 * seed)
+        run(tmp_path, "ranked-novelty", 0.8, seed, accuracy, "-5600", reached=reached, gflops=0.1 + 0.01 * seed)
     text = made(report, tmp_path)
-    found = row(text, "overall", "MADTP")
+    found = row(text, "overall", "ranked novelty")
     assert found["accuracy, %"] == "**94.0**"
     assert found["range over seeds"] == "92.0 to 95.0" and found["seeds"] == "3"
     assert found["points below dense"] == "3.0"
@@ -118,7 +118,7 @@ def test_seeds_are_averaged_and_compared_with_dense(report, tmp_path):
     # sqrt(0.92 * 0.08 / 400) of the first seed, sqrt(0.97 * 0.03 / 400) of the dense model
     assert found["standard error"] == "1.36"
     assert row(text, "overall", "dense")["standard error"] == "0.85"
-    assert row(text, "templates", "MADTP, 80 %, 90 steps")["count"] == "93.0"
+    assert row(text, "templates", "ranked novelty, 80 %, 90 steps")["count"] == "93.0"
     assert found["steps"] == "90" and "pairs 8, texts 4; torch 2.13.0" in text
 
 
@@ -126,8 +126,8 @@ def test_methods_stand_beside_the_best_one_of_as_many_steps(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5)
     run(tmp_path, "ranked-novelty", 0.8, 0, 0.94)
     run(tmp_path, "ranked-novelty", 0.5, 0, 0.96)
-    run(tmp_path, "random", 0.8, 0, 0.6)
-    run(tmp_path, "tome", 0.8, 0, 0.9, steps=30)
+    run(tmp_path, "random", 0.8, 0, 0.6, "-1000")
+    run(tmp_path, "tome", 0.8, 0, 0.9, "-1000", steps=30)
     write(tmp_path, "batch-maximum-0.8", 0.945, reduction=0.6, gflops=0.2)
     text = made(report, tmp_path)
     assert [cells[0] for cells in rows(text, "baselines")[2:]] == ["ranked novelty", "ToMe", "random", "batch maximum"]
@@ -397,7 +397,7 @@ def test_only_what_has_no_result_is_done(reproduce, tmp_path, fresh_command):
     dry = fresh_command.run(code, "--directory", tmp_path, "--dry-run", **options)
     assert dry.returncode == 0, dry.stderr
     lines = dry.stdout.splitlines()
-    assert "# random-0.8-0: done" in lines and "# report" in lines
+    assert "# random-0.8-0-1000: done" in lines and "# report" in lines
     assert lines[-1].startswith(f"1 of {len(jobs(reproduce, tmp_path))} jobs are left: about")
     assert sorted(tmp_path.rglob("*")) == before
     done = fresh_command.run(code, "--directory", tmp_path, **options)
