@@ -1,13 +1,9 @@
 """The same command writes the same bytes in every process, whatever else the machine does meanwhile."""
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from fresh import COMMAND
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,29 +27,11 @@ RUNS = 4
 COMMANDS = {
     f"{name}-{dtype}": [*arguments.split(), "--dtype", dtype, "--threads", "1"]
     for name, arguments in (
-        (
-            "answers",
-            "nlvr --model plain.pth --tokenizer demo --temperature 2 --input pairs.jsonl --batch-size 3 --output",
-        ),
-        ("embeddings", "embed --model clip pictures --batch-size 2 --output"),
+        ("answers", "nlvr --model plain.pth --tokenizer demo --temperature 2 --input pairs.jsonl --batch-size 3"),
+        ("embeddings", "embed --model clip pictures --batch-size 2"),
     )
     for dtype in ("float32", "bfloat16")
 }
-
-# Python and its libraries are started once. Every run is a process of its own, forked before anything was computed, and all
-# runs are each other's load.
-SCRIPT = """
-import json, os, sys
-import transformers.models.bert.tokenization_bert, madtp.predict
-from madtp import cli
-children = []
-for arguments in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        os._exit(cli.main(arguments))
-    children.append(child)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +60,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(folder):
-    """What each run of each command wrote."""
-    outputs, calls = {name: [] for name in COMMANDS}, []
+def written(folder, fresh_command):
+    """What each run of each command wrote. Every run is a process of its own, forked before anything was computed, and all are
+    each other's load."""
+    outputs, processes = {name: [] for name in COMMANDS}, []
     for run in range(RUNS):
         for name, arguments in COMMANDS.items():
             outputs[name].append(f"{name}-{run}{'.jsonl' if name.startswith('answers') else '.npy'}")
-            place = arguments.index("--output") + 1
-            calls.append([*arguments[:place], outputs[name][-1], *arguments[place:]])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(calls)], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+            processes.append(fresh_command.start(COMMAND, *arguments, "--output", outputs[name][-1], cwd=folder))
+    for process in processes:
+        assert process.wait() == 0, process.stderr
     return {name: [(folder / output).read_bytes() for output in paths] for name, paths in outputs.items()}
 
 

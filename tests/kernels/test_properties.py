@@ -18,7 +18,6 @@ from helpers import (
     both_case,
     compaction_case,
     eager_merge,
-    importance_case,
     in_float64,
     interpreted,
     run,
@@ -30,17 +29,16 @@ from hypothesis import strategies as st
 from madtp_kernels import compact
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Where an instruction set is forced, less is drawn: there are several of them (test_cpu_backend.py).
+FORCED = "MADTP_KERNELS_CPU" in os.environ
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_backend = pytest.mark.parametrize("backend", backends_here())
 
 
 def settings_for(backend, examples):
-    """Triton's interpreter takes a second for what the others do in a millisecond. A quarter of the examples is drawn where an
-    instruction set is forced: there are several of them (test_cpu_backend.py).
-    """
-    if "MADTP_KERNELS_CPU" in os.environ:
-        examples = max(5, examples // 4)
+    """Triton's interpreter takes a second for what the others do in a millisecond."""
+    examples = max(5, examples // 4) if FORCED else examples
     return settings(
         max_examples=3 if interpreted(backend) else examples,
         deadline=None,
@@ -130,19 +128,16 @@ def check_importance(case, backend):
 MEASURES = ("out", "lse", "received", "cls")
 
 
-def check_both(case, backend, *, parts=False):
-    """Attention with importance in one call, against the two formulas in a row; with ``parts`` also one after the other, against
-    the same evaluation of the formulas, which takes long for many tokens."""
+def check_both(case, backend):
+    """Attention with importance in one call, and as the two operations in a row, against one evaluation of the formulas."""
     exact = run("attention_with_importance", in_float64(case), "reference")
-    ours = [run("attention_with_importance", case, backend)]
     eager = EAGER["attention_with_importance"](**case)
-    if parts:
-        cu, most = case["cu_seqlens"], case["max_seqlen"]
-        operands = {name: case[name] for name in ("q", "k")}
-        lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": most, "max_seqlen_k": most}
-        out, lse = run("attention", {**operands, "v": case["v"], **lengths}, backend)
-        importance = {**operands, "out": out, "lse": lse, "cu_seqlens": cu, "max_seqlen": most}
-        ours.append((out, lse, *run("attention_importance", importance, backend)))
+    cu, most = case["cu_seqlens"], case["max_seqlen"]
+    shared = {name: case[name] for name in ("q", "k", "causal", "key_bias")}
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": most, "max_seqlen_k": most}
+    out, lse = run("attention", {**shared, "v": case["v"], **lengths}, backend)
+    importance = {**shared, "out": out, "lse": lse, "cu_seqlens": cu, "max_seqlen": most}
+    in_a_row = (out, lse, *run("attention_importance", importance, backend))
     logit = largest_logit(case)
     magnitudes = (
         (1 + logit) * largest(case["v"]),
@@ -150,7 +145,10 @@ def check_both(case, backend, *, parts=False):
         (1 + logit) * largest(exact[2]),
         (1 + logit) * largest(exact[3]),
     )
-    for found in ours:
+    first = [s.start - 1 for s in samples_of(cu)]
+    for found in (run("attention_with_importance", case, backend), in_a_row):
+        assert found[0].dtype == case["q"].dtype and all(part.dtype == torch.float32 for part in found[1:])
+        assert (found[2][first] == 0).all() and (found[3][first] == 0).all()
         for name, *results, magnitude in zip(MEASURES, found, eager, exact, magnitudes, strict=True):
             assert_no_worse_than_torch(*results, magnitude, name)
 
@@ -248,11 +246,8 @@ def test_attention(backend, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize(
-    "build, check_case", [(importance_case, check_importance), (both_case, check_both)], ids=["alone", "fused"]
-)
 @every_backend
-def test_attention_importance(backend, build, check_case, dtype):
+def test_attention_with_importance(backend, dtype):
     def check(data):
         lengths = draw_lengths(data, backend)
         small = interpreted(backend)
@@ -262,7 +257,7 @@ def test_attention_importance(backend, build, check_case, dtype):
         )
         options = {"causal": data.draw(st.booleans(), "causal"), "bias": data.draw(st.booleans(), "bias")}
         options["gain"] = data.draw(st.sampled_from([1.0, 4.0]), "gain")
-        check_case(build(generator_of(data), lengths, heads, head_dim, dtype, **options), backend)
+        check_both(both_case(generator_of(data), lengths, heads, head_dim, dtype, **options), backend)
 
     each_example(backend, 20, check)
 
@@ -316,8 +311,6 @@ def test_corner(backend, name, dtype, generator):
     if interpreted(backend) and sum(lengths) > 20:
         pytest.skip("too much for the interpreter")
     heads, width = (2, 32) if interpreted(backend) else (3, 133)
-    check_attention(attention_case(generator, lengths, heads, 64, dtype), backend)
-    check_importance(importance_case(generator, lengths, heads, 64, dtype), backend)
     check_both(both_case(generator, lengths, heads, 64, dtype), backend)
     check_scores(scoring_case(generator, lengths, width, 100, dtype), backend)
     check_compaction(compaction_case(generator, lengths, width, dtype, sizes=True, norm=True), backend)
@@ -327,8 +320,8 @@ def test_corner(backend, name, dtype, generator):
 def test_five_thousand_tokens(backend, generator):
     if interpreted(backend):
         pytest.skip("too much for the interpreter")
-    lengths = [5000, 3]
-    check_both(both_case(generator, lengths, 1, 64), backend, parts=True)
+    lengths = [1500 if FORCED else 5000, 3]
+    check_both(both_case(generator, lengths, 1, 64), backend)
     check_scores(scoring_case(generator, lengths, 64, 512), backend)
     check_compaction(compaction_case(generator, lengths, 64, sizes=True, norm=True), backend)
 
@@ -339,8 +332,6 @@ def test_33_heads_and_512_entries_in_every_dtype(backend, generator):
         pytest.skip("too much for the interpreter")
     lengths = [40, 1, 7]
     for dtype in DTYPES:
-        check_attention(attention_case(generator, lengths, 33, 32, dtype), backend)
-        check_importance(importance_case(generator, lengths, 33, 32, dtype), backend)
         check_both(both_case(generator, lengths, 33, 32, dtype), backend)
         check_scores(scoring_case(generator, lengths, 30, 512, dtype), backend)
 
