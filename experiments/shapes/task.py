@@ -20,7 +20,7 @@ from madtp.data.synthetic import COLOURS, MAX_COUNT, SHAPES, TEMPLATES, Batch, S
 from madtp.pruning import Pruning
 from madtp.tasks.nlvr import NLVRTask
 from madtp.tasks.nlvr.model import NLVR, NLVROutput
-from madtp.tasks.nlvr.statements import read_statements
+from madtp_kernels import RaggedBatch
 
 STATEMENTS = 8
 """About each pair, wherever statements are answered."""
@@ -125,7 +125,8 @@ class DenseTask(NLVRTask):
             for layer in model.text_encoder.encoder.layer
         ]
         try:
-            return read_statements(model, images, batch["texts"], batch["statements"], Pruning())
+            texts = RaggedBatch.from_list(batch["texts"]).to(model.device)
+            return model.read(images, texts, batch["statements"], Pruning())
         finally:
             for hook in hooks:
                 hook.remove()

@@ -17,7 +17,6 @@ from madtp.pruning import MADTP
 from madtp.search import find_strength
 from madtp.tasks.nlvr import NLVRTask
 from madtp.tasks.nlvr.model import NLVR
-from madtp.tasks.nlvr.statements import forward_pairs
 from madtp.weights import randomize
 
 CONFIG = NLVRConfig(
@@ -73,7 +72,7 @@ def test_several_statements_about_a_pair_are_the_model_with_the_pair_repeated(ge
     for counts in ([4, 4, 4], [1, 4, 2]):
         images, texts = repeated(pixels, ids, lengths, counts)
         target = torch.randint(2, (len(texts),), generator=generator)
-        output = forward_pairs(model, pixels, texts, counts, 2.0, alignment_features=True)
+        output = model(pixels, texts, 2.0, alignment_features=True, statements=counts)
         expected = model(images, texts, 2.0, alignment_features=True)
         for trace in (output.vision, output.text):
             assert sum(record.pruned.sum() for record in trace) > 0

@@ -21,7 +21,6 @@ from ..annotations import NLVRExample, first_object, read_blip_nlvr, read_nlvr2
 from ..base import Answer, Inputs, Prepared, Recipe, Task, not_finite
 from ..metrics import accuracy
 from .model import NLVR, NLVRConfig
-from .statements import forward_pairs
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
         return [(number, statement) for number, count in counts for statement in range(count)]
 
     def forward(self, model, batch, pruning, alignment_features=False):
-        return forward_pairs(model, batch["pixels"], batch["texts"], batch["statements"], pruning, alignment_features)
+        return model(batch["pixels"], batch["texts"], pruning, alignment_features, batch["statements"])
 
     def loss(self, model, batch, output, pruning, seed):
         return {"answer": F.cross_entropy(output.logits.float(), batch["labels"].to(model.device))}
