@@ -133,48 +133,24 @@ class ImageTransform:
         Raises:
             ValueError: a setting that is not known, or cannot be honoured, or makes no sense; the message names it.
         """
-        named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-        if named is not None:
-            known = _TYPE.fullmatch(str(named))
-            if known is None:
-                expected = ", ".join(f"{kind}ImageProcessor" for kind in _TYPES)
-                raise ValueError(f"image_processor_type: expected one of {expected}, got {named!r}")
-            family = _TYPES[known[1]]
-        values = _DEFAULTS | _FAMILIES[family]
-        unknown = sorted(
-            name
-            for name, value in settings.items()
-            if name not in values and name not in _INERT and value is not None and value is not False
-        )
-        if unknown:
-            shown = ", ".join(f"{name} = {settings[name]!r}" for name in unknown)
-            raise ValueError(f"settings that are not supported: {shown}")
-        values |= {name: value for name, value in settings.items() if name in values}
-        for name, value in values.items():
-            if name.startswith("do_") and not isinstance(value, (bool, type(None))):
-                raise ValueError(f"{name}: expected true or false, got {value!r}")
+        values = _values(settings, family)
         # What a step needs counts only where the step is taken; null is false, as in transformers.
         resized, cropped = values["do_resize"], values["do_center_crop"]
         scaled, normalised = values["do_rescale"], values["do_normalize"]
         if resized and (isinstance(values["resample"], bool) or values["resample"] not in list(Image.Resampling)):
             raise ValueError(f"resample: expected one of PIL's filters, 0 to 5, got {values['resample']!r}")
-        naflex = {}
-        if "max_num_patches" in values:
-            naflex = {
-                name: _side(key, values[key])
-                for name, key in (("patch", "patch_size"), ("max_patches", "max_num_patches"))
-            }
-            if not resized:
-                raise ValueError("do_resize: expected true, since sides have to be multiples of patches, got false")
+        patches = [_side(name, values[name]) for name in ("patch_size", "max_num_patches") if name in values]
+        if patches and not resized:
+            raise ValueError("do_resize: expected true, since sides have to be multiples of patches, got false")
         return cls(
-            _size("size", values["size"], values["default_to_square"]) if resized and not naflex else None,
+            _size("size", values["size"], values["default_to_square"]) if resized and not patches else None,
             _size("crop_size", values["crop_size"], True) if cropped else None,
             int(values["resample"]) if resized else _DEFAULTS["resample"],
             _numbers("rescale_factor", values["rescale_factor"], 1)[0] if scaled else None,
             _numbers("image_mean", values["image_mean"], 3) if normalised else None,
             _numbers("image_std", values["image_std"], 3) if normalised else None,
-            half_to_even=values["half_to_even"] is True,
-            **naflex,
+            values["half_to_even"] is True,
+            *patches,
         )
 
     def settings(self) -> dict:
@@ -287,6 +263,28 @@ class ImageTransform:
             return np.stack([levels] * 3)
         mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
         return (levels - mean) / std
+
+
+def _values(settings: Mapping, family: str) -> dict:
+    """All settings, those that a file leaves out as the processor that it names, or the family, has them."""
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    if named is not None:
+        known = _TYPE.fullmatch(str(named))
+        if known is None:
+            expected = ", ".join(f"{kind}ImageProcessor" for kind in _TYPES)
+            raise ValueError(f"image_processor_type: expected one of {expected}, got {named!r}")
+        family = _TYPES[known[1]]
+    values = _DEFAULTS | _FAMILIES[family]
+    unknown = settings.keys() - values.keys() - _INERT
+    unknown = sorted(name for name in unknown if settings[name] is not None and settings[name] is not False)
+    if unknown:
+        shown = ", ".join(f"{name} = {settings[name]!r}" for name in unknown)
+        raise ValueError(f"settings that are not supported: {shown}")
+    values |= {name: value for name, value in settings.items() if name in values}
+    for name, value in values.items():
+        if name.startswith("do_") and not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
+    return values
 
 
 def _size(name: str, value, square: bool) -> int | tuple[int, int]:

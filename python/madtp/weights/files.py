@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from ..files import open_regular
 
-__all__ = ["CheckpointError", "read_file", "read_json", "read_parts"]
+__all__ = ["CheckpointError", "naming", "read_file", "read_json", "read_parts"]
 
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer"
 WEIGHTS, OPEN_CLIP = "model.safetensors", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _MOST_TENSORS = 50_000  # the largest models that are loaded here have 2,000
 
 # What a file begins with that somebody took for a checkpoint.
@@ -42,6 +44,16 @@ _OTHERS = (
 
 class CheckpointError(ValueError):
     """A file that cannot be loaded; the message says which and why."""
+
+
+@contextlib.contextmanager
+def naming(what: object, errors: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Turns errors of a block, by default ValueError, into CheckpointError with the name of what is wrong in front."""
+    try:
+        yield
+    except errors as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{what}: {reason}") from error
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:

@@ -21,7 +21,7 @@ from ..model import Model
 from ..pruning import MADTP, Pruning, rule_named
 from ..tasks import TASKS
 from ..towers import interpolate_positions
-from .files import CheckpointError
+from .files import CheckpointError, naming
 from .made_up import INVENTED, initial_weight, randomize
 from .sources import Source, locate
 
@@ -102,12 +102,10 @@ def load(
         _fill(model, found.state, found.origin, device)
     # Random weights know no words: the small bundled vocabulary serves, and needs no download.
     usual = "demo" if found.state is None else None
-    try:
+    with naming(found.origin):
         model.processor = TASKS[found.config.task].Processor.of(
             found.config, tokenizer or found.tokenizer or usual, found.transform
         )
-    except ValueError as error:
-        raise CheckpointError(f"{found.origin}: {error}") from error
     return model.eval()
 
 
@@ -177,10 +175,8 @@ def _rule(found: Source, temperature: float | None, pruning: Pruning | str | Non
     saved, before = found.settings.get("pruning"), found.settings.get("temperature")
     if saved is not None and before is not None:
         raise CheckpointError(f"{found.origin}: expected pruning or temperature, got both: {saved} and {before}")
-    try:
+    with naming(found.origin):
         rule = MADTP(before or 0.0) if saved is None else Pruning.from_dict(saved)
-    except ValueError as error:
-        raise CheckpointError(f"{found.origin}: {error}") from error
     if pruning is not None:
         rule = pruning
     elif temperature is not None:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import hub
-from ..config import CLIPConfig, Config, TextConfig, VisionConfig
+from ..config import CLIPConfig, Config, VisionConfig
 from ..image_transform import ImageTransform
 from ..tasks import TASKS
 from . import key_maps
 from .files import (
     CONFIG,
     OPEN_CLIP,
+    OPEN_CLIP_WEIGHTS,
     PREPROCESSOR,
     TOKENIZER,
     WEIGHTS,
     CheckpointError,
+    naming,
     read_file,
     read_json,
     read_parts,
 )
 
-__all__ = ["Source", "infer_config", "locate"]
+__all__ = ["Source", "locate"]
 
 _BUNDLED = {"demo": "pruned", "demo-dense": "dense"}  # names of models in the package, and their folders
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
@@ -139,7 +139,7 @@ def _of_state(
     layout, task = _recognise(state, task, origin)
     kind = TASKS[task].Config
     own = state.keys() & {"input_resolution", "space_dict", "visual.cls_token"}
-    try:
+    with naming(origin):
         state = layout.to_ours(state, task)
         if config is not None:
             config = _activated(config, hidden_act)
@@ -153,9 +153,7 @@ def _of_state(
             config = key_maps.clip.infer_config(state, hidden_act or "quick_gelu")
         else:
             eps = getattr(layout, "LAYER_NORM_EPS", VisionConfig.layer_norm_eps)
-            config = infer_config(state, kind, eps)
-    except ValueError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
+            config = key_maps.blip.infer_config(state, kind, eps)
     # MADTP trains its CLIP, which has a dictionary, with squashed pictures.
     centred = layout is key_maps.FAMILIES["clip"] or "space_dict" not in state
     return Source(origin, state, config, _usual(config, "clip", centred), settings or {})
@@ -168,16 +166,12 @@ def _of_transformers(origin: str, place: Path, settings: dict, task: str | None,
         known = ", ".join(key_maps.HUGGING_FACE)
         raise CheckpointError(f"{place / CONFIG}: 'model_type' is {settings['model_type']!r}, not one of {known}")
     state = read_parts(place)
-    try:
+    with naming(place / CONFIG, (TypeError, ValueError)):
         config = config or layout.config_of(settings, state, task)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{place / CONFIG}: {error}") from error
     _check_task(origin, layout.task_of(state) or config.task, task)
     family = getattr(layout, "pixels", "blip")
-    try:
+    with naming(origin):
         state = layout.to_ours(state, config.task)
-    except ValueError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
     beside = {"temperature": settings.get("temperature")} if "space_dict" in state else {}
     transform = _read_transform(place, family) if config.vision is not None else None
     return Source(origin, state, config, transform or _usual(config, family, centred=True), beside)
@@ -186,20 +180,12 @@ def _of_transformers(origin: str, place: Path, settings: dict, task: str | None,
 def _of_open_clip(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
     """A directory as open_clip pushes it to the hub."""
     _check_task(origin, "clip", task)
-    state, layout = (
-        read_parts(place, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
-        key_maps.open_clip,
-    )
-    try:
+    state, layout = read_parts(place, OPEN_CLIP_WEIGHTS), key_maps.open_clip
+    with naming(place / OPEN_CLIP, (KeyError, TypeError, ValueError)):
         config = config or layout.config_of(settings, state, task)
         transform = layout.transform_of(settings, config.vision.image_size)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{place / OPEN_CLIP}: {reason}") from error
-    try:
+    with naming(origin):
         return Source(origin, layout.to_ours(state), config, transform)
-    except ValueError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
 
 
 def _of_ours(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
@@ -208,10 +194,8 @@ def _of_ours(origin: str, place: Path, settings: dict, task: str | None, config:
     _check_task(origin, saved, task)
     if saved not in TASKS:
         raise CheckpointError(f"{place / CONFIG}: 'task' is {saved!r}, not one of {', '.join(TASKS)}")
-    try:
+    with naming(place / CONFIG, (TypeError, ValueError)):
         config = config or TASKS[saved].Config.from_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{place / CONFIG}: {error}") from error
     state, _ = read_file(place / WEIGHTS)
     if any(saved in layout.TASKS for layout in key_maps.LAYOUTS):  # the weights of other tasks have our names
         layout, _ = _recognise(state, saved, origin)
@@ -287,73 +271,6 @@ def _read_transform(directory: Path, family: str) -> ImageTransform | None:
         settings = settings if part is None else settings[part]
         if not isinstance(settings, dict):
             raise CheckpointError(f"{path}: {part}: expected an object, got {type(settings).__name__}")
-        try:
+        with naming(path):
             return ImageTransform.from_settings(settings, family)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
     return None
-
-
-def _side(patches: int) -> int:
-    side = round(patches**0.5)
-    if side * side != patches:
-        raise CheckpointError(f"visual_encoder.pos_embed: {patches} patches do not form a square grid")
-    return side
-
-
-def infer_config(
-    state: Mapping[str, Tensor], kind: type[Config], layer_norm_eps: float = VisionConfig.layer_norm_eps
-) -> Config:
-    """Sizes of a BLIP state dict (our keys). Heads are 64 wide, as in every BLIP; pass a config where they are not.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing, or of another shape.
-    """
-
-    def shape(key: str, dims: int) -> torch.Size:
-        if key not in state:
-            raise CheckpointError(f"not a BLIP-{kind.task.upper()} checkpoint: {key} is missing")
-        if state[key].dim() != dims or not state[key].numel():
-            raise CheckpointError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
-        return state[key].shape
-
-    def numbers(pattern: str) -> list[int]:
-        return [int(m.group(1)) for m in map(re.compile(pattern).match, state) if m]
-
-    def count(pattern: str) -> int:
-        return max(numbers(pattern), default=-1) + 1
-
-    text, own = kind.text_module, {field.name for field in fields(kind)}
-    layer = re.escape(text) + r"encoder\.layer\.(\d+)\."
-    width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight", 4)
-    side = _side(shape("visual_encoder.pos_embed", 3)[1] - 1)
-    vocab, hidden = shape(f"{text}embeddings.word_embeddings.weight", 2)
-    sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, hidden)
-    sizes = {
-        "vision": VisionConfig(
-            image_size=side * patch,
-            patch_size=patch,
-            embed_dim=width,
-            depth=count(r"visual_encoder\.blocks\.(\d+)\."),
-            num_heads=max(1, width // 64),
-            mlp_ratio=shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
-            sd_num=sd_num,
-            sd_dim=sd_dim,
-            map_func="visual_encoder.img_query_model.q_map.0.weight" in state or width != sd_dim,
-            layer_norm_eps=layer_norm_eps,
-        ),
-        "text": TextConfig(
-            hidden_size=hidden,
-            num_hidden_layers=count(layer),
-            num_attention_heads=max(1, hidden // 64),
-            intermediate_size=shape(f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
-            vocab_size=vocab,
-            max_position_embeddings=shape(f"{text}embeddings.position_embeddings.weight", 2)[0],
-            encoder_width=width,
-        ),
-    }
-    if "merge_from" in own:
-        sizes["merge_from"] = min(numbers(layer + r"crossattention\.output\.merge_layer"), default=kind.merge_from)
-    if "proj_dim" in own:
-        sizes["proj_dim"] = shape("vision_proj.weight", 2)[0]
-    return kind(**sizes)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KeyMap", "renamed", "stacked", "text_sizes"]
+__all__ = ["KeyMap", "Sizes", "renamed", "stacked", "text_sizes"]
 
 _log = logging.getLogger("madtp")
 
@@ -40,6 +40,46 @@ def stacked(state: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
         told = ", ".join(f"{key} {shape} {dtype}" for key, (shape, dtype) in zip(keys, facts))
         raise ValueError(f"weights that belong together: expected one shape and one floating-point type, got {told}")
     return torch.cat(parts)
+
+
+class Sizes:
+    """Sizes of a model, read off the shapes of its weights.
+
+    Args:
+        state: its weights.
+        kind: what to call it in errors, such as "a CLIP".
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], kind: str) -> None:
+        self.state, self.kind = state, kind
+
+    def shape(self, key: str, dims: int) -> torch.Size:
+        """Shape of a weight. Raises ValueError where it is missing or has another number of axes."""
+        if key not in self.state:
+            raise ValueError(f"not {self.kind}: {key} is missing")
+        if self.state[key].dim() != dims or not self.state[key].numel():
+            raise ValueError(f"{key}: expected {dims} dimensions, got {list(self.state[key].shape)}")
+        return self.state[key].shape
+
+    def numbers(self, pattern: str) -> list[int]:
+        """Numbers of blocks: what the group of an expression at the beginning of keys matches."""
+        return [int(found[1]) for found in map(re.compile(pattern).match, self.state) if found]
+
+    def count(self, prefix: str) -> int:
+        """How many blocks there are whose keys begin so; the number follows."""
+        return 1 + max(self.numbers(re.escape(prefix) + r"(\d+)\."), default=-1)
+
+    def side(self, key: str, patch: int) -> int:
+        """Pixels of a side, of positions ``[1, 1 + patches, D]``. Raises ValueError unless the patches form a square."""
+        patches = self.shape(key, 3)[1] - 1
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise ValueError(f"{key}: {patches} patches do not form a square grid")
+        return side * patch
+
+    def entries(self, width: int) -> tuple[int, int]:
+        """Number and width of the dictionary's entries; 100 of this width where there is no dictionary."""
+        return tuple(self.shape("space_dict", 2)) if "space_dict" in self.state else (100, width)
 
 
 def text_sizes(config: Any) -> dict[str, int]:

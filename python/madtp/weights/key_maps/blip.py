@@ -6,15 +6,17 @@ and so are buffers without weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from .base import KeyMap
+from ...config import Config, TextConfig, VisionConfig
+from .base import KeyMap, Sizes
 
-__all__ = ["TASKS", "from_ours", "parts_of", "task_of", "to_ours"]
+__all__ = ["TASKS", "from_ours", "infer_config", "parts_of", "task_of", "to_ours"]
 
 # Task -> modules of its model, beside the dictionary.
 TASKS = {
@@ -94,11 +96,15 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
 
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to MADTP's: the inverse of :func:`to_ours` but for what that leaves out. No two tensors share memory."""
-    official = MAP.from_ours(state)
+    return with_tied(MAP.from_ours(state))
+
+
+def with_tied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state, and what is tied to its weights."""
     for name, other in TIED.items():
-        if f"text_decoder.{other}" in official:
-            official[f"text_decoder.{name}"] = official[f"text_decoder.{other}"].clone()
-    return official
+        if f"text_decoder.{other}" in state:
+            state[f"text_decoder.{name}"] = state[f"text_decoder.{other}"].clone()
+    return state
 
 
 def _duplicate_cross_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,3 +118,47 @@ def _duplicate_cross_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]
             copies = [key.replace("crossattention.output.dense.", f"crossattention.output.dense{i}.") for i in (0, 1)]
         twin.update({copy: value.clone() if len(copies) > 1 else value for copy in copies})
     return twin
+
+
+def infer_config(
+    state: Mapping[str, Tensor], kind: type[Config], layer_norm_eps: float = VisionConfig.layer_norm_eps
+) -> Config:
+    """Sizes of a state dict with our key names. Heads are 64 wide, as in every BLIP; pass a config where they are not.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing, or of another shape.
+    """
+    sizes, text = Sizes(state, f"a BLIP-{kind.task.upper()} checkpoint"), kind.text_module
+    width, _, patch, _ = sizes.shape("visual_encoder.patch_embed.proj.weight", 4)
+    vocab, hidden = sizes.shape(f"{text}embeddings.word_embeddings.weight", 2)
+    sd_num, sd_dim = sizes.entries(hidden)
+    config = {
+        "vision": VisionConfig(
+            image_size=sizes.side("visual_encoder.pos_embed", patch),
+            patch_size=patch,
+            embed_dim=width,
+            depth=sizes.count("visual_encoder.blocks."),
+            num_heads=max(1, width // 64),
+            mlp_ratio=sizes.shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
+            sd_num=sd_num,
+            sd_dim=sd_dim,
+            map_func="visual_encoder.img_query_model.q_map.0.weight" in state or width != sd_dim,
+            layer_norm_eps=layer_norm_eps,
+        ),
+        "text": TextConfig(
+            hidden_size=hidden,
+            num_hidden_layers=sizes.count(f"{text}encoder.layer."),
+            num_attention_heads=max(1, hidden // 64),
+            intermediate_size=sizes.shape(f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
+            vocab_size=vocab,
+            max_position_embeddings=sizes.shape(f"{text}embeddings.position_embeddings.weight", 2)[0],
+            encoder_width=width,
+        ),
+    }
+    own = {field.name for field in fields(kind)}
+    if "merge_from" in own:
+        merging = sizes.numbers(re.escape(text) + r"encoder\.layer\.(\d+)\.crossattention\.output\.merge_layer")
+        config["merge_from"] = min(merging, default=kind.merge_from)
+    if "proj_dim" in own:
+        config["proj_dim"] = sizes.shape("vision_proj.weight", 2)[0]
+    return kind(**config)

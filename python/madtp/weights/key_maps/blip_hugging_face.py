@@ -11,16 +11,16 @@ Their text encoders and decoders are named as in the original code, the vision t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 from torch import Tensor
 
 from ...config import Config, TextConfig, VisionConfig
 from ...tasks import TASKS as REGISTRY
 from . import blip
-from .base import renamed, text_sizes
+from .base import KeyMap, Sizes, renamed, text_sizes
 
 __all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
 
@@ -50,10 +50,11 @@ NAMES = {
     "vision_model.encoder.layers.{}.layer_norm2": "visual_encoder.blocks.{}.norm2",
     "vision_model.encoder.layers.{}.mlp": "visual_encoder.blocks.{}.mlp",
 }
-_THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 
-# Ours that have no place in their models.
-_OURS = re.compile(r"^space_dict$|^temp$|_query_model\.")
+MAP = replace(blip.MAP, names=NAMES, own=KeyMap().own)
+parts_of = (
+    MAP.parts_of
+)  # the names of their weights that one of ours is stacked of; none for the dictionary, its map, and `temp`
 
 # Of the vision transformer, where no config tells.
 LAYER_NORM_EPS = 1e-5
@@ -82,16 +83,10 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
     return blip.to_ours({renamed(key, NAMES): value for key, value in state.items()}, task)
 
 
-def parts_of(key: str) -> list[str]:
-    """The names of their weights that one of ours is stacked of; none for the dictionary, its map, and `temp`."""
-    return [] if _OURS.search(key) else [renamed(part, _THEIRS) for part in blip.parts_of(key)]
-
-
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our key names to theirs. Dictionary, its map and `temp` have no place there and are left out. No two tensors share
     memory."""
-    official = blip.from_ours({key: value for key, value in state.items() if not _OURS.search(key)})
-    return {renamed(key, _THEIRS): value for key, value in official.items()}
+    return blip.with_tied(MAP.from_ours(state))
 
 
 def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None = None) -> Config:
@@ -106,32 +101,16 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
 
     named = [ARCHITECTURES[name] for name in settings.get("architectures") or () if name in ARCHITECTURES]
     task = task or next(iter(named), None) or task_of(state)
-    if task not in TASKS:
+    if task is None:
         raise ValueError(
             f"architectures: expected one of {', '.join(ARCHITECTURES)}, got {settings.get('architectures')}"
-            if task is None
-            else f"task: transformers' BLIP has models for {', '.join(TASKS)}, not for {task!r}"
         )
+    if task not in TASKS:
+        raise ValueError(f"task: transformers' BLIP has models for {', '.join(TASKS)}, not for {task!r}")
     theirs = BlipConfig(**settings)  # fills in what the file leaves to the defaults
     vision, text = theirs.vision_config, theirs.text_config
-    for name, value, expected in (
-        ("vision_config.hidden_act", vision.hidden_act, "gelu"),
-        ("text_config.hidden_act", text.hidden_act, "gelu"),
-        ("text_config.layer_norm_eps", text.layer_norm_eps, _TEXT_EPS),
-        ("text_config.is_decoder", text.is_decoder, True),  # their text encoders too have cross-attention only then
-        ("text_config.bos_token_id", text.bos_token_id, text.vocab_size - 2),
-    ):
-        if value != expected:
-            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
-    for name in ("image_size", "patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise ValueError(f"vision_config.{name}: expected the side of a square, got {getattr(vision, name)!r}")
-    if {"text_encoder", "text_decoder"} <= TASKS[task] and text.hidden_size != vision.hidden_size:
-        raise ValueError(
-            f"text_config.hidden_size: expected {vision.hidden_size} as of the vision transformer, since the decoder looks at "
-            f"states of the question, got {text.hidden_size}"
-        )
-    sd_num, sd_dim = state["space_dict"].shape if "space_dict" in state else (VisionConfig.sd_num, text.hidden_size)
+    _check(vision, text, decodes_text={"text_encoder", "text_decoder"} <= TASKS[task])
+    sd_num, sd_dim = Sizes(state, "a BLIP").entries(text.hidden_size)
     sizes = {
         "vision": VisionConfig(
             image_size=vision.image_size,
@@ -156,3 +135,24 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
     if "proj_dim" in {field.name for field in fields(kind)}:
         sizes["proj_dim"] = theirs.image_text_hidden_size
     return kind(**sizes)
+
+
+def _check(vision: Any, text: Any, decodes_text: bool) -> None:
+    """Refuse what our layers do not have, by name."""
+    for name, value, expected in (
+        ("vision_config.hidden_act", vision.hidden_act, "gelu"),
+        ("text_config.hidden_act", text.hidden_act, "gelu"),
+        ("text_config.layer_norm_eps", text.layer_norm_eps, _TEXT_EPS),
+        ("text_config.is_decoder", text.is_decoder, True),  # their text encoders too have cross-attention only then
+        ("text_config.bos_token_id", text.bos_token_id, text.vocab_size - 2),
+    ):
+        if value != expected:
+            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
+    for name in ("image_size", "patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise ValueError(f"vision_config.{name}: expected the side of a square, got {getattr(vision, name)!r}")
+    if decodes_text and text.hidden_size != vision.hidden_size:
+        raise ValueError(
+            f"text_config.hidden_size: expected {vision.hidden_size} as of the vision transformer, since the decoder looks at "
+            f"states of the question, got {text.hidden_size}"
+        )

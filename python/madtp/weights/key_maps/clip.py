@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from ...config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from .base import KeyMap
+from .base import KeyMap, Sizes
 
 __all__ = ["IGNORED", "MAP", "TASKS", "from_ours", "infer_config", "task_of", "to_ours"]
 
@@ -104,44 +103,30 @@ def infer_config(state: Mapping[str, Tensor], hidden_act: str = "quick_gelu") ->
     Raises:
         ValueError: a tensor that tells a size is missing or has another number of axes.
     """
-
-    def shape(key: str, dims: int) -> torch.Size:
-        if key not in state:
-            raise ValueError(f"not a CLIP: {key} is missing")
-        if state[key].dim() != dims or not state[key].numel():
-            raise ValueError(f"{key}: expected {dims} dimensions, got {list(state[key].shape)}")
-        return state[key].shape
-
-    def count(prefix: str) -> int:
-        return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
-
-    width, _, patch, _ = shape("visual.patch_embed.proj.weight", 4)
-    patches = shape("visual.pos_embed", 3)[1] - 1
-    side = round(patches**0.5)
-    if side * side != patches:
-        raise ValueError(f"visual.pos_embed: {patches} patches do not form a square grid")
-    sd_num, sd_dim = shape("space_dict", 2) if "space_dict" in state else (100, 768)
-    vocab, hidden = shape("text.token_embeddings.weight", 2)
+    sizes = Sizes(state, "a CLIP")
+    width, _, patch, _ = sizes.shape("visual.patch_embed.proj.weight", 4)
+    sd_num, sd_dim = sizes.entries(CLIPVisionConfig.sd_dim)
+    vocab, hidden = sizes.shape("text.token_embeddings.weight", 2)
     return CLIPConfig(
         vision=CLIPVisionConfig(
-            image_size=side * patch,
+            image_size=sizes.side("visual.pos_embed", patch),
             patch_size=patch,
             embed_dim=width,
-            depth=count("visual.blocks."),
+            depth=sizes.count("visual.blocks."),
             num_heads=max(1, width // 64),
-            mlp_ratio=shape("visual.blocks.0.mlp.fc1.weight", 2)[0] / width,
+            mlp_ratio=sizes.shape("visual.blocks.0.mlp.fc1.weight", 2)[0] / width,
             sd_num=sd_num,
             sd_dim=sd_dim,
             map_func=True,
         ),
         text=CLIPTextConfig(
             hidden_size=hidden,
-            num_hidden_layers=count("text.blocks."),
+            num_hidden_layers=sizes.count("text.blocks."),
             num_attention_heads=max(1, hidden // 64),
-            intermediate_size=shape("text.blocks.0.mlp.fc1.weight", 2)[0],
+            intermediate_size=sizes.shape("text.blocks.0.mlp.fc1.weight", 2)[0],
             vocab_size=vocab,
-            max_position_embeddings=shape("text.position_embeddings.weight", 2)[0],
+            max_position_embeddings=sizes.shape("text.position_embeddings.weight", 2)[0],
         ),
-        embed_dim=shape("text.proj.weight", 2)[0],
+        embed_dim=sizes.shape("text.proj.weight", 2)[0],
         hidden_act=hidden_act,
     )

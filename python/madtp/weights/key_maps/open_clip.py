@@ -7,7 +7,7 @@ image tower is one of timm. The file says which activation, which pooling, which
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from ...config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ...image_transform import ImageTransform
 from . import clip
-from .base import KeyMap, stacked
+from .base import KeyMap, Sizes, stacked
 
-__all__ = ["config_of", "from_ours", "task_of", "to_ours", "transform_of"]
+__all__ = ["config_of", "from_ours", "to_ours", "transform_of"]
 
 # timm's vision transformer, as SigLIP uses it.
 _TRUNK = "visual.trunk"
@@ -56,11 +56,6 @@ _KNOWN_TEXT = frozenset(
     "context_length vocab_size hf_tokenizer_name tokenizer_kwargs width heads layers mlp_ratio no_causal_mask pool_type "
     "proj_bias proj_type output_tokens act_kwargs norm_kwargs pad_id eos_id".split()
 )
-
-
-def task_of(keys: Iterable[str]) -> str | None:
-    """Keys alone do not tell what their model computes."""
-    return None
 
 
 def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
@@ -169,14 +164,14 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
         raise ValueError(
             f"model_cfg.text_cfg.norm_kwargs: expected eps {eps} as in the image tower, got {_eps(text, 'text_cfg')}"
         )
-    entries = state["space_dict"].shape if "space_dict" in state else (100, sizes["embed_dim"])
+    sd_num, sd_dim = Sizes(state, "a CLIP").entries(sizes["embed_dim"])
     text_act = _activation(text, quick, "text_cfg")
     return CLIPConfig(
         vision=CLIPVisionConfig(
             image_size=image_size,
-            sd_num=entries[0],
-            sd_dim=entries[1],
-            map_func=entries[1] != sizes["embed_dim"],
+            sd_num=sd_num,
+            sd_dim=sd_dim,
+            map_func=sd_dim != sizes["embed_dim"],
             **sizes,
         ),
         text=_text(text),
@@ -242,20 +237,14 @@ def _timm_sizes(vision: Mapping, state: Mapping[str, Tensor]) -> dict[str, Any]:
             f"model_cfg.vision_cfg.timm_model_name: of timm only SigLIP's vit_*_patch*_siglip_* with timm_pool 'map' and "
             f"timm_proj 'none' are supported, got {name!r}"
         )
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in state:
-            raise ValueError(f"{key} is missing")
-        return tuple(state[key].shape)
-
-    width, _, patch, _ = shape(f"{_TRUNK}.patch_embed.proj.weight")
-    blocks = [int(key.split(".")[3]) for key in state if key.startswith(f"{_TRUNK}.blocks.")]
+    sizes = Sizes(state, "timm's vision transformer")
+    width, _, patch, _ = sizes.shape(f"{_TRUNK}.patch_embed.proj.weight", 4)
     return {
         "patch_size": patch,
         "embed_dim": width,
-        "depth": 1 + max(blocks, default=-1),
+        "depth": sizes.count(f"{_TRUNK}.blocks."),
         "num_heads": 16 if "so400m" in name else max(1, width // 64),
-        "mlp_ratio": shape(f"{_TRUNK}.blocks.0.mlp.fc1.weight")[0] / width,
+        "mlp_ratio": sizes.shape(f"{_TRUNK}.blocks.0.mlp.fc1.weight", 2)[0] / width,
         "class_token": False,
         "patch_bias": True,
         "norm_pre": False,

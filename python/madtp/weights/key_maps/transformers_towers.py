@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...config import ACTIVATIONS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from .base import KeyMap, text_sizes
+from .base import KeyMap, Sizes, text_sizes
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -153,10 +153,10 @@ def _vision(vision: Any, state: Mapping[str, Tensor], sd: bool = False, **option
     width, hidden = vision.hidden_size, getattr(vision, "intermediate_size", None)
     if not hidden:
         hidden = int(width * vision.mlp_ratio)
-    entries = state["space_dict"].shape if "space_dict" in state else (100, CLIPVisionConfig.sd_dim if sd else width)
+    sd_num, sd_dim = Sizes(state, "a CLIP").entries(CLIPVisionConfig.sd_dim if sd else width)
     options = {
         "image_size": _side(getattr(vision, "image_size", 0), "image_size"),
-        "map_func": sd or entries[1] != width,
+        "map_func": sd or sd_dim != width,
     } | options
     return CLIPVisionConfig(
         patch_size=_side(vision.patch_size, "patch_size"),
@@ -164,8 +164,8 @@ def _vision(vision: Any, state: Mapping[str, Tensor], sd: bool = False, **option
         depth=vision.num_hidden_layers,
         num_heads=vision.num_attention_heads,
         mlp_ratio=hidden / width,
-        sd_num=entries[0],
-        sd_dim=entries[1],
+        sd_num=sd_num,
+        sd_dim=sd_dim,
         **options,
     )
 
