@@ -9,7 +9,7 @@ import madtp_kernels
 
 # From the bottom up; a module may import those of its own row and of the rows above this one in the list.
 LAYERS = {
-    "machinery": "files hub image_transform index inputs jsonl options processes resume search",
+    "machinery": "files hub image_transform index inputs jsonl options pictures processes resume search",
     "nn": "config fingerprint flops generation graphs guidance layers linear model processing pruning rows text towers "
     "vision",
     "tasks": "tasks",

@@ -1,85 +1,25 @@
-"""From image files and sentences to what a BLIP model takes in: pixel tensors and token ids.
+"""From pictures and sentences to what a model takes in: pixel tensors and token ids.
 
-Everything that can be wrong with a file or a text is found here and reported as ImageError or TextError.
-Models, batching of whole runs and result files live elsewhere.
+What can be wrong with a text is found here and reported as TextError; pictures are read in `pictures`. Models, batching of
+whole runs and result files live elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
 import string
 import sys
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
 from PIL import Image
 
 from . import hub
-from .files import open_regular
 from .image_transform import ImageTransform
-
-MAX_PIXELS = 120_000_000
-"""Largest picture that is decoded (width x height); the biggest phone cameras in use have 108 megapixels."""
-
-# Raster formats only: Pillow hands some others (EPS) to external programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
-# EXIF orientation -> what turns the stored picture upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-_STRIP = 1 << 20  # pixels that are worked on at a time where several copies are needed
-
-
-class _InFlight:
-    """Bounds the pixels that all threads hold at a time: pictures that together have more wait for each other."""
-
-    def __init__(self, most: int):
-        self._most, self._now, self._less = most, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def holding(self, pixels: int) -> Iterator[None]:
-        """Counts that many inside; waits first until they fit. One picture always fits."""
-        with self._less:
-            self._less.wait_for(lambda: self._now == 0 or self._now + pixels <= self._most)
-            self._now += pixels
-        try:
-            yield
-        finally:
-            with self._less:
-                self._now -= pixels
-                self._less.notify_all()
-
-
-_opening, _loading = threading.Lock(), threading.Lock()
-# While it is decoded, a picture takes up to three times four bytes per pixel, however small its file.
-_in_flight = _InFlight(MAX_PIXELS)
-
-
-def _after_fork() -> None:
-    """In a process of its own: locks that other threads held when it was forked would never be given back."""
-    global _opening, _loading, _in_flight
-    _opening, _loading, _in_flight = threading.Lock(), threading.Lock(), _InFlight(MAX_PIXELS)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+from .pictures import ImageError, opened
 
 _TOKENIZER_FILES = tuple(
     "tokenizer.json vocab.txt vocab.json merges.txt spiece.model tokenizer.model tokenizer_config.json special_tokens_map.json "
@@ -88,157 +28,21 @@ _TOKENIZER_FILES = tuple(
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 _DEMO_VOCABULARY = Path(__file__).parent / "data" / "demo" / "vocab.txt"
+_loading = threading.Lock()
 
 
-class ImageError(ValueError):
-    """A picture that cannot be used. `source` names it, `reason` says why."""
+def _after_fork() -> None:
+    """In a process of its own: a lock that another thread held when it was forked would never be given back."""
+    global _loading
+    _loading = threading.Lock()
 
-    def __init__(self, source: str, reason: str):
-        super().__init__(source, reason)
-        self.source, self.reason = source, reason
 
-    def __str__(self) -> str:
-        return f"{self.source}: {self.reason}"
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class TextError(ValueError):
     """A text that a model cannot be given."""
-
-
-def load_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture as a person would see it, as an 8-bit RGB PIL image.
-
-    `source` is a path, the bytes of a file, or a PIL image. The EXIF orientation is applied; transparent
-    parts are laid over white, as an image viewer or a web page does (dropping alpha would reveal whatever
-    colour is stored beneath); 16-bit grey is scaled to 8 bits; palette, grey, CMYK become RGB; of an
-    animation the first frame is taken. Threads wait for each other where their pictures have more than
-    `MAX_PIXELS` together.
-
-    Raises ImageError, naming the source, if it is missing, not a regular file, unreadable, not an image,
-    damaged, truncated, larger than `max_pixels`, or of a kind without a defined range of values (32-bit
-    integer or float).
-    """
-    with _opened(source, max_pixels) as (image, name):
-        return _as_rgb(image, name)
-
-
-@contextlib.contextmanager
-def _opened(source, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, str]]:
-    """A picture whose size is known to be acceptable, not decoded yet, and its name; its pixels count as in flight."""
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, Image.Image):
-            image, name = source, "PIL image"
-        else:
-            if not isinstance(source, (str, os.PathLike, bytes, bytearray)):  # a number would be an open file
-                raise ImageError(type(source).__name__, "expected a path, the bytes of a file or a PIL image")
-            if isinstance(source, (bytes, bytearray)):
-                file, name = io.BytesIO(source), f"image of {len(source)} bytes"
-            else:
-                file, name = stack.enter_context(_regular_file(source)), str(source)
-            image = stack.enter_context(_identified(file, name, max_pixels))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(name, f"too large: {width} x {height} pixels, at most {max_pixels} are accepted")
-        if width * height == 0:
-            raise ImageError(name, f"empty: {width} x {height} pixels")
-        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-            raise ImageError(name, "pixels of 32 bits have no defined range of values; convert to 8 or 16 bits")
-        stack.enter_context(_in_flight.holding(width * height))
-        yield image, name
-
-
-def _regular_file(path: str | os.PathLike) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise ImageError(str(path), getattr(error, "strerror", None) or str(error)) from error
-
-
-def _identified(file, name: str, max_pixels: int) -> Image.Image:
-    try:
-        # Pillow's own size limit only warns; ours raises. The lock is there because warning filters are global.
-        with _opening, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.init()  # registers all formats that this build of Pillow can read
-            return Image.open(file, formats=[kind for kind in _FORMATS if kind in Image.OPEN])
-    except Image.DecompressionBombError as error:
-        raise ImageError(name, f"too large: more than {max_pixels} pixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(name, "not an image in a known format") from error
-    except Exception as error:  # Pillow's readers raise many kinds of error on malformed data
-        raise ImageError(name, f"damaged image ({error})") from error
-
-
-def _as_rgb(image: Image.Image, name: str) -> Image.Image:
-    try:
-        hidden = _transparent_value(image)
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        if turn is not None:
-            image = image.transpose(turn)
-        if image.mode.startswith("I"):
-            return _by_strips(image, lambda strip: _from_16_bits(strip, hidden))
-        if image.has_transparency_data:
-            return _by_strips(image, lambda strip: _on_white(strip, hidden))
-        return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageError(name, f"damaged image ({error})") from error
-
-
-def _transparent_value(image: Image.Image) -> int | tuple[int, int, int] | None:
-    """The grey value or colour that a PNG declares transparent, as it is once the picture is decoded.
-
-    Pillow gives it as the file has it, in the file's number of bits. Of colours with 16 bits per channel Pillow keeps the
-    upper 8, so that there a colour counts as transparent if those agree.
-    """
-    value, tiles = image.info.get("transparency"), getattr(image, "tile", None)
-    if image.format != "PNG" or not isinstance(value, (int, tuple)) or not tiles:
-        return None
-    stored = tiles[0][3]
-    if stored == "RGB;16B":
-        return tuple(part >> 8 for part in value)
-    return value * {"L;2": 85, "L;4": 17}.get(stored, 1)
-
-
-def _by_strips(image: Image.Image, to_rgb) -> Image.Image:
-    """The whole picture by way of `to_rgb`, without its intermediate copies of the whole."""
-    whole, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(top + rows, image.height))
-        whole.paste(to_rgb(image.crop(box)), box)
-    return whole
-
-
-def _on_white(image: Image.Image, hidden: int | tuple[int, int, int] | None) -> Image.Image:
-    if hidden is not None:
-        image.info["transparency"] = hidden
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-
-
-def _from_16_bits(image: Image.Image, hidden: int | None) -> Image.Image:
-    values = np.asarray(image)
-    grey = np.rint(values.astype(np.float32) / 257).clip(0, 255).astype(np.uint8)  # 65535 becomes 255
-    if hidden is not None:
-        grey[values == hidden] = 255
-    return Image.fromarray(grey).convert("RGB")
-
-
-def _orientation(image: Image.Image):
-    try:
-        return image.getexif().get(0x0112)
-    except Exception:  # damaged metadata does not make the picture itself unusable
-        return None
-
-
-def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """Pixel tensor of an RGB image, float32 [3, size, size], as BLIP's evaluation makes it.
-
-    Bicubic (antialiased) resize to exactly size x size, the aspect ratio is not kept; then [0, 1] and CLIP's
-    mean and standard deviation.
-    """
-    return ImageTransform.squash(size)(image)
 
 
 def clean_sentence(text: str, max_words: int = 40) -> str:
@@ -386,14 +190,16 @@ class Processor:
     ):
         self.image_size, self.vocab_size, self.max_tokens = image_size, vocab_size, max_tokens
         self.transform = transform or (image_size and ImageTransform.squash(image_size))
-        if self.transform is not None and self.transform.output != (image_size, image_size):
-            made = (
-                "pixels of any size"
-                if self.transform.output is None
-                else "{} x {} pixels".format(*self.transform.output)
-            )
-            raise ValueError(f"transform: makes {made}, but the model takes {image_size} x {image_size}")
+        if self.transform is not None:
+            self._check(self.transform.output)
         self._source, self._tokenizer = tokenizer, None
+
+    def _check(self, made: tuple[int, int] | None) -> None:
+        """Raise ValueError unless the model takes the pixels that the transform makes; None: they are of any size."""
+        size = self.image_size
+        if made != (size, size):
+            shown = "pixels of any size" if made is None else "{} x {} pixels".format(*made)
+            raise ValueError(f"transform: makes {shown}, but the model takes {size} x {size}")
 
     @classmethod
     def of(cls, config, tokenizer=None, transform: ImageTransform | None = None):
@@ -435,8 +241,7 @@ class Processor:
     def image(self, source) -> torch.Tensor:
         """Pixels of a picture, float32 [3, image_size, image_size]; sources and errors as in `load_image`, and ImageError
         for one so narrow that it cannot be resized in proportion."""
-        with _opened(source) as (image, name):
-            image = _as_rgb(image, name)
+        with opened(source) as (image, name):
             try:
                 return self.transform(image)
             except ValueError as error:
@@ -501,17 +306,17 @@ class CLIPProcessor(Processor):
         clean: str = "",
         patch: int | None = None,
     ):
-        sides = transform.output if transform is not None and patch is not None else None
-        if patch is not None and transform is not None and transform.patch is None and sides is None:
-            raise ValueError(f"transform: makes pixels of any size, but the model takes multiples of {patch}")
-        if patch is not None and ((sides or (0,))[0] % patch or transform.patch not in (None, patch)):
-            raise ValueError(
-                f"transform: makes {sides or f'patches of {transform.patch}'}, but the model takes patches of {patch}"
-            )
-        super().__init__(image_size, vocab_size, max_tokens, tokenizer, None if patch is not None else transform)
-        if patch is not None:
-            self.transform = transform
-        self.padded, self.clean = padded, clean
+        self.padded, self.clean, self.patch = padded, clean, patch
+        super().__init__(image_size, vocab_size, max_tokens, tokenizer, transform)
+
+    def _check(self, made: tuple[int, int] | None) -> None:
+        if self.patch is None:
+            super()._check(made)
+        elif made is None and self.transform.patch is None:
+            raise ValueError(f"transform: makes pixels of any size, but the model takes multiples of {self.patch}")
+        elif self.transform.patch not in (None, self.patch) or (made or (0,))[0] % self.patch:
+            shown = made or f"patches of {self.transform.patch}"
+            raise ValueError(f"transform: makes {shown}, but the model takes patches of {self.patch}")
 
     @classmethod
     def of(cls, config, tokenizer=None, transform: ImageTransform | None = None):

@@ -11,7 +11,7 @@ import pytest
 import madtp
 import madtp_kernels
 from madtp import files
-from madtp.processing import ImageError, load_image
+from madtp.pictures import ImageError, load_image
 from madtp.resume import ResumeError, locked
 
 

@@ -16,7 +16,8 @@ from transformers import CLIPModel as HuggingFaceModel
 import madtp
 from madtp import CheckpointError
 from madtp.image_transform import ImageTransform
-from madtp.processing import CLIPProcessor, ImageError, load_image
+from madtp.pictures import ImageError, load_image
+from madtp.processing import CLIPProcessor
 
 SIDE = 32
 SIZES = [

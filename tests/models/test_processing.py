@@ -14,17 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from madtp import processing
-from madtp.processing import (
-    ImageError,
-    TextError,
-    clean_question,
-    clean_sentence,
-    load_clip_tokenizer,
-    load_image,
-    load_tokenizer,
-    to_pixels,
-)
+from madtp import pictures, processing
+from madtp.image_transform import ImageTransform
+from madtp.pictures import ImageError, load_image
+from madtp.processing import TextError, clean_question, clean_sentence, load_clip_tokenizer, load_tokenizer
 from madtp.tasks import TASKS
 from madtp.tasks.metrics import vqa_score
 from madtp.tasks.nlvr import NLVRProcessor
@@ -275,13 +268,13 @@ def test_pixels_are_those_of_the_transformers_processor(rng, size):
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     processor = BlipImageProcessorPil(size={"height": 48, "width": 48})
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-    ours = to_pixels(image, 48)
+    ours = ImageTransform.squash(48)(image)
     assert ours.dtype == torch.float32 and ours.is_contiguous()
     assert torch.equal(ours, theirs)
 
 
 def test_pixel_values_of_plain_colours():
-    pixels = to_pixels(Image.new("RGB", (7, 5), (255, 0, 128)), 32)
+    pixels = ImageTransform.squash(32)(Image.new("RGB", (7, 5), (255, 0, 128)))
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     expected = [(value / 255 - m) / s for value, m, s in zip((255, 0, 128), mean, std)]
     expected = torch.tensor(expected).view(3, 1, 1).expand(3, 32, 32)
@@ -449,8 +442,8 @@ def test_collate_puts_left_images_first(rng):
     pixels, ids = processor.collate([processor(*pair, text) for pair, text in zip(pairs, texts)])
     assert pixels.shape == (6, 3, 16, 16) and pixels.is_contiguous()
     for b, (left, right) in enumerate(pairs):
-        assert torch.equal(pixels[b], to_pixels(left, 16))
-        assert torch.equal(pixels[3 + b], to_pixels(right, 16))
+        assert torch.equal(pixels[b], ImageTransform.squash(16)(left))
+        assert torch.equal(pixels[3 + b], ImageTransform.squash(16)(right))
     assert [i.tolist() for i in ids] == [processor.text(text).tolist() for text in texts]
 
 
@@ -568,7 +561,7 @@ def test_the_first_texts_may_come_from_several_threads(monkeypatch):
 
 def test_pictures_in_flight_are_bounded_in_pixels(monkeypatch):
     """However many threads prepare them: two of 60 pixels do not fit into 100, and one of 1000 goes alone."""
-    monkeypatch.setattr(processing, "_in_flight", processing._InFlight(100))
+    monkeypatch.setattr(pictures, "_in_flight", pictures._InFlight(100))
     now, most, lock, seen = [0], [0], threading.Lock(), []
 
     def transform(image):
@@ -584,14 +577,14 @@ def test_pictures_in_flight_are_bounded_in_pixels(monkeypatch):
     processor = TASKS["caption"].Processor(32, 200, 40, "demo")
     processor.transform = transform
     sizes = [(6, 10), (5, 5), (5, 5), (25, 40), (6, 10), (5, 5), (3, 3)] * 4
-    pictures = [encoded(Image.new("RGB", size), "PNG") for size in sizes]
+    files = [encoded(Image.new("RGB", size), "PNG") for size in sizes]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(processor.image, pictures))
+        list(pool.map(processor.image, files))
     assert len(seen) == len(sizes) and all(held == 1000 for size, held in seen if size == (25, 40))
     assert max(held for size, held in seen if size != (25, 40)) <= 100
     with pytest.raises(ImageError):
         processor.image(b"no picture")
-    assert processing._in_flight._now == 0
+    assert pictures._in_flight._now == 0
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
@@ -607,7 +600,7 @@ def test_large_pictures_are_worked_on_in_strips(mode, rng, monkeypatch):
         image = image.convert(mode)
     data = encoded(image, "PNG")
     whole = load_image(data)
-    monkeypatch.setattr(processing, "_STRIP", 64)
+    monkeypatch.setattr(pictures, "_STRIP", 64)
     assert np.array_equal(np.asarray(load_image(data)), np.asarray(whole))
 
 

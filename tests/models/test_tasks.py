@@ -10,7 +10,8 @@ from helpers import DEVICE, backends_here, interpreted, normal
 from madtp import CaptionConfig, RetrievalConfig, TextConfig, VisionConfig, VQAConfig, predict
 from madtp.generation import generate
 from madtp.layers import CrossAttention, QueryGroups
-from madtp.processing import ImageError, TextError
+from madtp.pictures import ImageError
+from madtp.processing import TextError
 from madtp.pruning import Tokens
 from madtp.pruning.official import PaddedTokens, mask_after_pruning
 from madtp.rows import gather_samples

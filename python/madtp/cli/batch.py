@@ -157,7 +157,7 @@ class Overlays:
         """The same for items whose images are the samples of `traces`, layer by layer."""
 
         def picture(sample: int, item: Item):
-            from ..processing import load_image
+            from ..pictures import load_image
             from ..report.overlay import overlay
 
             return overlay(model.processor.view(load_image(item.image)), traces, model.config, sample=sample)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..processing import load_image
+from ..pictures import load_image
 
 __all__ = ["kept_patches", "overlay", "overlays", "overlays_of"]
 

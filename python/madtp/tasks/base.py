@@ -20,7 +20,8 @@ from ..config import Config
 from ..inputs import find_images
 from ..model import Model
 from ..options import UsageError, argument, option
-from ..processing import Processor, load_image
+from ..pictures import load_image
+from ..processing import Processor
 from ..pruning import LayerTrace, Pruning
 from .annotations import read_captions
 from .augment import augment
