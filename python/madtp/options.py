@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
-    "UsageError", "above_zero", "add_options", "argument", "given", "not_negative", "not_negative_int", "option", "parsed",
+    "UsageError", "above_zero", "add_options", "argument", "given", "help_of", "not_negative", "not_negative_int", "option", "parsed",
     "positive", "same", "share", "share_or_none", "unset",
 ]  # fmt: skip
 
@@ -100,7 +100,7 @@ def unset(kind: type) -> type:
         if field.metadata["settings"].get("positional"):
             continue
         settings = {"action": _switch(field.default), **field.metadata["settings"]}
-        metadata = {**field.metadata, "settings": settings, "help": _help(field)}
+        metadata = {**field.metadata, "settings": settings, "help": help_of(field)}
         fields.append((field.name, field.type, dataclasses.field(default=None, metadata=metadata)))
     return dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
 
@@ -134,7 +134,7 @@ def _switch(default: Any) -> str:
     return "store" if not isinstance(default, bool) else "store_false" if default else "store_true"
 
 
-def _help(field: dataclasses.Field) -> str:
+def help_of(field: dataclasses.Field) -> str:
     """The text, and the default where that says something."""
     default, text = field.default, field.metadata["help"]
     if default is None or default is dataclasses.MISSING or default == () or isinstance(default, bool):
@@ -145,12 +145,12 @@ def _help(field: dataclasses.Field) -> str:
 def _add(target, field: dataclasses.Field) -> None:
     settings, default = dict(field.metadata["settings"]), field.default
     if settings.pop("positional", False):
-        target.add_argument(field.name, help=_help(field), **settings)
+        target.add_argument(field.name, help=help_of(field), **settings)
         return
     flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
     settings = {"action": _switch(default), "required": default is dataclasses.MISSING, **settings}
     default = None if default is dataclasses.MISSING else default
-    target.add_argument(flag, dest=field.name, default=default, help=_help(field), **settings)
+    target.add_argument(flag, dest=field.name, default=default, help=help_of(field), **settings)
 
 
 def parsed(kind: type, namespace: argparse.Namespace) -> Any:

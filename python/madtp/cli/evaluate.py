@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from ..options import UsageError, given, option, positive
+from ..options import UsageError, given, help_of, option, positive
 from ..processes import joined, processes, rank
 from ..tasks import TASKS, Task
 from .batch import refuse_inputs, settings_of, shown
@@ -53,10 +53,15 @@ _RESULTS = "where results go, beside the table on the terminal"
 
 
 @dataclass(kw_only=True)
-class _Split(BatchOptions):
-    """What is evaluated, and where the results go."""
+class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
+    """What is evaluated, how, and where the results go; :func:`command` adds the options of all tasks."""
 
-    task: str | None = option("of random:base; other models know theirs", choices=())
+    name = "evaluate"
+    help = "quality, cost and speed on a test split"
+    description = "Evaluates a model on a test split, dense and pruned: quality, cost, time, tokens."
+    examples = _EXAMPLES
+
+    task: str | None = option("of random:base; other models know theirs", choices=list(TASKS))
     annotations: str = option("samples with labels", required=True, metavar="FILE")
     vqa_annotations: str | None = option(
         "where --annotations are VQA v2's original questions: their answers", metavar="FILE"
@@ -64,6 +69,7 @@ class _Split(BatchOptions):
     image_root: str | None = option("what image paths start from (default: the annotations' folder)", metavar="DIR")
     limit: int | None = option("only the first N of the annotations", type=positive, metavar="N")
     method: str | None = method()
+    grouping: str = grouping(("instance", "pair", "batch"))
     strengths: list[float] | None = option(
         "how much the rule prunes, 0 is dense (default: 0 and the model's)",
         type=float,
@@ -85,16 +91,6 @@ class _Split(BatchOptions):
         "what the model said to each sample; lets a run go on", metavar="JSONL", group=_RESULTS
     )
     plots: str | None = option("quality.png and tokens.png (needs matplotlib)", metavar="DIR", group=_RESULTS)
-
-
-@dataclass(kw_only=True)
-class Evaluate(Command):
-    """Options of all tasks, of which those of the model's count."""
-
-    name = "evaluate"
-    help = "quality, cost and speed on a test split"
-    description = "Evaluates a model on a test split, dense and pruned: quality, cost, time, tokens."
-    examples = _EXAMPLES
 
     def run(self) -> int:
         parts = self._begin()
@@ -225,22 +221,12 @@ def _options_of_tasks() -> dict[str, list[tuple[str, dataclasses.Field]]]:
 
 
 def command() -> type[Command]:
-    """The command, with the options of all tasks."""
-    fields = [("grouping", str, grouping(("instance", "pair", "batch"))), ("task", str | None, _task())]
+    """The command, with the options of all tasks, of which those of the model's count."""
+    fields = []
     for name, uses in _options_of_tasks().items():
-        texts = {task: _help(field) for task, field in uses}
+        texts = {task: help_of(field) for task, field in uses}
         alike = len(set(texts.values())) == 1
         text = next(iter(texts.values())) if alike else "; ".join(f"{task}: {text}" for task, text in texts.items())
         settings = uses[0][1].metadata["settings"]
         fields.append((name, object, option(text, None, group=", ".join(texts), **settings)))
-    bases = (Evaluate, TextOptions, RunOptions, _Split, ModelSource)
-    return dataclasses.make_dataclass("EvaluateCommand", fields, bases=bases, kw_only=True)
-
-
-def _task():
-    return option("of random:base; other models know theirs", choices=list(TASKS))
-
-
-def _help(field: dataclasses.Field) -> str:
-    default = "" if field.default is None else f" (default: {field.default})"
-    return field.metadata["help"] + default
+    return dataclasses.make_dataclass("EvaluateCommand", fields, bases=(Evaluate,), kw_only=True)
