@@ -1,6 +1,6 @@
-"""The tasks, one file each: inputs and answers, evaluation, cost, loss and score.
+"""The tasks, a folder each: inputs and answers, evaluation, cost, loss and score, and in `model` the network.
 
-Shared by them: annotation files, metrics, losses, augmentation. To add a task, write a file with a subclass of
+Shared by them: annotation files, metrics, losses, augmentation. To add a task, write a folder with a subclass of
 :class:`Task` and list its class in :data:`TASKS`.
 """
 
