@@ -101,10 +101,8 @@ class ImageTransform:
             raise ValueError(f"resize_mode: expected 'shortest' or 'squash', got {mode!r}")
         if filter_ not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation: expected 'bicubic' or 'bilinear', got {filter_!r}")
-        mean, std = (
-            _numbers("mean", _MEAN if mean is None else mean, 3),
-            _numbers("std", _STD if std is None else std, 3),
-        )
+        mean = _numbers("mean", _MEAN if mean is None else mean, 3)
+        std = _numbers("std", _STD if std is None else std, 3)
         resample = int(getattr(Image.Resampling, filter_.upper()))
         if mode == "squash":
             return cls((size, size), resample=resample, mean=mean, std=std)

@@ -102,7 +102,7 @@ def match(model, images, ids: Sequence[torch.Tensor], pairs: Sequence[tuple[int,
     """How well do the texts belong to the images of these (image, text) pairs? Logits of BLIP retrieval's classifier.
 
     Args:
-        images: ``stream`` of the output of :func:`embed_images`.
+        images: ``tokens`` of the output of :func:`embed_images`.
         ids: texts as in :func:`embed_texts`.
         pairs: numbers of images and texts.
 

@@ -69,9 +69,8 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], prefix: int 
     kept, patches = positions[:, :prefix], positions[:, prefix:]
     patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     options = {"mode": mode.split()[0], "align_corners": False, "antialias": mode.endswith("antialias")}
-    if (
-        grid[1] == 1
-    ):  # PyTorch's antialiased interpolation to a width of 1 is wrong (2.13, CPU), that to a height of 1 is not
+    # PyTorch's antialiased interpolation to a width of 1 is wrong (2.13, CPU), that to a height of 1 is not.
+    if grid[1] == 1:
         patches = F.interpolate(patches.mT.contiguous(), size=grid[::-1], **options).mT
     else:
         patches = F.interpolate(patches.contiguous(), size=grid, **options)

@@ -38,6 +38,13 @@ _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson")
+_READABLE = (
+    "string",
+    "large_string",
+    "binary",
+    "large_binary",
+    "fixed_size_binary",
+)  # columns of images, by pyarrow's names
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
@@ -524,12 +531,10 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict, str | None
     Quoted fields may hold line feeds. Where a quote is out of place only the line that it is in is lost.
     """
     with _opened(path) as file:
-        lines, back, place = (
-            (line.decode("utf-8-sig" if n == 0 else "utf-8", "surrogateescape") for n, line in enumerate(file)),
-            deque(),
-            1,
-        )
+        lines = (line.decode("utf-8-sig" if n == 0 else "utf-8", "surrogateescape") for n, line in enumerate(file))
+        back: deque[str] = deque()
         names: list[str] | None = None
+        place = 1
         while True:
             used: list[str] = []
 
@@ -600,14 +605,8 @@ def _parquet(path: str, image_key: str | None, images: bool):
     kind = file.schema_arrow.field(key).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     inner = {kind.field(n).name for n in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
-    readable = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_fixed_size_binary,
-    )
-    if images and not inner & {"bytes", "path"} and not any(test(kind) for test in readable):
+    readable = any(getattr(pa.types, f"is_{name}")(kind) for name in _READABLE)
+    if images and not inner & {"bytes", "path"} and not readable:
         raise ValueError(f"{path}: column {key!r}: expected paths, bytes or a struct of both, got {kind}")
     return file, key
 

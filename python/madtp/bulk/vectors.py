@@ -221,10 +221,8 @@ def candidates(path: str | os.PathLike, queries, count: int) -> list[list[int]]:
         index = Index.restore(str(path))
         width, found = index.ndim, None
         if width == queries.shape[1]:
-            matches = [index.search(query, min(count, len(index))) for query in queries]
-            found = [
-                match.keys.tolist() for match in matches
-            ]  # of several queries, keys would be filled up with others
+            # One by one: of several queries, keys would be filled up with others.
+            found = [index.search(query, min(count, len(index))).keys.tolist() for query in queries]
     else:
         try:
             import faiss

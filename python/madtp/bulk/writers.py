@@ -35,10 +35,8 @@ from ..resume import ResumeError, locked, read_object, require_same
 from .readers import Row, Shard
 from .workers import Failure
 
-__all__ = ["FORMATS", "Results", "ShardFiles"]
+__all__ = ["Results", "ShardFiles"]
 
-FORMATS = ("parquet", "jsonl")
-"""Of the records beside the vectors."""
 _DIGITS = 6  # of shards' numbers: sorted as text they are in order
 _PATIENCE = 10.0  # seconds for a process that was stopped to let go of a shard
 
@@ -51,7 +49,7 @@ class Results:
         settings: what determines the results, as JSON values; a folder with others is refused.
         vectors: "img" or "text" for embeddings; None for records.
         name: of the files with records ("captions").
-        format: of records, and of what is known about vectors.
+        format: of records, and of what is known about vectors: "parquet" or "jsonl".
         dtype: of vectors, "float32" or "float16".
 
     Raises:

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..files import replacing
-from ..processing import load_image
+from ..pictures import load_image
 from ..tasks.annotations import NLVRExample
 
 __all__ = [
@@ -147,14 +147,9 @@ class Shapes:
             raise ValueError(f"scale: expected a number >= 1, got {scale}")
         self.split, self.seed, self.scale = split, seed, scale
         self._key = seed * len(SPLITS) + SPLITS.index(split)
-        random = np.random.Generator(np.random.Philox(key=[self._key, 0]))
-        side = (SIZE + CELL) * scale
-        if photos is None:
-            self._backgrounds = _draw_backgrounds(random, max(384 // scale**2, 16), side, scale)
-        else:
-            self._backgrounds = _read_photos(Path(photos), SPLITS.index(split), side)
-        self._sprites = _draw_sprites(random, 96, scale)
-        self._blobs = _draw_blobs(random, 96, scale)
+        # Drawings take a second or two, and are the same for all who ask for the same.
+        draw = _drawings if photos is None else _drawings.__wrapped__
+        self._backgrounds, self._sprites, self._blobs = draw(self._key, scale, photos)
 
     def pair(self, index: int, statements: int = 8, templates: Sequence[str] = TEMPLATES) -> Pair:
         """Pair ``index`` with so many statements, made from the given templates.
@@ -516,7 +511,7 @@ def token_ids(sentence: str) -> list[int]:
 
 def pixels(images: np.ndarray) -> np.ndarray:
     """Pictures ``[..., S, S, 3]`` uint8 as a model takes them in: ``[..., 3, S, S]`` float32, as
-    `madtp.processing.to_pixels` gives them."""
+    `ImageTransform.squash` gives them."""
     from ..image_transform import ImageTransform
 
     levels = ImageTransform.squash(SIZE).levels()
@@ -540,6 +535,19 @@ def _saturated(hue: float, saturation: float, value: float) -> np.ndarray:
     return np.array([255 * value * (1 - saturation * (1 - share)) for share in wheel], np.float32)
 
 
+@functools.lru_cache(maxsize=4)
+def _drawings(
+    key: int, scale: int, photos: str | os.PathLike | None
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Backgrounds, sprites of each shape, and blobs of a split."""
+    random, side = np.random.Generator(np.random.Philox(key=[key, 0])), (SIZE + CELL) * scale
+    if photos is None:
+        backgrounds = _draw_backgrounds(random, max(384 // scale**2, 16), side, scale)
+    else:
+        backgrounds = _read_photos(Path(photos), key % len(SPLITS), side)
+    return backgrounds, _draw_sprites(random, 96, scale), _draw_blobs(random, 96, scale)
+
+
 def _draw_sprites(random: np.random.Generator, variants: int, scale: int) -> list[np.ndarray]:
     """Masks ``[variants, 20 * scale, 20 * scale]`` of each shape, nearly upright, of several sizes, antialiased."""
     fine = 4
@@ -549,10 +557,8 @@ def _draw_sprites(random: np.random.Generator, variants: int, scale: int) -> lis
     turn = random.uniform(-0.25, 0.25, radius.shape).astype(np.float32)
     offset = random.uniform(-0.5, 0.5, (2, *radius.shape)).astype(np.float32)
     y, x = axis[:, None] - offset[0], axis[None, :] - offset[1]
-    across, down = (
-        (x * np.cos(turn) + y * np.sin(turn)) / radius,
-        (y * np.cos(turn) - x * np.sin(turn)) / radius,
-    )
+    across = (x * np.cos(turn) + y * np.sin(turn)) / radius
+    down = (y * np.cos(turn) - x * np.sin(turn)) / radius
     masks = []
     for name, u, v in zip(SHAPES, across, down, strict=True):
         distance = np.hypot(u, v)
@@ -577,10 +583,8 @@ def _draw_blobs(random: np.random.Generator, variants: int, scale: int) -> np.nd
     angle, distance = np.arctan2(axis[:, None], axis[None, :]), np.hypot(axis[:, None], axis[None, :])
     outline = np.ones((variants, *distance.shape))
     for waves in (2, 3, 5):
-        height, phase = (
-            random.uniform(0.1, 0.3, (variants, 1, 1)),
-            random.uniform(0, 2 * math.pi, (variants, 1, 1)),
-        )
+        height = random.uniform(0.1, 0.3, (variants, 1, 1))
+        phase = random.uniform(0, 2 * math.pi, (variants, 1, 1))
         outline += height * np.cos(waves * angle + phase)
     radius = random.uniform(5.0, 9.0, (variants, 1, 1))
     softness = random.uniform(0.8, 1.6, (variants, 1, 1))

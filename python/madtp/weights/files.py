@@ -108,10 +108,9 @@ def _kind(path: Path) -> str:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if not head:
         raise CheckpointError(f"{path}: an empty file")
-    header = int.from_bytes(
-        head[:8], "little"
-    )  # first of all: the length of a header may look like another format's sign
-    if head[8:9] == b"{" and header < 100_000_000:  # the format's own limit
+    header = int.from_bytes(head[:8], "little")
+    # First of all, since the length of a header may look like another format's sign. The bound is the format's own.
+    if head[8:9] == b"{" and header < 100_000_000:
         if 8 + header > size:
             raise CheckpointError(f"{path}: damaged or cut off: its header alone should have {header} of {size} bytes")
         return "safetensors"

@@ -137,11 +137,8 @@ def _usable(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (
-        AssertionError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:  # torch without CUDA, no GPU, no such number or name
+    # torch without CUDA, no GPU, no such number or name
+    except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return found
 

@@ -52,9 +52,8 @@ NAMES = {
 }
 
 MAP = replace(blip.MAP, names=NAMES, own=KeyMap().own)
-parts_of = (
-    MAP.parts_of
-)  # the names of their weights that one of ours is stacked of; none for the dictionary, its map, and `temp`
+# The names of their weights that one of ours is stacked of; none for the dictionary, its map, and `temp`.
+parts_of = MAP.parts_of
 
 # Of the vision transformer, where no config tells.
 LAYER_NORM_EPS = 1e-5

@@ -307,9 +307,8 @@ class Family:
         """
         from transformers import AutoConfig
 
-        theirs = AutoConfig.for_model(
-            **{**settings, "model_type": self.model_type}
-        )  # fills in what the file leaves out
+        # Fills in what the file leaves out.
+        theirs = AutoConfig.for_model(**{**settings, "model_type": self.model_type})
         return self.sizes(theirs, state, not self.prefix)
 
 
