@@ -55,6 +55,7 @@ from madtp_kernels import (
     merge_scores,
     merge_tokens,
     nearest_kept,
+    repeats,
 )
 
 HERE = Path(__file__).resolve()
@@ -295,6 +296,7 @@ def scored(log: Log) -> None:
         try:
             for name, one in (("score, one launch", True), ("score, two launches", False)):
                 scoring._one_launch = lambda *sizes, one=one: one
+                repeats.forget()
                 log.time(name, data.score)
         finally:
             scoring._one_launch = chosen
@@ -303,9 +305,11 @@ def scored(log: Log) -> None:
     chosen = compaction._blocks
     for rows, run in ((4, 8), (4, 16), (4, 32), (8, 8), (8, 16), (8, 32), (16, 16)) if ON_GPU else ():
         compaction._blocks = lambda *sizes, form=(rows, run): form
+        repeats.forget()
         for norm in (False, True):
             log.time("compact, forms", lambda norm=norm: data.compacted(norm=norm), rows=rows, run=run, norm=norm)
     compaction._blocks = chosen
+    repeats.forget()
     log.check("score against the reference", data.check_score)
     log.check("compact against the reference", data.check_compaction)
     if not log.rehearsal:

@@ -107,6 +107,11 @@ def remember(
     _known[key] = prepared[0] if run is None else functools.partial(run, *prepared)
 
 
+def forget() -> None:
+    """Start anew: for whoever puts another choice of tiles or launches in the place of an operation's own."""
+    _known.clear()
+
+
 class Prepared:
     """An operation for calls that are all alike: what it decides at the first serves all.
 

@@ -200,15 +200,14 @@ def _flash_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse
 ) -> Callable:
     operator, options = _flash()
-    # In self-attention every query sees a key.
-    marked = with_lse and cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr()
 
     def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse=True):
         out, lse = operator(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False, scale=scale, **options
         )[:2]
-        if marked:
-            # Its mark of a query that sees no key is +inf. One launch, in place: nobody else holds this tensor.
+        # Its mark of a query that sees no key is +inf. In self-attention every query sees one, which no shape tells: this is
+        # asked at every call. One launch, in place: nobody else holds this tensor.
+        if with_lse and cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr():
             lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
         return out, lse
 

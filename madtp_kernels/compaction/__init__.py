@@ -169,18 +169,6 @@ def _fake(
     )
 
 
-def _run_norm_backward(values, weight, bias, eps, cu_out, d_normed):
-    """Gradients of LayerNorm's values, weight and bias over the defined rows."""
-    total = int(cu_out[-1])
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (values[:total], weight) + (() if bias is None else (bias,))]
-        normed = reference.layer_norm(leaves[0], leaves[1], leaves[2] if bias is not None else None, eps)
-        grads = torch.autograd.grad(normed, leaves, d_normed[:total])
-    d_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    d_values[:total] = grads[0]
-    return d_values, grads[1], grads[2] if bias is not None else weight.new_empty(0)
-
-
 def _fake_norm_backward(values, weight, bias, eps, cu_out, d_normed):
     d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return values.new_empty(values.shape), weight.new_empty(weight.shape), d_bias
@@ -253,7 +241,7 @@ define(
 define(
     "compact_norm_backward(Tensor values, Tensor weight, Tensor? bias, float eps, Tensor cu_seqlens_out, Tensor d_normed) "
     "-> (Tensor d_values, Tensor d_weight, Tensor d_bias)",
-    _run_norm_backward,
+    reference.layer_norm_backward,
     _fake_norm_backward,
 )
 differentiate("compact", _setup_context, _backward)

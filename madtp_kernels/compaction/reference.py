@@ -112,6 +112,20 @@ def layer_norm(values: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
     return F.layer_norm(values.to(dtype), values.shape[-1:], weight.to(dtype), wide_bias, eps).to(values.dtype)
 
 
+def layer_norm_backward(
+    values: Tensor, weight: Tensor, bias: Tensor | None, eps: float, cu_seqlens: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of values, weight and bias (empty without one). Rows beyond T get and give zero. Nothing waits for the device."""
+    token = (torch.arange(values.shape[0], device=values.device) < cu_seqlens[-1])[:, None]
+    with torch.enable_grad():
+        leaves = [
+            t.detach().requires_grad_() for t in (values.where(token, 0), weight, *(() if bias is None else (bias,)))
+        ]
+        out = layer_norm(leaves[0], leaves[1], None if bias is None else leaves[2], eps)
+        grads = torch.autograd.grad(out, leaves, d_out.where(token, 0))
+    return grads[0], grads[1], d_out.new_empty(0) if bias is None else grads[2]
+
+
 def compact_backward(
     x: Tensor,
     importance: Tensor,

@@ -207,7 +207,9 @@ def _copy_engine(device: torch.device) -> bool:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0
+    """Whether a descriptor of a matrix in 16 bits may be made: address and distance between rows are multiples of 16 bytes, and
+    rows do not overlap (nor are the same, as those of an expanded one)."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0 and tensor.stride(0) >= tensor.shape[1]
 
 
 def _tiles(x: Tensor, weight: Tensor) -> tuple[Tile, ...]:
@@ -330,7 +332,7 @@ def _pair(
     def run(x, weight, other_weight, bias, other_bias, cu_seqlens, form):
         out = torch.empty(shape, dtype=dtype, device=device)
         offsets = torch.empty(2 * batch + 1, dtype=torch.int32, device=device) if form == "both" else None
-        if batch and programs:
+        if batch and programs and capacity:  # a descriptor of no row is refused
             start(
                 x_tiles(x), weight_tiles(weight), other_tiles(other_weight), bias, other_bias, out, offsets, cu_seqlens, *sizes
             )  # fmt: skip

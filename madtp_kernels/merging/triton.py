@@ -246,7 +246,9 @@ def merge_tokens(
             cu_out = torch.zeros_like(cu_seqlens)
         else:
             cu_out = torch.empty_like(cu_seqlens)
-            places, members = torch.empty(2, capacity, dtype=torch.int32, device=device).unbind()
+            # Each of its own: the address of a half of one buffer would be aligned for some capacities, and the kernels be
+            # compiled for both.
+            places, members = (torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(2))
             rows_out = torch.empty(batch, dtype=torch.int32, device=device)
             dropped = drops = None
             if append:

@@ -94,7 +94,8 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.memory = torch.cuda.MemPool()  # lives on when all of its graphs are gone, unlike a `graph_pool_handle`
+        with torch.cuda.device(device):  # a pool belongs to the current device
+            self.memory = torch.cuda.MemPool()  # lives on when all of its graphs are gone, unlike a `graph_pool_handle`
         # A pool reuses memory only within a stream, so all recordings are made on this one.
         self.stream = _recording_stream(device)
         self.done = torch.cuda.Event()
@@ -220,6 +221,7 @@ class _Recording:
     def _load(self, inputs: Sequence[Tensor | RaggedBatch], samples: int) -> None:
         """Copy a batch into the buffers and fill it up. Does not wait for the device."""
         filling, device = self.batch - samples, self.device
+        before, self.loaded = self.loaded, 0  # if this raises, nobody knows what the buffers hold
         for buffer, value in zip(self.buffers, inputs, strict=True):
             if isinstance(buffer, Tensor):
                 buffer.copy_(value, non_blocking=True)
@@ -227,7 +229,7 @@ class _Recording:
                 # All images lie at the front, and each sample owns one but for the filling, which owns none. With
                 # several images per sample (NLVR) come all first ones, their filling, then all second ones.
                 buffer.values[: len(value)].copy_(value, non_blocking=True)
-                if samples != self.loaded:  # else the offsets are there
+                if samples != before:  # else the offsets are there
                     row = torch.arange(len(buffer) + 1, dtype=torch.int32, device=device)
                     first = row // self.batch * samples
                     buffer.cu_seqlens.copy_(first + (row % self.batch).clamp(max=samples))
@@ -576,10 +578,10 @@ class Graphs:
             recorder = self._shared(model)
             try:
                 recording = _Recording(recorder, model, function, inputs, samples, longest)
-            except torch.cuda.OutOfMemoryError:
-                raise
             except RuntimeError as error:
                 self._clear_recordings()  # the pool of a failed recording cannot be used again
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
                 raise RuntimeError(f"model: the call cannot be recorded: {error}") from error
         return Captured(model, recorder, self._lock, recording, _shapes(inputs, samples), pruning)
 

@@ -404,8 +404,14 @@ def test_tables_hold_tiles_that_were_tried(implementation):
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda t: t[:, 1:9], lambda t: t[:, :0], lambda t: t[:, :5].contiguous()],
-    ids=["address", "empty", "stride"],
+    [
+        lambda t: t[:, 1:9],
+        lambda t: t[:, :0],
+        lambda t: t[:, :5].contiguous(),
+        lambda t: t[:1].expand(64, -1),
+        lambda t: t.flatten()[:1024].unfold(0, 64, 8),
+    ],
+    ids=["address", "empty", "stride", "one row", "overlapping rows"],
 )
 def test_the_copy_engine_needs_aligned_operands(implementation, spoil):
     x, weight = product(64, 64, 64)

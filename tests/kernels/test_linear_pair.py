@@ -77,6 +77,15 @@ def test_the_bits_of_two_layers(backend, form, case, generator):
 
 
 @every_form
+def test_a_buffer_without_rows_is_not_launched(form, generator, monkeypatch):
+    """A descriptor for the copy engine cannot be made of it."""
+    implementation = pytest.importorskip("madtp_kernels.linear.triton")
+    monkeypatch.setattr(implementation.Launch, "__call__", lambda *_: pytest.fail("a kernel was launched"))
+    got = linear_pair(**case_of(generator, form, HALVES["empty"]), backend="triton")
+    assert len(got.values) == 0 and got.cu_seqlens.tolist() == [0] * {"both": 3, "halves": 3, "columns": 2}[form]
+
+
+@every_form
 @every_backend
 def test_opcheck(backend, form, generator):
     case = case_of(generator, form, HALVES["uneven"])

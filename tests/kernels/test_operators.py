@@ -17,11 +17,13 @@ from helpers import (
     normal,
     offsets,
     run,
+    spare_rows,
     total,
     with_spare_rows,
 )
 
 from madtp_kernels import RaggedBatch, attention, attention_importance, compact, prune, score_tokens
+from madtp_kernels.compaction import reference as compaction_reference
 
 LENGTHS = [5, 0, 1, 9]
 OPTIONS = {
@@ -194,6 +196,21 @@ def test_opcheck_in_other_dtypes(op, dtype, generator):
 
 
 # ---- gradients
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_a_compactions_layer_norm_do_not_wait(bias, generator):
+    """Rows beyond the last one, which nobody reads from the device, may hold anything."""
+    values, d_out = (spare_rows(normal(generator, 6, 5), 3) for _ in range(2))
+    weight, shift = normal(generator, 5), normal(generator, 5) if bias else None
+    backward = torch.ops.madtp_kernels.compact_norm_backward
+    ours = backward(values, weight, shift, 1e-6, offsets([4, 0, 2]), d_out)
+    exact = backward(values[:6], weight, shift, 1e-6, offsets([6]), d_out[:6])
+    for got, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got[:6], expected)
+    assert (ours[0][6:] == 0).all()
+    meta = [None if t is None else t.to("meta") for t in (values, weight, shift, offsets([4, 0, 2]), d_out)]
+    compaction_reference.layer_norm_backward(*meta[:3], 1e-6, *meta[3:])  # reading a number would raise
 
 
 def in_double(case):

@@ -104,6 +104,7 @@ def resources(kernel):
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     ptx = kernel.asm["ptx"]
+    order = "".join(re.findall(r"\b([sba])(?:t|ar|tom)\.(?:global|sync)", ptx))  # stores, barriers, atomic operations
     words = [*MATRIX_INSTRUCTION.values(), *WIDE_ACCESS["_compact_kernel"], "tf32", COPY_INSTRUCTION]
     return {
         "registers": usage["REG"],
@@ -111,6 +112,8 @@ def resources(kernel):
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "instructions": {word: ptx.count(word) for word in words},
+        "atomics": order.count("a"),
+        "awaited": "sa" not in order,
     }
 
 
@@ -207,8 +210,8 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
 
 
 def variants():
-    """For each launch of an inference in batches of 1 to 64: kernel, the constants and options that it is compiled for, and
-    what Triton specialises on in its run-time arguments. Nothing is compiled.
+    """For each launch of every operation in batches of 1 to 64: kernel, the constants and options that it is compiled for,
+    and what Triton specialises on in its run-time arguments. Nothing is compiled.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -217,8 +220,12 @@ def variants():
     from madtp_kernels.compaction import triton as compaction
     from madtp_kernels.importance import triton as importance
     from madtp_kernels.linear import triton as linear
+    from madtp_kernels.merging import triton as merging
     from madtp_kernels.normalization import triton as normalization
+    from madtp_kernels.received import triton as received
     from madtp_kernels.scoring import triton as scoring
+    from madtp_kernels.similarity import triton as similarity
+    from madtp_kernels.unmerging import triton as unmerging
 
     seen = set()
 
@@ -256,6 +263,17 @@ def variants():
             twice = torch.empty(2 * batch + 1, dtype=torch.int32)
             for form, offsets in [("both", cu), ("halves", twice), ("columns", twice)]:
                 linear.linear_pair(x, weight, weight, hidden[0], hidden[0], offsets, form)
+            attention.attention_backward(q, k, v, out, lse, cu, cu, length, length, 0.125, False, None, out, lse)
+            received.attention_received(q, k, lse, cu, length, 0.125, False, None, "mean", 1, 0, 1, None)
+            flags, rows = torch.empty(tokens, dtype=torch.bool), torch.empty(tokens, dtype=torch.int32)
+            similarity.nearest_kept(x, flags, cu, length)
+            similarity.novelty(x, None, cu, length)
+            similarity.match_tokens(x, cu, length, group, 0.5, 1)
+            similarity.merge_scores(x, per_token, None, per_token, flags, cu, length, 0.25, 1.0, 0.3)
+            merging.lowest_tokens(per_token, group, cu, flags, 0.5)
+            merging.merge_tokens(x, rows, per_token, per_token, cu, length, "", False, (rows,))
+            merging.merge_tokens(x, rows, per_token, per_token, cu, length, "mean", False, (rows, q))
+            unmerging.unmerge(x, rows, cu)
     return sorted(seen)
 
 
@@ -345,7 +363,7 @@ def repeated_calls():
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from madtp_kernels import RaggedBatch, backends, checks, linear, prune, triton_utils
+    from madtp_kernels import RaggedBatch, backends, checks, linear, prune, repeats, triton_utils
     from madtp_kernels.linear import triton as linear_triton
 
     by_triton, direct, looked_up, launch, look_up = [], [], [], JITFunction.run, triton_utils.specialisation
@@ -398,6 +416,8 @@ def repeated_calls():
     debug = True
     call(linear, x, weight, None, cu)
     debug = False
+    call(linear, x, weight, None, cu)
+    repeats.forget()
     call(linear, x, weight, None, cu)
 
     tokens, scores, ids = RaggedBatch(x, cu, 8, bound=True), torch.zeros(9), torch.zeros(9, dtype=torch.int32)
@@ -456,7 +476,7 @@ def reports(answers):
 
 def test_no_kernel_is_compiled_again_for_another_batch_size(answers):
     found = answers["variants"]
-    assert {name for name, *_ in found} >= {"_score_kernel", "_compact_kernel", "_linear_kernel", "_importance_kernel"}
+    assert {name for name, *_ in found} == kernels_in_the_source()
     by_constants = collections.defaultdict(set)
     for name, constants, specialised in found:
         by_constants[name, constants].add(specialised)
@@ -490,10 +510,10 @@ def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     """Columns: launched by Triton, run directly, looked up, with the tensors of this call."""
     *linears, first, second, third, fourth, message = answers["repeats"]
     assert linears[:4] == [[1, 0, 1, False], [0, 1, 1, True], [0, 1, 0, True], [0, 1, 0, True]]
-    unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again = linears[4:]
+    unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again, forgotten = linears[4:]
     assert unaligned[:3] == [1, 0, 1] and with_residual[:3] == [1, 0, 1]
     assert shorter == [0, 1, 1, True]  # the same kernel, found by its specialisation
-    assert with_gradient == debugged == [0, 1, 1, True]
+    assert with_gradient == debugged == forgotten == [0, 1, 1, True]
     assert without_gradient == again == [0, 1, 0, True]
     # The second time, scoring selects, by another variant of its kernel.
     assert first[0] == 3 and second[:3] == [1, 1, 2]
@@ -561,6 +581,13 @@ def test_rows_move_in_accesses_of_16_bytes(reports, target):
     rows = [row for row in reports[target] if row["kernel"] in WIDE_ACCESS and not row["shape"]]
     for row in rows:
         assert all(row["instructions"][word] for word in WIDE_ACCESS[row["kernel"]]), describe(row)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_counters_are_zero_before_any_thread_counts(reports, target):
+    """Threads wait for one another between their stores and their atomic operations."""
+    rows = [row for row in reports[target] if row["atomics"]]
+    assert {row["kernel"] for row in rows} == {"_place_kernel"} and all(row["awaited"] for row in rows)
 
 
 COMMANDS = {

@@ -603,7 +603,10 @@ def test_flash_attention_of_this_pytorch_takes_what_it_is_called_with():
 def test_flash_attention_marks_queries_without_keys_as_the_contract_does(flash, causal):
     q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
     cu = offsets([4]).cpu()
-    arguments = (q, q, q, cu, cu.clone(), 4, 4, 0.5, causal, None)
-    _, lse = attention_triton._flash_attention(*arguments, True)(*arguments)
-    assert flash == [{"dropout": 0.0, "causal": causal, "debug": False, "scale": 0.5, "num_splits": 1}]
-    assert (lse == float("-inf")).all(), "flash marks a query without keys by +inf"
+    itself, other = ((q, q, q, cu, keys, 4, 4, 0.5, causal, None) for keys in (cu, cu.clone()))
+    # A call is prepared for all later ones of the same shapes, which do not tell self- from cross-attention.
+    for prepared_for in (itself, other):
+        flash.clear()
+        _, lse = attention_triton._flash_attention(*prepared_for, True)(*other)
+        assert flash == [{"dropout": 0.0, "causal": causal, "debug": False, "scale": 0.5, "num_splits": 1}]
+        assert (lse == float("-inf")).all(), "flash marks a query without keys by +inf"

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import pickle
+from unittest import mock
 
 import pytest
 import test_clip
@@ -461,6 +462,51 @@ def test_memory_that_is_used_up_is_given_back(data, caplog):
             check_same(graphs.run(model, *inputs), model(*inputs))
     assert len(model.graphs) == 0
     assert [record.message for record in caplog.records] == ["CUDA graphs are not used for 4 samples: one takes 0.0 GB"]
+
+
+@torch.inference_mode()
+def test_a_batch_that_could_not_be_loaded_leaves_nothing_behind(data, monkeypatch):
+    """Offsets of its images were written; the next batch of the former size may not take them for its own."""
+    model = make("nlvr")
+    ten, nine = (inputs_of("nlvr", "forward", data, range(size)) for size in (10, 9))
+    for _ in range(3):
+        graphs.run(model, *ten)
+    with monkeypatch.context() as full:
+        full.setattr(torch, "minimum", mock.Mock(side_effect=torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.run(model, *nine)
+    check_same(graphs.run(model, *ten), model(*ten))
+    assert len(model.graphs) == 1
+
+
+class OutOfMemory(Rerun):
+    def record(self, function):
+        raise torch.OutOfMemoryError
+
+
+@torch.inference_mode()
+def test_a_capture_without_memory_does_not_leave_its_pool_to_others(data):
+    model = make("caption", recorder=OutOfMemory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.capture(*inputs_of("caption", "forward", data, range(2)))
+    assert model.graphs._recorder is None
+
+
+def test_a_pool_belongs_to_the_device_of_the_model(monkeypatch):
+    current, pools = [0], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    stand_ins = {"device": device, "MemPool": lambda: pools.append(current[-1]), "Event": object, "Stream": object}
+    for name, value in (stand_ins | {"get_device_properties": mock.MagicMock()}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graphs, "_recording_stream", lambda device: None)
+    graphs.CudaRecorder(torch.device("cuda", 1))
+    assert pools == [1] and current == [0]
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from test_tasks import CONFIGS, TEXT, VISION
 
 from madtp import NLVRConfig
-from madtp.pruning import Random, TopK
+from madtp.pruning import METHODS
 from madtp.tasks import TASKS
 from madtp_kernels import RaggedBatch
 
@@ -59,11 +59,11 @@ def test_forward(name, temperature, features):
         model(*inputs(task, config.vision.image_size), alignment_features=features)
 
 
-@pytest.mark.parametrize("rule", [TopK(0.4), Random(0.4, proportional_attention=True)], ids=lambda rule: rule.name)
-@pytest.mark.parametrize("name", ["nlvr", "caption", "vqa", "retrieval", "clip"])
-def test_rules(name, rule):
+@pytest.mark.parametrize("name", ["nlvr", "retrieval", "clip"])
+@pytest.mark.parametrize("rule", METHODS)
+def test_rules(rule, name):
     config, _ = CASES[name]
-    model = without_values(name, config, rule)
+    model = without_values(name, config, METHODS[rule](proportional_attention=True).at(0.4))
     with torch.inference_mode():
         model(*inputs(name, config.vision.image_size))
 

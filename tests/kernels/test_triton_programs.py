@@ -1,0 +1,86 @@
+"""What one program of a Triton kernel may owe to another one of its launch: nothing. Through the interpreter, which runs them one
+after the other, the last goes first here; a buffer that one program reads and another writes would show."""
+
+import pytest
+import torch
+from helpers import CASES, DEVICE, OPERATIONS, flat, normal, offsets, with_spare_rows
+
+from madtp_kernels import RaggedBatch, layer_norm, linear, linear_pair, merge_tokens, unmerge
+
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs programs in its own order")
+
+LENGTHS, SPARE = [5, 0, 1, 20, 2], 3
+LONG = [3, 70, 0, 2]  # more than one block of tokens
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """A call that runs something with the order of programs turned round."""
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+
+    def call(function):
+        with monkeypatch.context() as reverse:
+            reverse.setattr(builder, "set_grid_idx", lambda x, y, z: place(builder.grid_dim[0] - 1 - x, y, z))
+            return function()
+
+    return call
+
+
+def defined(results):
+    """Every tensor without its rows beyond the last token, which are NaN or the largest integer."""
+    return [t.nan_to_num(7) if t.is_floating_point() else t for t in results]
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operations(op, backwards, generator):
+    options = {
+        "compact": {"sizes": True, "norm": True},
+        "novelty": {"rank": True},
+        "attention_importance": {"bias": True},
+    }
+    case = with_spare_rows(CASES[op](generator, LENGTHS, **options.get(op, {})), SPARE)
+    call = lambda: defined(flat(op, OPERATIONS[op](**case, backend="triton")))
+    for ours, theirs in zip(backwards(call), call(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_forms_of_several_launches(backwards, generator, monkeypatch):
+    """As they are where a device has many multiprocessors, and where groups of samples keep equally many tokens."""
+    from madtp_kernels.importance import triton as importance
+    from madtp_kernels.scoring import triton as scoring
+
+    monkeypatch.setattr(importance, "multiprocessors", lambda tensor: 1000)
+    monkeypatch.setattr(scoring, "_one_launch", lambda *sizes: False)
+    for op, options in [
+        ("attention_importance", {}),
+        ("score_tokens", {}),
+        ("compact", {"groups": True, "sizes": True}),
+    ]:
+        case = CASES[op](generator, LONG, **options)
+        call = lambda op=op, case=case: defined(flat(op, OPERATIONS[op](**case, backend="triton")))
+        for ours, theirs in zip(backwards(call), call(), strict=True):
+            assert torch.equal(ours, theirs), op
+
+
+def test_rows_and_layers(backwards, generator):
+    tokens = sum(LONG)
+    x = RaggedBatch(normal(generator, tokens + SPARE, 16), offsets(LONG), 70, bound=True)
+    weights, biases = ([normal(generator, *shape) for _ in range(2)] for shape in ((24, 16), (24,)))
+    into = torch.arange(tokens + SPARE, dtype=torch.int32)
+    into[4:63:2], into[63:68], into[1] = 3, -1, 0
+
+    def call():
+        merged = merge_tokens(x, into, append="mean", carry=(into,), exact=False, backend="triton")
+        pair = linear_pair(x, weights, biases, form="both", backend="triton")
+        return defined([
+            merged.tokens.values, merged.tokens.cu_seqlens, merged.sizes, merged.rows, merged.source, *merged.carried, pair.values,
+            pair.cu_seqlens,
+            linear(x.values, weights[0], biases[0], x.cu_seqlens, activation="gelu", backend="triton"),
+            layer_norm(x.values, biases[0][:16], None, x.cu_seqlens, backend="triton"),
+            unmerge(merged.tokens.values, merged.rows, x.cu_seqlens, backend="triton"),
+        ])  # fmt: skip
+
+    for ours, theirs in zip(backwards(call), call(), strict=True):
+        assert torch.equal(ours, theirs)
