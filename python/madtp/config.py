@@ -10,6 +10,8 @@ from typing import ClassVar
 _MOST = {"depth": 1000, "num_hidden_layers": 1000, "image_size": 10_000, "patch_size": 10_000}
 _MOST_OF_ANY = 10_000_000
 _FROM_ZERO = ("pad_token_id", "sep_token_id", "eos_token_id", "merge_from", "registers")
+# Sizes that are whole multiples of others.
+_MULTIPLES = (("image_size", "patch_size"), ("embed_dim", "num_heads"), ("hidden_size", "num_attention_heads"))
 
 
 def check_temperature(value: float) -> float:
@@ -28,7 +30,7 @@ def check_temperature(value: float) -> float:
 
 
 def check_sizes(config, section: str) -> None:
-    """Types and bounds of the numbers that a configuration holds: a damaged file must not build a model without end."""
+    """Types, bounds and multiples of what a configuration holds: a damaged file must not build a model without end."""
     for field_ in dataclasses.fields(config):
         name, value, kind = f"{section}{field_.name}", getattr(config, field_.name), field_.type
         if kind == "int" or (kind == "int | None" and value is not None):
@@ -39,6 +41,18 @@ def check_sizes(config, section: str) -> None:
             raise ValueError(f"{name}: expected a number > 0, got {value!r}")
         elif kind == "bool" and not isinstance(value, bool):
             raise ValueError(f"{name}: expected true or false, got {value!r}")
+    for name, part in _MULTIPLES:
+        whole, unit = getattr(config, name, 0), getattr(config, part, 1)
+        if whole % unit:
+            raise ValueError(f"{section}{name}: {whole} is not a multiple of {part} {unit}")
+
+
+def check_choices(config, section: str, **choices: tuple) -> None:
+    """Values of a configuration that have to be among a few, by their names."""
+    for name, known in choices.items():
+        if (value := getattr(config, name)) not in known:
+            expected = ", ".join(str(choice) or "''" for choice in known)
+            raise ValueError(f"{section}{name}: expected one of {expected}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,6 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "vision.")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"vision.image_size: {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"vision.embed_dim: {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if not self.map_func and self.sd_dim != self.embed_dim:
             raise ValueError(
                 f"vision.sd_dim: without a map (map_func) it has to equal embed_dim {self.embed_dim}, got {self.sd_dim}"
@@ -104,10 +114,6 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "text.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
 
     @property
     def dec_token_id(self) -> int:
@@ -146,6 +152,8 @@ class Config:
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 """Activations between the layers of an MLP."""
+TEXT_MODES = ("clean", "compat")
+"""Whether texts are pruned as they are, or padded as in the official code."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +188,8 @@ class CLIPVisionConfig(VisionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("pool", ("class", "mean", "attention")),
-            ("positions", ("fixed", "bicubic", "bicubic antialias", "bilinear antialias")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"vision.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        positions = ("fixed", "bicubic", "bicubic antialias", "bilinear antialias")
+        check_choices(self, "vision.", pool=("class", "mean", "attention"), positions=positions)
         if self.pool == "class" and not self.class_token:
             raise ValueError("vision.pool: expected 'mean' or 'attention' without a class token, got 'class'")
 
@@ -220,12 +224,7 @@ class CLIPTextConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "text.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"text.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.clean not in ("", "lower", "canonicalize"):
-            raise ValueError(f"text.clean: expected '', 'lower' or 'canonicalize', got {self.clean!r}")
+        check_choices(self, "text.", clean=("", "lower", "canonicalize"))
 
 
 @dataclass(frozen=True)
@@ -257,13 +256,7 @@ class CLIPConfig(Config):
             raise ValueError("vision, text: expected at least one tower, got neither")
         if type(self.vision) is VisionConfig:  # sizes alone, which those of BLIP have too
             object.__setattr__(self, "vision", CLIPVisionConfig(**dataclasses.asdict(self.vision)))
-        for name, value, choices in (
-            ("hidden_act", self.hidden_act, ACTIVATIONS),
-            ("text_act", self.text_act, (None, *ACTIVATIONS)),
-            ("text_mode", self.text_mode, ("clean", "compat")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        check_choices(self, "", hidden_act=ACTIVATIONS, text_act=(None, *ACTIVATIONS), text_mode=TEXT_MODES)
 
 
 def _build(kind: type, name: str, values: dict | None):

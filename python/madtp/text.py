@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +21,9 @@ from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attenti
 from .linear import Linear, mlp
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of
-from .vision import run_blocks
+from .vision import Encoded, run_blocks
 
 EPS = 1e-12  # BERT's LayerNorm
-
-
-class TextOutput(NamedTuple):
-    """What a text encoder returns."""
-
-    tokens: Tokens
-    """Final hidden states ``[T, D]``; the first of each sample stands for the text."""
-    trace: list[LayerTrace]
-    """One record per layer."""
-    alignment_features: Tensor | None
-    """``[B, M, sd_dim]`` summed over the layers; None if not asked for."""
 
 
 class Embeddings(nn.Module):
@@ -245,7 +233,7 @@ class TextEncoder(nn.Module):
         query_groups: QueryGroups | None = None,
         positions: Tensor | None = None,
         pooled: bool = False,
-    ) -> TextOutput:
+    ) -> Encoded:
         """Encode texts, alone or with what they look at.
 
         Args:
@@ -273,7 +261,7 @@ class TextEncoder(nn.Module):
         last = partial(last.read, rows=first_of) if pooled else last
         layers = [partial(layer, others=others, query_groups=query_groups) for layer in (*layers, last)]
         query_models = [self.encoder.txt_query_model] * len(layers)
-        return TextOutput(
+        return Encoded(
             *run_blocks(layers, query_models, tokens, dictionary, pruning.on("text", len(layers)), alignment_features)
         )
 

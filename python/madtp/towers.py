@@ -27,16 +27,16 @@ from .vision import Block, cut_patches, reading, run_blocks
 
 
 class Features(NamedTuple):
-    """What a tower returns."""
+    """Images or texts, encoded on their own."""
 
     features: Tensor
-    """``[B, E]``, not normalised."""
+    """``[B, E]``; as they are from a tower, of length 1 in BLIP retrieval."""
     tokens: Tokens
-    """Final tokens ``[T, D]``, before the last LayerNorm."""
+    """Final tokens ``[T, D]``, of a tower before its last LayerNorm; those of images are what BLIP's matching looks at."""
     trace: list[LayerTrace]
-    """One record per block."""
+    """One record per layer."""
     alignment_features: Tensor | None
-    """``[B, M, sd_dim]`` summed over the blocks; None if not asked for."""
+    """``[B, M, sd_dim]`` summed over the layers; None if not asked for."""
 
     @property
     def stream(self) -> Tokens:

@@ -20,15 +20,15 @@ from .pruning import LayerTrace, Pruning, Tokens
 from .rows import first_of
 
 
-class VisionOutput(NamedTuple):
-    """What an image encoder returns."""
+class Encoded(NamedTuple):
+    """What an encoder of images or texts returns."""
 
     tokens: Tokens
-    """Final tokens ``[T, D]`` after the last LayerNorm; the first of each image is its CLS token."""
+    """Final tokens ``[T, D]``, of images after the last LayerNorm; the first of each sample stands for it."""
     trace: list[LayerTrace]
-    """One record per block."""
+    """One record per layer."""
     alignment_features: Tensor | None
-    """``[B, M, sd_dim]`` summed over the blocks; None if not asked for."""
+    """``[B, M, sd_dim]`` summed over the layers; None if not asked for."""
 
 
 class Block(nn.Module):
@@ -195,7 +195,7 @@ class VisionTransformer(nn.Module):
         pruning: Pruning,
         alignment_features: bool = False,
         pooled: bool = False,
-    ) -> VisionOutput:
+    ) -> Encoded:
         """Encode images.
 
         Args:
@@ -213,4 +213,4 @@ class VisionTransformer(nn.Module):
         tokens, *record = run_blocks(
             blocks, query_models, self.embed(pixels), dictionary, pruning.on("vision", len(blocks)), alignment_features
         )
-        return VisionOutput(tokens.with_values(self.norm(tokens)), *record)
+        return Encoded(tokens.with_values(self.norm(tokens)), *record)

@@ -628,5 +628,5 @@ def test_wrong_inputs_of_retrieval(pixels, texts):
         with pytest.raises(ValueError, match="a text of 36 tokens exceeds the 35 of text_mode 'compat'"):
             make("retrieval", text_mode="compat").encode_text([torch.arange(36)])
         assert model.encode_text([torch.arange(36)]).features.isfinite().all()
-    with pytest.raises(ValueError, match="text_mode: expected 'clean' or 'compat', got 'padded'"):
+    with pytest.raises(ValueError, match="text_mode: expected one of clean, compat, got 'padded'"):
         dataclasses.replace(CONFIGS["retrieval"], text_mode="padded")

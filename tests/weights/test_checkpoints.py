@@ -771,7 +771,7 @@ def test_the_text_mode_is_saved(tmp_path):
     madtp.save_pretrained(source, tmp_path)
     assert madtp.load(tmp_path).config.text_mode == "compat"
     assert madtp.load(tmp_path, text_mode="clean").config.text_mode == "clean"
-    with pytest.raises(ValueError, match="text_mode: expected 'clean' or 'compat', got 'dirty'"):
+    with pytest.raises(ValueError, match="text_mode: expected one of clean, compat, got 'dirty'"):
         madtp.load(tmp_path, text_mode="dirty")
 
 

@@ -243,17 +243,7 @@ def run_rows(
         return records
 
     if args.output is None or _is_stream(args.output):
-        summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
-        # A terminal shows the records themselves.
-        options = {"total": len(rows), "progress": False if sys.stdout and sys.stdout.isatty() else None, **options}
-        with contextlib.ExitStack() as stack:
-            # Bytes, so that what comes out does not depend on the locale.
-            out = sys.stdout.buffer if args.output is None else stack.enter_context(open(args.output, "ab"))
-            batches = jsonl.answered(rows, prepare, noted, args.batch_size, **options)
-            for records in stack.enter_context(contextlib.closing(batches)):
-                out.write(b"".join(map(jsonl.to_line, records)))
-                out.flush()
-                summary.count(records)
+        summary = _streamed(args, source, prepare, noted, options)
     else:
         try:
             summary = jsonl.run(
@@ -276,6 +266,24 @@ def run_rows(
         marked = 'since the model reads no more ("truncated": true)'
         _log.warning("%d texts were not read to their end, %s", truncated, marked)
     return report(summary.failed, summary.rows)
+
+
+def _streamed(args: argparse.Namespace, source, prepare, answer, options: dict):
+    """Records of all rows as they come, to standard output or to a pipe or device; counts of them."""
+    from .. import jsonl
+
+    summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
+    # A terminal shows the records themselves.
+    options = {"total": len(rows), "progress": False if sys.stdout and sys.stdout.isatty() else None, **options}
+    with contextlib.ExitStack() as stack:
+        # Bytes, so that what comes out does not depend on the locale.
+        out = sys.stdout.buffer if args.output is None else stack.enter_context(open(args.output, "ab"))
+        batches = jsonl.answered(rows, prepare, answer, args.batch_size, **options)
+        for records in stack.enter_context(contextlib.closing(batches)):
+            out.write(b"".join(map(jsonl.to_line, records)))
+            out.flush()
+            summary.count(records)
+    return summary
 
 
 def report(failed: dict[int, str], rows: int, what: str = "rows could not be answered") -> int:

@@ -18,7 +18,7 @@ from ...model import Model, renamed
 from ...pruning import LayerTrace, Pruning, Tokens
 from ...rows import first_rows
 from ...text import TextEncoder
-from ...vision import VisionOutput, VisionTransformer
+from ...vision import Encoded, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class NLVR(Model):
 
     def read(
         self,
-        images: VisionOutput,
+        images: Encoded,
         input_ids: RaggedBatch,
         statements: Sequence[int],
         pruning: Pruning | float | None = None,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from ...config import Config, TextConfig, VisionConfig, check_sizes
+from ...config import TEXT_MODES, Config, TextConfig, VisionConfig, check_choices, check_sizes
 from ...layers import QueryGroups
 from ...linear import Linear
 from ...model import Model, renamed
@@ -32,6 +32,7 @@ from ...pruning import LayerTrace, Pruning, Tokens
 from ...pruning.official import official, padded
 from ...rows import first_rows, gather_samples
 from ...text import TextEncoder
+from ...towers import Features
 from ...vision import VisionTransformer
 
 PADDED_LENGTH = 35
@@ -52,26 +53,7 @@ class RetrievalConfig(Config):
 
     def __post_init__(self) -> None:
         check_sizes(self, "")
-        if self.text_mode not in ("clean", "compat"):
-            raise ValueError(f"text_mode: expected 'clean' or 'compat', got {self.text_mode!r}")
-
-
-class Encoded(NamedTuple):
-    """Images or texts, encoded on their own."""
-
-    features: Tensor
-    """``[B, P]``, of length 1."""
-    tokens: Tokens
-    """Final tokens ``[T, D]``; those of images are what :meth:`Retrieval.match` looks at."""
-    trace: list[LayerTrace]
-    """Per layer."""
-    alignment_features: Tensor | None
-    """``[B, M, sd_dim]``, if asked for."""
-
-    @property
-    def stream(self) -> Tokens:
-        """Deprecated: ``tokens``."""
-        return self.tokens
+        check_choices(self, "", text_mode=TEXT_MODES)
 
 
 class Matches(NamedTuple):
@@ -147,8 +129,8 @@ class Retrieval(Model):
         pruning: Pruning | float | None = None,
         alignment_features: bool = False,
         pooled: bool = False,
-    ) -> Encoded:
-        """Features and tokens of images.
+    ) -> Features:
+        """Features of length 1, and tokens, of images.
 
         Args:
             pixels: ``[B, 3, S, S]`` normalised images.
@@ -161,7 +143,7 @@ class Retrieval(Model):
         """
         rule = self._pruning(pruning, len(pixels))
         tokens, *record = self.visual_encoder(self._pixels(pixels), self.space_dict, rule, alignment_features, pooled)
-        return Encoded(F.normalize(self.vision_proj(first_rows(tokens)), dim=-1), tokens, *record)
+        return Features(F.normalize(self.vision_proj(first_rows(tokens)), dim=-1), tokens, *record)
 
     @renamed
     def encode_text(
@@ -170,8 +152,8 @@ class Retrieval(Model):
         pruning: Pruning | float | None = None,
         alignment_features: bool = False,
         pooled: bool = False,
-    ) -> Encoded:
-        """Features of texts on their own.
+    ) -> Features:
+        """Features of length 1 of texts on their own.
 
         Args:
             input_ids: C texts of int64 ids with [CLS] at position 0, as a ragged batch ``[T]`` or a list.
@@ -185,13 +167,13 @@ class Retrieval(Model):
         input_ids = self._ids(input_ids)
         texts, rule = self._padded(input_ids, pruning)
         tokens, *record = self.text_encoder(texts, (), self.space_dict, rule, alignment_features, pooled=pooled)
-        return Encoded(F.normalize(self.text_proj(first_rows(tokens)), dim=-1), tokens, *record)
+        return Features(F.normalize(self.text_proj(first_rows(tokens)), dim=-1), tokens, *record)
 
-    def embed_image(self, pixels: Tensor) -> Encoded:
+    def embed_image(self, pixels: Tensor) -> Features:
         """:meth:`encode_image` where only the features are wanted, for which :meth:`match` has no tokens to look at."""
         return self.encode_image(pixels, pooled=True)
 
-    def embed_text(self, input_ids: RaggedBatch | Sequence[Tensor]) -> Encoded:
+    def embed_text(self, input_ids: RaggedBatch | Sequence[Tensor]) -> Features:
         """:meth:`encode_text` where only the features are wanted."""
         return self.encode_text(input_ids, pooled=True)
 
