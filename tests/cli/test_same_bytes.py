@@ -69,7 +69,7 @@ def written(folder, fresh_command):
             outputs[name].append(f"{name}-{run}{'.jsonl' if name.startswith('answers') else '.npy'}")
             processes.append(fresh_command.start(COMMAND, *arguments, "--output", outputs[name][-1], cwd=folder))
     for process in processes:
-        assert process.wait() == 0, process.stderr
+        assert process.wait(600) == 0, process.stderr
     return {name: [(folder / output).read_bytes() for output in paths] for name, paths in outputs.items()}
 
 
