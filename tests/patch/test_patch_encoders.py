@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers import normal
-from test_encoders import IMAGES, MODELS, VISION, padded_patches, pooled, texts, theirs
+from test_encoders import DINOV2, IMAGES, MODELS, NAFLEX, PICTURES, VISION, padded_patches, pooled, texts, theirs
 
 import madtp
 from madtp.patch import KINDS
@@ -41,6 +41,20 @@ class Thinning(Pruning):
         into = torch.where(keep, rows, -1).cummax(0).values
         left, merged = tokens.merged(into.int(), proportional=True, backend=self.backend)
         return left, LayerTrace(tokens.cu_seqlens, left.cu_seqlens, left.ids, rows=merged.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropping(Thinning):
+    """Drops them instead, and says so or nothing."""
+
+    name: ClassVar[str] = "dropping"
+    rows: int | None = None
+
+    def __call__(self, tokens, *, layer, **inputs):
+        left, trace = super().__call__(tokens, layer=layer, **inputs)
+        gone = trace.rows.diff(prepend=torch.tensor([-1])) == 0
+        rows = None if self.rows is None else torch.where(gone, self.rows, trace.rows).int()
+        return left, dataclasses.replace(trace, rows=rows)
 
 
 def inputs(name, generator, count=3):
@@ -103,12 +117,98 @@ def test_pruned_states_come_whole(name, generator):
     close(real(name, out.hidden_states[0], given), real(name, before.hidden_states[0], given))
     rows = real(name, out.hidden_states[-1], given)[:20] if name.startswith("Siglip2") else out.hidden_states[-1][0]
     assert len(rows.unique(dim=0)) < len(rows), "merged tokens share a row"
-    assert tower(**given).last_hidden_state.shape[1] < before.last_hidden_state.shape[1]
+    assert torch.equal(tower(**given).last_hidden_state, out.last_hidden_state), "whoever asks"
     engine = tower._madtp
     kept = engine.images(**given)[1][-1]
     ids = kept.ids[: kept.cu_seqlens[1]].tolist()
     prefix = engine.model.config.vision.prefix
     assert ids[:prefix] == list(range(prefix))
+
+
+# Rules that need nothing trained, and what they make of dropped tokens.
+PRUNERS = {
+    **{name: METHODS[name](drop=0.4) for name in ("topk", "random")},
+    "evit": METHODS["evit"]().limited("shares", (0.4,)),
+    "tome": METHODS["tome"]().limited("shares", (0.4,)),
+    "madtp": METHODS["madtp"](4.0),
+    "thinning": Thinning(),
+}
+CLASSIFIERS = [
+    name + "ForImageClassification"
+    for name in ("CLIP", "Siglip", "Siglip2", *["Dinov2", "Dinov2WithRegisters"] * RENAMED)
+]
+
+
+def standing(trace, sample, count):
+    """By hand: which row of the final tokens of a sample stands for each of its first ones."""
+    rows, ids = list(range(count)), list(range(count))
+    for record in trace:
+        begin, end = record.cu_seqlens[sample : sample + 2].tolist()
+        left = record.ids[begin:end].tolist()
+        if record.rows is not None:
+            start, stop = record.cu_seqlens_in[sample : sample + 2].tolist()
+            into = [row - begin if row >= 0 else len(left) - 1 for row in record.rows[start:stop].tolist()]
+        else:
+            into = [left.index(i) if i in left else len(left) - 1 for i in ids]
+        rows, ids = [into[row] for row in rows], left
+    return rows
+
+
+@pytest.mark.parametrize("rule", PRUNERS)
+@pytest.mark.parametrize("name", ["ViTModel", "Siglip2VisionModel"])
+@torch.inference_mode()
+def test_every_patch_has_a_row_whatever_the_rule(name, rule, generator):
+    """That of the token it was merged into, or of the one that was made of all that were dropped."""
+    if name.startswith("Siglip2") and rule in ("madtp", "evit"):
+        pytest.skip("no class token")
+    model, given = theirs(name), inputs(name, generator)
+    before = model(**given).last_hidden_state
+    madtp.apply_patch(model, pruning=PRUNERS[rule])
+    engine = model._madtp
+    tokens, trace = engine.images(**given)
+    normed = engine.model.visual.norm_post(tokens)
+    last = model(**given).last_hidden_state
+    assert last.shape == before.shape
+    mask = madtp.patch.attention_mask(last).bool()
+    assert torch.equal(mask, given.get("pixel_attention_mask", torch.ones_like(mask)).bool())
+    assert (last[~mask] == 0).all()
+    for sample in range(3):
+        rows = standing(trace, sample, int(mask[sample].sum()))
+        assert len(set(rows)) < len(rows), "something was dropped"
+        begin, end = tokens.cu_seqlens[sample : sample + 2].tolist()
+        assert torch.equal(last[sample, mask[sample]], normed[begin:end][rows])
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@torch.inference_mode()
+def test_heads_that_average_patches(name, generator):
+    """A tower inside a classifier: the head's mean counts every merged token as often as the patches it stands for."""
+    config = {"CLIP": {"vision_config": VISION | PICTURES}, "Siglip": {"vision_config": VISION | PICTURES}}
+    config |= {
+        "Siglip2": {"vision_config": NAFLEX},
+        "Dinov2": DINOV2 | PICTURES,
+        "Dinov2WithRegisters": DINOV2 | PICTURES,
+    }
+    family = name.removesuffix("ForImageClassification")
+    torch.manual_seed(1)
+    model = getattr(hf, name)(getattr(hf, f"{family}Config")(**config[family], num_labels=5)).eval()
+    given = inputs(name, generator)
+    place = next(place for place, module in model.named_modules() if type(module).__name__ in KINDS)
+    with pytest.raises(TypeError, match=f"got {name}; its {place} is one"):
+        madtp.apply_patch(model)
+    tower, dense = model.get_submodule(place), model(**given).logits
+    madtp.apply_patch(tower, pruning=Thinning())
+    assert (model(**given).logits - dense).abs().max() > 1e-4
+    tokens, _ = tower._madtp.images(**given)
+    prefix = tower._madtp.model.config.vision.prefix
+    states = tokens.values if name.startswith("CLIP") else tower._madtp.model.visual.norm_post(tokens)
+    for sample in range(3):
+        begin, end = tokens.cu_seqlens[sample : sample + 2].tolist()
+        own, sizes = states[begin:end], tokens.sizes[begin:end, None].clone()
+        sizes[:prefix] -= 1  # of the patches that each stands for
+        x = (own * sizes).sum(0) / sizes.sum()
+        x = torch.cat([own[0], x]) if name.startswith("Dinov2") else x
+        close(model(**given).logits[sample], model.classifier(x))
 
 
 @needs_rule
@@ -218,7 +318,7 @@ def test_what_is_refused(generator):
         model(**given, output_attentions=True)
     with pytest.raises(ValueError, match="pixel_values: expected a tensor, got NoneType None"):
         model()
-    with pytest.raises(TypeError, match="got Sequential; its 1 is one, which fits a head that reads the class token"):
+    with pytest.raises(TypeError, match="got Sequential; its 1 is one"):
         madtp.apply_patch(torch.nn.Sequential(torch.nn.Identity(), theirs("ViTModel")))
     with pytest.raises(ValueError, match="method: expected one of .*, got 'magic'"):
         madtp.apply_patch(theirs("ViTModel"), method="magic")
@@ -228,10 +328,11 @@ def test_what_is_refused(generator):
         model = theirs("SiglipVisionModel")
         madtp.apply_patch(model, temperature=2.0)
         model(**inputs("SiglipVisionModel", generator))
-    with pytest.raises(ValueError, match="does not say which token stands"), torch.inference_mode():
+    for rows, message in ((None, "does not say which token stands"), (-1, "drops tokens for which none stands")):
         model = theirs("ViTModel")
-        madtp.apply_patch(model, temperature=2.0)
-        model(**inputs("ViTModel", generator), output_hidden_states=True)
+        madtp.apply_patch(model, pruning=Dropping(rows=rows))
+        with pytest.raises(ValueError, match=message), torch.inference_mode():
+            model(**inputs("ViTModel", generator))
 
 
 def test_all_classes_are_tried():

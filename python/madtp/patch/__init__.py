@@ -11,8 +11,8 @@ The towers of the model (vision transformer, text encoder, text decoder) get ano
 `generate`, its configuration and its weights stay transformers'. What holds then:
 
 * Outputs have transformers' types. At temperature 0 tokens have the values that transformers computes, with the exceptions below.
-* What a tower returns as `last_hidden_state` (or the model as `image_embeds`) is padded as usual: the tokens of a sample stand
-  at the beginning, in their order, and zeros follow (also where transformers computes something for padding).
+* What a tower of BLIP or a text encoder returns as `last_hidden_state` (or the model as `image_embeds`) is padded as usual: the
+  tokens of a sample stand at the beginning, in their order, and zeros follow (also where transformers computes something for padding).
   :func:`attention_mask` tells which are tokens. Given to another tower of the model, edited in place or not, such a tensor is
   recognised, and its padding is never attended to; a tensor computed from it (a selection, a repetition) is not, and needs the
   mask, as `encoder_attention_mask`: without it, rows of zeros are refused where they may be padding.
@@ -20,8 +20,10 @@ The towers of the model (vision transformer, text encoder, text decoder) get ano
   of transformers (5.17 to 5.24) takes it and does not pass it on to its cross-attention.
 * transformers' `BlipForQuestionAnswering` lets the decoder look at padded question tokens, so that an answer depends on the
   longest question of the batch. Here it does not: answers are those that transformers gives to one question at a time.
-* Attention matrices are not kept, nor BLIP's hidden states: asking for them is an error. Those of image encoders come whole: a
-  row for every patch, that of the token it was merged into. A decoder returns a cache where
+* The states of image encoders other than BLIP's (`last_hidden_state`, `hidden_states`) come whole: a row for every patch, that of
+  the token it was merged into, or of the one that was made of all that a layer dropped. So whatever reads or averages them
+  finds what it expects. Rules that drop tokens for which none stands are refused there.
+* Attention matrices are not kept, nor BLIP's hidden states: asking for them is an error. A decoder returns a cache where
   one was given (a `DynamicCache`) or `use_cache=True` asks for it.
 * The weights stay where they are and are read at each call: whatever is done to them, in place or by new parameters, counts.
 * The modules inside a tower are not called. What only a call would notice is refused, by apply_patch or by the next call: hooks,
@@ -126,10 +128,7 @@ def apply_patch(
     base = base_of(model)
     if base is None:
         inside = (name for name, module in getattr(model, "named_modules", dict)() if base_of(module) is not None)
-        hint = "".join(
-            f"; its {name} is one, which fits a head that reads the class token or the pooler's output"
-            for name in [next(inside, "")] if name
-        )  # fmt: skip
+        hint = "".join(f"; its {name} is one, and can be patched by itself" for name in [next(inside, "")] if name)
         raise TypeError(f"model: expected one of {', '.join(KINDS)}, got {type(model).__name__}{hint}")
     if hasattr(model, "_madtp"):
         raise ValueError("model: it is patched already; call remove_patch first")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .. import graphs
 from ..rows import rows_of
-from .engine import no_longer, ready
+from .engine import asked_for, no_longer, ready
 from .tensors import padded, pixels_of, texts_of
 
 
@@ -20,24 +21,22 @@ def image_encoder(
 ):
     """`forward` of the image towers of CLIP, SigLIP, SigLIP 2, DINOv2 and ViT.
 
-    Hidden states are whole: every layer has a row for each patch, that of the token it was merged into.
+    Its states are whole: a row for each token that there was at first, that of the token it was merged into.
     """
-    wanted = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
     engine = ready(self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding)
-    model, tower = engine.model, engine.model.visual
-    pixels = (pixels_of(pixel_values), pixel_attention_mask, spatial_shapes)
-    length = None if spatial_shapes is None else pixel_values.shape[1]
-    if wanted:
-        tokens, states = engine.states(*pixels, length)
+    model, tower, pixels = engine.model, engine.model.visual, pixels_of(pixel_values)
+    vision, states = model.config.vision, None
+    if spatial_shapes is None:
+        length = vision.prefix + math.prod(side // vision.patch_size for side in pixels.shape[-2:])
     else:
-        (tokens, _), states = engine.images(*pixels), None
-    normed = (lambda x: x) if engine.kind.raw else tower.norm_post
-    if states is not None:
-        last = normed(states[-1])
+        length = pixels.shape[1]
+    inputs = (pixels, pixel_attention_mask, spatial_shapes)
+    if asked_for(self, kwargs, "output_hidden_states"):
+        tokens, trace, states = engine.states(*inputs, length)
     else:
-        last = padded(tokens if engine.kind.raw else tokens.with_values(tower.norm_post(tokens)))
-        if length is not None and not model.pruning.active:
-            last = F.pad(last, (0, 0, 0, length - last.shape[1]))
+        tokens, trace = engine.images(*inputs)
+    normed = tokens if engine.kind.raw else tokens.with_values(tower.norm_post(tokens))
+    last = padded(engine.whole(normed, trace, length))
     pools = getattr(self, "use_head", True) and getattr(self, "pooler", self) is not None
     return BaseModelOutputWithPooling(last, tower.pool(tokens, model.backend) if pools else None, hidden_states=states)
 

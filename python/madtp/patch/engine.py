@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTModel
 
@@ -29,6 +28,7 @@ from ..weights import key_maps
 from ..weights.files import read_file
 from ..weights.made_up import initial_weight
 from .tensors import patches_of, tokens_of
+from .whole import spread, standing
 
 if TYPE_CHECKING:
     from .kinds import Kind, Method
@@ -296,35 +296,33 @@ class Engine:
         return graphs.run(types.MethodType(_encode_images, model), pixel_values)
 
     def states(
-        self, pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor | None, length: int | None
-    ) -> tuple[Tokens, tuple[Tensor, ...]]:
-        """Final tokens, and the states before the first layer and after each ``[B, L, D]``: whole, with a row for every token
-        that there was at first, that of the token which stands for it by then.
+        self, pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor | None, length: int
+    ) -> tuple[Tokens, list[LayerTrace], tuple[Tensor, ...]]:
+        """Final tokens, what every layer did, and the states before the first layer and after each ``[B, length, D]``: whole,
+        with a row for every token that there was at first, that of the token which stands for it by then.
 
         Raises:
-            ValueError: a rule that does not say which token stands for a dropped one.
+            ValueError: a rule that drops tokens for which none stands.
         """
         model, passed = self.model, []
         pixels = model._patches(
             pixel_values if spatial_shapes is None else patches_of(pixel_values, mask, spatial_shapes)
         )
-        batch = len(pixel_values)
-        features = model.visual(pixels, model.space_dict, model._pruning(None, batch), states=passed)
-        first, source = passed[0], torch.arange(len(passed[0].values), device=model.device)
-        whole = []
-        for tokens, trace in zip(passed, (None, *features.trace)):
-            if trace is not None and trace.rows is not None:
-                source = trace.rows.long()[source]
-            elif trace is not None and trace.cu_seqlens is not trace.cu_seqlens_in:
-                raise ValueError(
-                    f"output_hidden_states: pruned by {model.pruning.name!r}, which does not say which token stands for a dropped "
-                    "one; use a rule that merges, or none"
-                )
-            if (source < 0).any():
-                raise ValueError(f"output_hidden_states: {model.pruning.name!r} drops tokens for which none stands")
-            padded, _ = first.with_values(tokens.values[source]).to_padded()
-            whole.append(padded if length is None else F.pad(padded, (0, 0, 0, length - padded.shape[1])))
-        return features.tokens, tuple(whole)
+        pruning = model._pruning(None, len(pixel_values))
+        features = model.visual(pixels, model.space_dict, pruning, states=passed)
+        rows = [None, *standing(features.trace, length, self.rule)]
+        states = (
+            spread(now.values, source, passed[0].cu_seqlens, length).to_padded()[0] for now, source in zip(passed, rows)
+        )
+        return features.tokens, features.trace, tuple(states)
+
+    def whole(self, tokens: Tokens, trace: Sequence[LayerTrace], length: int) -> Tokens:
+        """Final tokens with a row for every token that there was at first, at most ``length`` in a sample.
+
+        Raises:
+            ValueError: as :meth:`states`.
+        """
+        return spread(tokens.values, standing(trace, length, self.rule)[-1], trace[0].cu_seqlens_in, length)
 
     def texts(
         self, input_ids: RaggedBatch, images: Tokens | None, positions: Tensor | None = None
@@ -431,6 +429,12 @@ def _fill(own: Sequence[tuple[nn.Module, str, str, torch.Size]], state: Mapping[
     return made_up
 
 
+def asked_for(module: nn.Module, kwargs: Mapping, name: str) -> Any:
+    """An argument of a call, or what the configuration says where it is None."""
+    value = kwargs.get(name)
+    return getattr(module.config, name, None) if value is None else value
+
+
 def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool = False, **unsupported) -> Engine:
     """The engine of a patched tower, for a call that it can serve, with the weights of now; ``states`` says whether it returns
     those of its layers."""
@@ -440,10 +444,7 @@ def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool
     place = next(place for place, tower in engine.towers.items() if tower is module)
     if any(seen.module.training for seen in engine.seen[place]):
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
-    outputs = {
-        name: kwargs.get(name, getattr(module.config, name, None))
-        for name in ("output_attentions", "output_hidden_states")
-    }
+    outputs = {name: asked_for(module, kwargs, name) for name in ("output_attentions", "output_hidden_states")}
     for name, value in (
         outputs | {name: value for name, value in kwargs.items() if name.startswith("output_")}
     ).items():
