@@ -137,6 +137,7 @@ def _on_cpu(
     tensors: tuple, x: RaggedBatch, temperature: float, merged_id: int, eps: float, exact: bool | None
 ) -> Pruned | None:
     """None where scores are not finite: the operations one by one say which."""
+    checks.tensor("entering", tensors[1], tuple(x.values.shape), "[T, D]", x.dtype, x.device)
     checks.positive("temperature", temperature)
     weight, sizes = tensors[12], tensors[11]
     if weight is not None:

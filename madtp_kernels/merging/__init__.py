@@ -21,7 +21,8 @@ __all__ = ["Merged", "lowest_tokens", "merge_tokens", "top_tokens"]
 
 
 class Merged(NamedTuple):
-    """Result of :func:`merge_tokens`. All per-token tensors share the offsets of ``tokens``."""
+    """Result of :func:`merge_tokens`: ``tokens, sizes, rows, source, carried``. All per-token tensors but ``rows`` share the
+    offsets of ``tokens``."""
 
     tokens: RaggedBatch
     """``[T', D]``: the kept tokens in their order, and the appended row of a sample last."""

@@ -81,6 +81,11 @@ def attention_received(
         if not edges or queries.step not in (None, 1):
             raise ValueError(f"queries: expected a slice of integers without a step, got {queries}")
     elif queries is not None:
+        if not isinstance(queries, Tensor) or queries.dtype != torch.bool:
+            got = checks.describe(queries)
+            raise ValueError(
+                f"queries: expected None, a slice of positions such as slice(-1, None), or bool [T], got {got}"
+            )
         checks.tensor("queries", queries, (tokens,), "[T]", torch.bool, q.device)
         mask = checks.unit_stride(queries)
     received = call(

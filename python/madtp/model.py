@@ -203,8 +203,12 @@ class Model(nn.Module):
     def _pruning(self, pruning: Pruning | float | None, batch: int, **settings: Tensor | bool) -> Pruning:
         """The rule for ``batch`` samples, with this model's backend, grouping, and ``settings`` of official pruning."""
         rule = self.rule(pruning)
-        if rule.backend != self.backend:
+        if rule.backend is None:
             rule = replace(rule, backend=self.backend)
+        elif rule.backend != self.backend:
+            raise ValueError(
+                f"pruning: the rule forces backend {rule.backend!r}, the model {self.backend!r}; it is the model's to choose"
+            )
         if rule.active and self.grouping == "batch":
             settings["groups"] = torch.zeros(batch, dtype=torch.int32, device=self.device)
         return official(rule, f"grouping {self.grouping!r}", **settings) if settings else rule

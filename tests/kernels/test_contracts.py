@@ -220,8 +220,9 @@ def test_tensors_are_dense(op, backend, generator):
 def test_what_entered_is_named(backend, generator):
     case = case_of("score_tokens", generator)
     tokens = RaggedBatch(case.pop("x"), case.pop("cu_seqlens"), case.pop("max_seqlen"))
-    with pytest.raises(ValueError, match="^entering: expected"):
-        madtp_kernels.prune(tokens, tokens.values[:-1], **case, backend=backend)
+    for entering in (tokens.values[:-1], tokens.values.double()):
+        with pytest.raises(ValueError, match=r"^entering: expected \[T, D\] = float32"):
+            madtp_kernels.prune(tokens, entering, **case, backend=backend)
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_importance", "attention_with_importance"])

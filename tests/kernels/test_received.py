@@ -137,7 +137,8 @@ def test_queries_that_see_no_key_give_nothing(backend, generator):
     ({"heads": "sum"}, "^heads: expected 'mean' or 'max', got str 'sum'"),
     ({"queries": slice(None, None, 2)}, "^queries: expected a slice of integers without a step"),
     ({"queries": slice(0.5, None)}, "^queries: expected a slice of integers without a step"),
-    ({"queries": 3}, r"^queries: expected \[T\] = bool\[7\]"),
+    ({"queries": 3}, r"^queries: expected None, a slice of positions .* or bool \[T\], got int 3"),
+    ({"queries": torch.tensor([3, 6])}, r"^queries: expected None, a slice of .* or bool \[T\], got int64\[2\]"),
     ({"queries": torch.ones(6, dtype=torch.bool, device=DEVICE)}, r"^queries: expected \[T\] = bool\[7\]"),
     ({"k": torch.zeros(7, 4, 8, device=DEVICE)}, "^k: expected .* Hk a divisor of the 2 query heads"),
 ])  # fmt: skip

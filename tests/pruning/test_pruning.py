@@ -154,6 +154,8 @@ def test_the_keywords_of_the_release_before(pixels, texts):  # noqa: F811
     for word in ("tome", MADTP):
         with pytest.raises(ValueError, match="^pruning: expected a rule or MADTP's temperature, got"):
             model(pixels, texts, pruning=word)
+    with pytest.raises(ValueError, match="^pruning: the rule forces backend 'reference', the model None"):
+        model(pixels, texts, pruning=MADTP(1.0, backend="reference"))
     with pytest.raises(ValueError, match="^proportional_attention: .* got a rule that says otherwise"):
         type(model)(model.config, MADTP(1.0), proportional_attention=True)
 

@@ -218,7 +218,7 @@ class Pruning:
     Args:
         proportional_attention: a merged token weighs as many as it stands for, in attention and in cross-attention.
         streams: which of "vision" and "text" the rule prunes.
-        backend: force an implementation of the kernels; that of the model it runs in.
+        backend: force an implementation of the kernels. In a model it is the model's, and another one is refused.
     """
 
     name: ClassVar[str] = "dense"
