@@ -79,3 +79,9 @@ def test_every_module_and_every_public_name_is_documented():
         missing += [] if module.__doc__ else [module.__name__]
         missing += [f"{module.__name__}.{name}" for name in undocumented(module, path)]
     assert not missing, "\n".join(missing)
+
+
+def test_modules_that_pages_name_need_no_import_of_their_own(fresh):
+    code = "import madtp; madtp.predict.nlvr, madtp.patch.attention_mask, madtp.varlen.apply, madtp.fingerprint.fingerprint"
+    process = fresh.start(f"{code}\nassert not hasattr(madtp, 'nothing') and not hasattr(madtp, '_nothing')")
+    assert process.wait() == 0, process.stderr

@@ -3,6 +3,8 @@
 ``madtp.load(...)`` gives a model; the kernels below it are in ``madtp_kernels``.
 """
 
+import importlib.util
+
 from madtp_kernels import __version__
 
 from .config import CLIPConfig, CLIPTextConfig, TextConfig, VisionConfig
@@ -22,6 +24,8 @@ def __getattr__(name: str):
         from . import patch
 
         return getattr(patch, name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)  # `madtp.predict` and others need no import of their own
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -134,6 +134,7 @@ def test_runs_as_a_module():
         ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--method", "topk", "--temperature", "2"],
         ["nlvr", *MODEL, "--input", "pairs.jsonl", "--output", "a.jsonl", "--batch-size", "0"],
         ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--dtype", "int8"],
+        ["nlvr", *MODEL, "--images", LEFT, RIGHT, "--text", TEXT, "--no-such-option", "1"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(arguments, capsys):
@@ -141,7 +142,9 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
         cli.main(arguments)
     assert exit.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--help shows the options" in err
+    command = "madtp nlvr" if arguments[:1] == ["nlvr"] else "madtp"
+    assert err.startswith(f"{command}: error: ") and err.endswith(f" ({command} --help shows the options)\n")
+    assert err.count("\n") == 1
 
 
 # ---- one pair
@@ -228,10 +231,11 @@ def test_a_pair_that_cannot_be_used_is_an_error_row(madtp_command, replaced, rea
         ({"--save-overlay": [LEFT], "--overwrite": []}, "left.png: this command reads it"),
         ({"--save-overlay": ["."]}, "the pictures themselves are in this folder"),
         ({"--output": ["."]}, "a folder, not a regular file"),
-        ({"--output": ["absent/a.jsonl"]}, "there is no folder"),
+        ({"--output": ["absent/a.jsonl"]}, "error: absent/a.jsonl: there is no folder"),
         ({"--output": [PAIRS]}, "exists already"),
         ({"--output": [LEFT], "--overwrite": []}, "left.png: this command reads it"),
         ({"--device": ["cuda:99"]}, "there is no such GPU"),
+        ({"--backend": ["cuda"]}, "--backend cuda: the cuda backend takes cuda tensors"),
     ],
 )
 def test_errors_are_one_line_and_code_2(madtp_command, monkeypatch, replaced, reason):
@@ -474,6 +478,14 @@ def test_a_demo_that_cannot_write_says_so_before_it_loads_anything(madtp_command
     (tmp_path / "file").touch()
     code, out, err = run_demo(madtp_command, tmp_path, monkeypatch, "--output-dir", "file")
     assert code == 2 and out == "" and "file" in err
+    for name in ("pairs.jsonl", "3-left.png"):
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        code, out, err = run_demo(madtp_command, tmp_path, monkeypatch, "--output-dir", "mine")
+        assert code == 2 and out == "" and f"{name} is not from this demo; remove it, or name another" in err
+        assert mine.read_text() == "mine"
+        mine.unlink()
 
 
 def test_demo_of_random_weights_does_not_speak_of_accuracy(madtp_command, tmp_path, monkeypatch):

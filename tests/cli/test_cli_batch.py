@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -534,9 +535,18 @@ def test_images_of_a_file_are_searched(command, photos, tmp_path):
         ("embed", ["{photo}", "--output", "absent/x.npy"], "absent/x.npy"),
         ("retrieve", ["{photo}", "--text", "a", "--rerank", "-1"], "--rerank: expected at least 0"),
         ("retrieve", ["{photo}", "--text", "a", "--index", "absent/index"], "absent/index"),
+        ("retrieve", ["{photo}", "--text", "a", "--index", "{photo}"], "an index is a folder"),
+        ("retrieve", ["--index", "{photo}", "--text", "a"], "expected a folder, a .npy or a .safetensors file"),
+        (
+            "caption",
+            ["{photo}", "--output", "new/", "--format", "parquet"],
+            "error: parquet needs pyarrow (pip install",
+        ),
     ],
 )
-def test_errors_are_one_line_and_code_2(command, photos, name, arguments, reason):
+def test_errors_are_one_line_and_code_2(command, photos, monkeypatch, name, arguments, reason):
+    monkeypatch.setattr(madtp, "load", None)  # found out before
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     task = {"embed": "retrieval", "retrieve": "retrieval"}.get(name, name)
     arguments = [argument.format(photo=files(photos)[0]) for argument in arguments]
     code, _, err = command(name, task, *arguments)

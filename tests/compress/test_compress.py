@@ -449,6 +449,21 @@ def test_two_runs_do_not_share_an_output(data, whole, capsys):
     assert "is being written by another process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["compress", "calibrate", "limits"])
+def test_a_model_of_something_else_is_not_replaced(command, data, whole, tmp_path, capsys, monkeypatch):
+    """Such as the one that is to be compressed, or that of the other command."""
+    monkeypatch.setattr(madtp, "load", None)  # found out before
+    (tmp_path / "pairs.jsonl").touch()
+    for output in (data / "nlvr", *[whole] * (command == "limits")):
+        arguments = ["calibrate", "--model", data / "nlvr", "--pairs", tmp_path / "pairs.jsonl", "--reduction", "0.3"]
+        arguments += ["--output", output, *["--method", "tome"] * (command == "limits")]
+        arguments = compress(data, "nlvr", output) if command == "compress" else list(map(str, arguments))
+        before = {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+        assert cli.main(arguments) == 2
+        assert "holds a model that no run of this command made; name another folder" in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+
+
 def test_options_that_say_nothing_are_refused(data, tmp_path, capsys):
     for task, options, reason in (
         ("nlvr", ["--controller", "official", "--ramp", "0.5"], "--ramp: of no use"),

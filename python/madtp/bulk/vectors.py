@@ -68,17 +68,15 @@ class Vectors:
             ValueError: not embeddings, or without names.
         """
         path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: there are no such embeddings")
+        check_index(path)
         said = path / "run.json"
         if settings is not None and said.exists():
             found = read_object(said.read_bytes())
             require_same(path, found and {key: found.get(key) for key in settings}, settings, "name another index")
-        elif settings is not None:
+        found = cls._of_folder(path) if path.is_dir() else cls(*_of_file(path))
+        if settings is not None and not said.exists():
             _log.warning("%s does not say which model made it; make sure that it is this one", path)
-        if path.is_dir():
-            return cls._of_folder(path)
-        return cls(*_of_file(path))
+        return found
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Vectors:
@@ -237,6 +235,27 @@ def candidates(path: str | os.PathLike, queries, count: int) -> list[list[int]]:
     return [[int(number) for number in numbers if number >= 0] for numbers in found]
 
 
+_NO_VECTORS = "{}: expected a folder, a .npy or a .safetensors file"
+
+
+def check_index(path: str | os.PathLike, *, grows: bool = False) -> None:
+    """Find out, before a model is loaded, that there can be no vectors at this path, or that they cannot become more.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ResumeError: a file, which cannot grow.
+        ValueError: a file of another kind.
+    """
+    path = Path(path)
+    if not grows and not path.exists():
+        raise FileNotFoundError(f"{path}: there are no such embeddings")
+    if path.exists() and not path.is_dir():
+        if grows:
+            raise ResumeError(f"{path}: an index is a folder, and this is a file; remove it, or name another index")
+        if path.suffix not in (".npy", ".safetensors"):
+            raise ValueError(_NO_VECTORS.format(path))
+
+
 class ImageIndex:
     """A folder of embeddings that follows a collection of images: those that are new or have changed are added.
 
@@ -252,8 +271,7 @@ class ImageIndex:
     """
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping) -> None:
-        if os.path.exists(folder) and not os.path.isdir(folder):
-            raise ResumeError(f"{folder}: an index is a folder, and this is a file; remove it, or name another index")
+        check_index(folder, grows=True)
         try:
             self._results = Results(folder, settings, vectors="img", format="jsonl")
         except ResumeError as error:
@@ -410,7 +428,7 @@ def _of_file(path: Path) -> tuple[list[np.ndarray], list[str]]:
     elif path.suffix == ".npy":
         array = np.load(path, mmap_mode="r")
     else:
-        raise ValueError(f"{path}: expected a folder, a .npy or a .safetensors file")
+        raise ValueError(_NO_VECTORS.format(path))
     beside = path.with_name(path.name + ".jsonl")
     if array.ndim != 2 or not beside.exists():
         raise ValueError(f"{path}: no embeddings, or without {beside.name} beside them")

@@ -74,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing but `--debug` lets a traceback through."""
     _occupy_standard_streams()
-    args = parser().parse_args(argv)
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:
+        args.usage_error(f"unrecognized arguments: {' '.join(unknown)}")
     args.argv = list(sys.argv[1:] if argv is None else argv)
     # As a file name may hold characters that a terminal cannot show.
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -122,8 +124,12 @@ def _give_up_stdout() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"  # rather than "[Errno 2] ..."
+    text = " ".join(text.split()) or type(error).__name__
     text = text if len(text) <= 500 else text[:497] + "..."
     # Errors about what the user gave speak for themselves; the kind of any other helps to find its cause.
-    expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+    expected = isinstance(error, (ValueError, OSError, FloatingPointError, madtp_kernels.BackendError))
+    expected |= type(error) is ImportError and error.name is None  # our own words about a package that is not there
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"

@@ -14,6 +14,7 @@ from .training import TrainingOptions, begin, load_source, origin, report
 
 MERGING = [name for name, rule in METHODS.items() if issubclass(rule, MergingPruning)]
 """Rules that have limits to calibrate."""
+_RECORD = "calibration.json"
 _LEARNING = ("steps", "lr", "dictionary", "distill", "precision", "workers", "save_every", "log_every")
 _EXAMPLES = """\
 examples:
@@ -86,7 +87,8 @@ class Calibrate(Command, TrainingOptions):
         if self.method is not None:
             self._refuse_learning()
         only_with(self, self.method is not None, "without --method", "inputs", "target_gflops")
-        begin(self, self.pairs)
+        limits = {} if self.method is None else {"record": _RECORD}
+        begin(self, self.pairs, **limits)
         if self.keep_ratio is not None:
             self.reduction = 1 - self.keep_ratio
         if self.method is not None:
@@ -141,9 +143,9 @@ class Calibrate(Command, TrainingOptions):
             batch_size=self.batch_size,
         )  # fmt: skip
         model.pruning = found.rule
-        madtp.save_pretrained(model, self.output)
         record = {"model": self.model, "pairs": self.pairs, **found.to_dict()}
-        write_json(Path(self.output) / "calibration.json", record)
+        write_json(Path(self.output) / _RECORD, record)  # first: it tells whose model is in the folder
+        madtp.save_pretrained(model, self.output)
         print(f"{self.method}, schedule {found.schedule}: {found.gflops:.4g} GFLOPs of {found.dense_gflops:.4g}")
         print(
             f"saved on {found.inputs} inputs: {found.saving:.1%} (expected on others: within {found.uncertainty:.1%})"

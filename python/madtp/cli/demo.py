@@ -8,6 +8,7 @@ import json
 import shlex
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -80,9 +81,11 @@ class Demo(Command, RunOptions, _DemoOptions):
         directory = Path(self.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         check_output(directory / "pairs.jsonl", option="--output-dir")
+        split = Shapes("test")
+        asked = [split.pair(index, 1, [template]).statements[0] for index, template in enumerate(TEMPLATES)]
+        _refuse_others(directory, [(statement.sentence, statement.label) for statement in asked])
         trained = self.model != "random:base"
         models = _, pruned = self._models(trained)
-        split = Shapes("test")
         samples = [_question(pruned, split, index, [template]) for index, template in enumerate(TEMPLATES)]
         answers, outputs = zip(*(_ask(model, samples) for model in models), strict=True)
         _print_answers(samples, answers)
@@ -256,12 +259,28 @@ def _names(number: int) -> list[str]:
     return [f"{number}-{side}.png" for side in ("left", "right")]
 
 
+def _lines(statements: Sequence[tuple[str, bool]]) -> bytes:
+    """What `pairs.jsonl` holds of statements and whether they are true."""
+    rows = ({"images": _names(n), "text": text, "label": str(truth)} for n, (text, truth) in enumerate(statements))
+    return b"".join((json.dumps(row) + "\n").encode() for row in rows)
+
+
+def _refuse_others(directory: Path, statements: Sequence[tuple[str, bool]]) -> None:
+    """Raise ValueError if files in the folder would be replaced that are not those of an earlier demo."""
+    pairs = directory / "pairs.jsonl"
+    if pairs.exists() and pairs.read_bytes() == _lines(statements):
+        return
+    names = ["pairs.jsonl", "overlay.png", *(name for n in range(len(statements)) for name in _names(n))]
+    there = next((name for name in names if (directory / name).exists()), None)
+    if there is not None:
+        raise ValueError(f"--output-dir: {directory / there} is not from this demo; remove it, or name another folder")
+
+
 def _write(directory: Path, samples: list[_Question]) -> None:
-    """Pictures and statements, as `madtp nlvr --input` and `madtp evaluate --annotations` read them."""
-    rows = []
+    """Statements and pictures, as `madtp nlvr --input` and `madtp evaluate --annotations` read them."""
+    # First the statements: they tell the folder of a demo, also of one that was stopped.
+    with replacing(directory / "pairs.jsonl") as file:
+        file.write(_lines([(sample.sentence, sample.truth) for sample in samples]))
     for number, sample in enumerate(samples):
         for name, image in zip(_names(number), sample.images, strict=True):
             image.save(directory / name)
-        rows.append({"images": _names(number), "text": sample.sentence, "label": str(sample.truth)})
-    with replacing(directory / "pairs.jsonl") as file:
-        file.writelines((json.dumps(row) + "\n").encode() for row in rows)

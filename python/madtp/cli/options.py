@@ -171,6 +171,21 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name}: there is no such GPU; torch {torch.__version__} {why}")
 
 
+def check_backend(name: str | None, device: str) -> None:
+    """Raise ValueError for a backend, forced by ``--backend`` or the environment, that cannot run here: the first batch would find
+    that out."""
+    from madtp_kernels import backends
+
+    option = "MADTP_KERNELS_BACKEND" if name is None else "--backend"
+    try:
+        name = name or backends.forced()
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    reason = name and backends.availability(name, device.partition(":")[0])
+    if reason:
+        raise ValueError(f"{option} {name}: {reason}")
+
+
 def check_source(options, *files: str) -> None:
     """Find out before the model is loaded which file or folder is missing, or that random weights need a task."""
     for path in files:
@@ -232,6 +247,7 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
     import madtp
 
     check_device(options.device)
+    check_backend(options.backend, options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     dial, asked = strengths_of(options)

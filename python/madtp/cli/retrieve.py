@@ -85,6 +85,7 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
     )
 
     def run(self) -> int:
+        from ..bulk.vectors import check_index
         from ..inputs import read_texts
 
         if bool(self.text) == bool(self.texts):
@@ -97,20 +98,25 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
             rows = self._rows()
             if self.index and not os.path.exists(self.index):
                 check_file(self.index.rstrip(os.sep), option="--index")
+            elif self.index:
+                check_index(self.index, grows=True)
         elif not self.index:
             raise UsageError("give images, --input or an --index to search")
         elif not Path(self.index).exists():
             raise ValueError(f"{self.index}: there is no such index; give images to make it from")
-        elif self.ann:
+        else:
+            check_index(self.index)
+        if self.ann:
             open_regular(self.ann).close()
+        if self.rerank is not None and self.rerank < 0:
+            raise ValueError(f"--rerank: expected at least 0, got {self.rerank}")
         check_output(self, rows or ())
         model = load_model(self, TASKS)
         rerank, classifies = self.rerank, task_of(model).matches
         if rerank is None:
             rerank = 16 if classifies and rows is not None else 0
-        if rerank < 0 or (rerank and not classifies):
-            expected = "at least 0" if classifies else "0, since CLIP has no classifier"
-            raise ValueError(f"--rerank: expected {expected}, got {rerank}")
+        if rerank and not classifies:
+            raise ValueError(f"--rerank: expected 0, since CLIP has no classifier, got {rerank}")
 
         rows, collection, failed = self._collection(model, rows)
         if self.direction == "image-to-text":

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..compress.settings import RUN, Settings
 from ..options import not_negative, option, positive, same
 from ..tasks import TASKS
-from .options import ModelSource, RunOptions, check_device, check_source
+from .options import ModelSource, RunOptions, check_backend, check_device, check_source
 
 DRAWN = "shapes:"
 """What examples begin with that are drawn, not read; that of madtp.compress.examples, which is slow to import."""
@@ -38,16 +38,27 @@ class TrainingOptions(ModelSource):
     tokenizer: str | None = same(RunOptions, "tokenizer", group=RUN)
 
 
-def begin(options: TrainingOptions, *files: str) -> None:
-    """Find out before the model is loaded what is missing, and what cannot be written."""
+def begin(options: TrainingOptions, *files: str, record: str = "run/settings.json") -> None:
+    """Find out before the model is loaded what is missing, and what cannot be written.
+
+    Args:
+        files: annotations that have to be there.
+        record: a file in the output by which a model there is known as one of an earlier run: any other is not replaced.
+    """
     from ..files import check_output
 
     check_source(options, *(path for path in files if not path.startswith(DRAWN)))
     if options.workers < 0:
         raise ValueError(f"--workers: expected a number >= 0, got {options.workers}")
     check_device(options.device)
-    Path(options.output, "run").mkdir(parents=True, exist_ok=True)
-    check_output(Path(options.output, "result.json"), option="--output")
+    check_backend(options.backend, options.device)
+    output = Path(options.output)
+    if not (output / record).exists() and any(
+        (output / name).exists() for name in ("config.json", "model.safetensors")
+    ):
+        raise ValueError(f"--output: {output} holds a model that no run of this command made; name another folder")
+    (output / record).parent.mkdir(parents=True, exist_ok=True)
+    check_output(output / record, option="--output")
 
 
 def load_source(options: TrainingOptions, task: str | None, device: str):
