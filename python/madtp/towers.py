@@ -219,7 +219,7 @@ class ImageTower(nn.Module):
         for grid, own in zip(grids, rows, strict=True):
             parts += [self._lead(places[grid])[0], own + places[grid][0, int(vision.class_token) :]]
         lengths = [high * wide + vision.prefix for high, wide in grids]
-        return RaggedBatch.from_lengths(torch.cat(parts), lengths)
+        return RaggedBatch.from_lengths(torch.cat([x[:0], *parts]), lengths)  # of no picture there are no parts
 
     def _lead(self, positions: Tensor) -> Tensor:
         """What stands before the patches, ``[1, prefix, D]``; only the class token has a position."""

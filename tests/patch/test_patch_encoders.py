@@ -257,6 +257,15 @@ def test_texts_of_siglip_stay_transformers(generator):
     assert torch.equal(model.get_text_features(filled).pooler_output, before)
 
 
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "Siglip2VisionModel"])
+@torch.inference_mode()
+def test_no_picture_at_all(name, generator):
+    model, given = theirs(name), inputs(name, generator)
+    madtp.apply_patch(model, pruning=Thinning())
+    empty = model(**{key: value[:0] for key, value in given.items()})
+    assert empty.pooler_output.shape == (0, 64) and empty.last_hidden_state.shape[::2] == (0, 64)
+
+
 @needs_rule
 @torch.inference_mode()
 def test_an_encoder_needs_no_further_words():

@@ -122,14 +122,17 @@ class _Seen(NamedTuple):
         if module._compiled_call_impl is not None:
             return "is compiled"
         hooks = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks) or not all(map(_is_recorder, module._forward_hooks.values())):
+        if any(hooks) or not all(map(_is_idle, module._forward_hooks.values())):
             return "has hooks"
         return next((f"has another {name}" for name, value in self.sizes.items() if facts.get(name) != value), None)
 
 
-def _is_recorder(hook: Callable) -> bool:
-    """Whether transformers has put a hook there to record outputs, which does nothing where none are asked for."""
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+def _is_idle(hook: Callable) -> bool:
+    """Whether it is a hook of transformers that does nothing here: it records outputs where they are asked for, or has gradients
+    computed (`gradient_checkpointing_enable`)."""
+    module, name = getattr(hook, "__module__", None), getattr(hook, "__qualname__", "")
+    recorder = module == "transformers.utils.output_capturing"
+    return recorder or (module == "transformers.modeling_utils" and name.endswith("make_inputs_require_grads"))
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
