@@ -89,10 +89,12 @@ COMPARED = tuple(
     for method in ("ranked-novelty", "madtp", "madtp-nearest", "tome", "cls", "random")
 )
 """Ways to prune, with as many steps of the same data."""
-SHIPPED, *SEEDS = (Run("ranked-novelty", 0.8, seed, own_steps=5600) for seed in (0, 1, 2))
-"""The pruned model that the package holds, and the same with other seeds."""
+SEEDS = tuple(Run("ranked-novelty", 0.8, seed, own_steps=5600) for seed in (0, 1, 2))
+"""The main row."""
+SHIPPED = SEEDS[2]
+"""The pruned model that the package holds: the best of them on the dev split."""
 RUNS = (
-    SHIPPED, *COMPARED, *SEEDS,
+    *SEEDS, *COMPARED,
     *(Run("ranked-novelty", reduction, 0) for reduction in (0.5, 0.6, 0.7, 0.8, 0.85)),
     *(Run(method, reduction, 0) for method in ("madtp", "madtp-nearest") for reduction in (0.5, 0.6, 0.7)),
     *(Run(method, 0.8, 0, own_steps=1000) for method in ("ranked-novelty-importance", "madtp-sizes", "vision-only")),
@@ -126,7 +128,11 @@ LARGE_DENSE = {"large-dense-begun": (600, 3e-4), "large-dense": (1200, 5e-4)}
 """Steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the package's,
 from interpolated positions."""
 TIMED = sorted(
-    (run for run in RUNS if run.seed == 0 and run.method in ("ranked-novelty", "madtp") and run not in COMPARED),
+    (
+        run
+        for run in RUNS
+        if run == SHIPPED or (run.method in ("ranked-novelty", "madtp") and run not in (*SEEDS, *COMPARED))
+    ),
     key=lambda run: (run.method, run.reduction, run.steps),
     reverse=True,
 )
