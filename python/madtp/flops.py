@@ -16,6 +16,11 @@ tokens is 132.54 official GFLOPs.
   residual sum, of the mean of two cross-attentions, and of the squared norms of the CLS term.
 
 Copies, gathers, comparisons and sums over single rows are left out of both.
+
+What the functions have in common: ``config`` is the task's configuration; token counts of a stream are those before its
+first layer and after each, the first token included, as lists or integer tensors; ``pruning`` is the rule that was active
+(True: MADTP, False: none); ``pooled`` says that of the last layer only the token was computed that a feature is read from, of
+which ``official`` knows nothing. Counts that do not fit the configuration are a ValueError.
 """
 
 from __future__ import annotations
@@ -47,12 +52,9 @@ class Flops:
 
 
 def vit(config, lengths: Sequence[int], *, pruning: Pruning | bool = True) -> Flops:
-    """Cost of the vision tower for one image.
+    """Cost of the vision tower (a :class:`madtp.config.VisionConfig`) for one image.
 
-    `config` has image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, sd_num, sd_dim and map_func.
-    `lengths` are depth + 1 token counts, [CLS] included: before the first block, then after each block.
-    `pruning` is the rule that was active; True: MADTP, False: none. Raises ValueError if `lengths` does
-    not fit `config`. Source: the per-image formula verified against fvcore on the official vision tower.
+    Source: the per-image formula verified against fvcore on the official vision tower.
     """
     return _total(_vit_cost(config, _checked("lengths", lengths, config.depth), pruning))
 
@@ -62,10 +64,9 @@ def nlvr(
 ) -> Flops:
     """Cost of one BLIP-NLVR instance: two images, the text encoder with twin cross-attention, the head.
 
-    `config` has `.vision`, `.text` and `.merge_from`. `vision_lengths` is [depth + 1][2] (left, right),
-    `text_lengths` [num_hidden_layers + 1]: tokens before the first layer, then after each layer; lists or
-    integer tensors. `pruning` is the rule that was active; True: MADTP, False: none. Raises ValueError
-    if the lengths do not fit `config`.
+    Args:
+        vision_lengths: ``[depth + 1][2]``, left and right.
+        text_lengths: ``[num_hidden_layers + 1]``.
     """
     rows = [list(row) for row in _as_list(vision_lengths)]
     if any(len(row) != 2 for row in rows):
@@ -86,12 +87,10 @@ def nlvr(
 def caption(
     config, vision_lengths: Sequence[int], text_tokens: int, *, beams: int = 1, pruning: Pruning | bool = True
 ) -> Flops:
-    """Cost of one BLIP caption: the image, and the decoder that writes `text_tokens` tokens, [DEC] and prompt
-    included.
+    """Cost of one BLIP caption: the image, and the decoder that writes ``text_tokens`` tokens, [DEC] and prompt included.
 
-    `config` has `.vision` and `.text`; `vision_lengths` as `lengths` of `vit`. `official` has one pass of the
-    decoder over the text, as the official counter (a dense base model with 15 tokens: 65.72); `full` has one
-    per beam, with the image's keys and values computed once. Raises ValueError if the lengths do not fit.
+    `official` has one pass of the decoder over the text, as the official counter (a dense base model with 15 tokens: 65.72);
+    `full` has one per beam, with the image's keys and values computed once.
     """
     lengths = _checked("vision_lengths", vision_lengths, config.vision.depth)
     cost = _vit_cost(config.vision, lengths, pruning)
@@ -107,11 +106,8 @@ def vqa(
     beams: int = 1,
     pruning: Pruning | bool = True,
 ) -> Flops:
-    """Cost of one BLIP-VQA answer: the image, the question, and the decoder that writes `answer_tokens` tokens,
-    [DEC] included; of a ranking, the tokens of all candidates.
-
-    Arguments as in `nlvr` and `caption`. Raises ValueError if the lengths do not fit `config`.
-    """
+    """Cost of one BLIP-VQA answer: the image, the question, and the decoder that writes ``answer_tokens`` tokens, [DEC]
+    included; of a ranking, the tokens of all candidates. Beams as in :func:`caption`."""
     vision = _checked("vision_lengths", vision_lengths, config.vision.depth)
     text = _checked("text_lengths", text_lengths, config.text.num_hidden_layers)
     cost = _vit_cost(config.vision, vision, pruning)
@@ -130,11 +126,12 @@ def retrieval(
 ) -> Flops:
     """Cost of BLIP retrieval's parts at inference: the feature of an image, that of a text, a pair's match.
 
-    `image` and `text` are token counts before the first layer and after each, as in `vit` and `nlvr`; `match` is
-    the number of image tokens and the counts of the text that looks at them. Pairs that share an image share
-    its keys and values, which are counted for each here. MADTP's own figure for retrieval (153.2) is that of
-    a training step and has no counterpart. `pooled` as in `clip`. Raises ValueError if the lengths do not fit
-    `config`.
+    Pairs that share an image share its keys and values, which are counted for each here. MADTP's own figure for retrieval
+    (153.2) is that of a training step and has no counterpart.
+
+    Args:
+        image, text: token counts.
+        match: the number of image tokens, and the counts of the text that looks at them.
     """
     cost, layers = Counter(), config.text.num_hidden_layers
     if image is not None:
@@ -162,12 +159,11 @@ def clip(
 ) -> Flops:
     """Cost of CLIP's feature of an image and of that of a text.
 
-    `config` has `.vision`, `.text` and `.embed_dim`; `image` and `text` are token counts before the first block and
-    after each. `pruning` is the rule that was active; True: MADTP, False: none. Attention of text is counted
-    as if it were not causal, as the official counter does. MADTP's own figure (395.70) is that of a training step:
-    both towers at 336 px and 77 tokens twice, for the momentum copies, and the queues. `pooled`: of the last block
-    only the token was computed that the feature is read from; `official` knows nothing of it. Raises ValueError if
-    the lengths do not fit `config`.
+    Attention of text is counted as if it were not causal, as the official counter does. MADTP's own figure (395.70) is that
+    of a training step: both towers at 336 px and 77 tokens twice, for the momentum copies, and the queues.
+
+    Args:
+        image, text: token counts.
     """
     cost = Counter()
     if image is not None:

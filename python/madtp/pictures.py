@@ -76,7 +76,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. `source` names it, `reason` says why."""
+    """A picture that cannot be used: ``source`` names it, ``reason`` says why."""
 
     def __init__(self, source: str, reason: str):
         super().__init__(source, reason)
@@ -87,17 +87,20 @@ class ImageError(ValueError):
 
 
 def load_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture as a person would see it, as an 8-bit RGB PIL image.
+    """A picture as a person would see it, as an 8-bit RGB PIL image.
 
-    `source` is a path, the bytes of a file, or a PIL image. The EXIF orientation is applied; transparent
-    parts are laid over white, as an image viewer or a web page does (dropping alpha would reveal whatever
-    colour is stored beneath); 16-bit grey is scaled to 8 bits; palette, grey, CMYK become RGB; of an
-    animation the first frame is taken. Threads wait for each other where their pictures have more than
-    `MAX_PIXELS` together.
+    The EXIF orientation is applied; transparent parts are laid over white, as an image viewer or a web page does (dropping
+    alpha would reveal whatever colour is stored beneath); 16-bit grey is scaled to 8 bits; palette, grey, CMYK become RGB; of
+    an animation the first frame is taken. Threads wait for each other where their pictures have more than :data:`MAX_PIXELS`
+    together.
 
-    Raises ImageError, naming the source, if it is missing, not a regular file, unreadable, not an image,
-    damaged, truncated, larger than `max_pixels`, or of a kind without a defined range of values (32-bit
-    integer or float).
+    Args:
+        source: a path, the bytes of a file, or a PIL image.
+        max_pixels: of the largest picture that is decoded.
+
+    Raises:
+        ImageError: missing, not a regular file, unreadable, not an image, damaged, truncated, too large, or of a kind without
+            a defined range of values (32-bit integer or float).
     """
     with opened(source, max_pixels) as (image, _):
         return image

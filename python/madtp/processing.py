@@ -46,9 +46,11 @@ class TextError(ValueError):
 
 
 def clean_sentence(text: str, max_words: int = 40) -> str:
-    """A caption or statement as BLIP's data code prepares it: lower case, `.!"()*#:;~` become spaces, runs of
-    white space one space, ends trimmed, at most `max_words` words (30 for captions, 40 for NLVR). Raises
-    TextError if nothing is left.
+    """A caption or statement as BLIP's data code prepares it: lower case, ``.!"()*#:;~`` become spaces, runs of white space
+    one space, ends trimmed, at most ``max_words`` words (30 for captions, 40 for NLVR).
+
+    Raises:
+        TextError: nothing is left.
     """
     text = _PUNCTUATION.sub(" ", text.lower())
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
@@ -56,8 +58,11 @@ def clean_sentence(text: str, max_words: int = 40) -> str:
 
 
 def clean_question(text: str, max_words: int = 50) -> str:
-    """A question as BLIP's VQA data code prepares it: lower case, `.!"()*#:;~` deleted, trailing spaces
-    trimmed, at most `max_words` words. Raises TextError if nothing is left.
+    """A question as BLIP's VQA data code prepares it: lower case, ``.!"()*#:;~`` deleted, trailing spaces trimmed, at most
+    ``max_words`` words.
+
+    Raises:
+        TextError: nothing is left.
     """
     return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), max_words)
 
@@ -69,12 +74,14 @@ def _first_words(text: str, max_words: int) -> str:
 
 
 def load_tokenizer(source: str | os.PathLike):
-    """BERT WordPiece tokenizer with BLIP's two extra tokens, [DEC] (beginning of sentence) and [ENC], as the
-    last two.
+    """BERT WordPiece tokenizer with BLIP's two extra tokens, [DEC] (beginning of sentence) and [ENC], as the last two.
 
-    `source` is a directory (vocab.txt or tokenizer.json), a vocab.txt file, a Hugging Face hub id such as
-    "bert-base-uncased", or "demo": a bundled vocabulary of 200 entries that spells English text letter by
-    letter where it lacks a word. Raises ValueError if there is no vocabulary.
+    Args:
+        source: a directory (vocab.txt or tokenizer.json), a vocab.txt file, a Hugging Face hub id such as "bert-base-uncased",
+            or "demo": a bundled vocabulary of 200 entries that spells English text letter by letter where it lacks a word.
+
+    Raises:
+        ValueError: there is no vocabulary.
     """
     from transformers import BertTokenizer
 
@@ -95,9 +102,12 @@ def load_tokenizer(source: str | os.PathLike):
 def load_clip_tokenizer(source: str | os.PathLike):
     """CLIP's byte-pair tokenizer.
 
-    `source` is a directory (vocab.json and merges.txt, or tokenizer.json), a Hugging Face hub id such as
-    "openai/clip-vit-large-patch14", or "demo": CLIP's vocabulary without any merges, which spells texts byte by
-    byte. Raises ValueError if there is no vocabulary.
+    Args:
+        source: a directory (vocab.json and merges.txt, or tokenizer.json), a Hugging Face hub id such as
+            "openai/clip-vit-large-patch14", or "demo": CLIP's vocabulary without any merges, which spells texts byte by byte.
+
+    Raises:
+        ValueError: there is no vocabulary.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -121,7 +131,8 @@ def load_clip_tokenizer(source: str | os.PathLike):
 def load_padded_tokenizer(source: str | os.PathLike):
     """The tokenizer of a model whose texts are padded, SigLIP's or SigLIP 2's: whatever class its files name.
 
-    Raises ValueError if it cannot be loaded; SigLIP's needs the package sentencepiece.
+    Raises:
+        ValueError: it cannot be loaded; SigLIP's needs the package sentencepiece.
     """
     from transformers import AutoTokenizer
 
@@ -172,10 +183,14 @@ def _rules(tokenizer) -> dict:
 class Processor:
     """Turns pictures and sentences into a BLIP model's inputs.
 
-    image_size: side of the square of pixels. vocab_size and max_tokens: the model's word embedding rows and
-    positions. tokenizer: anything `load_tokenizer` takes, or a tokenizer object; it is loaded when first used,
-    by one thread. transform: how pictures become pixels; by default they are squashed, as BLIP's and MADTP's
-    are. Raises ValueError for a transform to another size.
+    Args:
+        image_size: side of the square of pixels.
+        vocab_size, max_tokens: the model's word embedding rows and positions.
+        tokenizer: anything :func:`load_tokenizer` takes, or a tokenizer object; it is loaded when first used, by one thread.
+        transform: how pictures become pixels; by default they are squashed, as BLIP's and MADTP's are.
+
+    Raises:
+        ValueError: a transform to another size.
     """
 
     default_tokenizer = "bert-base-uncased"
@@ -253,9 +268,8 @@ class Processor:
         return image if box == (0, 0, *image.size) else image.crop(box)
 
     def _ids(self, text: str, clean, first: str, truncate: int | None = None) -> torch.Tensor:
-        """Token ids int64 [L]: `first`, word pieces, [SEP]; at most `truncate` of them. Raises TextError if the
-        text is not a string, is empty or does not fit the model.
-        """
+        """Token ids int64 [L]: ``first``, word pieces, [SEP]; at most ``truncate`` of them. Raises TextError if the text is not
+        a string, is empty or does not fit the model."""
         if not isinstance(text, str):
             raise TextError(f"text must be a string, got {type(text).__name__}")
         tokenizer = self.tokenizer
@@ -284,12 +298,16 @@ class CLIPProcessor(Processor):
     """Images and texts for CLIP and its kin, each on its own.
 
     By default images are resized to a square like BLIP's, as MADTP's CLIP does; a model from elsewhere brings its own
-    `transform` (the original CLIP's is `ImageTransform.centre`). Texts of CLIP are not cleaned; for MADTP's results on
-    captions use `clean_sentence` first.
+    ``transform`` (the original CLIP's is ``ImageTransform.centre``). Texts of CLIP are not cleaned; for MADTP's results on
+    captions use :func:`clean_sentence` first.
 
-    tokenizer: anything `load_clip_tokenizer` takes, or a tokenizer object; for texts that are padded, anything that
-    transformers' AutoTokenizer takes. padded: texts are filled up to `max_tokens`, as SigLIP's were in training. clean: what
-    is done to texts first ("", "lower", "canonicalize"). patch: pictures may be of any size in multiples of this.
+    Args:
+        image_size, vocab_size, max_tokens, transform: as of :class:`Processor`.
+        tokenizer: anything :func:`load_clip_tokenizer` takes, or a tokenizer object; for texts that are padded, anything that
+            transformers' AutoTokenizer takes.
+        padded: texts are filled up to ``max_tokens``, as SigLIP's were in training.
+        clean: what is done to texts first ("", "lower", "canonicalize").
+        patch: pictures may be of any size in multiples of this.
     """
 
     default_tokenizer = "openai/clip-vit-large-patch14"

@@ -104,8 +104,7 @@ def vqa_accuracy(predictions: Mapping[int, str], references: Mapping[int, Sequen
 
 
 def check_same_keys(predictions: Mapping, references: Mapping, noun: str) -> None:
-    """Raise ValueError unless both mappings have the same keys, one at least. `noun` says what the keys stand
-    for."""
+    """Raise ValueError unless both mappings have the same keys, one at least; ``noun`` is what the keys stand for."""
     missing = [key for key in references if key not in predictions]
     unknown = [key for key in predictions if key not in references]
     if missing or unknown or not references:
