@@ -452,6 +452,8 @@ def assert_no_worse_than_torch(ours, eager, exact, magnitude, what):
     In small problems PyTorch may happen to hit the exact number. So that this does not count against a kernel, there is an
     absolute floor: four float32 roundings of the largest intermediate ``magnitude`` that enters the result, and one rounding
     of the largest result in its own dtype.
+
+    Where PyTorch's formula is further from ``exact`` than roundings go, one of the two is wrong, and the bound means nothing.
     """
     assert ours.shape == exact.shape, what
     if exact.numel() == 0:
@@ -466,6 +468,8 @@ def assert_no_worse_than_torch(ours, eager, exact, magnitude, what):
     assert (ours.isinf() == exact.isinf()).all(), what
     largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
     floor = 4 * torch.finfo(torch.float32).eps * magnitude + torch.finfo(ours.dtype).eps * largest
+    rounding = 1000 * torch.finfo(eager.dtype).eps * max(magnitude, largest)
+    assert error(eager) <= rounding, f"{what}: two formulas differ by {error(eager):.3g}, roundings by {rounding:.3g}"
     bound = 2 * error(eager) + floor
     assert error(ours) <= bound, f"{what}: error {error(ours):.3g}, PyTorch's {error(eager):.3g}, floor {floor:.3g}"
 

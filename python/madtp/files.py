@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -105,24 +106,38 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file to write. ``path`` is replaced by it when the ``with`` block ends well, and else stays what it was.
 
     Its content and its new name are on the disk before anything that follows. What a symbolic link points to is
-    replaced, not the link. Raises OSError if ``path`` is there and no regular file.
+    replaced, not the link. Who writes the same file at the same time waits. Raises OSError if ``path`` is there and no
+    regular file.
     """
     path = Path(os.path.realpath(path))
     if path.exists():
         _require(path, path.stat().st_mode, stat.S_ISREG)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with _alone(temporary) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            if path.exists():
+                shutil.copymode(path, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync(path.parent)
+
+
+def _alone(path: Path) -> BinaryIO:
+    """A file to write, empty, that nobody else has open this way; it may be left over from a process that was killed."""
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "wb")  # noqa: SIM115 (not truncated: another may be at it)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        file.close()  # whoever had it has given it its name, or removed it
 
 
 def sync(folder: str | os.PathLike) -> None:

@@ -71,6 +71,31 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
 
 
+def test_two_that_write_the_same_file_do_so_one_after_the_other(tmp_path):
+    """As two processes do whose command is the same; what one of them left when it was killed is in nobody's way."""
+    (tmp_path / "file.tmp").write_bytes(b"left over" * 99)
+    begun, order = threading.Event(), []
+
+    def second():
+        begun.wait(10)
+        with files.replacing(tmp_path / "file") as file:
+            order.append((tmp_path / "file").read_bytes())
+            file.write(b"second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with files.replacing(tmp_path / "file") as file:
+        file.write(b"first")
+        begun.set()
+        thread.join(0.2)
+        file.write(b", whole")
+    thread.join(10)
+    assert order == [b"first, whole"] and (tmp_path / "file").read_bytes() == b"second"
+    with pytest.raises(RuntimeError), files.replacing(tmp_path / "file"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"second"
+
+
 def test_only_regular_files_are_replaced(tmp_path, pipe):
     os.symlink(os.devnull, tmp_path / "null")
     for path in (pipe, tmp_path, tmp_path / "null"):

@@ -399,6 +399,9 @@ def test_help(command, mentioned, capsys):
         (["--model", "/absent"], "/absent: no such file"),
         (["--annotations", __file__], "not JSON"),
         (["--workers", "-1"], "--workers: expected"),
+        (["--rule", "temperature"], "--rule: expected NAME=VALUE, got 'temperature'"),
+        (["--method", "tome", "--rule", "nope=3"], "pruning: 'tome' has no setting 'nope'; it has "),
+        (["--annotations", os.devnull], "/dev/null: a device, not a regular file"),
     ],
 )
 def test_errors_are_one_line(data, options, reason, tmp_path, capsys):

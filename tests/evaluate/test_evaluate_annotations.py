@@ -211,7 +211,8 @@ def test_a_wrong_line_is_named(tmp_path, line, reason):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not JSON"),
+        (b"", "the file is empty"),
+        (b"\n \n", "the file is empty"),
         (b'[{"a": 1}', "not JSON"),
         (b'["\xff"]', "not JSON"),
         (b"null", "got null"),

@@ -389,6 +389,13 @@ def test_a_token_of_size_n_counts_as_n_copies(backend, generator):
     torch.testing.assert_close(received, together, atol=2e-6, rtol=2e-6)
     plain = attention(q, k, v, one, one, 4, 4, backend=backend)[0]
     assert (plain - out).abs().max() > 1e-3  # sizes do change the result
+    # Merged, it weighs as many, too; nobody has to say so.
+    x, into = normal(generator, 4, 16), torch.tensor([0, 0, 0, 3], dtype=torch.int32, device=DEVICE)
+    merged = merge_tokens(RaggedBatch(x, one, 4), into, sizes=sizes.float(), backend=backend)
+    into = torch.tensor([0] * 6 + [6], dtype=torch.int32, device=DEVICE)
+    apart = merge_tokens(RaggedBatch(x.repeat_interleave(sizes, 0), many, 7), into, backend=backend)
+    torch.testing.assert_close(merged.tokens.values[:2], apart.tokens.values[:2], atol=2e-6, rtol=2e-6)
+    assert merged.sizes[:2].tolist() == apart.sizes[:2].tolist() == [6, 1]
 
 
 # ---- lowest_tokens
@@ -440,3 +447,11 @@ def test_rows_beyond_the_samples_are_not_chosen(backend):
     count = torch.tensor([9], dtype=torch.int32, device=DEVICE)
     got = lowest_tokens(scores, count, offsets([3]), free=free, threshold=1.0, backend=backend)
     assert got.tolist() == [True, True, True, False, False]
+    scores = torch.tensor([0.0, 1.0, 2.0, 9.0, 9.0], device=DEVICE)  # what is left of another batch
+    for options in (
+        {"count": 9},
+        {"count": count},
+        {"count": None, "threshold": -1.0},
+        {"count": 0, "protected": free},
+    ):
+        assert top_tokens(scores, cu_seqlens=offsets([3]), **options).tolist() == [True, True, True, False, False]

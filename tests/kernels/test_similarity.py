@@ -311,3 +311,7 @@ def test_a_threshold_is_compared_in_the_precision_of_the_cosines(backend, genera
     below = attained - 1e-12
     into = [match_tokens(**case, threshold=value, backend=backend)[0] for value in (attained, below)]
     assert torch.equal(*into)
+    own = (similarity == attained).nonzero()[:, 0]
+    assert torch.equal(into[0][own].long(), own)  # not above itself
+    lower, _ = match_tokens(**case, threshold=attained - 1e-4, backend=backend)
+    assert (lower[own] != own).all()

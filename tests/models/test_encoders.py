@@ -435,7 +435,7 @@ def test_half_precision_weights_run_in_the_dtype_that_is_asked_for(saved, tmp_pa
 # ---- merged tokens --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["attention", "mean", "mean, normalised last", "class"])
+@pytest.mark.parametrize("kind", ["attention", "mean", "mean, registers", "mean, normalised last", "class"])
 @torch.inference_mode()
 def test_merging_likes_changes_no_pooled_vector(kind, generator):
     """A token that stands for three counts three times in a mean and in the attention head; one that stands for itself, once."""
@@ -448,6 +448,7 @@ def test_merging_likes_changes_no_pooled_vector(kind, generator):
         num_heads=4,
         sd_dim=64,
         class_token=pool != "attention",
+        registers=2 if "registers" in kind else 0,
         pool=pool,
         norm_after_pool=late,
     )
@@ -463,6 +464,9 @@ def test_merging_likes_changes_no_pooled_vector(kind, generator):
     close(tower.pool(together), tower.pool(apart).cpu())
     counted = tower.pool(dataclasses.replace(together, sizes=None))
     assert pool == "class" or (counted[0] - tower.pool(apart)[0]).abs().max() > 1e-3
+    if pool == "mean":  # of the patches: class token and registers are none
+        others = together.values.where((together.ids >= prefix)[:, None], 7.0)
+        close(tower.pool(together.with_values(others)), tower.pool(together).cpu())
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel", "Dinov2WithRegistersModel"])

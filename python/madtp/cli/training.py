@@ -92,7 +92,9 @@ def chosen_rule(pruning, options: TrainingOptions):
         raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {options.method!r}")
     settings = own.to_dict() if options.method in (None, own.name) else {"method": options.method}
     for setting in options.rule or ():
-        name, _, value = setting.partition("=")
+        name, found, value = setting.partition("=")
+        if not found:
+            raise ValueError(f"--rule: expected NAME=VALUE, got {setting!r}")
         try:
             settings[name] = json.loads(value)
         except ValueError:

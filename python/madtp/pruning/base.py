@@ -332,6 +332,9 @@ class Pruning:
         rules = {Pruning.name: Pruning, **METHODS}
         if name not in rules:
             raise ValueError(f"pruning: expected a method of {', '.join(rules)}, got {name!r}")
+        known = [field.name for field in dataclasses.fields(rules[name]) if field.init and field.name != "backend"]
+        for unknown in sorted(settings.keys() - {*known, "backend"}):
+            raise ValueError(f"pruning: {name!r} has no setting {unknown!r}; it has {', '.join(known)}")
         try:
             return rules[name](**settings)
         except TypeError as error:

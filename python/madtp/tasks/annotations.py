@@ -176,7 +176,10 @@ def _records(path, values) -> list[_Record]:
 
 def _content(path) -> bytes:
     with open_regular(path) as file:  # a pipe could be read only once
-        return file.read()
+        content = file.read()
+    if not content.strip():
+        raise AnnotationError(path, None, "the file is empty")
+    return content
 
 
 def first_object(path: str | os.PathLike) -> dict | None:
@@ -196,10 +199,7 @@ def _read_list(path) -> list[_Record]:
 
 def _read_lines(path) -> list[_Record]:
     lines = enumerate(_content(path).split(b"\n"), 1)
-    records = [_Record(path, number, _parse(path, line, number)) for number, line in lines if line.strip()]
-    if not records:
-        raise AnnotationError(path, None, "there are no records")
-    return records
+    return [_Record(path, number, _parse(path, line, number)) for number, line in lines if line.strip()]
 
 
 def _read_object(path, *keys: str) -> tuple[dict, dict[str, list[_Record]]]:
