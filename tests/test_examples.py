@@ -151,18 +151,19 @@ def test_visionzip(dtype):
     check(example("visionzip")(x, q, k, lse, 8, 5), expected)
 
 
+@pytest.mark.parametrize("window", [6, 1])  # with one, neighbours beyond the end of a sample would count
 @every_dtype
-def test_snapkv(dtype):
+def test_snapkv(dtype, window):
     _, q, k, lse = inputs(dtype, heads=4, key_heads=2, causal=True)
-    got = example("snapkv")(q, k, lse, offsets(LENGTHS), 64, capacity=16, window=6, kernel=5)
+    got = example("snapkv")(q, k, lse, offsets(LENGTHS), 64, capacity=16, window=window, kernel=5)
     for start, q_b, k_b in samples(q, k):
         length = len(q_b)
         keep = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
         if length >= 16:
-            votes = weights(q_b, k_b, causal=True)[:, -6:, :-6].sum(1)  # [H, L - w]
+            votes = weights(q_b, k_b, causal=True)[:, -window:, :-window].sum(1)  # [H, L - w]
             votes = torch.nn.functional.avg_pool1d(votes, 5, stride=1, padding=2).unflatten(0, (2, 2)).mean(1)
-            keep[:, :-6] = False
-            keep.scatter_(1, votes.topk(10, dim=1).indices, True)
+            keep[:, :-window] = False
+            keep.scatter_(1, votes.topk(16 - window, dim=1).indices, True)
         assert torch.equal(got[:, start : start + length], keep)
 
 
