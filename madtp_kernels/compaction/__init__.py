@@ -152,7 +152,14 @@ def compacted(result: tuple, longest: int, exact: bool, sizes: Tensor | None, we
     )
 
 
-_run = backends.dispatch("compact", "compaction")
+_dispatch = backends.dispatch("compact", "compaction")
+
+
+def _run(*args):
+    values, cu_out, ids_out, sizes_out, normed = _dispatch(*args)
+    # An operator returns tensors; the Triton kernel makes none that nobody asked for.
+    sizes_out = values.new_empty(0, dtype=torch.float32) if sizes_out is None else sizes_out
+    return values, cu_out, ids_out, sizes_out, values.new_empty(0) if normed is None else normed
 
 
 def _fake(

@@ -266,16 +266,15 @@ def _compact_kernel(
         )  # fmt: skip
 
 
-def empty_selection(capacity: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def empty_selection(cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what is decided for each token of a batch, int32: its place ``[C]`` among the rows of its sample (-1: dropped);
     numbers ``[C]`` of those dropped, packed from the start of each sample on; rows ``[B]`` of each sample.
     """
-    places = torch.empty(capacity, dtype=torch.int32, device=device)
-    return places, torch.empty_like(places), torch.empty(batch, dtype=torch.int32, device=device)
+    make = cu_seqlens.new_empty
+    return make(capacity), make(capacity), make(cu_seqlens.shape[0] - 1)
 
 
 def _selection(
-    device: torch.device,
     capacity: int,
     batch: int,
     max_seqlen: int,
@@ -291,7 +290,7 @@ def _selection(
     longest_bits = max_seqlen.bit_length()
 
     def run(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep):
-        places, dropped, rows_out = empty_selection(capacity, batch, device)
+        places, dropped, rows_out = empty_selection(cu_seqlens, capacity)
         if by_threshold and not grouped:
             by_own_threshold(importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens)
             return places, dropped, rows_out
@@ -341,17 +340,18 @@ def compact(
     exact: bool,
     selection: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Callable:
-    """values, cu_out, ids_out, sizes_out, normed; see the public operation for the contract.
+    """values, cu_out, ids_out, sizes_out, normed, the last two None where not asked for; see the public operation for the
+    contract.
 
     ``selection``: what was decided before, as :func:`empty_selection` has it.
     """
-    (capacity, width), device, batch = x.shape, x.device, cu_seqlens.shape[0] - 1
+    (capacity, width), batch = x.shape, cu_seqlens.shape[0] - 1
     sized, with_norm = sizes is not None, norm_weight is not None
     block_d = block(width)
     copy_rows, chunk = _blocks(block_d, with_norm)
     slots = cdiv(max_seqlen, chunk)
     numbers = (x.stride(0), batch, slots, merged_id, norm_eps, width)
-    choose = _selection(device, capacity, batch, max_seqlen, threshold is not None, groups is not None)
+    choose = _selection(capacity, batch, max_seqlen, threshold is not None, groups is not None)
     move = Launch(
         _compact_kernel, batch + batch * slots,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
@@ -362,14 +362,16 @@ def compact(
         x, importance, threshold, keep_count, cu_seqlens, max_seqlen, protected, groups, min_keep, ids, sizes, merged_id,
         norm_weight, norm_bias, norm_eps, exact, selection=None,
     ):  # fmt: skip
-        values = torch.empty_like(x, memory_format=torch.contiguous_format)
-        cu_out = torch.empty_like(cu_seqlens)
-        ids_out = torch.empty(capacity, dtype=torch.int32, device=device)
-        sizes_out = torch.empty(capacity if sized else 0, dtype=torch.float32, device=device)
-        normed = torch.empty_like(values) if with_norm else x.new_empty(0)
+        values, cu_out, ids_out = (
+            x.new_empty(capacity, width),
+            torch.empty_like(cu_seqlens),
+            cu_seqlens.new_empty(capacity),
+        )
+        sizes_out = importance.new_empty(capacity) if sized else None
+        normed = torch.empty_like(values) if with_norm else None
         if batch == 0:
             rows = 0 if exact else capacity
-            return values[:rows], cu_out.zero_(), ids_out[:rows], sizes_out[:rows], normed[:rows]
+            return _first(rows, values, cu_out.zero_(), ids_out, sizes_out, normed)
         if selection is None:
             protected = None if protected is None else protected.view(torch.uint8)
             selection = choose(importance, threshold, keep_count, cu_seqlens, protected, groups, min_keep)
@@ -380,7 +382,12 @@ def compact(
         )  # fmt: skip
         if exact:
             rows = int(cu_out[-1])  # the one wait for the device, asked for by `exact`
-            return values[:rows], cu_out, ids_out[:rows], sizes_out[:rows], normed[:rows]
+            return _first(rows, values, cu_out, ids_out, sizes_out, normed)
         return values, cu_out, ids_out, sizes_out, normed
 
     return run
+
+
+def _first(rows: int, values: Tensor, cu_out: Tensor, *per_row: Tensor | None) -> tuple:
+    """Results without their rows from ``rows`` on."""
+    return values[:rows], cu_out, *(None if t is None else t[:rows] for t in per_row)

@@ -193,7 +193,7 @@ def attention_importance(
     key_bias: Tensor | None,
 ) -> Callable:
     """received and cls, float32 ``[C]``; see the public operation for the contract."""
-    (capacity, heads, head_dim), device = q.shape, q.device
+    capacity, heads, head_dim = q.shape
     batch = cu_seqlens.shape[0] - 1
     if batch == 0 or capacity == 0:
         return lambda q, *rest: (q.new_empty(capacity, dtype=torch.float32), q.new_empty(capacity, dtype=torch.float32))
@@ -224,9 +224,8 @@ def attention_importance(
     )
 
     def run(q, k, out, lse, cu_seqlens, max_seqlen, scale, causal, key_bias):
-        received = torch.empty(capacity, dtype=torch.float32, device=device)
-        cls = torch.empty_like(received)
-        partial = torch.empty(query_blocks, capacity, dtype=torch.float32, device=device) if split else None
+        received, cls = lse.new_empty(capacity), lse.new_empty(capacity)
+        partial = lse.new_empty(query_blocks, capacity) if split else None
         recompute(q, k, out, lse, key_bias, received, cls, partial, cu_seqlens, *sizes)
         if split:
             add_blocks(partial, received, cu_seqlens, capacity, token_blocks)

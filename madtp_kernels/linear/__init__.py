@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, repeats
+from ..normalization import layer_norm
 from ..ragged import RaggedBatch
 from ..registration import call, define, differentiate
 from . import reference
@@ -29,9 +30,10 @@ def linear(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor | None, float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``activation(x weight^T + bias) + residual`` for the first ``T = cu_seqlens[B]`` rows of x.
+    """``activation(x weight^T + bias) + residual`` for the first ``T = cu_seqlens[B]`` rows of x, and its LayerNorm.
 
     After a layer has pruned, T is known to the device only. The Triton kernel reads it there, so that its time follows the
     tokens, not the buffer; so does the CPU kernel. The reference and "cuda" multiply all C rows.
@@ -47,6 +49,8 @@ def linear(
         activation: None, "gelu" (exact, by erf), "gelu_tanh" (its approximation by tanh, SigLIP's), "quick_gelu"
             (``z sigmoid(1.702 z)``, CLIP's) or "silu" (``z sigmoid(z)``).
         residual: ``[C, out]`` in the dtype of x, added last.
+        norm: ``(weight [out], bias [out] or None, eps)`` of a LayerNorm that follows: the result is that of
+            :func:`~madtp_kernels.layer_norm`, whose call is spared.
         backend: force "reference", "cpu", "triton" or "cuda"; by default chosen from the device.
 
     Returns:
@@ -58,15 +62,26 @@ def linear(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         BackendError: a backend asked for by name cannot run.
     """
-    key = repeats.signature(linear, (x, weight, bias, cu_seqlens, residual), (activation, backend))
-    if repeat := repeats.find(key):
-        return repeat(x, weight, bias, cu_seqlens, activation or "", residual)
+    if norm is None:
+        key = repeats.signature(linear, (x, weight, bias, cu_seqlens, residual), (activation, backend))
+        if repeat := repeats.find(key):
+            return repeat(x, weight, bias, cu_seqlens, activation or "", residual)
+    else:
+        if not isinstance(norm, tuple) or len(norm) != 3:
+            raise ValueError(f"norm: expected (weight, bias, eps), got {checks.describe(norm)}")
+        gain, shift, eps = norm
+        key = repeats.signature(
+            linear, (x, weight, bias, cu_seqlens, residual, gain, shift), (activation, eps, backend)
+        )
+        if repeat := repeats.find(key):
+            return repeat(x, weight, bias, cu_seqlens, activation or "", residual, gain, shift, float(eps))
     checks.floats("x", x, 2, "[C, in]")
     checks.tensor("weight", weight, (None, x.shape[1]), "[out, in]", x.dtype, x.device)
     if bias is not None:
         checks.tensor("bias", bias, (weight.shape[0],), "[out]", x.dtype, x.device)
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+        key = None  # the next call without offsets has to make its own
     else:
         checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
     if activation is not None and activation not in ACTIVATIONS:
@@ -74,13 +89,25 @@ def linear(
         raise ValueError(f"activation: expected None or one of {names}, got {checks.describe(activation)}")
     if residual is not None:
         checks.tensor("residual", residual, (x.shape[0], weight.shape[0]), "[C, out]", x.dtype, x.device)
+    if norm is not None:
+        checks.tensor("norm weight", gain, (weight.shape[0],), "[out]", checks.FLOATS, x.device)
+        if shift is not None:
+            checks.tensor("norm bias", shift, (weight.shape[0],), "[out]", checks.FLOATS, x.device)
+        checks.positive("norm eps", eps)
     result = call(
         "linear", checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
         activation or "", checks.unit_stride(residual), backend or "",
     )  # fmt: skip
-    if cu_seqlens is not None:
+    if norm is None:
         repeats.remember(key, backend, x, ("linear", "linear"))
+        return result
+    result = layer_norm(result, gain, shift, cu_seqlens, eps, backend=backend)
+    repeats.remember(key, backend, x, ("linear", "linear"), ("layer_norm", "normalization"), run=_normed)
     return result
+
+
+def _normed(multiply, normalise, x, weight, bias, cu_seqlens, activation, residual, gain, shift, eps) -> Tensor:
+    return normalise(multiply(x, weight, bias, cu_seqlens, activation, residual), gain, shift, cu_seqlens, eps)
 
 
 def linear_pair(

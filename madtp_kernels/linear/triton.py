@@ -253,7 +253,7 @@ def _product(
     residual: Tensor | None,
 ) -> Callable:
     """What multiplies tensors like these by a tile of one's choice; see :func:`madtp_kernels.triton_utils.prepared`."""
-    (capacity, width), columns, dtype, device = x.shape, weight.shape[0], x.dtype, x.device
+    (capacity, width), columns, dtype = x.shape, weight.shape[0], x.dtype
     programs = min(tile.count(capacity, columns), multiprocessors(x) * tile.programs)
     if programs == 0:
         return lambda x, *rest: x.new_empty(capacity, columns)
@@ -277,7 +277,7 @@ def _product(
     )  # fmt: skip
 
     def run(x, weight, bias, cu_seqlens, activation, residual):
-        out = torch.empty(capacity, columns, dtype=dtype, device=device)
+        out = x.new_empty(capacity, columns)  # in less time than `torch.empty` reads dtype and device
         start(x_tiles(x), weight_tiles(weight), bias, residual_tiles(residual), out_tiles(out), cu_seqlens, *sizes)
         return out
 
@@ -311,7 +311,7 @@ def _pair(
     form: str,
 ) -> Callable:
     """What runs :func:`linear_pair` for tensors like these by a tile of one's choice."""
-    (capacity, width), columns, dtype, device = x.shape, weight.shape[0], x.dtype, x.device
+    (capacity, width), columns, dtype = x.shape, weight.shape[0], x.dtype
     batch = (cu_seqlens.shape[0] - 1) // (1 if form == "both" else 2)
     shape = reference.pair_shape(capacity, columns, form)
     # Each half may end with a tile of its own.
@@ -330,8 +330,8 @@ def _pair(
     )  # fmt: skip
 
     def run(x, weight, other_weight, bias, other_bias, cu_seqlens, form):
-        out = torch.empty(shape, dtype=dtype, device=device)
-        offsets = torch.empty(2 * batch + 1, dtype=torch.int32, device=device) if form == "both" else None
+        out = x.new_empty(shape)
+        offsets = cu_seqlens.new_empty(2 * batch + 1) if form == "both" else None
         if batch and programs and capacity:  # a descriptor of no row is refused
             start(
                 x_tiles(x), weight_tiles(weight), other_tiles(other_weight), bias, other_bias, out, offsets, cu_seqlens, *sizes

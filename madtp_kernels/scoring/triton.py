@@ -296,7 +296,7 @@ def score_tokens(
     With a ``selection``, which is (protected ``[C]``, min_keep ``[B]``) of :func:`madtp_kernels.compact`, also what its first
     launch leaves: see :func:`madtp_kernels.compaction.triton.compact`.
     """
-    (capacity, width), device = x.shape, x.device
+    capacity, width = x.shape
     entries = dictionary.shape[0]
     batch = cu_seqlens.shape[0] - 1
     block_j, block_k, warps, stages = _blocks(x.dtype)
@@ -318,15 +318,14 @@ def score_tokens(
     statistics = (capacity // block_j + batch, STATISTICS.value, padded)
 
     def run(x, dictionary, received, cls, cu_seqlens, max_seqlen, temperature, bias, selection=None):
-        importance = torch.empty(capacity, dtype=torch.float32, device=device)
-        threshold = torch.empty(batch, dtype=torch.float32, device=device)
+        importance, threshold = received.new_empty(capacity), received.new_empty(batch)
         protected = min_keep = selected = None
         if selection is not None:
             protected, min_keep = selection
             protected = None if protected is None else protected.view(torch.uint8)
-            selected = empty_selection(capacity, batch, device)
+            selected = empty_selection(cu_seqlens, capacity)
         if batch:
-            left = torch.empty(statistics, dtype=torch.float32, device=device)
+            left = received.new_empty(statistics)
             chooses = (protected, min_keep, *(selected or _NOTHING))
             score(x, dictionary, bias, received, cls, importance, threshold, left, *chooses, cu_seqlens, *sizes)
             if not one_launch:

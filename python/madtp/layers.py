@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from madtp_kernels import RaggedBatch, attention, attention_received, attention_with_importance, layer_norm
 from madtp_kernels.segments import sample_of
 
-from .linear import Linear, project
+from .linear import Linear, project, watched
 from .pruning import Pruning, Tokens
 
 
@@ -31,11 +31,22 @@ class LayerNorm(nn.LayerNorm):
                 return x.normed[1]
             x, tokens = x.values, x
         if tokens is not None and tokens.bound and x.is_cuda and not torch.is_autocast_enabled("cuda"):
-            own = self._parameters  # where `self.weight` looks last
-            weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (the slow way only where needed)
-            bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-            return layer_norm(x, weight, bias, tokens.cu_seqlens, self.eps)
+            weight, bias, eps = self.affine
+            return layer_norm(x, weight, bias, tokens.cu_seqlens, eps)
         return super().forward(x)
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor, float]:
+        """The weight ``[D]``, the bias ``[D]`` and eps as they are now."""
+        own = self._parameters  # where `self.weight` looks last
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (the slow way only where needed)
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        return weight, bias, self.eps
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling it with tokens does what its class does, and nobody watches."""
+        return type(self) is LayerNorm and not watched(self)
 
 
 class Attention(NamedTuple):

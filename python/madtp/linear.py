@@ -61,9 +61,19 @@ class Linear(nn.Linear):
     @property
     def is_plain(self) -> bool:
         """Whether calling it does what :func:`project` does with :attr:`affine`, and nobody watches."""
-        own = self.__dict__
-        watched = "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
-        return type(self) is Linear and not watched
+        return type(self) is Linear and not watched(self)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calling a module does something besides its class's ``forward``: hooks, or another ``forward``."""
+    own = module.__dict__
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or nn.modules.module._global_forward_hooks
+        or nn.modules.module._global_forward_pre_hooks
+    )
 
 
 class ScaledLinear(Linear):
@@ -110,17 +120,37 @@ def project(
     return y if residual is None else y + residual
 
 
+def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, tokens: RaggedBatch) -> Tensor:
+    """norm(residual + layer(x)) for ``x [C, in]``, the rows of ``tokens``; ``norm`` is a :class:`madtp.layers.LayerNorm`.
+
+    On a GPU one call serves both, where nobody watches the modules.
+    """
+    if x.is_cuda and tokens.bound and layer.is_plain and norm.is_plain and not torch.is_autocast_enabled("cuda"):
+        return linear(x, *layer.affine, tokens.cu_seqlens, residual=residual, norm=norm.affine)
+    return norm(layer(x, residual=residual, tokens=tokens), tokens)
+
+
 def mlp(
-    x: Tensor, first: Linear, second: Linear, residual: Tensor, activation: str = "gelu", *, tokens: RaggedBatch
+    x: Tensor,
+    first: Linear,
+    second: Linear,
+    residual: Tensor,
+    activation: str = "gelu",
+    *,
+    tokens: RaggedBatch,
+    norm: nn.LayerNorm | None = None,
 ) -> Tensor:
-    """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``."""
-    if x.shape[0] <= MLP_ROWS or _cpu_product(x, first.weight, residual) is None:
-        return second(first(x, activation=activation, tokens=tokens), residual=residual, tokens=tokens)
+    """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``; with ``norm`` its LayerNorm."""
+    if x.is_cuda or x.shape[0] <= MLP_ROWS or _cpu_product(x, first.weight, residual) is None:
+        hidden = first(x, activation=activation, tokens=tokens)
+        if norm is not None:
+            return normed(hidden, second, norm, residual, tokens)
+        return second(hidden, residual=residual, tokens=tokens)
     out = torch.empty_like(residual)
     for rows in range(0, x.shape[0], MLP_ROWS):
         chunk = slice(rows, rows + MLP_ROWS)
         out[chunk] = second(first(x[chunk], activation=activation), residual=residual[chunk])
-    return out
+    return out if norm is None else norm(out, tokens)
 
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, backends_here, missing, normal, offsets, spare_rows
 
 import madtp_kernels
-from madtp_kernels import BackendError, backends, linear
+from madtp_kernels import BackendError, backends, layer_norm, linear
 from madtp_kernels.linear import reference
 
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "silu"]
@@ -66,6 +66,50 @@ def assert_accurate(got, case):
 
 
 # ---- values
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@every_backend
+def test_a_norm_that_follows_is_layer_norm(backend, shift, generator):
+    case = case_of(generator, spare=3)
+    gain, bias = normal(generator, 40), normal(generator, 40) if shift else None
+    got = linear(**case, norm=(gain, bias, 1e-6), backend=backend)
+    apart = layer_norm(linear(**case, backend=backend), gain, bias, case["cu_seqlens"], 1e-6, backend=backend)
+    rows = tokens_of(case)
+    assert torch.equal(got[:rows], apart[:rows])
+    expected = torch.nn.functional.layer_norm(
+        formula(**case), (40,), *(t if t is None else t.double() for t in (gain, bias))
+    )
+    torch.testing.assert_close(got[:rows].double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_gradients_flow_through_a_norm_that_follows(generator):
+    case = doubled(case_of(generator, lengths=[2, 1], width=3, columns=4))
+    names = ("x", "weight", "bias", "residual")
+    leaves = [case[name].requires_grad_() for name in names] + [normal(generator, 4).double().requires_grad_()]
+
+    def function(*tensors):
+        return linear(**case | dict(zip(names, tensors, strict=False)), norm=(tensors[4], None, 1e-6))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize(
+    "norm, message",
+    [
+        (torch.ones(40), r"norm: expected \(weight, bias, eps\)"),
+        ((torch.ones(40), None), r"norm: expected \(weight, bias, eps\)"),
+        ((torch.ones(39), None, 1e-6), r"norm weight: expected \[out\]"),
+        ((None, None, 1e-6), "norm weight: expected"),
+        ((torch.ones(40), torch.ones(41), 1e-6), r"norm bias: expected \[out\]"),
+        ((torch.ones(40), None, 0.0), "norm eps: expected a finite number > 0"),
+    ],
+    ids=["tensor", "pair", "weight", "no weight", "bias", "eps"],
+)
+def test_a_norm_that_does_not_fit(norm, message, generator):
+    norm = tuple(t.to(DEVICE) if torch.is_tensor(t) else t for t in norm) if isinstance(norm, tuple) else norm
+    with pytest.raises(ValueError, match=message):
+        linear(**case_of(generator), norm=norm)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

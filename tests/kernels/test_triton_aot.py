@@ -419,7 +419,12 @@ def repeated_calls():
     call(linear, x, weight, None, cu)
     repeats.forget()
     call(linear, x, weight, None, cu)
+    for _ in range(2):
+        call(linear, x, weight, None, None)  # offsets are made each time
 
+    normed = {"residual": torch.zeros(9, 32, dtype=x.dtype), "norm": (weight[:, 0].contiguous(), None, 1e-6)}
+    for _ in range(4):
+        call(linear, x, weight, None, cu, **normed)
     tokens, scores, ids = RaggedBatch(x, cu, 8, bound=True), torch.zeros(9), torch.zeros(9, dtype=torch.int32)
     for _ in range(4):
         call(prune, tokens, x, weight, scores, scores.clone(), 1.0, ids=ids, norm=(weight[0], None, 1e-6), exact=False)
@@ -509,6 +514,10 @@ def test_launch_runs_compiled_kernels_unless_somebody_watches(answers):
 def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     """Columns: launched by Triton, run directly, looked up, with the tensors of this call."""
     *linears, first, second, third, fourth, message = answers["repeats"]
+    *linears, bare, bare_again = linears[:-4]
+    assert bare == bare_again == [0, 1, 1, True]
+    with_norm = answers["repeats"][-9:-5]
+    assert [row[:3] for row in with_norm] == [[1, 1, 2], [0, 2, 2], [0, 2, 0], [0, 2, 0]] and with_norm[-1][3]
     assert linears[:4] == [[1, 0, 1, False], [0, 1, 1, True], [0, 1, 0, True], [0, 1, 0, True]]
     unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again, forgotten = linears[4:]
     assert unaligned[:3] == [1, 0, 1] and with_residual[:3] == [1, 0, 1]

@@ -7,12 +7,15 @@ import pytest
 import torch
 from compression import TEXT, VISION
 
+import madtp.layers
+import madtp.linear
 from madtp import NLVRConfig
 from madtp.pruning import METHODS, Pruning
 from madtp.tasks import TASKS
 from madtp.text import Layer
 from madtp.vision import Block
 from madtp.weights import randomize
+from madtp_kernels import RaggedBatch
 
 FORWARDS = {kind.forward.__code__: kind.__name__ for kind in (Block, Layer)}
 
@@ -57,3 +60,35 @@ def test_a_layer_is_a_figure(kind):
     source = inspect.getsource(kind.forward)
     body = source.split('"""')[2].strip("\n").splitlines()
     assert 1 < len([line for line in body if line.strip()]) <= 15
+
+
+def test_what_one_call_does_on_a_gpu_is_done_apart_where_modules_are_watched(generator, monkeypatch):
+    """Of a linear layer and the LayerNorm behind it; the tensors claim to lie on a GPU."""
+    calls, seen = [], []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(madtp.linear, "linear", lambda x, *_, **options: calls.append("norm" in options) or x)
+    monkeypatch.setattr(madtp.layers, "layer_norm", lambda x, *_: x)
+    dense, norm = madtp.linear.Linear(4, 4), madtp.layers.LayerNorm(4)
+    x = torch.randn(3, 4, generator=generator)
+    tokens = RaggedBatch.unchecked(x, torch.tensor([0, 2], dtype=torch.int32), 2, True)
+
+    def together():
+        calls.clear(), seen.clear()
+        with torch.no_grad():
+            madtp.linear.normed(x, dense, norm, x, tokens)
+        return calls[0]
+
+    note = lambda module, *_: seen.append(module)
+    everywhere = torch.nn.modules.module.register_module_forward_hook
+    assert together()
+    for watch, modules in [
+        (dense.register_forward_hook, [dense]),
+        (norm.register_forward_pre_hook, [norm]),
+        (everywhere, [dense, norm]),
+    ]:
+        handle = watch(note)
+        assert not together() and seen == modules
+        handle.remove()
+    assert together()
+    monkeypatch.setattr(norm, "forward", lambda x, tokens: seen.append(norm))
+    assert not together() and seen == [norm]
