@@ -162,11 +162,12 @@ for chosen in $stages; do
         gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;
         same-sample | same-bfloat16) measure "$chosen" 40 ;;
         counters) counters ;;
-        memcheck | racecheck) sanitize "$chosen" 50 ;;
+        memcheck) sanitize "$chosen" 60 ;;
+        racecheck) sanitize "$chosen" 100 ;;
         conformance) run_tests conformance 60 tests/test_conformance.py ;;
         operation-tests)
-            run_tests operation-tests 80 tests/kernels/test_{linear,linear_pair,merging,similarity,operators,contracts,ragged}.py \
-                tests/test_batch_invariance.py
+            run_tests operation-tests 80 tests/kernels/test_{linear,linear_pair,merging,similarity,received,ragged_rows}.py \
+                tests/kernels/test_{grouped_queries,operators,contracts,ragged}.py tests/test_batch_invariance.py
             ;;
         model-tests) run_tests model-tests 60 tests/models/test_{model,tasks,clip}.py tests/patch/test_patch.py ;;
         bench-*) records "${chosen#bench-}" 120 ;;

@@ -55,7 +55,9 @@ from madtp_kernels import (
     merge_scores,
     merge_tokens,
     nearest_kept,
+    prune,
     repeats,
+    unmerge,
 )
 
 HERE = Path(__file__).resolve()
@@ -640,6 +642,8 @@ def small(log: Log) -> None:
                     pairs = zip(helpers.run(op, case, backend), exact, strict=True)
                     errors = [(a.double() - b.double()).abs().nan_to_num(0).max().item() for a, b in pairs if b.numel()]
                     log.write(op, **facts, largest_errors=errors)
+        with log.guarding("rows and layers", dtype=str(dtype)):
+            _small_rows_and_layers(log, dtype, kernels[0])
         with log.guarding("linear", dtype=str(dtype)):
             if not ON_GPU:
                 continue
@@ -658,6 +662,27 @@ def small(log: Log) -> None:
                     exact = F.gelu(x[:212].double() @ weight.double().mT) + residual[:212].double()
                     facts = {"dtype": str(dtype), "tile": [*tile], "width": width, "columns": columns}
                     log.write("linear", **facts, relative_error=relative_error(ours, exact))
+
+
+def _small_rows_and_layers(log: Log, dtype: torch.dtype, backend: str) -> None:
+    """Selection by scoring, which a second call of the same shapes takes; merging; two layers in one launch."""
+    lengths = [0, 1, 2, 3, 0, 17, 64, 65, 129, 0]
+    cu, tokens = inputs.packed(inputs.tokens([281], 1, dtype=dtype, seed=1), [281]).cu_seqlens, 281
+    x = inputs.packed(inputs.tokens([tokens], 64, dtype=dtype, seed=2), lengths)
+    entries, weights = inputs.tokens([30], 64, dtype=dtype, seed=3), inputs.tokens([128], 64, dtype=dtype, seed=4).chunk(2)
+    scores = inputs.tokens([tokens], 1, dtype=torch.float32, seed=5)[:, 0].exp()
+    for _ in range(2):
+        pruned = prune(x, x.values, entries, scores, scores / 129, 20.0, exact=False, backend=backend).compacted
+    keep = scores > 1
+    into = nearest_kept(x.values, keep, x.cu_seqlens, x.max_seqlen, backend=backend)
+    merged = merge_tokens(x, into, append="mean", carry=(pruned.ids,), exact=False, backend=backend)
+    layer_norm(merged.tokens.values, entries[0], None, merged.tokens.cu_seqlens, backend=backend)
+    unmerge(merged.tokens.values, merged.rows, x.cu_seqlens, backend=backend)
+    pair = linear_pair(x, weights, (None, None), form="both", backend=backend)
+    linear_pair(pair, weights, (None, None), form="columns", backend=backend)
+    linear(x.values, weights[0], None, cu, norm=(entries[0], None, 1e-6), backend=backend)
+    _wait()
+    log.write("rows and layers", dtype=str(dtype), rows=int(pruned.tokens.cu_seqlens[-1]))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
