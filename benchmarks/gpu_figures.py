@@ -669,7 +669,10 @@ def _small_rows_and_layers(log: Log, dtype: torch.dtype, backend: str) -> None:
     lengths = [0, 1, 2, 3, 0, 17, 64, 65, 129, 0]
     cu, tokens = inputs.packed(inputs.tokens([281], 1, dtype=dtype, seed=1), [281]).cu_seqlens, 281
     x = inputs.packed(inputs.tokens([tokens], 64, dtype=dtype, seed=2), lengths)
-    entries, weights = inputs.tokens([30], 64, dtype=dtype, seed=3), inputs.tokens([128], 64, dtype=dtype, seed=4).chunk(2)
+    entries, weights = (
+        inputs.tokens([30], 64, dtype=dtype, seed=3),
+        inputs.tokens([128], 64, dtype=dtype, seed=4).chunk(2),
+    )
     scores = inputs.tokens([tokens], 1, dtype=torch.float32, seed=5)[:, 0].exp()
     for _ in range(2):
         pruned = prune(x, x.values, entries, scores, scores / 129, 20.0, exact=False, backend=backend).compacted
