@@ -157,11 +157,12 @@ def standing(trace, sample, count):
 @pytest.mark.parametrize("rule", PRUNERS)
 @pytest.mark.parametrize("name", ["ViTModel", "Siglip2VisionModel"])
 @torch.inference_mode()
-def test_every_patch_has_a_row_whatever_the_rule(name, rule, generator):
+def test_every_patch_has_a_row_whatever_the_rule(name, rule):
     """That of the token it was merged into, or of the one that was made of all that were dropped."""
     if name.startswith("Siglip2") and rule in ("madtp", "evit"):
         pytest.skip("no class token")
-    model, given = theirs(name), inputs(name, generator)
+    # Not every picture loses tokens by every rule: these do.
+    model, given, dropped = theirs(name), inputs(name, torch.Generator().manual_seed(3)), 0
     before = model(**given).last_hidden_state
     madtp.apply_patch(model, pruning=PRUNERS[rule])
     engine = model._madtp
@@ -174,9 +175,10 @@ def test_every_patch_has_a_row_whatever_the_rule(name, rule, generator):
     assert (last[~mask] == 0).all()
     for sample in range(3):
         rows = standing(trace, sample, int(mask[sample].sum()))
-        assert len(set(rows)) < len(rows), "something was dropped"
+        dropped += len(rows) - len(set(rows))
         begin, end = tokens.cu_seqlens[sample : sample + 2].tolist()
         assert torch.equal(last[sample, mask[sample]], normed[begin:end][rows])
+    assert dropped
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
