@@ -349,7 +349,7 @@ def check_compaction(arguments):
     rows = int(cu_out[-1])
     assert (sizes is None, normed is None) == (arguments[10] is None, arguments[12] is None)
     for mine, reference in zip((values, ids, sizes, normed), (expected[0], *expected[2:]), strict=True):
-        assert mine is None or mine.shape == reference.shape and mine.dtype == reference.dtype
+        assert mine is None or (mine.shape == reference.shape and mine.dtype == reference.dtype)
     assert torch.equal(ids[:rows], expected[2][:rows])
     # A float32 sum in another order, then one rounding to the dtype, which may fall the other way.
     close = {"rtol": torch.finfo(values.dtype).eps, "atol": 5e-6}
