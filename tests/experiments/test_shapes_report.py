@@ -74,9 +74,9 @@ def write_times(folder: Path) -> None:
     """Times of a dense and a pruned model."""
     record = {
         "dtype": "float32", "batch": 64, "statements": 64, "rounds": 5, "subject": "dense",
-        "gflops_per_statement": {"dense": 0.5, "madtp-0.8-0": 0.1},
-        "milliseconds": {"dense": 640.0, "madtp-0.8-0": 160.0},
-        "quartile_milliseconds": {"dense": [600.0, 700.0], "madtp-0.8-0": [128.0, 192.0]},
+        "gflops_per_statement": {"dense": 0.5, "madtp-0.8-0-1000": 0.1},
+        "milliseconds": {"dense": 640.0, "madtp-0.8-0-1000": 160.0},
+        "quartile_milliseconds": {"dense": [600.0, 700.0], "madtp-0.8-0-1000": [128.0, 192.0]},
     }  # fmt: skip
     environment = {"device": "a machine", "threads": 2, "torch": "2.13.0", "commit": "abc"}
     (folder / "timing-cpu.json").write_text(json.dumps({"environment": environment, "records": [record]}))
@@ -139,11 +139,11 @@ def test_methods_stand_beside_the_best_one_of_as_many_steps(report, tmp_path):
 
 
 def test_records_of_the_trainer_before_are_named_as_such(report, tmp_path):
-    settings = {"method": "random", "reduction": 0.8, "seed": 0, "steps": 90, "pairs": 16, "lr": 0.1}
-    write(tmp_path, "random-0.8-0", 0.6, settings)
-    run(tmp_path, "madtp", 0.8, 0, 0.9, steps=91)
+    settings = {"method": "vision-only", "reduction": 0.8, "seed": 0, "steps": 90, "pairs": 16, "lr": 0.1}
+    write(tmp_path, "vision-only-0.8-0", 0.6, settings)
+    run(tmp_path, "madtp", 0.8, 0, 0.9, "-1000", steps=91)
     text = made(report, tmp_path)
-    assert row(text, "overall", "random, earlier trainer")["steps"] == "90"
+    assert row(text, "overall", "vision only, earlier trainer")["steps"] == "90"
     assert "`madtp compress ...` and a loop that is no longer here" in text
 
 
@@ -184,7 +184,7 @@ def test_large_models_are_compared_with_the_large_dense_one(report, tmp_path):
 
 
 def test_tokens_by_layer(report, tmp_path):
-    run(tmp_path, "madtp", 0.8, 0, 0.9)
+    run(tmp_path, "madtp", 0.8, 0, 0.9, "-1000")
     text = made(report, tmp_path)
     found = rows(text, "tokens")
     assert ["tokens of a picture", "before", "after 1"] in found and ["MADTP, 80 %, 90 steps", "145.0", "20.0"] in found
@@ -201,7 +201,7 @@ def test_times_are_per_statement(report, tmp_path):
 def test_what_was_not_recorded_is_left_out(report, tmp_path):
     text = made(report, tmp_path)
     assert text.count(report.NOTHING) == len(report.TABLES) and "|" not in text
-    run(tmp_path, "random", 0.8, 0, 0.6)
+    run(tmp_path, "random", 0.8, 0, 0.6, "-1000")
     text = made(report, tmp_path)
     assert [cells[0] for cells in rows(text, "overall")[2:]] == ["random"]
     assert row(text, "overall", "random")["points below dense"] == ""
@@ -212,15 +212,15 @@ def test_what_was_not_recorded_is_left_out(report, tmp_path):
 
 @pytest.mark.parametrize("difference", [{"batch_size": 16}, {"lr": 1e-3}, {"texts": 2}, {"statements": 300}])
 def test_mixed_budgets_are_refused(report, tmp_path, difference):
-    run(tmp_path, "madtp", 0.8, 0, 0.94)
-    run(tmp_path, "random", 0.8, 0, 0.6, **difference)
+    run(tmp_path, "madtp", 0.8, 0, 0.94, "-1000")
+    run(tmp_path, "random", 0.8, 0, 0.6, "-1000", **difference)
     with pytest.raises(report.Refused, match="pairs|lr|texts|statements"):
         report.collect(tmp_path)
 
 
 def test_a_record_under_a_wrong_name_or_without_a_result_is_refused(report, tmp_path):
-    run(tmp_path, "madtp", 0.8, 0, 0.9)
-    (tmp_path / "madtp-0.8-0.json").rename(tmp_path / "madtp-sizes-0.8-0.json")
+    run(tmp_path, "madtp", 0.8, 0, 0.9, "-1000")
+    (tmp_path / "madtp-0.8-0-1000.json").rename(tmp_path / "madtp-sizes-0.8-0.json")
     with pytest.raises(report.Refused, match="records madtp 0.8 0"):
         report.collect(tmp_path)
     content = {"settings": {}, "torch": "", "metrics": [{"step": 1, "train": {}}]}
@@ -236,7 +236,7 @@ def test_only_tables_are_replaced_and_plots_are_drawn(report, tmp_path):
     pytest.importorskip("matplotlib")
     write(tmp_path, "dense-test", 0.97, gflops=0.5)
     run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
-    run(tmp_path, "random", 0.8, 0, 0.6)
+    run(tmp_path, "random", 0.8, 0, 0.6, "-1000")
     write(tmp_path, "batch-maximum-0.8", 0.945, reduction=0.6, gflops=0.2)
     output = tmp_path / "docs" / "results.md"
     first = report.write(report.collect(tmp_path), output)
@@ -245,7 +245,7 @@ def test_only_tables_are_replaced_and_plots_are_drawn(report, tmp_path):
     }  # fmt: skip
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in first if path.suffix == ".png")
     output.write_text(output.read_text().replace("## Tokens\n", "## Tokens\n\nWritten by hand.\n"))
-    run(tmp_path, "random", 0.8, 0, 0.7)
+    run(tmp_path, "random", 0.8, 0, 0.7, "-1000")
     report.write(report.collect(tmp_path), output)
     text = output.read_text()
     assert "Written by hand." in text
