@@ -2,9 +2,6 @@
 
 One layer serves all: without cross-attention, with one other modality, or with the two images of BLIP-NLVR;
 bidirectional or causal. Parameter names are BLIP's, with fused query/key/value projections.
-
-What runs in every layer finds its parts in `_modules`, where attributes of a module look last: a layer reads thirty of them,
-at half a microsecond each.
 """
 
 from __future__ import annotations
@@ -61,8 +58,7 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, residual: Tokens) -> Tokens:
         """``x [T, inputs]`` and the tokens ``[T, D]`` that entered the sub-layer, to the tokens that leave it."""
-        own = self._modules
-        return residual.with_values(normed(x, own["dense"], own["LayerNorm"], residual.values, residual))
+        return residual.with_values(normed(x, self.dense, self.LayerNorm, residual.values, residual))
 
 
 class SingleCrossAttention(nn.Module):
@@ -104,14 +100,13 @@ class TwinCrossAttention(nn.Module):
         ``others`` are the left and the right images; or one batch of all left and then all right ones, for which every
         kernel is launched once, not twice (only at inference, and without ``query_groups``).
         """
-        output = self._modules["output"]._modules
-        merge, norm = output.get("merge_layer"), output["LayerNorm"]
+        output, merge, norm = self.output, self.output.merge_layer, self.output.LayerNorm
         if len(others) == 1:
             seen = self._seen_in_both(x, others[0], backend)
             left, right = seen.tensor_split(2, 1) if merge is None else (None, None)
         else:
-            left = output["dense0"](self.self0(x, others[0], backend, query_groups), tokens=x)
-            right = output["dense1"](self.self1(x, others[1], backend, query_groups), tokens=x)
+            left = output.dense0(self.self0(x, others[0], backend, query_groups), tokens=x)
+            right = output.dense1(self.self1(x, others[1], backend, query_groups), tokens=x)
             seen = None if merge is None else torch.cat([left, right], -1)
         if merge is None:
             return x.with_values(norm(torch.add(x.values, left + right, alpha=0.5), x))
@@ -119,13 +114,10 @@ class TwinCrossAttention(nn.Module):
 
     def _seen_in_both(self, x: Tokens, images: Tokens, backend: str | None) -> Tensor:
         """``[C, 2D]`` what the words see in the left and in the right ``images``, which are one batch."""
-        own = self._modules
-        left, right, output = own["self0"], own["self1"], own["output"]._modules
-        ours, theirs = left._modules, right._modules
+        left, right, output = self.self0, self.self1, self.output
         return pair_attention(
             x, images,
-            _pair_of(ours["query"], theirs["query"]), _pair_of(ours["kv"], theirs["kv"]),
-            _pair_of(output["dense0"], output["dense1"]),
+            _pair_of(left.query, right.query), _pair_of(left.kv, right.kv), _pair_of(output.dense0, output.dense1),
             left.num_heads, key_bias=images.key_bias, backend=backend,
         )  # fmt: skip
 
@@ -173,19 +165,17 @@ class Layer(nn.Module):
     ) -> tuple[Tokens, LayerTrace]:
         """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of
         it, for which ``visible`` is as in :func:`madtp.layers.cached_attention`."""
-        own = self._modules
-        first, output = own["attention"]._modules, own["output"]._modules
-        qkv = first["self"]._modules["qkv"](x.values, tokens=x)
+        qkv = self.attention.self.qkv(x.values, tokens=x)
         if cache is None:
             attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
         else:
             attention = cached_attention(qkv, x.batch_size, self.num_heads, cache, layer, visible)
-        y = first["output"](attention.out, x)
+        y = self.attention.output(attention.out, x)
         y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer)
         if others:
-            y = own["crossattention"](y, others, pruning.backend, query_groups)
-        intermediate = own["intermediate"]._modules["dense"]
-        z = mlp(y.values, intermediate, output["dense"], y.values, tokens=y, norm=output["LayerNorm"])
+            y = self.crossattention(y, others, pruning.backend, query_groups)
+        out = self.output
+        z = mlp(y.values, self.intermediate.dense, out.dense, y.values, tokens=y, norm=out.LayerNorm)
         return y.with_values(z), trace
 
     def read(

@@ -60,13 +60,11 @@ class Block(nn.Module):
     ) -> tuple[Tokens, LayerTrace]:
         """Tokens ``[T, D]`` through the block; ``dictionary`` as the rule sees it
         (:meth:`madtp.guidance.QueryModel.fold`)."""
-        own = self._modules  # where attributes look last, at half a microsecond each
-        attn, norm, layers = own["attn"]._modules, own["norm2"], own["mlp"]._modules
-        qkv = attn["qkv"](own["norm1"](x), tokens=x)
+        qkv = self.attn.qkv(self.norm1(x), tokens=x)
         attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
-        y = x.with_values(attn["proj"](attention.out, residual=x.values, tokens=x))
-        y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=norm)
-        out = mlp(norm(y), layers["fc1"], layers["fc2"], y.values, self.activation, tokens=y)
+        y = x.with_values(self.attn.proj(attention.out, residual=x.values, tokens=x))
+        y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2)
+        out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
         return y.with_values(out), trace
 
     def read(

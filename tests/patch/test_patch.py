@@ -381,8 +381,10 @@ def test_keep_ratio(share, task, make, generator):
     assert step == (patch.temperature, patch.keep_ratio, patch.gflops)
     assert patch.steps[0].keep_ratio == 1.0 and patch.steps[0].gflops > patch.gflops
     # What was found is what the model does: the last step left its last layer as it is.
-    tokens = attention_mask(model.vision_model(inputs["pixel_values"]).last_hidden_state).sum(1)
-    assert 1 < tokens.float().mean() < 65 * share
+    # CLIP's states repeat the token that stands for several patches.
+    states = model.vision_model(inputs["pixel_values"]).last_hidden_state
+    rows = [row[kept.bool()] for row, kept in zip(states, attention_mask(states), strict=True)]
+    assert len(rows) < sum(len(row.unique(dim=0)) for row in rows) < len(rows) * 65 * share
     madtp.remove_patch(model)
     assert madtp.apply_patch(model, samples=inputs, **options) == patch, "deterministic"
 
