@@ -77,6 +77,18 @@ class Sizes:
             raise ValueError(f"{key}: {patches} patches do not form a square grid")
         return side * patch
 
+    def tower(self, prefix: str) -> dict[str, Any]:
+        """An image encoder of our names below the prefix, as settings of its configuration; heads are 64 wide."""
+        width, _, patch, _ = self.shape(f"{prefix}patch_embed.proj.weight", 4)
+        return {
+            "image_size": self.side(f"{prefix}pos_embed", patch),
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": self.count(f"{prefix}blocks."),
+            "num_heads": max(1, width // 64),
+            "mlp_ratio": self.shape(f"{prefix}blocks.0.mlp.fc1.weight", 2)[0] / width,
+        }
+
     def entries(self, width: int) -> tuple[int, int]:
         """Number and width of the dictionary's entries; 100 of this width where there is no dictionary."""
         return tuple(self.shape("space_dict", 2)) if "space_dict" in self.state else (100, width)

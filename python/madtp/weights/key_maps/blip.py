@@ -129,20 +129,15 @@ def infer_config(
         ValueError: a tensor that tells a size is missing, or of another shape.
     """
     sizes, text = Sizes(state, f"a BLIP-{kind.task.upper()} checkpoint"), kind.text_module
-    width, _, patch, _ = sizes.shape("visual_encoder.patch_embed.proj.weight", 4)
+    tower = sizes.tower("visual_encoder.")
     vocab, hidden = sizes.shape(f"{text}embeddings.word_embeddings.weight", 2)
     sd_num, sd_dim = sizes.entries(hidden)
     config = {
         "vision": VisionConfig(
-            image_size=sizes.side("visual_encoder.pos_embed", patch),
-            patch_size=patch,
-            embed_dim=width,
-            depth=sizes.count("visual_encoder.blocks."),
-            num_heads=max(1, width // 64),
-            mlp_ratio=sizes.shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / width,
+            **tower,
             sd_num=sd_num,
             sd_dim=sd_dim,
-            map_func="visual_encoder.img_query_model.q_map.0.weight" in state or width != sd_dim,
+            map_func="visual_encoder.img_query_model.q_map.0.weight" in state or tower["embed_dim"] != sd_dim,
             layer_norm_eps=layer_norm_eps,
         ),
         "text": TextConfig(
@@ -152,7 +147,7 @@ def infer_config(
             intermediate_size=sizes.shape(f"{text}encoder.layer.0.intermediate.dense.weight", 2)[0],
             vocab_size=vocab,
             max_position_embeddings=sizes.shape(f"{text}embeddings.position_embeddings.weight", 2)[0],
-            encoder_width=width,
+            encoder_width=tower["embed_dim"],
         ),
     }
     own = {field.name for field in fields(kind)}

@@ -104,17 +104,12 @@ def infer_config(state: Mapping[str, Tensor], hidden_act: str = "quick_gelu") ->
         ValueError: a tensor that tells a size is missing or has another number of axes.
     """
     sizes = Sizes(state, "a CLIP")
-    width, _, patch, _ = sizes.shape("visual.patch_embed.proj.weight", 4)
+    tower = sizes.tower("visual.")
     sd_num, sd_dim = sizes.entries(CLIPVisionConfig.sd_dim)
     vocab, hidden = sizes.shape("text.token_embeddings.weight", 2)
     return CLIPConfig(
         vision=CLIPVisionConfig(
-            image_size=sizes.side("visual.pos_embed", patch),
-            patch_size=patch,
-            embed_dim=width,
-            depth=sizes.count("visual.blocks."),
-            num_heads=max(1, width // 64),
-            mlp_ratio=sizes.shape("visual.blocks.0.mlp.fc1.weight", 2)[0] / width,
+            **tower,
             sd_num=sd_num,
             sd_dim=sd_dim,
             map_func=True,
