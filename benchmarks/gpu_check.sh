@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds, measures and tests on a machine with one GPU and no network, what is worth most first.
 #
-#   benchmarks/gpu_check.sh first           build gpu-tests model ranked pairs operations same-sample counters: about 6 minutes
+#   benchmarks/gpu_check.sh first           build gpu-tests model ranked pairs operations encoders same-sample
+#                                           counters: about 6 minutes
 #   benchmarks/gpu_check.sh second          build-tiles tune operations model gpu-tests memcheck racecheck conformance
 #                                           operation-tests: about 7 minutes
 #   benchmarks/gpu_check.sh last            build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck
@@ -24,7 +25,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 # Worth most first: do the kernels give right answers, what does a whole model take, why.
-FIRST="build gpu-tests model ranked pairs operations same-sample counters"
+FIRST="build gpu-tests model ranked pairs operations encoders same-sample counters"
 SECOND="build-tiles tune operations model gpu-tests memcheck racecheck conformance operation-tests"
 LAST="build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck conformance"
 TESTS="operation-tests model-tests"
@@ -149,6 +150,16 @@ counters() {
         --print-details all --log-file "$out/counters.csv" python3 benchmarks/gpu_figures.py launches --out "$figures"
 }
 
+encoders() {
+    local model missing=$no_device size="--batch 64 --rounds 20"
+    [ -n "$missing" ] || has transformers || missing="transformers is missing"
+    [ -z "$dry" ] || size="--batch 1 --rounds 1"
+    for model in clip-b32 clip-l14 siglip2-b16-512; do
+        stage "encoders-$model" 30 "$missing" python3 benchmarks/encoders.py --model $model --dtype bfloat16 $size --out "$figures"
+        [ -z "$dry" ] || break
+    done
+}
+
 for chosen in $stages; do
     case "$chosen" in
         build | build-tiles) measure "$chosen" 130 ;;
@@ -162,6 +173,7 @@ for chosen in $stages; do
         gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;
         same-sample | same-bfloat16) measure "$chosen" 40 ;;
         counters) counters ;;
+        encoders) encoders ;;
         memcheck) sanitize "$chosen" 60 ;;
         racecheck) sanitize "$chosen" 100 ;;
         conformance) run_tests conformance 60 tests/test_conformance.py ;;

@@ -216,6 +216,10 @@ def build(log: Log, tiles: bool = False, parts: Sequence[str] | None = None) -> 
     for part in range(TUNERS if tiles and ON_GPU and not DRY else 0):
         share = ["--rehearsal", "--part", f"{part}/{TUNERS}"]
         commands[f"tune {part}"] = ([sys.executable, str(HERE.parent / "tune.py"), *share], setting)
+    if parts is None and not DRY:
+        for model in ("clip-l14", "siglip2-b16-512"):
+            share = ["--model", model, "--dtype", "bfloat16", "--batch", "2", "--rounds", "1"]
+            commands[f"encoders {model}"] = ([sys.executable, str(HERE.parent / "encoders.py"), *share], setting)
     parts = REHEARSALS if parts is None else parts
     for name, together in {"rehearsals": parts}.items() if DRY else ((part, [part]) for part in parts):
         commands[name] = ([sys.executable, str(HERE), *together, "--rehearsal"], setting)
@@ -515,7 +519,11 @@ def kernels(log: Log) -> None:
     """Which kernels a forward launches, how often, and what they take."""
     if log.rehearsal:
         return
-    count = PAIRS[0] if not DRY else 1
+    for count in dict.fromkeys((PAIRS[0], PAIRS[-1])):
+        _kernels_of(log, count)
+
+
+def _kernels_of(log: Log, count: int) -> None:
     pairs = pairs_of(log, "bfloat16", count)
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if ON_GPU else [])
     for name, temperature in reversed(TEMPERATURES.items()):

@@ -25,9 +25,13 @@ def _attend(
     k, v, key_bias, k_token, v_token,
     first_key, last_key, len_k, last_visible, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, LATE_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys first_key:last_key. Pointers stand at key 0 of this sample and head."""
+    """Online softmax over keys first_key:last_key. Pointers stand at key 0 of this sample and head.
+
+    LATE_SCALE: nothing is added to the logits and the scale is positive, so that the largest logit is the largest product,
+    and scaling is one instruction with the subtraction of the maximum.
+    """
     o_d = tl.arange(0, BLOCK_D)
     for start in range(first_key, last_key, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
@@ -38,17 +42,21 @@ def _attend(
             m_kv = m_kv & (o_d < HEAD_DIM)[None, :]
         rows = o_n.to(tl.int64)
         k_tile = tl.load(k + rows[:, None] * k_token + o_d[None, :], mask=m_kv, other=0.0)
-        s = product(q_tile, tl.trans(k_tile), None, PRECISION) * scale_log2  # [M, N], base-2 logits
+        s = product(q_tile, tl.trans(k_tile), None, PRECISION)  # [M, N]
+        factor = scale_log2
+        if not LATE_SCALE:
+            s *= scale_log2  # base-2 logits
+            factor = 1.0
         if key_bias is not None:
             s += (tl.load(key_bias + rows, mask=o_n < len_k, other=0.0) * LOG2E)[None, :]
         if MASKED:
             s = tl.where((o_n < len_k)[None, :], s, float("-inf"))
             if CAUSAL:
                 s = tl.where(o_n[None, :] <= last_visible[:, None], s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
         # A row that has seen no key yet stands at -inf; subtracting 0 instead keeps exp2 from meeting inf - inf.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(s - base[:, None])
+        p = tl.exp2(s * factor - base[:, None])
         decay = tl.exp2(row_max - base)
         row_sum = row_sum * decay + tl.sum(p, 1)
         v_tile = tl.load(v + rows[:, None] * v_token + o_d[None, :], mask=m_kv, other=0.0)
@@ -62,9 +70,14 @@ def _attention_kernel(
     q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
     q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, LATE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sample, against all its keys. GROUP heads share a key head."""
+    """One program: BLOCK_M queries of one head of one sample, against all its keys. GROUP heads share a key head.
+
+    At most TAIL keys that are left over by whole blocks take a block of their own size: an image of 24 x 24 patches and a
+    class token has one.
+    """
     pid = tl.program_id(0)
     i_m = pid % query_blocks
     i_h = (pid // query_blocks) % HEADS
@@ -101,12 +114,18 @@ def _attention_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, 0, whole, len_k, last_visible, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, LATE_SCALE, PRECISION,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, PRECISION,
-    )  # fmt: skip
+    if end - whole > TAIL:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, LATE_SCALE, PRECISION,
+        )  # fmt: skip
+    elif TAIL > 0:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
+            HEAD_DIM, BLOCK_D, TAIL, CAUSAL, True, LATE_SCALE, PRECISION,
+        )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # no key: out = 0, and lse = -inf + log(0)
     tl.store(
@@ -138,7 +157,8 @@ def _triton_attention(
     attend = Launch(
         _attention_kernel, programs,
         HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
-        CAUSAL=causal, PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+        TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal, LATE_SCALE=key_bias is None and scale > 0,
+        PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
     def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse=True):

@@ -27,45 +27,54 @@ def _seen(lse):
 @triton.jit
 def _received(
     q, k, lse, bias, partial, q_token, q_head, k_token, k_head, capacity, scale_log2,
-    tokens, o_n, first_block, last_block,
+    tokens, first_key, first_block, last_block,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probability that keys o_n receive, maximum over heads, summed over the queries of first_block:last_block.
+    """Probability that BLOCK_N keys from ``first_key`` on receive, maximum over heads, summed over the queries of first_block:last_block.
 
     Everything counts from token 1 of the sample: pointers stand there, ``tokens`` is L - 1. With ``partial`` each block's
     sum is stored in the block's row of it as well.
     """
+    o_n = first_key + tl.arange(0, BLOCK_N)
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < HEAD_DIM)[None, :]
     m_k = (o_n < tokens)[:, None] & m_d
-    k_rows = k + o_n.to(tl.int64)[:, None] * k_token + o_d[None, :]
+    # Offsets within a tile stay the same: what a step adds to a pointer is one number, so that few instructions besides those
+    # that count are issued.
+    q_tile_rows = o_m[:, None] * q_token + o_d[None, :]
+    k_tile_rows = tl.arange(0, BLOCK_N)[:, None] * k_token + o_d[None, :]
+    k += tl.cast(first_key, tl.int64) * k_token
 
     received = tl.zeros((BLOCK_N,), tl.float32)
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
-    # One flat loop over (query block, head), so that loads are prefetched across the end of a query block.
+    row_lse = tl.load(lse + first_block * BLOCK_M + o_m, mask=o_m < tokens - first_block * BLOCK_M, other=0.0)
+    # One flat loop over (query block, head), so that loads are prefetched across the end of a query block. Triton prefetches
+    # the operands of products only: the log-sum-exp of the next step is fetched by hand.
     for step in range(first_block * HEADS, last_block * HEADS):
-        queries = step // HEADS * BLOCK_M + o_m
         i_h = step % HEADS
         head = tl.cast(i_h, tl.int64)
-        # Rows past the end get lse = inf, hence probability 0. They repeat the last query: zeros times an infinite key would
-        # bring in a NaN that no query of the sample has.
-        rows = tl.minimum(queries, tokens - 1).to(tl.int64)
-        q_tile = tl.load(q + rows[:, None] * q_token + head * q_head + o_d[None, :], mask=m_d, other=0.0)
-        k_tile = tl.load(k_rows + head * k_head, mask=m_k, other=0.0)
-        row_lse = _seen(tl.load(lse + head * capacity + queries, mask=queries < tokens, other=float("inf"))) * LOG2E
+        begin = step // HEADS * BLOCK_M
+        row = tl.cast(begin, tl.int64)
+        m_m = o_m < tokens - begin
+        q_tile = tl.load(q + (row * q_token + head * q_head) + q_tile_rows, mask=m_m[:, None] & m_d, other=0.0)
+        k_tile = tl.load(k + head * k_head + k_tile_rows, mask=m_k, other=0.0)
+        next_begin = (step + 1) // HEADS * BLOCK_M
+        next_row = tl.cast((step + 1) % HEADS, tl.int64) * capacity + next_begin
+        next_lse = tl.load(lse + next_row + o_m, mask=o_m < tokens - next_begin, other=0.0)
         s = product(q_tile, tl.trans(k_tile), None, PRECISION)
-        best = tl.maximum(best, s * scale_log2 - row_lse[:, None], propagate_nan=tl.PropagateNan.ALL)
+        best = tl.maximum(best, s * scale_log2 - (_seen(row_lse) * LOG2E)[:, None], propagate_nan=tl.PropagateNan.ALL)
+        row_lse = next_lse
         if i_h == HEADS - 1:
-            p = tl.exp2(best + bias[None, :])
+            # Rows past the end are zeros here, which times an infinite key is a NaN that no query of the sample has.
+            p = tl.where(m_m[:, None], tl.exp2(best + bias[None, :]), 0.0)
             if CAUSAL:
-                p = tl.where(o_n[None, :] <= queries[:, None], p, 0.0)
+                p = tl.where(o_n[None, :] <= begin + o_m[:, None], p, 0.0)
             block_sum = tl.sum(p, 0)
             received += block_sum
             if partial is not None:
-                row = tl.cast(step // HEADS, tl.int64) * capacity
-                tl.store(partial + row + o_n, block_sum, mask=o_n < tokens)
+                tl.store(partial + tl.cast(step // HEADS, tl.int64) * capacity + o_n, block_sum, mask=o_n < tokens)
             best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     return received
 
@@ -148,7 +157,7 @@ def _importance_kernel(
         last_block = tl.minimum(last_block, slot)
     total = _received(
         q + q_token, k, lse + 1, bias, partial, q_token, q_head, k_token, k_head, capacity, scale_log2,
-        tokens, o_n, first_block, last_block, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, PRECISION,
+        tokens, i_n * BLOCK_N, first_block, last_block, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, PRECISION,
     )  # fmt: skip
     if partial is None:
         tl.store(received + bos + 1 + o_n, total, mask=o_n < tokens)
