@@ -29,7 +29,8 @@ class Merged(NamedTuple):
     sizes: Tensor
     """``[T']`` float32: how many original tokens each row stands for."""
     rows: Tensor
-    """``[T]`` int32: the row of the result that stands for each token, -1 for none; what :func:`~madtp_kernels.unmerge` takes."""
+    """``[T]`` int32: the row of the result that stands for each token, -1 for none and in rows beyond the last token; what
+    :func:`~madtp_kernels.unmerge` takes."""
     source: Tensor
     """``[T']`` int32: the token that each row is made of first, -1 for an appended row."""
     carried: tuple[Tensor, ...]

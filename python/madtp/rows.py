@@ -12,6 +12,13 @@ from madtp_kernels.segments import sample_of
 from .pruning import Tokens
 
 
+def ids_of(texts: RaggedBatch) -> Tensor:
+    """``[C]`` int64: the ids of texts as an embedding can look them up: 0 where a bound batch has no token."""
+    if not texts.bound:
+        return texts.values
+    return texts.values.where(torch.arange(len(texts.values), device=texts.device) < texts.cu_seqlens[-1], 0)
+
+
 def first_of(tokens: RaggedBatch) -> Tensor:
     """``[B]`` int64: the row of each sample's first token; any row for an empty sample."""
     # Empty samples at the end begin beyond the last row of an exact buffer.

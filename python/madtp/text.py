@@ -20,7 +20,7 @@ from .guidance import QueryModel
 from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attention, self_attention, single_attention
 from .linear import Linear, mlp, normed
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
-from .rows import first_of
+from .rows import first_of, ids_of
 from .vision import Encoded, run_blocks
 
 EPS = 1e-12  # BERT's LayerNorm
@@ -44,7 +44,7 @@ class Embeddings(nn.Module):
             )
         if input_ids.bound:  # rows beyond the last token have positions as if they belonged to the last text
             positions = positions.clamp(max=limit - 1)
-        x = self.word_embeddings(input_ids.values) + self.position_embeddings(positions)
+        x = self.word_embeddings(ids_of(input_ids)) + self.position_embeddings(positions)
         return input_ids.with_values(self.LayerNorm(x))
 
 

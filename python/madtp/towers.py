@@ -22,7 +22,7 @@ from .layers import LayerNorm
 from .linear import Linear, ScaledLinear, mlp, project
 from .pruning import MADTP, EViT, LayerTrace, Pruning, Tokens
 from .pruning.official import Official, fill_up, with_minimum
-from .rows import first_of, first_rows, rows_of
+from .rows import first_of, first_rows, ids_of, rows_of
 from .vision import Block, cut_patches, reading, run_blocks
 
 
@@ -348,7 +348,7 @@ class TextTower(nn.Module):
         else:
             tokens = Tokens.start(input_ids, protected_ids=eot)
             rule = with_minimum(rule, len(eot), eot.device)
-        x = self.token_embeddings(tokens.values) + self.position_embeddings(tokens.ids.clamp(max=context - 1))
+        x = self.token_embeddings(ids_of(tokens)) + self.position_embeddings(tokens.ids.clamp(max=context - 1))
 
         def last(tokens: Tokens) -> Tensor:
             return (tokens.cu_seqlens[:-1] + eot).long() if compat else rows_of(tokens, eot)

@@ -112,6 +112,8 @@ def test_rows_beyond_the_last_offset_and_views_do_not_matter(backend, generator)
         got = merge_tokens(**given, append="mean", backend=backend)
         assert torch.equal(got.tokens.values, expected.tokens.values) and torch.equal(got.sizes, expected.sizes)
         assert torch.equal(got.tokens.cu_seqlens, expected.tokens.cu_seqlens)
+        count = len(case["into"])
+        assert torch.equal(got.rows[:count], expected.rows) and (got.rows[count:] == -1).all()
 
 
 @every_backend

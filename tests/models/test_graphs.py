@@ -17,6 +17,8 @@ import test_clip
 import test_patch
 import test_tasks
 import torch
+from helpers import spare_rows
+from pretended_gpu import PretendedGPU
 from test_waits import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import madtp
 from madtp import graphs, predict
 from madtp.graphs import Graphs, batch_bucket, text_bucket
-from madtp.pruning import LayerTrace, Tokens
+from madtp.pruning import (
+    ATM,
+    MADTP,
+    EViT,
+    LayerTrace,
+    MADTPNearest,
+    PiToMe,
+    RankedNovelty,
+    Tokens,
+    ToMe,
+    TopK,
+)
+from madtp.pruning.base import STREAMS
 from madtp.tasks import TASKS
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
@@ -252,6 +266,54 @@ class RerunWithoutHost(RerunOnMeta):
         with NoHostMemory():
             function()
         return lambda: function()
+
+
+RULES = [
+    MADTP(temperature=2.0), MADTPNearest(temperature=2.0), TopK(drop=0.3), EViT(shares=(0.25,)),
+    RankedNovelty(shares=(0.25,)), RankedNovelty(thresholds=(0.5,), second_look=1.0, order="importance"),
+    ToMe(counts=(3,), authors_order=True), ATM(thresholds=(0.2,)), PiToMe(shares=(0.2,)),
+    PiToMe(shares=(0.2,), form="protect"),
+]  # fmt: skip
+
+
+class RerunOnPretendedGPU(Rerun):
+    device_type = "cuda"
+
+
+# Every rule in one task, and those that look more tokens up in each of its own.
+RULED = [
+    (name, method, number)
+    for name, method in CALLS
+    for number, rule in enumerate(RULES)
+    if number == 0 or name == "nlvr" or (number in (5, 8) and not name.endswith(("compat", "pairs")))
+]
+
+
+@pytest.mark.parametrize("name, method, number", RULED, ids=lambda part: str(part).replace(", ", "-"))
+@torch.inference_mode()
+def test_rows_beyond_the_last_token_decide_nothing(name, method, number):
+    """What runs on a GPU, and is recorded there: buffers have room for more tokens than there are, and hold anything.
+
+    Inputs are always the same: two tokens that are each other's nearest have the same energy in PiToMe but for rounding.
+    """
+    data = draw(torch.Generator().manual_seed(1))
+    model = make(name, recorder=RerunOnPretendedGPU)
+    model.pruning = dataclasses.replace(RULES[number], streams=STREAMS)
+    call, inputs = bound(model, method), inputs_of(name, method, data, range(3))
+    theirs = call(*inputs)
+    if method == "forward":
+        assert any(bool(record.pruned.any()) for record in theirs.vision)
+    wide = [in_a_larger_buffer(value) if isinstance(value, list) else value for value in inputs]
+    for given in (wide, inputs, wide):
+        with PretendedGPU():
+            ours = graphs.run(call, *given)
+        check_same(ours, theirs)
+    assert len(model.graphs) == 1
+
+
+def in_a_larger_buffer(texts):
+    exact = RaggedBatch.from_list(texts)
+    return RaggedBatch(spare_rows(exact.values, 9), exact.cu_seqlens, exact.max_seqlen, bound=True)
 
 
 def test_filling_is_taken_out_whatever_the_batch_before_was():

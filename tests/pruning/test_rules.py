@@ -8,14 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import backends_here, missing
+from helpers import backends_here, missing, spare_rows
+from pretended_gpu import PretendedGPU
 
 from madtp import flops
 from madtp.config import VisionConfig
 from madtp.layers import self_attention
 from madtp.pruning import (
     ATM,
+    MADTP,
     METHODS,
+    PER_TOKEN,
     EViT,
     MADTPNearest,
     MergingPruning,
@@ -299,6 +302,7 @@ EVERY = [
     ToMe(counts=(4,)), ATM(thresholds=(0.4,)), PiToMe(shares=(0.2,), layers=12),
     PiToMe(counts=(3,), form="protect", layers=12),
     EViT(shares=(0.3,)), MADTPNearest(temperature=3.0), ToMe(counts=(4,), authors_order=True),
+    RankedNovelty(thresholds=(0.3,), second_look=1.0), TopK(drop=0.3), MADTP(temperature=3.0),
 ]  # fmt: skip
 names = [f"{rule.name}-{i}" for i, rule in enumerate(EVERY)]
 
@@ -339,6 +343,34 @@ def test_nothing_waits_for_a_device(rule):
     run(rule, off(tokens), off(entering), qkv.to("meta"), (dictionary[0].to("meta"), None))
 
 
+@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize("rule", EVERY, ids=names)
+def test_rows_beyond_the_last_token_decide_nothing(rule, prefix, generator):
+    """On a GPU a buffer has more rows than there are tokens, before and after a rule, and they hold any number."""
+    inputs = tokens, entering, qkv, dictionary = case(generator, torch.float32, prefix=prefix)
+    expected, record = run(rule, *inputs)
+
+    def in_a_larger_buffer(t):
+        wide = {name: spare_rows(part, 9) for name in PER_TOKEN if (part := getattr(t, name)) is not None}
+        return Tokens.unchecked(**vars(t) | wide | {"bound": True})
+
+    wide = in_a_larger_buffer(tokens), in_a_larger_buffer(entering), spare_rows(qkv, 9), dictionary
+    with PretendedGPU():
+        left, trace = run(rule, *wide)
+        if record.rows is not None:
+            whole = original_tokens(left, [trace])
+    assert len(left.ids) == len(tokens.ids) + 9
+    assert torch.equal(left.cu_seqlens, expected.cu_seqlens)
+    count, entered = len(expected.ids), len(tokens.ids)
+    for name in PER_TOKEN:
+        theirs = getattr(expected, name)
+        if theirs is not None:
+            torch.testing.assert_close(getattr(left, name)[:count], theirs, atol=1e-5, rtol=1e-5)
+    if record.rows is not None:
+        assert torch.equal(trace.rows[:entered], record.rows)
+        torch.testing.assert_close(whole[:entered], original_tokens(expected, [record]), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule", EVERY, ids=names)
 def test_triton_merges_the_same_tokens(rule, generator):
     if reason := missing("triton"):
@@ -349,7 +381,8 @@ def test_triton_merges_the_same_tokens(rule, generator):
     count = int(expected.cu_seqlens[-1])
     assert torch.equal(left.cu_seqlens, expected.cu_seqlens)
     assert left.ids[:count].tolist() == expected.ids[:count].tolist()
-    assert torch.equal(record.rows, trace.rows)
+    assert (record.rows is None) == (trace.rows is None)
+    assert record.rows is None or torch.equal(record.rows, trace.rows)
     torch.testing.assert_close(left.values[:count], expected.values[:count], atol=1e-5, rtol=1e-5)
 
 

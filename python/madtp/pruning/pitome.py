@@ -97,7 +97,7 @@ class PiToMe(MergingPruning):
         into, similarity = match_tokens(
             keys[order], cu_seqlens, tokens.max_seqlen, threshold=-2.0, protected=heads, backend=self.backend
         )
-        partner = torch.empty_like(into).index_copy_(0, order, order[into.clamp(min=0).long()].int())
+        partner = torch.empty_like(into).index_copy_(0, order, order[into.clamp(0, len(order) - 1).long()].int())
         score = torch.empty_like(similarity).index_copy_(0, order, 1 - similarity)
         free = (partner != own_rows(tokens)) & ~protected
         return score.where(free, 0.0), free, {"partner": partner}

@@ -137,7 +137,8 @@ class RankedNovelty(MergingPruning):
         if self.second_look and threshold is not None:
             # What a token resembled may have gone, too: it stays if it is new beside all that is left.
             rows = goes.nonzero()[:, 0] if goes.device.type == "cpu" else own_rows(tokens).long()
-            others = nearest[rows].clamp(min=0).long()
+            # Rows beyond the last token hold any number.
+            others = nearest[rows].clamp(0, len(nearest) - 1).long()
             cosine = F.cosine_similarity(
                 keys[rows].flatten(1).to(new.dtype), keys[others].flatten(1).to(new.dtype), dim=1
             )

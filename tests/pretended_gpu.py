@@ -1,0 +1,45 @@
+"""A GPU that is only claimed: tensors of the CPU say that they lie on one, so that code takes the way that it takes there.
+
+Results stay in buffers with room for all tokens, nothing is read on the host that could be avoided, and rows beyond the last token
+are what `conftest.py` fills fresh memory with. An index that is read there ends in an IndexError, as in an assertion on a device.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from madtp_kernels import backends, repeats
+
+CLAIMS = {
+    Tensor.device.__get__: torch.device("cuda"),
+    Tensor.is_cuda.__get__: True,
+    Tensor.is_cpu.__get__: False,
+}
+
+
+def _where_it_is(value):
+    return "cpu" if isinstance(value, torch.device) and value.type == "cuda" else value
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Within it, every tensor claims to lie on a GPU. Operations run on the CPU, by the backend that the CPU prefers."""
+
+    def __enter__(self):
+        self.patch, resolve = pytest.MonkeyPatch(), backends._resolve
+        self.patch.setattr(backends, "_resolve", lambda op, package, name, device, *rest: resolve(
+            op, package, name, "cpu", *rest
+        ))  # fmt: skip
+        self.patch.setattr(repeats, "signature", lambda *_: None)
+        self.patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.patch.undo()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in CLAIMS:
+            return CLAIMS[function]
+        kwargs = {name: _where_it_is(value) for name, value in (kwargs or {}).items()}
+        return function(*map(_where_it_is, args), **kwargs)
