@@ -1,7 +1,9 @@
-"""Command-line options, Triton's interpreter where there is no GPU, and NaN in every uninitialised tensor."""
+"""Command-line options, Triton's interpreter where there is no GPU, NaN in every uninitialised tensor, and the end of a process
+whose device is lost."""
 
 import os
 import random
+import sys
 from pathlib import Path
 
 # Small shapes gain nothing from a second thread, and lose a lot where something else runs on the machine. Commands that
@@ -95,3 +97,24 @@ def poison_uninitialised_memory():
     yield
     torch.use_deterministic_algorithms(previous[0])
     torch.utils.deterministic.fill_uninitialized_memory = previous[1]
+
+
+@pytest.fixture(autouse=True)
+def lost_device_ends_the_process(request):
+    """A failed assertion on a GPU spoils it for the rest of the process: every later test would fail, and say nothing."""
+    yield
+    if torch.cuda.is_initialized():
+        end_if_lost(request)
+
+
+def end_if_lost(request):
+    """Of several workers only this one ends: pytest-xdist names the test and gives the others to a new worker."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{request.node.nodeid} left the device unusable: {str(error).splitlines()[0]}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(f"{message}; no test after it ran", returncode=1)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(message, file=sys.stderr, flush=True)
+        os._exit(1)
