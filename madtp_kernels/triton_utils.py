@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -89,6 +91,25 @@ def _watched(kernel: JITFunction) -> bool:
     )
 
 
+@triton.jit
+def after_previous():
+    """First statement of every kernel: wait for the kernel before it, and let the next one come.
+
+    On sm_90 and later a kernel is launched while the one before still runs (:func:`_launch_options`): its programs are there when
+    that ends, which saves a microsecond per kernel. The wait is for all of the kernel before, hence for all before that, too.
+    """
+    if not INTERPRETED:  # noqa: SIM102 (the interpreter knows no target)
+        if cuda_capability_geq(9, 0):
+            gdc_wait()
+            gdc_launch_dependents()
+
+
+def _launch_options() -> dict[str, bool]:
+    """How every kernel is launched besides: on sm_90 and later before the one before has ended, see :func:`after_previous`."""
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return {"launch_pdl": True} if target and target.backend == "cuda" and target.arch >= 90 else {}
+
+
 @functools.cache
 def _specialised(kernel: JITFunction) -> tuple[bool, ...]:
     """For each parameter, whether a number passed there decides what is compiled."""
@@ -132,12 +153,12 @@ def launch(kernel: JITFunction, programs: int, *args, **constants) -> tuple | No
         What was run directly, for :class:`Launch`; None where Triton launched.
     """
     if not _KNOWN_TRITON or type(kernel) is not JITFunction or _watched(kernel):
-        kernel[(programs,)](*args, **constants)
+        kernel[(programs,)](*args, **constants, **_launch_options())
         return None
     key = specialisation(kernel, args, constants)
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[(programs,)](*args, **constants)
+        compiled = kernel[(programs,)](*args, **constants, **_launch_options())
         if key is not None and compiled is not None:
             rest = kernel.arg_names[len(args) :]
             _compiled[key] = compiled, tuple(constants[name] for name in rest), key[1]

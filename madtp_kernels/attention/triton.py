@@ -17,7 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import unit_stride
-from ..triton_utils import LN2, LOG2E, Launch, block, cdiv, dot_precision, launch, on_device_of_first, prepared, product
+from ..triton_utils import (
+    LN2,
+    LOG2E,
+    Launch,
+    after_previous,
+    block,
+    cdiv,
+    dot_precision,
+    launch,
+    on_device_of_first,
+    prepared,
+    product,
+)
 
 
 @triton.jit
@@ -82,6 +94,7 @@ def _attention_kernel(
     At most TAIL keys that are left over by whole blocks take a block of their own size: an image of 24 x 24 patches and a
     class token has one.
     """
+    after_previous()
     pid = tl.program_id(0)
     i_m = pid % query_blocks
     i_h = (pid // query_blocks) % HEADS
@@ -278,6 +291,7 @@ def _query_gradient_kernel(
 
     With P = exp(s - lse) and dP = dout v^T, the gradient of the logits is dS = P (dP - delta).
     """
+    after_previous()
     pid = tl.program_id(0)
     i_m = pid % query_blocks
     i_h = ((pid // query_blocks) % HEADS).to(tl.int64)
@@ -346,6 +360,7 @@ def _key_gradient_kernel(
     It walks over the queries, so that every sum is made by one program, in one order: no atomics. Tiles are transposed,
     [keys, queries].
     """
+    after_previous()
     pid = tl.program_id(0)
     i_n = pid % key_blocks
     i_h = ((pid // key_blocks) % HEADS).to(tl.int64)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, block, cdiv, prepared, rows_before
+from ..triton_utils import EPS, Launch, after_previous, block, cdiv, prepared, rows_before
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
@@ -99,6 +99,7 @@ def _select_kernel(
     importance, threshold, protected, min_keep, places, dropped, rows_out, cu_seqlens, BLOCK: tl.constexpr
 ):
     """One program per sample: selection by its threshold."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
@@ -110,6 +111,7 @@ def _select_kernel(
 @triton.jit
 def _count_kernel(importance, threshold, protected, counts, cu_seqlens, BLOCK: tl.constexpr):
     """One program per sample: survivors by its own threshold."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
@@ -122,6 +124,7 @@ def _rank_kernel(
     GROUP_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sample: selection of as many of the best tokens as its count, or the largest of its group, says."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
@@ -239,6 +242,7 @@ def _compact_kernel(
     """The first programs write the offset and the merged row of a sample each, the others move the survivors of a run of
     CHUNK rows: ``slots`` of them per sample.
     """
+    after_previous()
     merges = tl.program_id(0) < batch
     number = tl.program_id(0) - batch
     i_b = tl.where(merges, tl.program_id(0), number // slots)

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, LOG2E, Launch, block, cdiv, dot_precision, multiprocessors, prepared, product
+from ..triton_utils import (
+    EPS,
+    LOG2E,
+    Launch,
+    after_previous,
+    block,
+    cdiv,
+    dot_precision,
+    multiprocessors,
+    prepared,
+    product,
+)
 
 
 @triton.jit
@@ -118,6 +129,7 @@ def _importance_kernel(
 
     Without ``partial`` one program takes all query blocks; with it, program 1 + i takes query block i.
     """
+    after_previous()
     pid = tl.program_id(0)
     slot = pid % slots
     i_n = (pid // slots) % key_blocks
@@ -169,6 +181,7 @@ def _add_blocks_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """received = the sum over the query blocks of a sample, in their order."""
+    after_previous()
     pid = tl.program_id(0)
     bos = tl.load(cu_seqlens + pid // token_blocks).to(tl.int64)
     tokens = (tl.load(cu_seqlens + pid // token_blocks + 1) - bos).to(tl.int32) - 1

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_utils import LOG2E, Launch, cdiv, dot_precision, multiprocessors, prepared, product
+from ..triton_utils import LOG2E, Launch, after_previous, cdiv, dot_precision, multiprocessors, prepared, product
 from . import reference, tiles
 from .tiles import Tile
 
@@ -143,6 +143,7 @@ def _linear_kernel(
     ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles ``program_id``, ``program_id + programs``, ... of the first T rows of the result."""
+    after_previous()
     _multiply_rows(
         x, weight, bias, residual, out, x_row, weight_row, residual_row, OUT, 0, 0, tl.load(cu_seqlens + batch),
         tl.program_id(0), OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, ACTIVATION, DESCRIPTORS, STORED, PRECISION,
@@ -159,6 +160,7 @@ def _pair_kernel(
 
     ``batch`` counts the samples of one half: rows from ``cu_seqlens[batch]`` on are the second half, but of BOTH.
     """
+    after_previous()
     first = tl.load(cu_seqlens + batch)
     second = first
     second_in = first

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, block, prepared, rows_before
+from ..triton_utils import EPS, Launch, after_previous, block, prepared, rows_before
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # tokens per step where rows are not read
@@ -41,6 +41,7 @@ def _lowest_kernel(
     scores, count, free, goes, cu_seqlens, threshold, position_bits, HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per sample: goes[j] = whether token j is one of the ``count`` that go first."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
@@ -75,6 +76,7 @@ def _place_kernel(
     """One program per sample: the place of each kept token among those of its sample (-1: not kept), how many others go into
     it, the number of rows of the sample; with APPEND also the numbers of the tokens that are dropped, and how many.
     """
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
@@ -122,6 +124,7 @@ def _merge_kernel(
     """``slots`` programs per sample: the first writes the offset and the appended row, each other one the row of a token that
     is kept. `carry` and `carried` are tuples of contiguous rows of CARRY_WIDTHS elements.
     """
+    after_previous()
     i_b = tl.program_id(0) // slots
     slot = tl.program_id(0) % slots
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)

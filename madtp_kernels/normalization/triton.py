@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import Launch, block, cdiv, multiprocessors, prepared
+from ..triton_utils import Launch, after_previous, block, cdiv, multiprocessors, prepared
 
 PROGRAMS = 6  # per multiprocessor, which has registers for as many
 
@@ -19,6 +19,7 @@ def _layer_norm_kernel(
     x, weight, bias, out, cu_seqlens, batch, x_row, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """One program: every n-th group of ROWS whole rows among the first T."""
+    after_previous()
     tokens = tl.load(cu_seqlens + batch)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < WIDTH

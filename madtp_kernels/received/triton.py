@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import LOG2E, block, cdiv, dot_precision, launch, on_device_of_first, product
+from ..triton_utils import LOG2E, after_previous, block, cdiv, dot_precision, launch, on_device_of_first, product
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def _received_kernel(
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs of (sample, set of HEADS heads, key block); GROUP heads share a key head."""
+    after_previous()
     i_n = tl.program_id(0) % key_blocks
     i_s = (tl.program_id(0) // key_blocks) % sets
     i_b = tl.program_id(0) // (key_blocks * sets)

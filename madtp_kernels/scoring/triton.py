@@ -22,7 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compaction.triton import count_kept, empty_selection, select
-from ..triton_utils import EPS, LOG2E, Launch, block, cdiv, dot_precision, multiprocessors, prepared, product
+from ..triton_utils import (
+    EPS,
+    LOG2E,
+    Launch,
+    after_previous,
+    block,
+    cdiv,
+    dot_precision,
+    multiprocessors,
+    prepared,
+    product,
+)
 
 STATISTICS = tl.constexpr(4)  # numbers that a tile leaves per dictionary entry
 _NOTHING = (None, None, None)  # where nothing is selected
@@ -203,6 +214,7 @@ def _score_kernel(
     """One program: all tiles of a sample, their merge and, with ``places``, the selection (``one_launch``), or one tile of a
     sample.
     """
+    after_previous()
     i_b = tl.program_id(0) // slots
     slot = tl.program_id(0) % slots
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
@@ -248,6 +260,7 @@ def _merge_kernel(
     BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sample: the merge and, with ``places``, the selection."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     tokens = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32) - 1

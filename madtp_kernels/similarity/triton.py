@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import Launch, cdiv, dot_precision, prepared, product
+from ..triton_utils import Launch, after_previous, cdiv, dot_precision, prepared, product
 
 POSITION_BITS = tl.constexpr(30)
 NORM_ROWS, NORM_COLUMNS = 16, 256
@@ -31,6 +31,7 @@ def _scale_kernel(
     keys, scale, order, free, rank, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """1 / |k| of ROWS keys; 0 for one without a direction. With ``order``, also the rank: -1 for tokens that are not free."""
+    after_previous()
     tokens = tl.load(cu_seqlens + batch)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) * ROWS >= tokens:
@@ -61,6 +62,7 @@ def _nearest_kernel(
     -1 and -inf without one. KEPT: candidates are the kept tokens, queries the others; kept ones get their own row. ODD: queries
     are the even positions from first_free on, candidates the odd ones.
     """
+    after_previous()
     i_b = tl.program_id(0) // query_blocks
     i_m = tl.program_id(0) % query_blocks
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
@@ -146,6 +148,7 @@ def _match_kernel(
     HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sample: into[source] = its candidate for the best sources, every other token's own row."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
@@ -192,6 +195,7 @@ def _worth_kernel(
     WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sample: (a / mean a)^p n^q s^r, in float64 as the reference; 0 for what is not a number."""
+    after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)

@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import block, cdiv, launch, on_device_of_first
+from ..triton_utils import after_previous, block, cdiv, launch, on_device_of_first
 
 
 @triton.jit(do_not_specialize=["batch"])
 def _unmerge_kernel(x, rows, out, cu_seqlens, batch, x_row, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: ROWS tokens."""
+    after_previous()
     tokens = tl.load(cu_seqlens + batch)
     o_t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
