@@ -6,6 +6,7 @@ are what `conftest.py` fills fresh memory with. An index that is read there ends
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,9 +24,14 @@ def _where_it_is(value):
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Within it, every tensor claims to lie on a GPU. Operations run on the CPU, by the backend that the CPU prefers."""
+    """Within it, every tensor claims to lie on a GPU. Operations run on the CPU, by the backend that the CPU prefers.
+
+    Attributes:
+        layer_norms: shapes ``[C, D]`` of what PyTorch's LayerNorm was called on.
+    """
 
     def __enter__(self):
+        self.layer_norms = []
         self.patch, resolve = pytest.MonkeyPatch(), backends._resolve
         self.patch.setattr(backends, "_resolve", lambda op, package, name, device, *rest: resolve(
             op, package, name, "cpu", *rest
@@ -41,5 +47,7 @@ class PretendedGPU(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in CLAIMS:
             return CLAIMS[function]
+        if function is F.layer_norm:
+            self.layer_norms.append(tuple(args[0].shape))
         kwargs = {name: _where_it_is(value) for name, value in (kwargs or {}).items()}
         return function(*map(_where_it_is, args), **kwargs)

@@ -107,11 +107,7 @@ def project(
 ) -> Tensor:
     """:meth:`Linear.forward` with a weight ``[out, in]`` that need not be a whole parameter."""
     if x.is_cuda:
-        if (
-            tokens is not None
-            and (tokens.bound or not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)))
-            and not torch.is_autocast_enabled("cuda")
-        ):
+        if kernels_serve(x, weight, tokens):
             return linear(x, weight, bias, tokens.cu_seqlens, activation=activation, residual=residual)
     elif (product := _cpu_product(x, weight, residual)) is not None:
         cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
@@ -120,13 +116,25 @@ def project(
     return y if residual is None else y + residual
 
 
+def kernels_serve(x: Tensor, weight: Tensor, tokens: RaggedBatch | None) -> bool:
+    """Whether rows ``x`` of ``tokens`` on a GPU go through our kernels: where there may be spare rows, which these leave out, and
+    at inference."""
+    return (
+        tokens is not None
+        and (tokens.bound or not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)))
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
 def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, tokens: RaggedBatch) -> Tensor:
     """norm(residual + layer(x)) for ``x [C, in]``, the rows of ``tokens``; ``norm`` is a :class:`madtp.layers.LayerNorm`.
 
     On a GPU one call serves both, where nobody watches the modules.
     """
-    if x.is_cuda and tokens.bound and layer.is_plain and norm.is_plain and not torch.is_autocast_enabled("cuda"):
-        return linear(x, *layer.affine, tokens.cu_seqlens, residual=residual, norm=norm.affine)
+    if x.is_cuda and layer.is_plain and norm.is_plain:
+        weight, bias = layer.affine
+        if kernels_serve(x, weight, tokens):
+            return linear(x, weight, bias, tokens.cu_seqlens, residual=residual, norm=norm.affine)
     return norm(layer(x, residual=residual, tokens=tokens), tokens)
 
 

@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
         if input_ids.bound:  # rows beyond the last token have positions as if they belonged to the last text
             positions = positions.clamp(max=limit - 1)
         x = self.word_embeddings(ids_of(input_ids)) + self.position_embeddings(positions)
-        return input_ids.with_values(self.LayerNorm(x))
+        return input_ids.with_values(self.LayerNorm(x, input_ids))
 
 
 class Output(nn.Module):

@@ -148,7 +148,7 @@ class ImageTower(nn.Module):
         size, bias = vision.patch_size, vision.patch_bias
         flat = nn.Linear(3 * size * size, width, bias) if vision.patches_last else None
         self.patch_embed.proj = flat or nn.Conv2d(3, width, size, size, bias=bias)
-        self.norm_pre = nn.LayerNorm(width, eps=eps) if vision.norm_pre else None
+        self.norm_pre = LayerNorm(width, eps=eps) if vision.norm_pre else None
         self.blocks = nn.ModuleList(Block(width, vision.num_heads, hidden, **options) for _ in range(vision.depth))
         if vision.layer_scale:
             for block in self.blocks:
@@ -265,7 +265,7 @@ class ImageTower(nn.Module):
         """
         tokens = self.embed(pixels if isinstance(pixels, Patches) else self.cut(pixels))
         if self.norm_pre is not None:
-            tokens = tokens.with_values(self.norm_pre(tokens.values))
+            tokens = tokens.with_values(self.norm_pre(tokens.values, tokens))
         if pruning.active and not self.config.class_token and _reads_class_token(pruning):
             raise ValueError(
                 f"pruning: {pruning.name} scores tokens by the attention of a class token, which this tower lacks"

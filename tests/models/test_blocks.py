@@ -62,7 +62,8 @@ def test_a_layer_is_a_figure(kind):
     assert 1 < len([line for line in body if line.strip()]) <= 15
 
 
-def test_what_one_call_does_on_a_gpu_is_done_apart_where_modules_are_watched(generator, monkeypatch):
+@pytest.mark.parametrize("bound", [True, False])
+def test_what_one_call_does_on_a_gpu_is_done_apart_where_modules_are_watched(bound, generator, monkeypatch):
     """Of a linear layer and the LayerNorm behind it; the tensors claim to lie on a GPU."""
     calls, seen = [], []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -70,7 +71,7 @@ def test_what_one_call_does_on_a_gpu_is_done_apart_where_modules_are_watched(gen
     monkeypatch.setattr(madtp.layers, "layer_norm", lambda x, *_: x)
     dense, norm = madtp.linear.Linear(4, 4), madtp.layers.LayerNorm(4)
     x = torch.randn(3, 4, generator=generator)
-    tokens = RaggedBatch.unchecked(x, torch.tensor([0, 2], dtype=torch.int32), 2, True)
+    tokens = RaggedBatch.unchecked(x, torch.tensor([0, 2 + (not bound)], dtype=torch.int32), 3, bound)
 
     def together():
         calls.clear(), seen.clear()

@@ -33,6 +33,7 @@ from madtp.pruning import (
     LayerTrace,
     MADTPNearest,
     PiToMe,
+    Pruning,
     RankedNovelty,
     Tokens,
     ToMe,
@@ -272,7 +273,7 @@ RULES = [
     MADTP(temperature=2.0), MADTPNearest(temperature=2.0), TopK(drop=0.3), EViT(shares=(0.25,)),
     RankedNovelty(shares=(0.25,)), RankedNovelty(thresholds=(0.5,), second_look=1.0, order="importance"),
     ToMe(counts=(3,), authors_order=True), ATM(thresholds=(0.2,)), PiToMe(shares=(0.2,)),
-    PiToMe(shares=(0.2,), form="protect"),
+    PiToMe(shares=(0.2,), form="protect"), Pruning(),
 ]  # fmt: skip
 
 
@@ -285,7 +286,7 @@ RULED = [
     (name, method, number)
     for name, method in CALLS
     for number, rule in enumerate(RULES)
-    if number == 0 or name == "nlvr" or (number in (5, 8) and not name.endswith(("compat", "pairs")))
+    if number in (0, 10) or name == "nlvr" or (number in (5, 8) and not name.endswith(("compat", "pairs")))
 ]
 
 
@@ -301,12 +302,13 @@ def test_rows_beyond_the_last_token_decide_nothing(name, method, number):
     model.pruning = dataclasses.replace(RULES[number], streams=STREAMS)
     call, inputs = bound(model, method), inputs_of(name, method, data, range(3))
     theirs = call(*inputs)
-    if method == "forward":
+    if method == "forward" and model.pruning.active:
         assert any(bool(record.pruned.any()) for record in theirs.vision)
     wide = [in_a_larger_buffer(value) if isinstance(value, list) else value for value in inputs]
     for given in (wide, inputs, wide):
-        with PretendedGPU():
+        with PretendedGPU() as gpu:
             ours = graphs.run(call, *given)
+        assert all(rows <= 4 for rows, _ in gpu.layer_norms), "PyTorch's takes twice as long as ours where there are many"
         check_same(ours, theirs)
     assert len(model.graphs) == 1
 
