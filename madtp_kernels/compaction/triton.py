@@ -309,13 +309,13 @@ def _selection(
     return run
 
 
-def _blocks(block_d: int, normed: bool) -> tuple[int, int]:
+def _blocks(block_d: int, element_size: int, normed: bool) -> tuple[int, int]:
     """Rows moved in a step, rows that a program moves.
 
-    8192 numbers over 4 warps are 8 or 16 loads of 16 bytes a thread. LayerNorm holds its rows in float32, so that half of them
-    leave registers for as many programs on a multiprocessor.
+    32768 bytes over 4 warps are 16 loads of 16 bytes a thread. LayerNorm holds its rows in float32, so that few of them leave
+    registers for as many programs on a multiprocessor.
     """
-    moved = max(1, min(64, (4096 if normed else 8192) // block_d))
+    moved = max(1, min(64, (4096 if normed else 32768 // element_size) // block_d))
     return moved, max(moved, min(64, 16384 // block_d))
 
 
@@ -352,7 +352,7 @@ def compact(
     (capacity, width), batch = x.shape, cu_seqlens.shape[0] - 1
     sized, with_norm = sizes is not None, norm_weight is not None
     block_d = block(width)
-    copy_rows, chunk = _blocks(block_d, with_norm)
+    copy_rows, chunk = _blocks(block_d, x.element_size(), with_norm)
     slots = cdiv(max_seqlen, chunk)
     numbers = (x.stride(0), batch, slots, merged_id, norm_eps, width)
     choose = _selection(capacity, batch, max_seqlen, threshold is not None, groups is not None)
