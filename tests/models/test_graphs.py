@@ -308,7 +308,9 @@ def test_rows_beyond_the_last_token_decide_nothing(name, method, number):
     for given in (wide, inputs, wide):
         with PretendedGPU() as gpu:
             ours = graphs.run(call, *given)
-        assert all(rows <= 4 for rows, _ in gpu.layer_norms), "PyTorch's takes twice as long as ours where there are many"
+        assert all(rows <= 4 for rows, _ in gpu.layer_norms), (
+            "PyTorch's takes twice as long as ours where there are many"
+        )
         check_same(ours, theirs)
     assert len(model.graphs) == 1
 

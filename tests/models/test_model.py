@@ -1,13 +1,16 @@
 """BLIP-NLVR as a model: precisions, grouping, sizes of merged tokens, records, training, wrong inputs, the real size."""
 
+import contextlib
 import os
 import resource
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import DEVICE, backends_here, clearance, interpreted, normal
 from PIL import Image
+from pretended_gpu import PretendedGPU
 
 import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig, vision
@@ -495,3 +498,18 @@ def test_the_real_size_answers_on_two_picture_files(tmp_path):
     assert not torch.equal(logits[torch.float32, 2.0], logits[torch.float32, 0.0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process: {peak:.1f} GiB; logits: {logits}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 6, 8])
+def test_patches_are_those_of_a_convolution(size, dtype, generator):
+    flat = normal(generator, 1 + 2 * 3 * 48 * 24, dtype=dtype)
+    aligned, beside = (part.view(2, 3, 48, 24) for part in (flat[:-1], flat[1:]))  # one does not begin at a multiple
+    for images in (aligned, beside, aligned[:, :, ::2], aligned.clone().requires_grad_()):
+        expected = F.unfold(images.float(), size, stride=size).mT.flatten(0, 1).to(dtype)
+        by_pixel = expected.unflatten(1, (3, -1)).mT.flatten(1)
+        for place in (contextlib.nullcontext, PretendedGPU) if DEVICE == "cpu" else (contextlib.nullcontext,):
+            with place():
+                rows, others = vision.cut_patches(images, size), vision.cut_patches(images, size, channels_last=True)
+            assert torch.equal(rows, expected) and torch.equal(others, by_pixel)
+            assert rows.requires_grad == images.requires_grad
