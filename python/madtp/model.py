@@ -173,8 +173,8 @@ class Model(nn.Module):
 
     @property
     def longest_text(self) -> int:
-        """Tokens of the longest text that the model takes."""
-        return self.config.text.max_position_embeddings
+        """Tokens of the longest text that the model takes; 0 where it takes none."""
+        return self.config.text.max_position_embeddings if self.config.text else 0
 
     @property
     def device(self) -> torch.device:

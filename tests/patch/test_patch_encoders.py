@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers import normal
+from pretended_gpu import PretendedGPU
 from test_encoders import DINOV2, IMAGES, MODELS, NAFLEX, PICTURES, VISION, padded_patches, pooled, texts, theirs
 
 import madtp
@@ -179,6 +180,9 @@ def test_every_patch_has_a_row_whatever_the_rule(name, rule):
         begin, end = tokens.cu_seqlens[sample : sample + 2].tolist()
         assert torch.equal(last[sample, mask[sample]], normed[begin:end][rows])
     assert dropped
+    with PretendedGPU():
+        there = model(**given).last_hidden_state
+    close(there, last)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
