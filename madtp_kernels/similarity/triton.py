@@ -1,11 +1,13 @@
 """Which tokens of a sample have alike keys, on the GPU: products tile by tile, of which only the best per token is kept.
 
-A first launch leaves 1 / |k| of every key, 0 for one without a direction (zero, not finite), whose row then is not even read.
-In the second a program owns a block of queries of one sample and walks over blocks of candidates, up to the sample's length.
-With a rank all of them are visited. To halve the products, as the CPU does, the tokens of every sample would have to be sorted
-by rank: by estimate (not measured) that takes a GPU as long as the products it would spare, 33 GFLOP for 64 images of 577
-tokens. Matching takes a third, which finds the cosine that the r-th best pair has by bisection over its bits; so do the scores
-of merging, for whose means a program reads all tokens of a sample.
+A first launch leaves 1 / |k| of every key, 0 for one without a direction (zero, not finite). In the second a program multiplies
+a block of keys by another of the same sample, and the best of every token enters its int64 by an atomic maximum: of the cosine,
+then of the earlier row, which no order of programs changes. Where every token may see every other (HIGHER: those of
+higher rank) both of a pair take the best from one product, so that half of the tiles are visited. For the nearest kept token
+the first launch also lists the tokens of a sample that go and those that stay: only the products of one with the other are
+computed. A last launch makes results of what was found.
+
+The time is that of fetching keys from the L2 cache: hence large tiles, and two programs to a multiprocessor.
 """
 
 from __future__ import annotations
@@ -20,22 +22,68 @@ from torch import Tensor
 from ..triton_utils import Launch, after_previous, cdiv, dot_precision, prepared, product
 
 POSITION_BITS = tl.constexpr(30)
-NORM_ROWS, NORM_COLUMNS = 16, 256
+NORM_ROWS, NORM_COLUMNS = 8, 1024
 BLOCK = 1024  # tokens per step where only scores are read
-# What a query may see.
-KEPT, OTHERS, HIGHER, ODD = (tl.constexpr(mode) for mode in range(4))
+CHUNK = 256  # tokens whose scores a program computes
+NONE = tl.constexpr(-(2**63))  # no candidate yet
+# What a query may see. From OTHERS on, every token is a query and a candidate.
+KEPT, ODD, OTHERS, HIGHER = (tl.constexpr(mode) for mode in range(4))
+
+
+@triton.jit
+def _packed(value, row):
+    """int64 of which the largest is that of the largest value (not -inf, not NaN) and of it the lowest row."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)  # one zero, not two
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # signed order = order of the floats
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64)
+
+
+@triton.jit
+def _unpacked(packed):
+    """Whether there is one, the value, and its row."""
+    ordered = (packed >> 32).to(tl.int32)
+    value = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    return packed != NONE, value, 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _list_places(kept, places, dropped, cu_seqlens, i_b, BLOCK: tl.constexpr):
+    """Positions in a sample: of the tokens that are not kept from its first place on, of the kept ones from its last backwards."""
+    bos = tl.load(cu_seqlens + i_b)
+    length = tl.load(cu_seqlens + i_b + 1) - bos
+    kept += bos
+    places += bos
+    before = 0
+    for start in range(0, length, BLOCK):
+        o_j = start + tl.arange(0, BLOCK)
+        goes = ((o_j < length) & (tl.load(kept + o_j, mask=o_j < length, other=1) == 0)).to(tl.int32)
+        earlier = before + tl.cumsum(goes, 0) - goes
+        tl.store(places + tl.where(goes != 0, earlier, length - 1 - (o_j - earlier)), o_j, mask=o_j < length)
+        before += tl.sum(goes, 0)
+    tl.store(dropped + i_b, before)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def _scale_kernel(
-    keys, scale, order, free, rank, cu_seqlens, batch, key_row, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """1 / |k| of ROWS keys; 0 for one without a direction. With ``order``, also the rank: -1 for tokens that are not free."""
+    keys, scale, best, order, free, rank, kept, places, dropped, cu_seqlens, batch, key_row, WIDTH,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """1 / |k| of ROWS keys, 0 for one without a direction; and no best candidate yet.
+
+    With ``order``, also the rank: -1 for tokens that are not free. With ``kept``, a kept token is its own best candidate, and
+    the first ``batch`` programs list the tokens of a sample each.
+    """
     after_previous()
+    first = tl.program_id(0) * ROWS
+    if kept is not None:
+        if tl.program_id(0) < batch:
+            _list_places(kept, places, dropped, cu_seqlens, tl.program_id(0), BLOCK)
+            return
+        first -= batch * ROWS
     tokens = tl.load(cu_seqlens + batch)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS >= tokens:
+    if first >= tokens:
         return
+    rows = first + tl.arange(0, ROWS)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, WIDTH, COLUMNS):
         o_k = start + tl.arange(0, COLUMNS)
@@ -46,91 +94,166 @@ def _scale_kernel(
     directed = (square > 0.0) & (square < float("inf"))
     inverse = 1.0 / tl.sqrt_rn(tl.where(directed, square, 1.0))
     tl.store(scale + rows, tl.where(directed, inverse, 0.0), mask=rows < tokens)
+    nothing = tl.full((ROWS,), NONE, tl.int64)
+    if kept is not None:
+        own = _packed(tl.zeros((ROWS,), tl.float32), rows)
+        nothing = tl.where(tl.load(kept + rows, mask=rows < tokens, other=0) != 0, own, nothing)
+    tl.store(best + rows, nothing, mask=rows < tokens)
     if order is not None:
         may_go = tl.load(free + rows, mask=rows < tokens, other=0) != 0
         value = tl.load(order + rows, mask=rows < tokens, other=0.0)
         tl.store(rank + rows, tl.where(may_go, value, -1.0), mask=rows < tokens)
 
 
-@triton.jit(do_not_specialize=["query_blocks", "first_free"])
-def _nearest_kernel(
-    keys, scale, kept, rank, nearest, cosine, cu_seqlens, key_row, query_blocks, first_free, WIDTH,
-    SEEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Programs of (sample, block of queries): the most similar candidate of each, as a row of the batch, and the cosine.
+@triton.jit
+def _corner(tile, RATIO: tl.constexpr):
+    """Row and column of a tile above or on the diagonal: column after column, of which the i-th has (i + 1) RATIO rows."""
+    number = tile // RATIO
+    column = ((tl.sqrt_rn((8 * number + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    column = tl.where(column * (column + 1) // 2 > number, column - 1, column)
+    column = tl.where((column + 1) * (column + 2) // 2 <= number, column + 1, column)
+    return tile - RATIO * (column * (column + 1) // 2), column
 
-    -1 and -inf without one. KEPT: candidates are the kept tokens, queries the others; kept ones get their own row. ODD: queries
-    are the even positions from first_free on, candidates the odd ones.
+
+@triton.jit
+def _offer(best, value, rows, candidates, AXIS: tl.constexpr, PLACES: tl.constexpr):
+    """Have the largest value along an axis considered for ``best`` of the rows; -inf is none."""
+    top = tl.max(value, AXIS)
+    row = tl.full(top.shape, 0, tl.int32)
+    if PLACES:
+        row = tl.min(
+            tl.where(value == tl.expand_dims(top, AXIS), tl.expand_dims(candidates, 1 - AXIS), 2147483647), AXIS
+        )
+    tl.atomic_max(best + rows, _packed(top, row), mask=top > float("-inf"), sem="relaxed")
+
+
+@triton.jit
+def _candidates(places, bos, length, first, candidates, first_free, SEEN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of the batch of a sample's candidates from the ``first``-th on, and which of them there are."""
+    o_n = first + tl.arange(0, BLOCK_N)
+    m_n = o_n < candidates
+    if SEEN == KEPT:
+        o_n = tl.load(places + bos + length - 1 - o_n, mask=m_n, other=0)
+    elif SEEN == ODD:
+        o_n = first_free + 1 - first_free % 2 + 2 * o_n
+    return bos + o_n, m_n
+
+
+@triton.jit
+def _halves(table):
+    """The left and the right half of a table."""
+    halves = tl.reshape(table, (table.shape[0], 2, table.shape[1] // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def _compare(acc, best, scale, rank, o_m, m_m, o_n, m_n, SEEN: tl.constexpr, PLACES: tl.constexpr):
+    """Offer the products ``acc`` of queries o_m and candidates o_n to those who may see them."""
+    # A key without a direction may be NaN: what it was multiplied with is chosen away, and 0 with every key.
+    scale_m = tl.load(scale + o_m, mask=m_m, other=0.0)
+    scale_n = tl.load(scale + o_n, mask=m_n, other=0.0)
+    acc = tl.where((scale_m > 0.0)[:, None] & (scale_n > 0.0)[None, :], acc, 0.0)
+    # The norm of the query does not matter for the choice: it is left to the end, where it cannot make two cosines equal.
+    if SEEN >= OTHERS:
+        pair = o_m[:, None] < tl.where(m_n, o_n, -1)[None, :]
+        forth = pair
+        back = pair
+        if SEEN == HIGHER:
+            rank_m = tl.load(rank + o_m, mask=m_m, other=0.0)[:, None]
+            rank_n = tl.load(rank + o_n, mask=m_n, other=0.0)[None, :]
+            forth = pair & (rank_n > rank_m)
+            back = pair & (rank_n <= rank_m)
+        _offer(best, tl.where(back, acc * scale_m[:, None], float("-inf")), o_n, o_m, 0, PLACES)
+    else:
+        forth = m_m[:, None] & m_n[None, :]
+    _offer(best, tl.where(forth, acc * scale_n[None, :], float("-inf")), o_m, o_n, 1, PLACES)
+
+
+@triton.jit(do_not_specialize=["tiles", "first_free"])
+def _nearest_kernel(
+    keys, scale, rank, places, dropped, best, cu_seqlens, key_row, tiles, first_free, WIDTH,
+    SEEN: tl.constexpr, PLACES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the products of BLOCK_M queries and BLOCK_N candidates of a sample, of which each query's best is offered.
+
+    Of two tokens that may see each other, the later one is the candidate here, and each is offered to the other. KEPT:
+    candidates are the kept tokens, queries the others. ODD: queries are the even positions from first_free on, candidates the
+    odd ones. WHOLE: BLOCK_K divides the width.
     """
     after_previous()
-    i_b = tl.program_id(0) // query_blocks
-    i_m = tl.program_id(0) % query_blocks
-    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
-    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
-    step: tl.constexpr = 2 if SEEN == ODD else 1
-    first_query = 0
-    first_candidate = 0
-    if SEEN == ODD:
-        first_query = first_free + first_free % 2
-        first_candidate = first_free + 1 - first_free % 2
-    if first_query + step * i_m * BLOCK_M >= length:
+    i_b = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    bos = tl.load(cu_seqlens + i_b)
+    length = tl.load(cu_seqlens + i_b + 1) - bos
+    if SEEN >= OTHERS:
+        i_m, i_n = _corner(tile, BLOCK_N // BLOCK_M)
+        queries = length
+        candidates = length
+    else:
+        if SEEN == KEPT:
+            queries = tl.load(dropped + i_b)
+            candidates = length - queries
+        else:
+            queries = tl.maximum(length - first_free + 1 - first_free % 2, 0) // 2
+            candidates = tl.maximum(length - first_free + first_free % 2, 0) // 2
+        query_blocks = tl.maximum(tl.cdiv(queries, BLOCK_M), 1)
+        i_m = tile % query_blocks
+        i_n = tile // query_blocks
+    if (i_m * BLOCK_M >= queries) | (i_n * BLOCK_N >= candidates):
         return
 
-    o_m = first_query + step * (i_m * BLOCK_M + tl.arange(0, BLOCK_M))
-    m_m = o_m < length
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < queries
+    if SEEN == KEPT:
+        o_m = tl.load(places + bos + o_m, mask=m_m, other=0)
+    elif SEEN == ODD:
+        o_m = first_free + first_free % 2 + 2 * o_m
+    o_m += bos
+    o_n, m_n = _candidates(places, bos, length, i_n * BLOCK_N, candidates, first_free, SEEN, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
-    scale_m = tl.load(scale + bos + o_m, mask=m_m, other=0.0)
-    searching = m_m
-    if SEEN == KEPT:
-        searching = m_m & (tl.load(kept + bos + o_m, mask=m_m, other=1) == 0)
-    if SEEN == HIGHER:
-        rank_m = tl.load(rank + bos + o_m, mask=m_m, other=0.0)
-    read_m = (searching & (scale_m > 0.0))[:, None]
-    query_rows = keys + (bos + o_m)[:, None] * key_row
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    place = tl.full((BLOCK_M,), -1, tl.int32)
-    # Nothing to search for, nothing to do: a block of kept tokens.
-    last = tl.where(tl.max(searching.to(tl.int32), 0) > 0, length, 0)
-    for start in range(first_candidate, last, step * BLOCK_N):
-        o_n = start + step * tl.arange(0, BLOCK_N)
-        m_n = o_n < length
-        if SEEN == KEPT:
-            m_n = m_n & (tl.load(kept + bos + o_n, mask=m_n, other=0) != 0)
-        scale_n = tl.load(scale + bos + o_n, mask=m_n, other=0.0)
-        read_n = (scale_n > 0.0)[:, None]
-        candidate_rows = keys + (bos + o_n)[:, None] * key_row
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, WIDTH, BLOCK_K):
+    query_rows = keys + o_m.to(tl.int64)[:, None] * key_row + o_k[None, :]
+    candidate_rows = keys + o_n.to(tl.int64)[:, None] * key_row + o_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        mask_m = m_m[:, None]
+        mask_n = m_n[:, None]
+        if not WHOLE:
             m_k = (k + o_k < WIDTH)[None, :]
-            query = tl.load(query_rows + (k + o_k)[None, :], mask=read_m & m_k, other=0.0)
-            candidate = tl.load(candidate_rows + (k + o_k)[None, :], mask=read_n & m_k, other=0.0)
-            acc = product(query, tl.trans(candidate), acc, PRECISION)
-        seen = m_n[None, :]
-        if SEEN == OTHERS:
-            seen = seen & (o_n[None, :] != o_m[:, None])
-        if SEEN == HIGHER:
-            rank_n = tl.load(rank + bos + o_n, mask=m_n, other=0.0)[None, :]
-            before = (rank_n == rank_m[:, None]) & (o_n[None, :] < o_m[:, None])
-            seen = seen & ((rank_n > rank_m[:, None]) | before)
-        value = tl.where(seen, acc * scale_n[None, :], float("-inf"))
-        top = tl.max(value, 1)
-        first = tl.min(tl.where(value == top[:, None], o_n[None, :], 2147483647), 1)
-        better = top > best
-        best = tl.where(better, top, best)
-        place = tl.where(better, first, place)
+            mask_m = mask_m & m_k
+            mask_n = mask_n & m_k
+        query = tl.load(query_rows + k, mask=mask_m, other=0.0)
+        candidate = tl.load(candidate_rows + k, mask=mask_n, other=0.0)
+        acc = product(query, tl.trans(candidate), acc, PRECISION)
 
-    found = place >= 0
-    row = tl.where(found, bos + place, -1)
-    if SEEN == KEPT:
-        row = tl.where(searching, row, bos + o_m)
-    tl.store(nearest + bos + o_m, row.to(tl.int32), mask=m_m)
+    # Sixteen candidates at a time: what is known of all of them would take the registers of a second program.
+    left, right = _halves(acc)
+    parts = _halves(left) + _halves(right)
+    if BLOCK_N == 128:
+        parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+    for part in tl.static_range(BLOCK_N // 16):
+        o_n, m_n = _candidates(places, bos, length, i_n * BLOCK_N + 16 * part, candidates, first_free, SEEN, 16)
+        _compare(parts[part], best, scale, rank, o_m, m_m, o_n, m_n, SEEN, PLACES)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _found_kernel(best, scale, nearest, cosine, cu_seqlens, batch, SEEN: tl.constexpr, BLOCK: tl.constexpr):
+    """The most similar candidate of each token, as a row of the batch, or -1; and what is asked of their cosine.
+
+    ODD: the cosine, -inf without a candidate. OTHERS, HIGHER: the novelty, 2 without one.
+    """
+    after_previous()
+    tokens = tl.load(cu_seqlens + batch)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found, value, row = _unpacked(tl.load(best + rows, mask=rows < tokens, other=0))
+    tl.store(nearest + rows, tl.where(found, row, -1), mask=rows < tokens)
     if cosine is not None:
-        value = tl.minimum(tl.maximum(tl.where(found, best, 0.0) * scale_m, -1.0), 1.0)
+        value = tl.minimum(tl.maximum(value * tl.load(scale + rows, mask=rows < tokens, other=0.0), -1.0), 1.0)
         if SEEN == ODD:
             value = tl.where(found, value, float("-inf"))
         else:
             value = tl.where(found, 1.0 - value, 2.0)
-        tl.store(cosine + bos + o_m, value, mask=m_m)
+        tl.store(cosine + rows, value, mask=rows < tokens)
 
 
 @triton.jit
@@ -176,7 +299,6 @@ def _match_kernel(
             matched = matched & (tl.load(similarity + bos + o_j, mask=source, other=float("-inf")) > threshold)
         row = tl.load(nearest + bos + o_j, mask=matched, other=0).to(tl.int64)
         tl.store(into + bos + o_j, tl.where(matched, row, bos + o_j).to(tl.int32), mask=m_j)
-        tl.store(similarity + bos + o_j, float("-inf"), mask=m_j & (source == 0))
 
 
 @triton.jit
@@ -189,16 +311,19 @@ def _power(x, exponent, KIND: tl.constexpr):
     return tl.exp2(tl.log2(x) * exponent)
 
 
-@triton.jit(do_not_specialize=["weight_exponent", "novelty_exponent", "size_exponent"])
+@triton.jit(do_not_specialize=["chunks", "weight_exponent", "novelty_exponent", "size_exponent"])
 def _worth_kernel(
-    new, weight, sizes, free, scores, cu_seqlens, weight_exponent, novelty_exponent, size_exponent,
-    WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    best, scale, new, weight, sizes, free, scores, cu_seqlens, chunks, weight_exponent, novelty_exponent, size_exponent,
+    WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sample: (a / mean a)^p n^q s^r, in float64 as the reference; 0 for what is not a number."""
+    """One program: CHUNK tokens of a sample, (a / mean a)^p n^q s^r in float64 as the reference; 0 for what is not a number."""
     after_previous()
-    i_b = tl.program_id(0)
+    i_b = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * CHUNK
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    if first >= length:
+        return
     total = tl.zeros((BLOCK,), tl.float64)
     number = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, length, BLOCK):
@@ -207,64 +332,108 @@ def _worth_kernel(
         total += tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64)
         number += may_go.to(tl.int32)
     mean = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1).to(tl.float64)
-    for start in range(0, length, BLOCK):
-        o_j = start + tl.arange(0, BLOCK)
-        m_j = o_j < length
-        may_go = tl.load(free + bos + o_j, mask=m_j, other=0) != 0
-        share = tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64) / mean
-        score = _power(share, weight_exponent, WEIGHT)
-        novelty = tl.load(new + bos + o_j, mask=m_j, other=0.0).to(tl.float64)
-        score *= _power(novelty, novelty_exponent, NOVELTY)
-        if sizes is not None:
-            size = tl.load(sizes + bos + o_j, mask=m_j, other=1.0).to(tl.float64)
-            score *= _power(size, size_exponent, SIZE)
-        score = tl.where(may_go & (score == score), tl.minimum(score, 3.4028234663852886e38), 0.0)
-        tl.store(scores + bos + o_j, score.to(tl.float32), mask=m_j)
+
+    o_j = first + tl.arange(0, CHUNK)
+    m_j = o_j < length
+    found, cosine, _ = _unpacked(tl.load(best + bos + o_j, mask=m_j, other=0))
+    cosine *= tl.load(scale + bos + o_j, mask=m_j, other=0.0)
+    novelty = tl.where(found, 1.0 - tl.minimum(tl.maximum(cosine, -1.0), 1.0), 2.0)
+    tl.store(new + bos + o_j, novelty, mask=m_j)
+    may_go = tl.load(free + bos + o_j, mask=m_j, other=0) != 0
+    share = tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64) / mean
+    score = _power(share, weight_exponent, WEIGHT)
+    score *= _power(novelty.to(tl.float64), novelty_exponent, NOVELTY)
+    if sizes is not None:
+        size = tl.load(sizes + bos + o_j, mask=m_j, other=1.0).to(tl.float64)
+        score *= _power(size, size_exponent, SIZE)
+    score = tl.where(may_go & (score == score), tl.minimum(score, 3.4028234663852886e38), 0.0)
+    tl.store(scores + bos + o_j, score.to(tl.float32), mask=m_j)
 
 
-def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Queries and candidates of a tile, features of a step, warps, stages. Bits of a result depend on them: never on the batch.
+def _blocks(keys: Tensor, mutual: bool) -> tuple[int, int, int, int, int]:
+    """Queries and candidates (64 or 128) of a tile, features of a step, warps, stages. They do not depend on the batch.
 
-    float32 tiles have 32 rows: from 64 on, Triton 3.7 gives some of these products to sm_100's matrix units, as tf32, though
-    they are asked for exactly.
+    ``mutual``: tokens see each other; then a multiple of the queries are candidates. float32 tiles have 32 rows: from 64 on,
+    Triton 3.7 gives some of these products to sm_100's matrix units, as tf32, though they are asked for exactly.
     """
-    return (32, 64, 32, 4, 2) if dtype == torch.float32 else (128, 64, 64, 8, 3)
+    if keys.dtype == torch.float32:
+        return 32, 64, 32, 4, 2
+    if (
+        keys.data_ptr() % 16 or keys.stride(0) % 8
+    ):  # fetched number by number: more addresses would not fit the registers
+        return 64, 64, 32, 8, 2
+    return (128, 128, 64, 8, 3) if mutual else (64, 128, 64, 4, 3)
+
+
+def _tiles(max_seqlen: int, seen: tl.constexpr, block_m: int, block_n: int) -> int:
+    """How many tiles a sample of this many tokens may have."""
+    if seen.value >= OTHERS.value:
+        columns = cdiv(max_seqlen, block_n)
+        return columns * (columns + 1) // 2 * (block_n // block_m)
+    if seen is ODD:
+        half = cdiv(max_seqlen, 2)
+        return cdiv(half, block_m) * cdiv(half, block_n)
+    # Worst where some tokens more than whole blocks are queries.
+    return max((cdiv(n, block_m) * cdiv(max_seqlen - n, block_n) for n in range(1, max_seqlen, block_m)), default=0)
 
 
 def _search(
-    keys: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    seen: tl.constexpr,
-    first_free: int = 0,
-    cosines: bool = True,
+    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: tl.constexpr, first_free: int = 0, places: bool = True
 ) -> Callable:
-    """What searches: from keys, cu_seqlens, and what else decides, the nearest rows ``[C]`` and the cosines ``[C]``.
+    """What searches: from keys, cu_seqlens, and what else decides, each token's best candidate, packed, and 1 / |k|.
 
     ``rank`` is what candidates need more of; ``order`` the same but for tokens that are not ``free``, which have least.
     """
     (capacity, width), device = keys.shape, keys.device
     batch = cu_seqlens.shape[0] - 1
-    block_m, block_n, block_k, warps, stages = _blocks(keys.dtype)
-    query_blocks = cdiv(max_seqlen, block_m * (2 if seen is ODD else 1))
+    block_m, block_n, block_k, warps, stages = _blocks(keys, seen.value >= OTHERS.value)
+    tiles = _tiles(max_seqlen, seen, block_m, block_n)
     sizes = (batch, keys.stride(0), width)
-    scaling = Launch(_scale_kernel, cdiv(capacity, NORM_ROWS), ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4)
+    lists = batch if seen is KEPT else 0
+    scaling = Launch(
+        _scale_kernel, lists + cdiv(capacity, NORM_ROWS),
+        ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     searching = Launch(
-        _nearest_kernel, batch * query_blocks,
-        SEEN=seen, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=dot_precision(keys.dtype),
+        _nearest_kernel, batch * tiles,
+        SEEN=seen, PLACES=places, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        WHOLE=width % block_k == 0, PRECISION=dot_precision(keys.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
     def run(keys, cu_seqlens, *, kept=None, rank=None, order=None, free=None):
+        best = torch.empty(capacity, dtype=torch.int64, device=device)
+        scale = torch.empty(capacity, dtype=torch.float32, device=device)
+        rank = rank if order is None else torch.empty_like(scale)
+        listed = dropped = None
+        if kept is not None:
+            listed, dropped = (torch.empty(size, dtype=torch.int32, device=device) for size in (capacity, batch))
+        if capacity and batch:
+            new_rank = rank if order is not None else None
+            scaling(keys, scale, best, order, free, new_rank, kept, listed, dropped, cu_seqlens, *sizes)
+            if tiles:
+                searching(
+                    keys, scale, rank, listed, dropped, best, cu_seqlens, keys.stride(0), tiles, first_free, width
+                )  # fmt: skip
+        return best, scale
+
+    return run
+
+
+def _find(
+    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: tl.constexpr, first_free: int = 0, cosines: bool = True
+) -> Callable:
+    """The same as :func:`_search`, for the nearest rows int32 ``[C]`` and, if asked for, the cosines or novelty ``[C]``."""
+    capacity, device, batch = keys.shape[0], keys.device, cu_seqlens.shape[0] - 1
+    search = _search(keys, cu_seqlens, max_seqlen, seen, first_free)
+    finding = Launch(_found_kernel, cdiv(capacity, BLOCK), SEEN=seen, BLOCK=BLOCK, num_warps=4)
+
+    def run(keys, cu_seqlens, **what):
+        best, scale = search(keys, cu_seqlens, **what)
         nearest = torch.empty(capacity, dtype=torch.int32, device=device)
-        cosine = torch.empty(capacity, dtype=torch.float32, device=device) if cosines else None
-        if capacity and batch and query_blocks:
-            scale = torch.empty(capacity, dtype=torch.float32, device=device)
-            rank = rank if order is None else torch.empty_like(scale)
-            scaling(keys, scale, order, free, rank if order is not None else None, cu_seqlens, *sizes)
-            searching(
-                keys, scale, kept, rank, nearest, cosine, cu_seqlens, keys.stride(0), query_blocks, first_free, width
-            )  # fmt: skip
+        cosine = torch.empty_like(scale) if cosines else None
+        if capacity and batch:
+            finding(best, scale, nearest, cosine, cu_seqlens, batch)
         return nearest, cosine
 
     return run
@@ -273,10 +442,10 @@ def _search(
 @prepared
 def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Callable:
     """``[C]`` int32; see the public operation for the contract."""
-    search = _search(keys, cu_seqlens, max_seqlen, KEPT, cosines=False)
+    find = _find(keys, cu_seqlens, max_seqlen, KEPT, cosines=False)
 
     def run(keys, kept, cu_seqlens, max_seqlen):
-        return search(keys, cu_seqlens, kept=kept.view(torch.uint8))[0]
+        return find(keys, cu_seqlens, kept=kept.view(torch.uint8))[0]
 
     return run
 
@@ -284,10 +453,10 @@ def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int
 @prepared
 def novelty(keys: Tensor, rank: Tensor | None, cu_seqlens: Tensor, max_seqlen: int) -> Callable:
     """novelty float32 ``[C]`` and the rows it was measured from, int32 ``[C]``; see the public operation for the contract."""
-    search = _search(keys, cu_seqlens, max_seqlen, OTHERS if rank is None else HIGHER)
+    find = _find(keys, cu_seqlens, max_seqlen, OTHERS if rank is None else HIGHER)
 
     def run(keys, rank, cu_seqlens, max_seqlen):
-        nearest, result = search(keys, cu_seqlens, rank=rank)
+        nearest, result = find(keys, cu_seqlens, rank=rank)
         return result, nearest
 
     return run
@@ -305,19 +474,21 @@ def merge_scores(
     *exponents: float,
 ) -> Callable:
     """scores and novelty float32 ``[C]``; see the public operation for the contract."""
-    batch, device, capacity = cu_seqlens.shape[0] - 1, keys.device, keys.shape[0]
-    search = _search(keys, cu_seqlens, max_seqlen, HIGHER)
+    batch, chunks = cu_seqlens.shape[0] - 1, cdiv(max_seqlen, CHUNK)
+    search = _search(keys, cu_seqlens, max_seqlen, HIGHER, places=False)
     kinds = [int(exponent) if exponent in (0, 1) else -1 for exponent in exponents]
     rate = Launch(
-        _worth_kernel, batch, WEIGHT=kinds[0], NOVELTY=kinds[1], SIZE=kinds[2], BLOCK=BLOCK, num_warps=4
+        _worth_kernel, batch * chunks,
+        WEIGHT=kinds[0], NOVELTY=kinds[1], SIZE=kinds[2], BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
 
     def run(keys, order, weight, sizes, free, cu_seqlens, max_seqlen, *exponents):
         free = free.view(torch.uint8)
-        _, new = search(keys, cu_seqlens, order=order, free=free)
-        scores = torch.empty(capacity, dtype=torch.float32, device=device)
-        if batch:
-            rate(new, order if weight is None else weight, sizes, free, scores, cu_seqlens, *exponents)
+        best, scale = search(keys, cu_seqlens, order=order, free=free)
+        scores, new = torch.empty_like(scale), torch.empty_like(scale)
+        if batch and chunks:
+            weight = order if weight is None else weight
+            rate(best, scale, new, weight, sizes, free, scores, cu_seqlens, chunks, *exponents)
         return scores, new
 
     return run
@@ -329,11 +500,11 @@ def match_tokens(
 ) -> Callable:
     """into int32 and similarity float32, ``[C]``; see the public operation for the contract."""
     batch, bits = cu_seqlens.shape[0] - 1, max_seqlen.bit_length()
-    search = _search(keys, cu_seqlens, max_seqlen, ODD, first_free=protected)
+    find = _find(keys, cu_seqlens, max_seqlen, ODD, protected)
     match = Launch(_match_kernel, batch, HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4)
 
     def run(keys, cu_seqlens, max_seqlen, count, threshold, protected):
-        nearest, similarity = search(keys, cu_seqlens)
+        nearest, similarity = find(keys, cu_seqlens)
         into = torch.empty_like(nearest)
         if keys.shape[0] and batch:
             bound = 0.0 if threshold is None else threshold
