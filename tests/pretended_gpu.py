@@ -37,6 +37,9 @@ class PretendedGPU(TorchFunctionMode):
             op, package, name, "cpu", *rest
         ))  # fmt: skip
         self.patch.setattr(repeats, "signature", lambda *_: None)
+        for name in ("is_autocast_enabled", "get_autocast_dtype", "autocast"):
+            ask = getattr(torch, name)
+            self.patch.setattr(torch, name, lambda *_, ask=ask, **options: ask("cpu", **options))
         self.patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         return super().__enter__()
 

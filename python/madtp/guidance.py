@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
+from .linear import project
+
 
 class QueryModel(nn.Module):
     """Maps tokens to the width of the dictionary where the two differ; without a map it holds no parameters.
@@ -41,9 +43,11 @@ class QueryModel(nn.Module):
         with plain:  # scores are compared in float32 at least
             return (wide @ weight.to(wide.dtype)).to(dictionary.dtype), wide @ bias.to(wide.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, tokens: RaggedBatch) -> Tensor:
         """Tokens ``[T, width]`` in the dictionary's space ``[T, sd_dim]``."""
-        return x if self.q_map is None else self.q_map(x)
+        if self.q_map is None:
+            return tokens.values
+        return project(tokens.values, self.q_map[0].weight, self.q_map[0].bias, tokens=tokens)
 
 
 def alignment_features(tokens: RaggedBatch, dictionary: Tensor, query_model: QueryModel) -> Tensor:
@@ -52,7 +56,7 @@ def alignment_features(tokens: RaggedBatch, dictionary: Tensor, query_model: Que
     With Q the mapped tokens but the first: softmax over tokens of <Q_j, s_m> / sqrt(sd_dim), times Q. Only training and
     calibration need it.
     """
-    queries, mask = tokens.with_values(query_model(tokens.values)).to_padded()
+    queries, mask = tokens.with_values(query_model(tokens)).to_padded()
     queries, mask = queries[:, 1:], mask[:, 1:]
     logits = queries @ dictionary.mT * dictionary.shape[1] ** -0.5  # [B, N, M]
     logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)

@@ -34,6 +34,8 @@ class LayerNorm(nn.LayerNorm):
         if x.is_cuda:
             weight, bias, eps = self.affine
             if kernels_serve(x, weight, tokens):
+                if torch.is_autocast_enabled("cuda"):
+                    x = x.to(torch.promote_types(x.dtype, torch.float32))
                 return layer_norm(x, weight, bias, tokens.cu_seqlens, eps)
         return super().forward(x)
 

@@ -8,8 +8,8 @@ next call; there is nothing to notice and nothing to refuse.
 
 On a GPU a pruned batch lies in a buffer larger than its tokens, whose number the host does not know: `madtp_kernels.linear`
 leaves the spare rows out. At inference it serves every layer of tokens there, pruned or not, so that a sample's bits do not
-depend on its neighbours. Where a gradient is needed, under autocast and torch.compile, and without the extension this is
-`torch.nn.functional.linear`.
+depend on its neighbours. Where there are no spare rows and a gradient is needed or autocast is on, and on a CPU also under
+torch.compile and without the extension, this is `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,12 @@ def project(
     """:meth:`Linear.forward` with a weight ``[out, in]`` that need not be a whole parameter."""
     if x.is_cuda:
         if kernels_serve(x, weight, tokens):
-            return linear(x, weight, bias, tokens.cu_seqlens, activation=activation, residual=residual)
+            if not torch.is_autocast_enabled("cuda"):
+                return linear(x, weight, bias, tokens.cu_seqlens, activation=activation, residual=residual)
+            dtype = torch.get_autocast_dtype("cuda")
+            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+            y = linear(x, weight, bias, tokens.cu_seqlens, activation=activation)
+            return y if residual is None else y + residual
     elif (product := _cpu_product(x, weight, residual)) is not None:
         cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
         return product(x, weight, bias, cu_seqlens, activation or "", residual)
@@ -117,13 +122,12 @@ def project(
 
 
 def kernels_serve(x: Tensor, weight: Tensor, tokens: RaggedBatch | None) -> bool:
-    """Whether rows ``x`` of ``tokens`` on a GPU go through our kernels: where there may be spare rows, which these leave out, and
-    at inference."""
-    return (
-        tokens is not None
-        and (tokens.bound or not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)))
-        and not torch.is_autocast_enabled("cuda")
-    )
+    """Whether rows ``x`` of ``tokens`` on a GPU go through our kernels: at inference, and where there may be spare rows. These hold
+    any number, of which a gradient of zero makes NaN in that of a weight; our kernels leave them out."""
+    if tokens is None or tokens.bound:
+        return tokens is not None
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not (differentiates or torch.is_autocast_enabled("cuda"))
 
 
 def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, tokens: RaggedBatch) -> Tensor:
@@ -131,7 +135,7 @@ def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, token
 
     On a GPU one call serves both, where nobody watches the modules.
     """
-    if x.is_cuda and layer.is_plain and norm.is_plain:
+    if x.is_cuda and layer.is_plain and norm.is_plain and not torch.is_autocast_enabled("cuda"):
         weight, bias = layer.affine
         if kernels_serve(x, weight, tokens):
             return linear(x, weight, bias, tokens.cu_seqlens, residual=residual, norm=norm.affine)

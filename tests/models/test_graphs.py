@@ -40,6 +40,7 @@ from madtp.pruning import (
     TopK,
 )
 from madtp.pruning.base import STREAMS
+from madtp.rows import first_rows
 from madtp.tasks import TASKS
 from madtp.weights import randomize
 from madtp_kernels import RaggedBatch
@@ -721,3 +722,41 @@ def test_capture_says_what_is_wrong(data):
     model = make("nlvr", recorder=Broken)
     with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
         model.capture(*inputs)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("name", ["nlvr", "caption", "vqa", "retrieval", "clip", "clip, compat"])
+def test_rows_beyond_the_last_token_reach_no_gradient(name, half):
+    """A number that is not finite times a gradient of zero is NaN in the gradient of a weight, which sums over rows."""
+    pixels, ids, clip_ids = draw(torch.Generator().manual_seed(2))
+    images = pixels[:3].transpose(0, 1).flatten(0, 1) if name == "nlvr" else pixels[:3, 0]
+    inputs = (images, (clip_ids if name.startswith("clip") else ids)[:3])[: 1 + (name != "caption")]
+    gradients = []
+    for place in (contextlib.nullcontext, PretendedGPU):
+        model = make(name)
+        with place():
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = sum(map(squares, tensors_read(model(*inputs, alignment_features=True))))
+            loss.backward()
+        gradients.append({key: part.grad for key, part in model.named_parameters() if part.grad is not None})
+    theirs, ours = gradients
+    assert theirs.keys() == ours.keys() and len(theirs) > 10
+    for key, gradient in theirs.items():
+        assert ours[key].isfinite().all(), key
+        if not half:  # where rounding decides what is kept
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(ours[key], gradient, atol=1e-4 * scale + 1e-6, rtol=1e-3)
+
+
+def squares(tensor):
+    return tensor.float().square().mean()
+
+
+def tensors_read(output):
+    """What a loss is made of: features, logits, the first token of each sample."""
+    for field in dataclasses.fields(output):
+        value = getattr(output, field.name)
+        if isinstance(value, Tokens):
+            yield first_rows(value)
+        elif isinstance(value, (Tensor, tuple)):
+            yield from (part for part in tensors(value) if part.requires_grad)
