@@ -156,7 +156,7 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     if dtype == torch.float32:
         # Exact float32 products run on the ordinary units and keep their operands in registers: small tiles.
         return {64: (64, 32, 8, 1), 128: (32, 32, 8, 1)}.get(max(block_d, 64), (16, 32, 8, 1))
-    return {64: (128, 64, 8, 2), 128: (64, 64, 8, 2)}.get(max(block_d, 64), (64, 32, 8, 2))
+    return {64: (64, 64, 4, 3), 128: (64, 64, 8, 2)}.get(max(block_d, 64), (64, 32, 8, 2))
 
 
 def _triton_attention(
