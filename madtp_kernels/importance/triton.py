@@ -199,7 +199,7 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, pipeline stages. The bits of a result depend on them: never on the batch."""
     if dtype == torch.float32:
         return (64, 64, 8, 1) if block_d <= 128 else (32, 32, 8, 1)
-    return {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}.get(max(block_d, 64), (64, 64, 8, 2))
+    return {64: (64, 64, 4, 4), 128: (128, 64, 8, 2)}.get(max(block_d, 64), (64, 64, 8, 2))
 
 
 @prepared

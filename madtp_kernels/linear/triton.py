@@ -256,7 +256,8 @@ def _product(
 ) -> Callable:
     """What multiplies tensors like these by a tile of one's choice; see :func:`madtp_kernels.triton_utils.prepared`."""
     (capacity, width), columns, dtype = x.shape, weight.shape[0], x.dtype
-    programs = min(tile.count(capacity, columns), multiprocessors(x) * tile.programs)
+    tiles = tile.count(capacity, columns)
+    programs = min(tiles, multiprocessors(x) * tile.programs)
     if programs == 0:
         return lambda x, *rest: x.new_empty(capacity, columns)
     stored = descriptors and tile.stored and columns % 8 == 0 and (residual is None or _aligned(residual))
@@ -275,7 +276,7 @@ def _product(
         _linear_kernel, programs,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP, ACTIVATION=activation,
         DESCRIPTORS=descriptors, STORED=stored, PRECISION=dot_precision(dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, short=tiles <= programs,
     )  # fmt: skip
 
     def run(x, weight, bias, cu_seqlens, activation, residual):
@@ -317,7 +318,7 @@ def _pair(
     batch = (cu_seqlens.shape[0] - 1) // (1 if form == "both" else 2)
     shape = reference.pair_shape(capacity, columns, form)
     # Each half may end with a tile of its own.
-    programs = tile.count(2 * capacity if form == "both" else capacity, columns) + cdiv(columns, tile.columns)
+    tiles = tile.count(2 * capacity if form == "both" else capacity, columns) + cdiv(columns, tile.columns)
     x_tiles = weight_tiles = other_tiles = _itself
     if descriptors:
         x_tiles = _described((capacity, width), x.stride(0), tile.rows, tile.depth)
@@ -325,10 +326,12 @@ def _pair(
             _described((columns, width), w.stride(0), tile.columns, tile.depth) for w in (weight, other_weight)
         )
     sizes = (batch, x.stride(0), weight.stride(0), other_weight.stride(0), columns, width)
+    programs = min(tiles, multiprocessors(x) * tile.programs)
     start = Launch(
-        _pair_kernel, min(programs, multiprocessors(x) * tile.programs),
+        _pair_kernel, programs,
         FORM=form, BLOCK_B=256, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP,
         DESCRIPTORS=descriptors, PRECISION=dot_precision(dtype), num_warps=tile.warps, num_stages=tile.stages,
+        short=tiles <= programs,
     )  # fmt: skip
 
     def run(x, weight, other_weight, bias, other_bias, cu_seqlens, form):

@@ -281,7 +281,7 @@ def _merge_kernel(
 
 def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Tokens of a tile, widths of a step, warps, pipeline stages. They decide the bits of a result: never the batch."""
-    return (64, 32, 8, 1) if dtype == torch.float32 else (128, 64, 8, 3)
+    return (64, 32, 8, 1) if dtype == torch.float32 else (64, 64, 4, 4)
 
 
 def _one_launch(batch: int, tiles: int, multiprocessors: int) -> bool:

@@ -350,8 +350,10 @@ def _worth_kernel(
     tl.store(scores + bos + o_j, score.to(tl.float32), mask=m_j)
 
 
-def _blocks(keys: Tensor, mutual: bool) -> tuple[int, int, int, int, int]:
-    """Queries and candidates (64 or 128) of a tile, features of a step, warps, stages. They do not depend on the batch.
+def _blocks(keys: Tensor, mutual: bool, max_seqlen: int) -> tuple[int, int, int, int, int]:
+    """Queries and candidates (64 or 128) of a tile, features of a step, warps, stages. No bit depends on them.
+
+    Small tiles serve short samples, and pruned ones in buffers of no more than some hundred tokens each; large tiles fetch less.
 
     ``mutual``: tokens see each other; then a multiple of the queries are candidates. float32 tiles have 32 rows: from 64 on,
     Triton 3.7 gives some of these products to sm_100's matrix units, as tf32, though they are asked for exactly.
@@ -362,6 +364,8 @@ def _blocks(keys: Tensor, mutual: bool) -> tuple[int, int, int, int, int]:
         keys.data_ptr() % 16 or keys.stride(0) % 8
     ):  # fetched number by number: more addresses would not fit the registers
         return 64, 64, 32, 8, 2
+    if max_seqlen <= 640:
+        return (64, 64, 64, 4, 3) if mutual else (64, 64, 64, 4, 4)
     return (128, 128, 64, 8, 3) if mutual else (64, 128, 64, 4, 3)
 
 
@@ -386,7 +390,7 @@ def _search(
     """
     (capacity, width), device = keys.shape, keys.device
     batch = cu_seqlens.shape[0] - 1
-    block_m, block_n, block_k, warps, stages = _blocks(keys, seen.value >= OTHERS.value)
+    block_m, block_n, block_k, warps, stages = _blocks(keys, seen.value >= OTHERS.value, max_seqlen)
     tiles = _tiles(max_seqlen, seen, block_m, block_n)
     sizes = (batch, keys.stride(0), width)
     lists = batch if seen is KEPT else 0

@@ -1,5 +1,10 @@
 """What one program of a Triton kernel may owe to another one of its launch: nothing. Through the interpreter, which runs them one
-after the other, the last goes first here; a buffer that one program reads and another writes would show."""
+after the other, the last goes first here; a buffer that one program reads and another writes would show. And what launches owe to
+each other: a kernel that comes early waits."""
+
+import ast
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +89,41 @@ def test_rows_and_layers(backwards, generator):
 
     for ours, theirs in zip(backwards(call), call(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# ---- launches that overlap ----------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_waits_first_for_the_one_before():
+    """A kernel that is launched early may touch no memory before it has waited, not even its offsets."""
+    import madtp_kernels
+
+    number = 0
+    for path in sorted(Path(madtp_kernels.__file__).parent.glob("*/triton.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                first = node.body[1] if ast.get_docstring(node) else node.body[0]
+                assert ast.unparse(first) == "after_previous()", f"{path}: {node.name}"
+                number += 1
+    assert number > 20
+
+
+class Launcher:
+    """Stands in for Triton's: says how it was called."""
+
+    def __init__(self):
+        self.launch_pdl = False
+
+    def __call__(self, *args):
+        return self.launch_pdl
+
+
+@pytest.mark.parametrize("arch, overlap", [(80, False), (90, True), (100, True)])
+def test_only_short_launches_overlap_and_only_where_kernels_wait(arch, overlap):
+    from madtp_kernels import triton_utils
+
+    metadata = types.SimpleNamespace(target=types.SimpleNamespace(arch=arch))
+    long, short = triton_utils._runs(types.SimpleNamespace(run=Launcher(), metadata=metadata))
+    assert (long(), short()) == (False, overlap)
+    of_another_kind = types.SimpleNamespace(run=len, metadata=metadata)
+    assert triton_utils._runs(of_another_kind) == (len, len)
