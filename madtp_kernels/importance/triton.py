@@ -37,7 +37,7 @@ def _seen(lse):
 
 @triton.jit
 def _received(
-    q, k, lse, bias, partial, q_token, q_head, k_token, k_head, capacity, scale_log2,
+    q, k, lse, bias, partial, q_token, q_head, k_token, k_head, lse_head, capacity, scale_log2,
     tokens, first_key, first_block, last_block,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,7 +72,7 @@ def _received(
         q_tile = tl.load(q + (row * q_token + head * q_head) + q_tile_rows, mask=m_m[:, None] & m_d, other=0.0)
         k_tile = tl.load(k + head * k_head + k_tile_rows, mask=m_k, other=0.0)
         next_begin = (step + 1) // HEADS * BLOCK_M
-        next_row = tl.cast((step + 1) % HEADS, tl.int64) * capacity + next_begin
+        next_row = tl.cast((step + 1) % HEADS, tl.int64) * lse_head + next_begin
         next_lse = tl.load(lse + next_row + o_m, mask=o_m < tokens - next_begin, other=0.0)
         s = product(q_tile, tl.trans(k_tile), None, PRECISION)
         best = tl.maximum(best, s * scale_log2 - (_seen(row_lse) * LOG2E)[:, None], propagate_nan=tl.PropagateNan.ALL)
@@ -92,7 +92,7 @@ def _received(
 
 @triton.jit
 def _cls(
-    q, k, out, lse, bias, q_head, k_token, k_head, out_token, out_head, capacity, scale_log2, tokens, o_n,
+    q, k, out, lse, bias, q_head, k_token, k_head, out_token, out_head, lse_head, scale_log2, tokens, o_n,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the CLS query gives to keys o_n, heads weighted by the norm of their output there.
@@ -113,15 +113,16 @@ def _cls(
         out_tile = tl.load(out_rows + head * out_head, mask=m_tile, other=0.0).to(tl.float32)
         logit = tl.sum(k_tile * query[None, :], 1) * scale_log2 + bias
         norm = tl.sqrt(tl.sum(out_tile * out_tile, 1))
-        weighted += tl.exp2(logit - _seen(tl.load(lse + head * capacity)) * LOG2E) * norm
+        weighted += tl.exp2(logit - _seen(tl.load(lse + head * lse_head)) * LOG2E) * norm
         total += norm
     return weighted / (total + EPS)
 
 
-@triton.jit(do_not_specialize=["capacity", "key_blocks", "slots"])
+@triton.jit(do_not_specialize=["lse_head", "capacity", "key_blocks", "slots"])
 def _importance_kernel(
     q, k, out, lse, key_bias, received, cls, partial, cu_seqlens,
-    q_token, q_head, k_token, k_head, out_token, out_head, capacity, key_blocks, slots, scale_log2,
+    q_token, q_head, k_token, k_head, out_token, out_head, lse_head, capacity, key_blocks, slots,
+    scale_log2,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +154,7 @@ def _importance_kernel(
         given = tl.zeros((BLOCK_N,), tl.float32)
         if not CAUSAL:  # a causal CLS query sees only itself
             given = _cls(
-                q, k, out + (bos + 1) * out_token, lse, bias, q_head, k_token, k_head, out_token, out_head, capacity,
+                q, k, out + (bos + 1) * out_token, lse, bias, q_head, k_token, k_head, out_token, out_head, lse_head,
                 scale_log2, tokens, o_n, HEADS, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         tl.store(cls + bos + 1 + o_n, given, mask=o_n < tokens)
@@ -168,7 +169,7 @@ def _importance_kernel(
         first_block = tl.maximum(first_block, slot - 1)
         last_block = tl.minimum(last_block, slot)
     total = _received(
-        q + q_token, k, lse + 1, bias, partial, q_token, q_head, k_token, k_head, capacity, scale_log2,
+        q + q_token, k, lse + 1, bias, partial, q_token, q_head, k_token, k_head, lse_head, capacity, scale_log2,
         tokens, i_n * BLOCK_N, first_block, last_block, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, PRECISION,
     )  # fmt: skip
     if partial is None:
@@ -227,7 +228,7 @@ def attention_importance(
     slots = 1 + (query_blocks if split else 1)
     sizes = (
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), out.stride(0), out.stride(1), lse.stride(0),
-        key_blocks, slots, scale * LOG2E.value,
+        capacity, key_blocks, slots, scale * LOG2E.value,
     )  # fmt: skip
     recompute = Launch(
         _importance_kernel, batch * key_blocks * slots,

@@ -121,6 +121,32 @@ def test_head_widths(width):
     check_attention(attention_triton.attention, torch.float32, [3, 40], [3, 40], width, False, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_of_logits_whose_exponential_overflows(dtype):
+    """Whole numbers: equal logits are equal in every precision, others are a hundred apart."""
+    lengths, width, scale = [5, 66], 16, 100.0
+    q, k, v = torch.randint(-8, 9, (3, 71, 2, width), device=DEVICE).to(dtype)
+    shared = (offsets(lengths), offsets(lengths), 66, 66, scale, False)
+    out, lse = own_kernel(q, k, v, *shared, None)
+    expected_out, expected_lse = attention_reference.attention(*wide(q, k, v), *shared, None)
+    assert expected_lse.max() > 2e4
+    assert_near("out", out, expected_out, 8 * torch.finfo(dtype).eps)
+    assert_near("lse / largest", lse / 1e5, expected_lse / 1e5, 1e-6)
+
+
+@pytest.mark.parametrize("name, value", [("q", "nan"), ("k", "nan"), ("v", "nan"), ("k", "inf"), ("v", "-inf")])
+def test_attention_of_bad_values_is_as_bad_as_the_reference_says(name, value):
+    lengths, cu = [5, 70], offsets([5, 70])
+    tensors = dict(zip("qkv", random_qkv(sum(lengths), 3, 16, torch.float32), strict=True))
+    tensors[name][5 + 67, 1, 2] = float(value)  # in the last block, which is not full
+    shared = (cu, cu, 70, 70, 0.3, False, None)
+    out, lse = own_kernel(*tensors.values(), *shared)
+    expected, expected_lse = attention_reference.attention(*tensors.values(), *shared)
+    torch.testing.assert_close(out[:75], expected[:75], atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert torch.equal(lse[:, :75].isfinite(), expected_lse[:, :75].isfinite())
+    assert not out[:75].isfinite().all() and out[:5].isfinite().all()
+
+
 def check_attention_gradient(dtype, lengths_q, lengths_k, width, causal, biased, heads=2, offset=0.0):
     """Against the reference in float64, from the same out and lse; without tokens there is no gradient."""
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
@@ -227,9 +253,11 @@ def test_importance_has_the_same_bits_in_one_launch_and_in_two(causal):
     lengths = [150, 3, 0, 1, 290]
     arguments = importance_inputs(lengths, torch.float16, causal, False, heads=2, width=16)
     one = attention_importance_with(1, *arguments)
-    two = attention_importance_with(1000, *arguments)
-    for mine, other in zip(one, two, strict=True):
-        assert torch.equal(mine[: sum(lengths)], other[: sum(lengths)])
+    wide = torch.cat([arguments[3], torch.randn(2, 50, device=DEVICE)], 1)  # rows of a larger table
+    for lse in (arguments[3], wide[:, :-50]):
+        two = attention_importance_with(1000, *arguments[:3], lse, *arguments[4:])
+        for mine, other in zip(one, two, strict=True):
+            assert torch.equal(mine[: sum(lengths)], other[: sum(lengths)])
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
@@ -521,6 +549,17 @@ def test_importance_of_bad_logits_is_as_bad_as_the_reference_says(name, value):
         assert_near("importance", g[~g.isnan()], e[~e.isnan()], 1e-4)
         bad = torch.cat([bad, e.isnan()])
     assert bad.any() and not bad.all()
+
+
+def test_a_key_at_minus_infinity_receives_nothing():
+    """Rows beyond the last query are zeros in a tile: times infinity they are NaN, and must not count."""
+    q, k, v = random_qkv(70, 3, 16, torch.float32)
+    q[:, :, 2], k[33, :, 2] = 1.0, float("-inf")
+    shared = (offsets([70]), 70, 0.3, False, None)
+    out, lse = attention_reference.attention(q, k, v, shared[0], *shared[:2], *shared[1:])
+    received, cls = importance_triton.attention_importance(q, k, out, lse, *shared)
+    assert received[33] == 0 and cls[33] == 0
+    assert received[:70].isfinite().all() and cls[:70].isfinite().all() and received[34:70].gt(0).all()
 
 
 def test_queries_that_see_no_key_give_no_importance():
