@@ -170,7 +170,7 @@ for chosen in $stages; do
         model) measure model 70 ;;
         ranked) measure ranked 40 ;;
         pairs) measure pairs 15 ;;
-        gpu-tests) run_tests gpu-tests 90 --durations=10 tests/test_gpu.py ;;
+        gpu-tests) run_tests gpu-tests 120 --durations=10 tests/test_gpu.py ;;
         same-sample | same-bfloat16) measure "$chosen" 40 ;;
         counters) counters ;;
         encoders) encoders ;;

@@ -4,7 +4,7 @@ Tokens go in tiles. For every dictionary entry a tile leaves four numbers: the l
 exponentials below it: 1, received share + CLS term, alignment. The threshold is linear in the terms of the importance, so
 these are enough, and the tiles of a sample merge as an online softmax does.
 
-Samples of one tile, or about as many as there are multiprocessors, take one launch, one program per sample. Other batches would
+Samples of one tile, or about as many as multiprocessors hold programs, take one launch, one program per sample. Other batches would
 leave a part of the device idle that way: there every tile gets a program, and a second, tiny launch merges. Both do the same
 arithmetic in the same order: the bits are the same.
 
@@ -287,9 +287,9 @@ def _blocks(dtype: torch.dtype) -> tuple[int, int, int, int]:
 def _one_launch(batch: int, tiles: int, multiprocessors: int) -> bool:
     """Whether one program per sample is as fast as one per tile of at most ``tiles`` each and a second launch.
 
-    A multiprocessor holds one program. The second launch takes about half as long as a tile.
+    A multiprocessor holds two programs. The second launch takes about half as long as a tile.
     """
-    return cdiv(batch, multiprocessors) * tiles <= cdiv(batch * tiles, multiprocessors) + 0.5
+    return cdiv(batch, 2 * multiprocessors) * tiles <= cdiv(batch * tiles, 2 * multiprocessors) + 0.5
 
 
 @prepared
