@@ -290,7 +290,7 @@ def gpu_model_table(figures: list[dict]) -> str:
     """BLIP-NLVR in bfloat16, replayed as a CUDA graph."""
     known: dict[tuple[int, str], dict] = {}
     for line in figures:
-        if line["stage"].startswith("nlvr-") and "us" in line:
+        if line.get("stage", "").startswith("nlvr-") and "us" in line:
             known[line["pairs"], line["figure"]] = line
     rows = []
     for pairs, name in sorted(known, key=lambda key: -key[0]):

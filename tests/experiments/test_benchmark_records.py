@@ -46,3 +46,13 @@ def test_records_of_both_kinds_of_processor_are_tables_of_their_own(monkeypatch,
     devices = report.read_all([tmp_path])
     assert [records[0]["milliseconds"]["dense"] for _, records in devices.values()] == [1.0, 2.0]
     sys.modules.pop("report", None)
+
+
+def test_figures_of_every_gpu_are_tables(measure, capsys):
+    """Lines of other kinds (encoders have no stage) stand in the same file and hurt nobody."""
+    report = __import__("report")
+    for folder in sorted(BENCHMARKS.glob("results/nvidia-*")):
+        assert report.main([str(path) for path in sorted(folder.glob("*-figures.jsonl"))]) == 0
+        printed = capsys.readouterr().out
+        assert "| 64 | pruned 80% |" in printed and "| importance |" in printed, folder
+    sys.modules.pop("report", None)
