@@ -217,6 +217,16 @@ def block(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def check_reach(rows: int, **tensors: Tensor) -> None:
+    """Refuse tensors of which ``rows`` rows, those of a tile, reach as far as 2^31 numbers: offsets within a tile have 32 bits."""
+    for name, tensor in tensors.items():
+        if rows * tensor.stride(0) >= 2**31:
+            raise ValueError(
+                f"{name}: expected rows less than {2**31 // rows} numbers apart, got a stride of {tensor.stride(0)}; "
+                f"{name}.contiguous() has a smaller one"
+            )
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a matrix product: float32 inputs are never rounded to tf32, a kept set may hang on them."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,8 +1,8 @@
 """Ragged attention with log-sum-exp on the GPU: PyTorch's flash kernel where it serves and is faster, a Triton kernel elsewhere.
 
 PyTorch's kernel takes float16 and bfloat16 without a key bias. The kernel here takes the rest: float32, a key bias, head
-widths and strides the other refuses, older PyTorch, and Triton's interpreter; and, on Hopper, heads of at most 64, in three
-quarters of the time: PyTorch's kernel knows none of that architecture's instructions. Gradients are always made here: PyTorch's
+widths and strides the other refuses, older PyTorch, and Triton's interpreter; and, on Hopper, heads of at most 64, in two
+thirds of the time: PyTorch's kernel knows none of that architecture's instructions. Gradients are always made here: PyTorch's
 kernel knows none of the log-sum-exp, which the importance needs, and adds up in no fixed order.
 """
 
@@ -24,6 +24,7 @@ from ..triton_utils import (
     after_previous,
     block,
     cdiv,
+    check_reach,
     dot_precision,
     launch,
     on_device_of_first,
@@ -171,6 +172,7 @@ def _triton_attention(
     (capacity, heads, head_dim), device = q.shape, q.device
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
+    check_reach(block_n, k=k, v=v)
     query_blocks = cdiv(max_seqlen_q, block_m)
     programs = (cu_seqlens_q.shape[0] - 1) * heads * query_blocks
     sizes = (

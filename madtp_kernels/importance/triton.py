@@ -22,6 +22,7 @@ from ..triton_utils import (
     after_previous,
     block,
     cdiv,
+    check_reach,
     dot_precision,
     multiprocessors,
     prepared,
@@ -222,6 +223,8 @@ def attention_importance(
         return lambda q, *rest: (q.new_empty(capacity, dtype=torch.float32), q.new_empty(capacity, dtype=torch.float32))
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
+    check_reach(block_m, q=q)
+    check_reach(block_n, k=k)
     key_blocks = max(1, cdiv(max_seqlen - 1, block_n))
     query_blocks = cdiv(max_seqlen - 1, block_m)
     split = query_blocks > 1 and batch * key_blocks < 2 * multiprocessors(q)
