@@ -165,8 +165,9 @@ def source(table: dict[int, list[tuple]]) -> str:
     for architecture, rows in sorted(table.items()):
         text += f"    {architecture}: (\n"
         for *sizes, tile in rows:
-            shape = ", ".join(map(str, tile if tile.stored else tile[:-1]))
-            text += f"        Measured({', '.join(map(str, sizes))}, Tile({shape})),\n"
+            shape = [str(value) for value in tile if not isinstance(value, bool)]
+            options = [f"{name}=True" for name, value in tile._asdict().items() if value is True]
+            text += f"        Measured({', '.join(map(str, sizes))}, Tile({', '.join(shape + options)})),\n"
         text += "    ),\n"
     return text + "}\n"
 

@@ -286,7 +286,8 @@ def test_small_uneven_linear_agrees_with_the_reference(width, backend, dtype, ge
 def test_every_tile_gives_the_same_bits_for_any_number_of_rows(dtype, generator):
     from madtp_kernels.linear import triton as implementation
 
-    case = linear_case(generator, [577] * 4, 577 * 6, dtype, 768, 3072) | {"residual": None}
+    # 168 tiles of 128 x 256: on 132 multiprocessors 36 are left, which are taken in halves.
+    case = linear_case(generator, [577] * 3, 577 * 6, dtype, 768, 3072) | {"residual": None}
     tiles = implementation._tiles(case["x"], case["weight"])
     tried = tiles + (implementation.tiles.CANDIDATES if tiles is implementation.tiles.COPY_ENGINE else ())
     expected = linear(**case, backend="triton")

@@ -26,6 +26,9 @@ class Tile(NamedTuple):
     """Per multiprocessor."""
     stored: bool = False
     """The copy engine also fetches the residual and stores the result, spare rows of a tile included."""
+    halves: bool = False
+    """Where the last tiles would keep at most half of the programs busy, each is taken in two halves of its columns.
+    `linear_pair`, whose last tiles are of two products, does without."""
 
     def count(self, rows: int, columns: int) -> int:
         return cdiv(rows, self.rows) * cdiv(columns, self.columns)
@@ -43,17 +46,20 @@ COPY_ENGINE = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64
 # 128 x 256 stored by the copy engine does not, with an activation and a residual.
 CANDIDATES = (
     Tile(128, 256, 64, 8, 4, 1),
+    Tile(128, 256, 64, 8, 4, 1, halves=True),
     Tile(128, 256, 128, 8, 2, 1),
     Tile(256, 128, 64, 8, 3, 1),
     Tile(256, 128, 64, 8, 4, 1),
     Tile(128, 128, 128, 8, 3, 1),
     Tile(128, 128, 64, 8, 3, 2),
-    Tile(128, 128, 64, 4, 3, 2, True),
+    Tile(128, 128, 64, 4, 3, 2, stored=True),
     Tile(64, 256, 64, 4, 2, 2),
     Tile(64, 128, 64, 4, 4, 2),
     Tile(64, 128, 64, 4, 2, 3),
+    Tile(64, 128, 128, 4, 4, 1),
     Tile(64, 64, 64, 4, 4, 3),
-    Tile(64, 64, 64, 4, 4, 3, True),
+    Tile(64, 64, 64, 4, 4, 3, stored=True),
+    Tile(64, 64, 128, 4, 6, 1),
 )
 
 
@@ -69,18 +75,18 @@ class Measured(NamedTuple):
 # By the major number of the compute capability; products in 16 bits that the copy engine serves.
 MEASURED: dict[int, tuple[Measured, ...]] = {
     9: (
-        Measured(36928, 768, 2304, Tile(128, 128, 64, 4, 3, 2, True)),
+        Measured(36928, 768, 2304, Tile(128, 128, 64, 4, 3, 2, stored=True)),
         Measured(36928, 768, 768, Tile(128, 128, 64, 8, 3, 2)),
-        Measured(36928, 768, 3072, Tile(128, 128, 64, 4, 3, 2, True)),
-        Measured(36928, 3072, 768, Tile(128, 256, 64, 8, 4, 1)),
+        Measured(36928, 768, 3072, Tile(128, 128, 64, 4, 3, 2, stored=True)),
+        Measured(36928, 3072, 768, Tile(128, 256, 64, 8, 4, 1, halves=True)),
         Measured(1154, 768, 2304, Tile(64, 128, 64, 4, 4, 2)),
         Measured(1154, 768, 768, Tile(64, 128, 64, 4, 4, 2)),
         Measured(1154, 768, 3072, Tile(128, 128, 64, 8, 3, 2)),
-        Measured(1154, 3072, 768, Tile(64, 128, 64, 4, 4, 2)),
-        Measured(64, 768, 2304, Tile(64, 64, 64, 4, 4, 3, True)),
-        Measured(64, 768, 768, Tile(64, 64, 64, 4, 4, 3, True)),
-        Measured(64, 768, 3072, Tile(64, 64, 64, 4, 4, 3, True)),
-        Measured(64, 3072, 768, Tile(64, 64, 64, 4, 4, 3)),
+        Measured(1154, 3072, 768, Tile(64, 128, 128, 4, 4, 1)),
+        Measured(64, 768, 2304, Tile(64, 64, 64, 4, 4, 3, stored=True)),
+        Measured(64, 768, 768, Tile(64, 64, 128, 4, 6, 1)),
+        Measured(64, 768, 3072, Tile(64, 64, 128, 4, 6, 1)),
+        Measured(64, 3072, 768, Tile(64, 64, 128, 4, 6, 1)),
     ),
 }
 

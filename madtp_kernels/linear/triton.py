@@ -1,8 +1,9 @@
 """The linear layer on the GPU, for a number of rows that only the device knows: a persistent matrix product.
 
-Each program reads T and takes every n-th tile of the result, so that no program starts for rows without tokens. Bias,
-activation and residual are applied to the float32 sums before they are rounded and stored. On Hopper and later the copy engine
-fetches the operands (tensor descriptors), if their addresses are multiples of 16 bytes.
+Each program reads T and takes every n-th tile of the result, so that no program starts for rows without tokens. Some tiles are
+taken in halves where they would be the last and leave most programs without work. Bias, activation and residual are applied to
+the float32 sums before they are rounded and stored. On Hopper and later the copy engine fetches the operands (tensor
+descriptors), if their addresses are multiples of 16 bytes.
 
 A row has the same bits whatever the number of rows: alone, in any batch, in any buffer. PyTorch's product has not, and is
 never taken. Which tiles serve which product is written in `tiles.py`.
@@ -91,62 +92,101 @@ def _corner(tile, row_blocks, column_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
+def _sums(
+    x, weight, x_row, weight_row, first_in, first_row, first_column, tokens, OUT, IN,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The products of rows from ``first_in + first_row`` on and columns from ``first_column`` on, in float32."""
+    o_k = tl.arange(0, DEPTH)
+    o_m = first_row + tl.arange(0, ROWS)
+    o_n = first_column + tl.arange(0, COLUMNS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, IN, DEPTH):
+        if DESCRIPTORS:  # what lies outside of the tensors is read as 0
+            x_tile = x.load([first_in + first_row, start])
+            w_tile = weight.load([first_column, start])
+        else:
+            m_k = (start + o_k < IN)[None, :]
+            x_rows = x + (first_in + o_m).to(tl.int64)[:, None] * x_row
+            w_rows = weight + o_n.to(tl.int64)[:, None] * weight_row
+            x_tile = tl.load(x_rows + (start + o_k)[None, :], mask=(o_m < tokens)[:, None] & m_k, other=0.0)
+            w_tile = tl.load(w_rows + (start + o_k)[None, :], mask=(o_n < OUT)[:, None] & m_k, other=0.0)
+        acc = product(x_tile, tl.trans(w_tile), acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _multiply_rows(
-    x, weight, bias, residual, out, x_row, weight_row, residual_row, out_row, first_in, first_out, tokens, first_tile,
-    OUT, IN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    x, weight, half_weight, bias, residual, out, x_row, weight_row, residual_row, out_row, first_in, first_out, tokens,
+    first_tile, OUT, IN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles ``first_tile``, ``first_tile + programs``, ... of the products of ``tokens`` rows of x from ``first_in`` on, whose
     results are the rows of ``out`` from ``first_out`` on.
+
+    With ``half_weight``, the weight in blocks of half as many columns, the tiles of a last round that would leave half of the
+    programs or more without work are taken in halves, one to a program. ``first_tile`` is then the number of the program.
     """
+    HALF: tl.constexpr = BLOCK_N // 2
     row_blocks = tl.cdiv(tokens, BLOCK_M)
     column_blocks = tl.cdiv(OUT, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
+    programs = tl.num_programs(0)
+    tiles = row_blocks * column_blocks
+    whole = tiles
+    if half_weight is not None:
+        last_round = tiles % programs
+        if 2 * last_round <= programs:
+            whole = tiles - last_round
     # The loops become one, in which the first loads of a tile precede the end of the tile before. The end finds its place by
     # a count of its own: what both shared would have to be kept for as long.
     finished = first_tile
-    for tile in tl.range(first_tile, row_blocks * column_blocks, tl.num_programs(0), flatten=True):
+    for tile in tl.range(first_tile, whole, programs, flatten=True):
         first_row, first_column = _corner(tile, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
-        o_m = first_row + tl.arange(0, BLOCK_M)
-        o_n = first_column + tl.arange(0, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, IN, BLOCK_K):
-            if DESCRIPTORS:  # what lies outside of the tensors is read as 0
-                x_tile = x.load([first_in + first_row, start])
-                w_tile = weight.load([first_column, start])
-            else:
-                m_k = (start + o_k < IN)[None, :]
-                x_rows = x + (first_in + o_m).to(tl.int64)[:, None] * x_row
-                w_rows = weight + o_n.to(tl.int64)[:, None] * weight_row
-                x_tile = tl.load(x_rows + (start + o_k)[None, :], mask=(o_m < tokens)[:, None] & m_k, other=0.0)
-                w_tile = tl.load(w_rows + (start + o_k)[None, :], mask=(o_n < OUT)[:, None] & m_k, other=0.0)
-            acc = product(x_tile, tl.trans(w_tile), acc, PRECISION)
+        acc = _sums(
+            x, weight, x_row, weight_row, first_in, first_row, first_column, tokens, OUT, IN,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
 
         first_row, first_column = _corner(finished, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
-        finished += tl.num_programs(0)
+        finished += programs
         # Halves of the tile one after the other: the addresses of a whole one would not fit the registers.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         _finish(
             left, bias, residual, out, residual_row, out_row, first_row, first_out, first_column, tokens, OUT,
-            BLOCK_M, BLOCK_N // 2, ACTIVATION, STORED,
+            BLOCK_M, HALF, ACTIVATION, STORED,
         )  # fmt: skip
         _finish(
-            right, bias, residual, out, residual_row, out_row, first_row, first_out, first_column + BLOCK_N // 2, tokens, OUT,
-            BLOCK_M, BLOCK_N // 2, ACTIVATION, STORED,
+            right, bias, residual, out, residual_row, out_row, first_row, first_out, first_column + HALF, tokens, OUT,
+            BLOCK_M, HALF, ACTIVATION, STORED,
         )  # fmt: skip
+
+    if half_weight is not None:
+        half = 2 * whole + first_tile
+        if half < 2 * tiles:
+            first_row, first_column = _corner(half // 2, row_blocks, column_blocks, BLOCK_M, BLOCK_N, GROUP)
+            first_column += half % 2 * HALF
+            acc = _sums(
+                x, half_weight, x_row, weight_row, first_in, first_row, first_column, tokens, OUT, IN,
+                BLOCK_M, HALF, BLOCK_K, DESCRIPTORS, PRECISION,
+            )  # fmt: skip
+            _finish(
+                acc, bias, residual, out, residual_row, out_row, first_row, first_out, first_column, tokens, OUT,
+                BLOCK_M, HALF, ACTIVATION, STORED,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch"])
 def _linear_kernel(
-    x, weight, bias, residual, out, cu_seqlens, batch, x_row, weight_row, residual_row, OUT, IN,
+    x, weight, half_weight, bias, residual, out, cu_seqlens, batch, x_row, weight_row, residual_row, OUT, IN,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: tiles ``program_id``, ``program_id + programs``, ... of the first T rows of the result."""
+    """One program: tiles ``program_id``, ``program_id + programs``, ... of the first T rows of the result; a half of a last one."""
     after_previous()
     _multiply_rows(
-        x, weight, bias, residual, out, x_row, weight_row, residual_row, OUT, 0, 0, tl.load(cu_seqlens + batch),
-        tl.program_id(0), OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, ACTIVATION, DESCRIPTORS, STORED, PRECISION,
+        x, weight, half_weight, bias, residual, out, x_row, weight_row, residual_row, OUT, 0, 0,
+        tl.load(cu_seqlens + batch), tl.program_id(0), OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, ACTIVATION, DESCRIPTORS,
+        STORED, PRECISION,
     )  # fmt: skip
 
 
@@ -184,11 +224,11 @@ def _pair_kernel(
     tiles = tl.cdiv(first, BLOCK_M) * tl.cdiv(OUT, BLOCK_N)
     programs = tl.num_programs(0)
     _multiply_rows(
-        x, weight, bias, None, out, x_row, weight_row, 0, out_row, 0, 0, first, tl.program_id(0),
+        x, weight, None, bias, None, out, x_row, weight_row, 0, out_row, 0, 0, first, tl.program_id(0),
         OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, "", DESCRIPTORS, False, PRECISION,
     )  # fmt: skip
     _multiply_rows(
-        x, other_weight, other_bias, None, other_out, x_row, other_row, 0, out_row, second_in, second_out, second,
+        x, other_weight, None, other_bias, None, other_out, x_row, other_row, 0, out_row, second_in, second_out, second,
         (tl.program_id(0) + programs - tiles % programs) % programs,
         OUT, IN, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, "", DESCRIPTORS, False, PRECISION,
     )  # fmt: skip
@@ -257,14 +297,15 @@ def _product(
     """What multiplies tensors like these by a tile of one's choice; see :func:`madtp_kernels.triton_utils.prepared`."""
     (capacity, width), columns, dtype = x.shape, weight.shape[0], x.dtype
     tiles = tile.count(capacity, columns)
-    programs = min(tiles, multiprocessors(x) * tile.programs)
+    programs = min(2 * tiles if tile.halves else tiles, multiprocessors(x) * tile.programs)
     if programs == 0:
         return lambda x, *rest: x.new_empty(capacity, columns)
     stored = descriptors and tile.stored and columns % 8 == 0 and (residual is None or _aligned(residual))
-    x_tiles = weight_tiles = residual_tiles = out_tiles = _itself
+    x_tiles = weight_tiles = half_tiles = residual_tiles = out_tiles = _itself
     if descriptors:
         x_tiles = _described((capacity, width), x.stride(0), tile.rows, tile.depth)
         weight_tiles = _described((columns, width), weight.stride(0), tile.columns, tile.depth)
+        half_tiles = _described((columns, width), weight.stride(0), tile.columns // 2, tile.depth)
     if stored:
         out_tiles = _described((capacity, columns), columns, tile.rows, tile.columns // 2)
         if residual is not None:
@@ -281,7 +322,10 @@ def _product(
 
     def run(x, weight, bias, cu_seqlens, activation, residual):
         out = x.new_empty(capacity, columns)  # in less time than `torch.empty` reads dtype and device
-        start(x_tiles(x), weight_tiles(weight), bias, residual_tiles(residual), out_tiles(out), cu_seqlens, *sizes)
+        start(
+            x_tiles(x), weight_tiles(weight), half_tiles(weight) if tile.halves else None, bias, residual_tiles(residual),
+            out_tiles(out), cu_seqlens, *sizes,
+        )  # fmt: skip
         return out
 
     return run

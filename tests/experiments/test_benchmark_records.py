@@ -1,4 +1,4 @@
-"""Benchmarks say on which processor they run, and when records are of another."""
+"""Benchmarks say on which processor they run, and when records are of another; the table of tiles is what one of them writes."""
 
 import json
 import sys
@@ -56,3 +56,22 @@ def test_figures_of_every_gpu_are_tables(measure, capsys):
         printed = capsys.readouterr().out
         assert "| 64 | pruned 80% |" in printed and "| importance |" in printed, folder
     sys.modules.pop("report", None)
+
+
+def test_tiles_that_were_measured_are_written_as_the_table_has_them(monkeypatch):
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not installed")
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tune = __import__("tune")
+    sys.modules.pop("tune", None)
+    tiles = tune.tiles
+    assert tune.source(tiles.MEASURED) in tune.TABLE.read_text(encoding="utf-8")
+    slow, fast = (tiles.Tile(128, 256, 64, 8, 4, 1, halves=halves) for halves in (False, True))
+    sizes = {"rows": 5, "width": 3072, "columns": 768, "share": 1.0}
+    line = {"figure": "tile", "architecture": 9, "dtype": "bfloat16", **sizes}
+    times = {slow: 258.0, fast: 257.0, tiles.COPY_ENGINE[0]: 1.0}  # the last with other bits
+    lines = [line | {"tile": [*t], "us": us, "same_bits": us > 1} for t, us in times.items()]
+    table = tune.entries([json.loads(json.dumps(line)) for line in lines])
+    assert table == {9: [(5, 3072, 768, fast)]}
+    assert "Measured(5, 3072, 768, Tile(128, 256, 64, 8, 4, 1, halves=True))" in tune.source(table)

@@ -149,13 +149,16 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     x, weight = torch.zeros(tokens, width, dtype=dtype), torch.zeros(4 * width, width, dtype=dtype)
     hidden = torch.zeros(tokens, 4 * width, dtype=dtype)
     tiles = linear._tiles(x, weight)
-    stored = tuple(tile for tile in linear_tiles.CANDIDATES if tile.stored) if tiles is linear_tiles.COPY_ENGINE else ()
-    for tile in tiles[-1:] if dtype == torch.float16 else tiles + stored:  # bfloat16 stands for both
+    fetched = tiles is linear_tiles.COPY_ENGINE
+    more = {tile for tile in linear_tiles.CANDIDATES if tile.stored or tile.halves}
+    more |= {entry.tile for entry in linear_tiles.MEASURED.get(capability // 10, ())} - {*tiles}
+    every = (*tiles, *sorted(more)) if fetched else tiles
+    for tile in tiles[-1:] if dtype == torch.float16 else every:  # bfloat16 stands for both
         # Gelu needs most registers, and seconds to compile; with the residual it needs most shared memory where stored.
-        activation = "gelu" if tile is tiles[0] or tile.stored else ""
+        activation = "gelu" if tile is tiles[0] or tile.stored or tile.halves else ""
         linear._multiply(tile, x, weight, hidden[0], cu, activation, hidden)
-        yield COPY_ENGINE if tiles is linear_tiles.COPY_ENGINE else f"{tile.rows} x {tile.columns}"
-    halves, fetched = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32), tiles is linear_tiles.COPY_ENGINE
+        yield COPY_ENGINE if fetched else f"{tile.rows} x {tile.columns}"
+    halves = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     for form, tile in [("columns", tiles[-1]), ("both", tiles[-1]), ("halves", tiles[0])]:
         if dtype != torch.float16 or form == "columns":
             linear._pair(tile, fetched, x, weight, weight, hidden[0], hidden[0], halves, form)(
@@ -289,17 +292,18 @@ def keys():
 
     driver.set_active(Target(90))
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
-    names = kernel.arg_names[:12]
-    usual = dict(zip(names, [x, x, x[0], x, x, torch.zeros(9, dtype=torch.int32), 8, 64, 64, 64, 64, 64], strict=True))
+    names = kernel.arg_names[:13]
+    cu = torch.zeros(9, dtype=torch.int32)
+    usual = dict(zip(names, [x, x, x, x[0], x, x, cu, 8, 64, 64, 64, 64, 64], strict=True))
     tensors = [
         None, x, torch.nn.Parameter(x), x[0, 1:], x[0, 8:], x.float(), x.half(), TensorDescriptor.from_tensor(x, [16, 32]),
         TensorDescriptor.from_tensor(x, [32, 16]), TensorDescriptor.from_tensor(x[8:], [16, 32]),
         TensorDescriptor.from_tensor(x.float(), [16, 32]),
     ]  # fmt: skip
     numbers = [-16, -1, 0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, True, 1.0]
-    constants = dict.fromkeys(kernel.arg_names[12:], 16) | {"num_warps": 4, "num_stages": 2}
-    cases = [(usual | {name: value}, constants) for name in names[:6] for value in tensors]
-    cases += [(usual | {name: value}, constants) for name in names[6:] for value in numbers]
+    constants = dict.fromkeys(kernel.arg_names[13:], 16) | {"num_warps": 4, "num_stages": 2}
+    cases = [(usual | {name: value}, constants) for name in names[:7] for value in tensors]
+    cases += [(usual | {name: value}, constants) for name in names[7:] for value in numbers]
     cases += [(usual, constants | {name: 32}) for name in constants]
     found = []
     binder = kernel.device_caches[0][-1]

@@ -466,6 +466,34 @@ def test_linear_stored_by_the_copy_engine():
     check_linear(torch.bfloat16, linear_tiles.COPY_ENGINE, tile, "gelu", float("nan"))
 
 
+@pytest.mark.parametrize(
+    "fetched, stored", [(False, False), (True, False), (True, True)], ids=["threads", "fetched", "stored"]
+)
+def test_linear_ends_with_halves_of_tiles(fetched, stored):
+    """The bits of whole tiles, and no row more. Sums of whole numbers are exact, in whatever order a processor adds them."""
+    if fetched and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("has no copy engine")
+    whole = linear_tiles.Tile(64, 64, 64, 4, 3, 1, stored)
+    x, weight, bias, residual = (
+        torch.randint(-4, 5, size, device=DEVICE).to(torch.bfloat16)
+        for size in [(200, 104), (104, 104), (104,), (200, 104)]
+    )
+    # Two tiles per 64 rows. In the last round of three programs 2, 1 and 0 of 2, 4 and 6 tiles are left: whole, in halves, none;
+    # of four programs 2, 0 and 2, in halves. The very last half has 8 columns, or none.
+    cases = [(60, 3), (128, 3), (130, 3), (64, 4), (65, 4), (190, 4), (1, 200), (0, 4)]
+    for (tokens, programs), columns in itertools.product(cases, (104, 72)):
+        few = weight[:columns], bias[:columns], offsets([tokens]), "", residual[:, :columns].contiguous()
+        results = []
+        for tile in (whole, whole._replace(halves=True)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(linear_triton, "_tiles", lambda x, weight: linear_tiles.COPY_ENGINE if fetched else ())
+                patch.setattr(linear_triton, "multiprocessors", lambda tensor, programs=programs: programs)
+                results.append(linear_triton._multiply(tile, x, *few))
+        assert torch.equal(results[0][:tokens], results[1][:tokens]), (tokens, programs, columns)
+        last = tokens if not stored else -(-tokens // 64) * 64
+        assert results[1][last:].isnan().all()
+
+
 def test_linear_shows_bad_values():
     x = torch.tensor([[float("nan")], [float("inf")], [-1.0]], device=DEVICE).expand(3, 16).contiguous()
     weight = torch.ones(1, 16, device=DEVICE)

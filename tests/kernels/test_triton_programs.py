@@ -69,6 +69,17 @@ def test_forms_of_several_launches(backwards, generator, monkeypatch):
             assert torch.equal(ours, theirs), op
 
 
+def test_linear_that_ends_with_halves_of_tiles(backwards, generator, monkeypatch):
+    from madtp_kernels.linear import triton as implementation
+
+    monkeypatch.setattr(implementation, "multiprocessors", lambda tensor: 4)
+    tile = implementation.Tile(16, 32, 16, 4, 2, 1, halves=True)
+    rows = sum(LONG) + SPARE  # in 5 blocks, hence 10 tiles: two whole ones for each program, then a half
+    x, weight, residual = (normal(generator, *shape) for shape in ((rows, 16), (40, 16), (rows, 40)))
+    call = lambda: defined([implementation._multiply(tile, x, weight, None, offsets(LONG), "", residual)])
+    assert torch.equal(*backwards(call), *call())
+
+
 def test_rows_and_layers(backwards, generator):
     tokens = sum(LONG)
     x = RaggedBatch(normal(generator, tokens + SPARE, 16), offsets(LONG), 70, bound=True)
