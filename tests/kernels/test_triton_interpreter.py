@@ -23,6 +23,7 @@ from madtp_kernels.linear import tiles as linear_tiles
 from madtp_kernels.linear import triton as linear_triton
 from madtp_kernels.scoring import reference as scoring_reference
 from madtp_kernels.scoring import triton as scoring_triton
+from madtp_kernels.similarity import triton as similarity_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -500,6 +501,48 @@ def test_linear_shows_bad_values():
     for activation in ("", "gelu", "gelu_tanh", "quick_gelu", "silu"):
         got = linear_triton.linear(x, weight, None, offsets([3]), activation, None)[:, 0].tolist()
         assert math.isnan(got[0]) and got[1] == float("inf") and math.isfinite(got[2]), activation
+
+
+# ---- similarity -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_m, block_n", [(32, 64), (64, 64), (64, 128), (128, 128)])
+def test_there_are_as_many_tiles_of_cosines_as_a_sample_can_need(block_m, block_n):
+    def needed(queries, candidates):
+        return -(-queries // block_m) * -(-candidates // block_n)
+
+    modes = [getattr(similarity_triton, name) for name in ("KEPT", "ODD", "OTHERS", "HIGHER")]
+    for longest in range(300):
+        tiles = {seen: similarity_triton._tiles(longest, seen, block_m, block_n) for seen in modes}
+        some_go = [needed(going, length - going) for length in (longest, longest // 2) for going in range(length + 1)]
+        assert tiles[similarity_triton.KEPT] == max(some_go)
+        for protected in range(4):
+            even, odd = (len(range(protected + (protected + i) % 2, longest, 2)) for i in range(2))
+            assert tiles[similarity_triton.ODD] >= needed(even, odd)
+        columns = -(-longest // block_n)
+        pairs = sum((column + 1) * block_n // block_m for column in range(columns))  # on or above the diagonal
+        assert tiles[similarity_triton.OTHERS] == tiles[similarity_triton.HIGHER] == pairs
+
+
+def test_similarity_of_samples_longer_than_a_step(monkeypatch):
+    """A program that reads a sample's flags or scores step by step finds what it finds in one step."""
+    lengths = [70, 0, 33, 1]
+    tokens, cu = sum(lengths), offsets(lengths)
+    keys, order = torch.randn(tokens, 16, device=DEVICE), torch.rand(tokens, device=DEVICE)
+    flags, count = torch.rand(tokens, device=DEVICE) < 0.3, torch.tensor([9, 1, 5, 0], dtype=torch.int32, device=DEVICE)
+
+    def found():
+        return [
+            similarity_triton.nearest_kept(keys, flags, cu, 70),
+            *similarity_triton.match_tokens(keys, cu, 70, count, 0.1, 1),
+            *similarity_triton.merge_scores(keys, order, None, None, flags, cu, 70, 0.25, 1.0, 0.0),
+        ]
+
+    at_once = found()
+    monkeypatch.setattr(similarity_triton, "BLOCK", 16)
+    monkeypatch.setattr(similarity_triton, "CHUNK", 16)
+    for mine, other in zip(found(), at_once, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-6)
 
 
 # ---- every operation ------------------------------------------------------------------------------------------------
