@@ -186,6 +186,16 @@ def test_equally_similar_the_first_counts(backend):
     assert (similarity[2::2] == 1).all() and (similarity[1::2] == -math.inf).all() and similarity[0] == -math.inf
 
 
+@every_backend
+def test_there_is_one_zero(backend):
+    """A cosine below zero that no float32 can tell from it is as good as one that is zero: the first counts."""
+    keys = torch.zeros(3, 1, 8, device=DEVICE)
+    keys[0, 0, 0], keys[1, 0, 0], keys[1, 0, 1], keys[2, 0, 2] = 2e-19, -1e-19, 1e15, 1.0
+    assert math.copysign(1.0, (keys[0] @ keys[1].mT).item() * 1e-300) == -1.0  # as products go, this one is negative
+    kept = torch.tensor([False, True, True], device=DEVICE)
+    assert nearest_kept(keys, kept, offsets([3]), 3, backend=backend)[0] == 1
+
+
 @pytest.mark.parametrize("width", [32, 36, 512, 1536])
 @every_backend
 def test_keys_from_64_to_3072_features(backend, width, generator):
