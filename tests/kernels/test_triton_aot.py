@@ -105,6 +105,7 @@ def resources(kernel):
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     ptx = kernel.asm["ptx"]
     order = "".join(re.findall(r"\b([sba])(?:t|ar|tom)\.(?:global|sync)", ptx))  # stores, barriers, atomic operations
+    first = re.search(r"griddepcontrol\.wait|\b(?:(?:ld|st|atom|red)\.global|cp\.|prefetch)", ptx)[0]
     words = [*MATRIX_INSTRUCTION.values(), *WIDE_ACCESS["_compact_kernel"], "tf32", COPY_INSTRUCTION]
     return {
         "registers": usage["REG"],
@@ -114,6 +115,7 @@ def resources(kernel):
         "instructions": {word: ptx.count(word) for word in words},
         "atomics": order.count("a"),
         "awaited": "sa" not in order,
+        "waits_first": first == "griddepcontrol.wait",
     }
 
 
@@ -604,6 +606,11 @@ def test_counters_are_zero_before_any_thread_counts(reports, target):
     # _place_kernel sets its counters to zero itself; what _nearest_kernel maximises was set by the launch before.
     assert {row["kernel"] for row in rows} == {"_place_kernel", "_nearest_kernel"}
     assert all(row["awaited"] for row in rows)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_access_to_memory_is_moved_before_the_wait_for_the_kernel_before(reports, target):
+    assert {row["waits_first"] for row in reports[target]} == {target >= 90}
 
 
 COMMANDS = {
