@@ -189,11 +189,13 @@ def test_equally_similar_the_first_counts(backend):
 @every_backend
 def test_there_is_one_zero(backend):
     """A cosine below zero that no float32 can tell from it is as good as one that is zero: the first counts."""
-    keys = torch.zeros(3, 1, 8, device=DEVICE)
-    keys[0, 0, 0], keys[1, 0, 0], keys[1, 0, 1], keys[2, 0, 2] = 2e-19, -1e-19, 1e15, 1.0
-    assert math.copysign(1.0, (keys[0] @ keys[1].mT).item() * 1e-300) == -1.0  # as products go, this one is negative
-    kept = torch.tensor([False, True, True], device=DEVICE)
-    assert nearest_kept(keys, kept, offsets([3]), 3, backend=backend)[0] == 1
+    keys = torch.zeros(150, 1, 8, device=DEVICE)
+    keys[:, 0, 0] = -1.0  # opposite to the first key: worse than both, and between them
+    keys[[0, 1, 149]] = 0.0
+    keys[0, 0, 0], keys[1, 0, 0], keys[1, 0, 1], keys[149, 0, 2] = 2e-19, -1e-19, 1e15, 1.0
+    assert -3e-38 < (keys[0] @ keys[1].mT).item() < 0  # the norm of 1e15 divides it to -0
+    kept = torch.arange(150, device=DEVICE) > 0
+    assert nearest_kept(keys, kept, offsets([150]), 150, backend=backend)[0] == 1
 
 
 @pytest.mark.parametrize("width", [32, 36, 512, 1536])
