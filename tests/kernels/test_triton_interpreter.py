@@ -524,6 +524,27 @@ def test_there_are_as_many_tiles_of_cosines_as_a_sample_can_need(block_m, block_
         assert tiles[similarity_triton.OTHERS] == tiles[similarity_triton.HIGHER] == pairs
 
 
+def test_similarity_is_the_same_whatever_bound_of_lengths_chooses_the_tiles():
+    """Whole numbers, whose products are exact: tiles of 64 and of 128 find the same, ties included."""
+    lengths = [150, 0, 1, 33]
+    tokens, cu = sum(lengths), offsets(lengths)
+    keys = torch.randint(-3, 4, (tokens, 16), device=DEVICE).bfloat16()
+    order, flags = torch.rand(tokens, device=DEVICE), torch.rand(tokens, device=DEVICE) < 0.3
+
+    def found(longest):
+        return [
+            similarity_triton.nearest_kept(keys, flags, cu, longest),
+            *similarity_triton.novelty(keys, None, cu, longest),
+            *similarity_triton.match_tokens(keys, cu, longest, None, 0.1, 1),
+            *similarity_triton.merge_scores(keys, order, None, None, flags, cu, longest, 0.25, 1.0, 0.0),
+        ]
+
+    tiles = {similarity_triton._blocks(keys, True, longest)[:2] for longest in (150, 700)}
+    assert tiles == {(64, 64), (128, 128)}
+    for mine, other in zip(found(150), found(700), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_similarity_of_samples_longer_than_a_step(monkeypatch):
     """A program that reads a sample's flags or scores step by step finds what it finds in one step."""
     lengths = [70, 0, 33, 1]
