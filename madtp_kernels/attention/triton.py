@@ -182,7 +182,7 @@ def _triton_attention(
     attend = Launch(
         _attention_kernel, programs,
         HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
-        TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal, LATE_SCALE=key_bias is None and scale > 0,
+        TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal, LATE_SCALE=key_bias is None,
         PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages, **_register_limit(q, block_d),
     )  # fmt: skip
 
