@@ -217,14 +217,17 @@ def block(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def check_reach(rows: int, **tensors: Tensor) -> None:
-    """Refuse tensors of which ``rows`` rows, those of a tile, reach as far as 2^31 numbers: offsets within a tile have 32 bits."""
-    for name, tensor in tensors.items():
-        if rows * tensor.stride(0) >= 2**31:
-            raise ValueError(
-                f"{name}: expected rows less than {2**31 // rows} numbers apart, got a stride of {tensor.stride(0)}; "
-                f"{name}.contiguous() has a smaller one"
-            )
+def reach_far(rows: int, *tensors: Tensor) -> bool:
+    """Whether ``rows`` rows of a tensor, those of a tile, reach as far as 2^31 numbers: as FAR of :func:`within`."""
+    return any(rows * tensor.stride(0) >= 2**31 for tensor in tensors)
+
+
+@triton.jit
+def within(rows, pitch, columns, FAR: tl.constexpr):
+    """Offsets within a tile whose rows lie ``pitch`` numbers apart: in 32 bits, which take half of the registers, unless FAR."""
+    if FAR:
+        rows = rows.to(tl.int64)
+    return rows[:, None] * pitch + columns[None, :]
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -24,12 +24,13 @@ from ..triton_utils import (
     after_previous,
     block,
     cdiv,
-    check_reach,
     dot_precision,
     launch,
     on_device_of_first,
     prepared,
     product,
+    reach_far,
+    within,
 )
 
 
@@ -39,7 +40,7 @@ def _attend(
     k, v, key_bias, k_token, v_token,
     first_key, last_key, len_k, last_visible, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, LATE_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, LATE_SCALE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first_key:last_key. Pointers stand at key 0 of this sample and head.
 
@@ -48,8 +49,8 @@ def _attend(
     """
     o_d = tl.arange(0, BLOCK_D)
     # Offsets within a block stay the same, a step adds one number to a pointer: few instructions besides those that count.
-    k_rows = tl.arange(0, BLOCK_N)[:, None] * k_token + o_d[None, :]
-    v_rows = tl.arange(0, BLOCK_N)[:, None] * v_token + o_d[None, :]
+    k_rows = within(tl.arange(0, BLOCK_N), k_token, o_d, FAR)
+    v_rows = within(tl.arange(0, BLOCK_N), v_token, o_d, FAR)
     for start in range(first_key, last_key, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         begin = tl.cast(start, tl.int64)
@@ -88,7 +89,7 @@ def _attention_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, LATE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one sample, against all its keys. GROUP heads share a key head.
 
@@ -132,17 +133,17 @@ def _attention_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, 0, whole, len_k, last_visible, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, LATE_SCALE, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, LATE_SCALE, FAR, PRECISION,
     )  # fmt: skip
     if end - whole > TAIL:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, LATE_SCALE, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, LATE_SCALE, FAR, PRECISION,
         )  # fmt: skip
     elif TAIL > 0:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
-            HEAD_DIM, BLOCK_D, TAIL, CAUSAL, True, LATE_SCALE, PRECISION,
+            HEAD_DIM, BLOCK_D, TAIL, CAUSAL, True, LATE_SCALE, FAR, PRECISION,
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # no key: out = 0, and lse = -inf + log(0)
@@ -172,7 +173,6 @@ def _triton_attention(
     (capacity, heads, head_dim), device = q.shape, q.device
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
-    check_reach(block_n, k=k, v=v)
     query_blocks = cdiv(max_seqlen_q, block_m)
     programs = (cu_seqlens_q.shape[0] - 1) * heads * query_blocks
     sizes = (
@@ -183,7 +183,8 @@ def _triton_attention(
         _attention_kernel, programs,
         HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
         TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal, LATE_SCALE=key_bias is None,
-        PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages, **_register_limit(q, block_d),
+        FAR=reach_far(block_n, k, v), PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+        **_register_limit(q, block_d),
     )  # fmt: skip
 
     def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse=True):

@@ -22,11 +22,12 @@ from ..triton_utils import (
     after_previous,
     block,
     cdiv,
-    check_reach,
     dot_precision,
     multiprocessors,
     prepared,
     product,
+    reach_far,
+    within,
 )
 
 
@@ -41,7 +42,7 @@ def _received(
     q, k, lse, bias, partial, q_token, q_head, k_token, k_head, lse_head, capacity, scale_log2,
     tokens, first_key, first_block, last_block,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probability that BLOCK_N keys from ``first_key`` on receive, maximum over heads, summed over the queries of first_block:last_block.
 
@@ -55,8 +56,8 @@ def _received(
     m_k = (o_n < tokens)[:, None] & m_d
     # Offsets within a tile stay the same: what a step adds to a pointer is one number, so that few instructions besides those
     # that count are issued.
-    q_tile_rows = o_m[:, None] * q_token + o_d[None, :]
-    k_tile_rows = tl.arange(0, BLOCK_N)[:, None] * k_token + o_d[None, :]
+    q_tile_rows = within(o_m, q_token, o_d, FAR)
+    k_tile_rows = within(tl.arange(0, BLOCK_N), k_token, o_d, FAR)
     k += tl.cast(first_key, tl.int64) * k_token
 
     received = tl.zeros((BLOCK_N,), tl.float32)
@@ -125,7 +126,7 @@ def _importance_kernel(
     q_token, q_head, k_token, k_head, out_token, out_head, lse_head, capacity, key_blocks, slots,
     scale_log2,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs of (sample, key block): the first does the CLS term, the others the received attention.
 
@@ -171,7 +172,7 @@ def _importance_kernel(
         last_block = tl.minimum(last_block, slot)
     total = _received(
         q + q_token, k, lse + 1, bias, partial, q_token, q_head, k_token, k_head, lse_head, capacity, scale_log2,
-        tokens, i_n * BLOCK_N, first_block, last_block, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, PRECISION,
+        tokens, i_n * BLOCK_N, first_block, last_block, HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, FAR, PRECISION,
     )  # fmt: skip
     if partial is None:
         tl.store(received + bos + 1 + o_n, total, mask=o_n < tokens)
@@ -223,8 +224,6 @@ def attention_importance(
         return lambda q, *rest: (q.new_empty(capacity, dtype=torch.float32), q.new_empty(capacity, dtype=torch.float32))
     block_d = block(head_dim)
     block_m, block_n, warps, stages = _blocks(q.dtype, block_d)
-    check_reach(block_m, q=q)
-    check_reach(block_n, k=k)
     key_blocks = max(1, cdiv(max_seqlen - 1, block_n))
     query_blocks = cdiv(max_seqlen - 1, block_m)
     split = query_blocks > 1 and batch * key_blocks < 2 * multiprocessors(q)
@@ -236,7 +235,7 @@ def attention_importance(
     recompute = Launch(
         _importance_kernel, batch * key_blocks * slots,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
-        PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+        FAR=reach_far(max(block_m, block_n), q, k), PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     token_blocks = cdiv(max_seqlen - 1, 128)
     add_blocks = Launch(
