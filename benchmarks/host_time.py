@@ -89,7 +89,7 @@ def pretending(capability: int):
         (triton_utils, "_multiprocessors", lambda device: MULTIPROCESSORS),
         (linear, "_copy_engine", lambda device: capability >= 90),
         (linear, "_architecture", lambda device: capability // 10),
-        (attention, "_capability", lambda device: divmod(capability, 10)),
+        (attention, "capability", lambda device: divmod(capability, 10)),
         (attention, "_flash", lambda: (flash, {"num_splits": 1})),
         (checks, "may_read", lambda tensor: False),
         (dtp, "compact", functools.partial(compact, exact=False)),

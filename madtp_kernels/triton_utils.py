@@ -61,6 +61,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; (0, 0) of any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
 def multiprocessors(tensor: Tensor) -> int:
     """Number of multiprocessors of the device of a tensor; 1 for the interpreter, which runs programs one by one."""
     return _multiprocessors(tensor.device) if tensor.is_cuda else 1

@@ -23,6 +23,7 @@ from ..triton_utils import (
     Launch,
     after_previous,
     block,
+    capability,
     cdiv,
     dot_precision,
     launch,
@@ -40,12 +41,12 @@ def _attend(
     k, v, key_bias, k_token, v_token,
     first_key, last_key, len_k, last_visible, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, LATE_SCALE: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys first_key:last_key. Pointers stand at key 0 of this sample and head.
 
-    LATE_SCALE: nothing is added to the logits and the scale is positive, so that the largest logit is the largest product,
-    and scaling is one instruction with the subtraction of the maximum.
+    The scale is positive. Where nothing is added to the logits, the largest is that of the largest product, and scaling is one
+    instruction with the subtraction of the maximum.
     """
     o_d = tl.arange(0, BLOCK_D)
     # Offsets within a block stay the same, a step adds one number to a pointer: few instructions besides those that count.
@@ -62,11 +63,10 @@ def _attend(
         k_tile = tl.load(k + begin * k_token + k_rows, mask=m_kv, other=0.0)
         s = product(q_tile, tl.trans(k_tile), None, PRECISION)  # [M, N]
         factor = scale_log2
-        if not LATE_SCALE:
-            s *= scale_log2  # base-2 logits
-            factor = 1.0
         if key_bias is not None:
+            s *= scale_log2  # base-2 logits
             s += (tl.load(key_bias + o_n, mask=o_n < len_k, other=0.0) * LOG2E)[None, :]
+            factor = 1.0
         if MASKED:
             s = tl.where((o_n < len_k)[None, :], s, float("-inf"))
             if CAUSAL:
@@ -88,8 +88,8 @@ def _attention_kernel(
     q, k, v, key_bias, out, lse, cu_seqlens_q, cu_seqlens_k,
     q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, LATE_SCALE: tl.constexpr,
-    FAR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, FAR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one sample, against all its keys. GROUP heads share a key head.
 
@@ -133,17 +133,17 @@ def _attention_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, 0, whole, len_k, last_visible, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, LATE_SCALE, FAR, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, False, FAR, PRECISION,
     )  # fmt: skip
     if end - whole > TAIL:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, LATE_SCALE, FAR, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, True, FAR, PRECISION,
         )  # fmt: skip
     elif TAIL > 0:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k, v, key_bias, k_token, v_token, whole, end, len_k, last_visible, scale_log2,
-            HEAD_DIM, BLOCK_D, TAIL, CAUSAL, True, LATE_SCALE, FAR, PRECISION,
+            HEAD_DIM, BLOCK_D, TAIL, CAUSAL, True, FAR, PRECISION,
         )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # no key: out = 0, and lse = -inf + log(0)
@@ -164,7 +164,7 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
 def _register_limit(q: Tensor, block_d: int) -> dict[str, int]:
     """On Hopper a fourth program fits a multiprocessor if the others leave it registers: 216 us for 234 (64 x 577 tokens, H200)."""
     narrow = q.dtype != torch.float32 and block_d <= 64
-    return {"maxnreg": 128} if narrow and _capability(q.device)[0] == 9 else {}
+    return {"maxnreg": 128} if narrow and capability(q.device)[0] == 9 else {}
 
 
 def _triton_attention(
@@ -182,7 +182,7 @@ def _triton_attention(
     attend = Launch(
         _attention_kernel, programs,
         HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
-        TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal, LATE_SCALE=key_bias is None,
+        TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal,
         FAR=reach_far(block_n, k, v), PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
         **_register_limit(q, block_d),
     )  # fmt: skip
@@ -215,11 +215,6 @@ def _flash() -> tuple[Callable, dict[str, object]] | None:
     return operator, {"num_splits": 1} if "num_splits" in known else {}
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return (0, 0) if torch.version.hip or device.type != "cuda" else torch.cuda.get_device_capability(device)
-
-
 def flash_refusal(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> str | None:
     """Why PyTorch's flash attention cannot serve this call, or None if it can."""
     if not q.is_cuda:
@@ -234,10 +229,10 @@ def flash_refusal(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> s
         return "there are no queries or no keys"
     if _flash() is None:
         return "this PyTorch has none"
-    capability = _capability(q.device)
-    if capability < (8, 0):
+    generation = capability(q.device)
+    if generation < (8, 0):
         return "the device is older than sm_80"
-    if capability[0] == 9 and q.shape[2] <= 64:
+    if generation[0] == 9 and q.shape[2] <= 64:
         return "the kernel here is faster on sm_90"
     # It loads 16 bytes at a time from every head.
     if any(t.data_ptr() % 16 or t.stride(0) % 8 or t.stride(1) % 8 for t in (q, k, v)):

@@ -20,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_utils import LOG2E, Launch, after_previous, cdiv, dot_precision, multiprocessors, prepared, product
+from ..triton_utils import (
+    LOG2E,
+    Launch,
+    after_previous,
+    capability,
+    cdiv,
+    dot_precision,
+    multiprocessors,
+    prepared,
+    product,
+)
 from . import reference, tiles
 from .tiles import Tile
 
@@ -234,15 +244,11 @@ def _pair_kernel(
     )  # fmt: skip
 
 
-@functools.cache
 def _architecture(device: torch.device) -> int:
     """Major number of the compute capability; 0 where there is none."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_capability(device)[0]
+    return capability(device)[0]
 
 
-@functools.cache
 def _copy_engine(device: torch.device) -> bool:
     """Whether the device fetches tiles by descriptors, and has the shared memory (227 KiB) for large ones."""
     return _architecture(device) in (9, 10)

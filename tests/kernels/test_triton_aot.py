@@ -136,7 +136,7 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     cu = torch.tensor([0, tokens], dtype=torch.int32)
     per_token = torch.zeros(tokens)
     q, k, v = torch.zeros(tokens, 3, heads, head_dim, dtype=dtype).unbind(1)
-    attention._capability = lambda device: divmod(capability, 10)
+    attention.capability = lambda device: divmod(capability, 10)
     for causal, bias in [(False, None), (True, per_token)]:
         attention.attention(q, k, v, cu, cu, tokens, tokens, 0.125, causal, bias)
         yield "causal, key bias" if causal else "plain"

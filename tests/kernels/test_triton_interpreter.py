@@ -685,7 +685,7 @@ def flash(monkeypatch):
         return q.clone(), torch.full((q.shape[1], q.shape[0]), float("inf")), None, None, None
 
     monkeypatch.setattr(attention_triton, "_flash", lambda: (operator, {"num_splits": 1}))
-    monkeypatch.setattr(attention_triton, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention_triton, "capability", lambda device: (8, 0))
     return calls
 
 
@@ -717,7 +717,7 @@ def test_flash_attention_refuses(flash, case):
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)])
 def test_flash_attention_serves_what_it_is_faster_at(flash, monkeypatch, capability):
     """Hopper's narrow heads are measured (benchmarks/results); what is not measured stays with PyTorch."""
-    monkeypatch.setattr(attention_triton, "_capability", lambda device: capability)
+    monkeypatch.setattr(attention_triton, "capability", lambda device: capability)
     assert (refusal(head_dim=64) is None) == (capability in [(8, 0), (8, 9), (10, 0)])
     assert (refusal(head_dim=128) is None) == (capability >= (8, 0))
 
