@@ -33,7 +33,9 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"madtp_kernels::{name}", fake, lib=_library)
-    if not name.endswith("_backward"):
+    if name.endswith("_backward"):
+        _library.impl(name, _refusing_second_gradients(name), "Autograd", with_keyset=True)
+    else:
         _autograd_kernels[name] = _without_gradient(name)
         _library.impl(name, _refusing_tangents(name), "Autograd", with_keyset=True)
 
@@ -131,6 +133,23 @@ def _refusing_tangents(name: str) -> Callable:
                         f"madtp_kernels.{name} has no forward-mode derivative (torch.func.jvp): differentiate in reverse mode"
                     )
         return _autograd_kernels[name](keyset, *args)
+
+    return run
+
+
+def _refusing_second_gradients(name: str) -> Callable:
+    """Gradients of gradients (`create_graph=True`) would be zero without a word: no kernel differentiates its gradient."""
+    operator = getattr(torch.ops.madtp_kernels, name).default
+    message = f"madtp_kernels.{name.removesuffix('_backward')} has no second derivative"
+
+    def run(keyset, *args):
+        with torch.no_grad():  # within it, a gradient may be computed by PyTorch's own
+            found = operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            return found
+        tensors = found if isinstance(found, (tuple, list)) else (found,)
+        raises = torch._C._functions.DelayedError(message.encode(), len(tensors))
+        return raises(*(tensor.detach().requires_grad_() for tensor in tensors))
 
     return run
 

@@ -12,6 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from madtp_kernels import backends, repeats
 
+# Some of what CUDA's autocast computes in float32, and that of a CPU does not.
+WIDENED = {
+    F.layer_norm, F.softmax, F.log_softmax, Tensor.softmax, Tensor.log_softmax, Tensor.sum, Tensor.cumsum, Tensor.pow, Tensor.log,
+    Tensor.exp, Tensor.norm,
+}  # fmt: skip
 CLAIMS = {
     Tensor.device.__get__: torch.device("cuda"),
     Tensor.is_cuda.__get__: True,
@@ -21,6 +26,11 @@ CLAIMS = {
 
 def _where_it_is(value):
     return "cpu" if isinstance(value, torch.device) and value.type == "cuda" else value
+
+
+def _wide(value):
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -53,4 +63,7 @@ class PretendedGPU(TorchFunctionMode):
         if function is F.layer_norm:
             self.layer_norms.append(tuple(args[0].shape))
         kwargs = {name: _where_it_is(value) for name, value in (kwargs or {}).items()}
-        return function(*map(_where_it_is, args), **kwargs)
+        args = map(_where_it_is, args)
+        if function in WIDENED and torch.is_autocast_enabled("cuda"):
+            args, kwargs = map(_wide, args), {name: _wide(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)

@@ -37,6 +37,11 @@ class LayerNorm(nn.LayerNorm):
                 if torch.is_autocast_enabled("cuda"):
                     x = x.to(torch.promote_types(x.dtype, torch.float32))
                 return layer_norm(x, weight, bias, tokens.cu_seqlens, eps)
+        elif torch.is_autocast_enabled("cpu"):
+            weight, bias, eps = self.affine
+            # Half of two kinds is computed in float32, as CUDA's autocast computes any; PyTorch has no kernel for it on a CPU.
+            if weight.dtype != torch.float32 and {x.dtype, torch.get_autocast_dtype("cpu")} != {weight.dtype}:
+                return F.layer_norm(x.float(), self.normalized_shape, weight.float(), bias.float(), eps)
         return super().forward(x)
 
     @property

@@ -23,7 +23,7 @@ from .linear import Linear, ScaledLinear, mlp, project
 from .pruning import MADTP, EViT, LayerTrace, Pruning, Tokens
 from .pruning.official import Official, fill_up, with_minimum
 from .rows import first_of, first_rows, ids_of, rows_of
-from .vision import Block, cut_patches, reading, run_blocks
+from .vision import Block, cut_patches, of_one_dtype, reading, run_blocks
 
 
 class Features(NamedTuple):
@@ -211,7 +211,8 @@ class ImageTower(nn.Module):
             (grid,) = different
             x = x.unflatten(0, (-1, grid[0] * grid[1]))
             lead = self._lead(places[grid])
-            x = torch.cat([lead.expand(len(x), -1, -1), x + places[grid][:, int(vision.class_token) :]], 1)
+            x = x + places[grid][:, int(vision.class_token) :]
+            x = torch.cat(of_one_dtype(lead.expand(len(x), -1, -1), x), 1)
             length = x.shape[1]
             starts = vectors.cu_seqlens // (grid[0] * grid[1]) * length
             return RaggedBatch(x.flatten(0, 1), starts, length, vectors.bound)
@@ -219,13 +220,15 @@ class ImageTower(nn.Module):
         for grid, own in zip(grids, rows, strict=True):
             parts += [self._lead(places[grid])[0], own + places[grid][0, int(vision.class_token) :]]
         lengths = [high * wide + vision.prefix for high, wide in grids]
-        return RaggedBatch.from_lengths(torch.cat([x[:0], *parts]), lengths)  # of no picture there are no parts
+        return RaggedBatch.from_lengths(
+            torch.cat(of_one_dtype(x[:0], *parts)), lengths
+        )  # of no picture there are no parts
 
     def _lead(self, positions: Tensor) -> Tensor:
         """What stands before the patches, ``[1, prefix, D]``; only the class token has a position."""
         parts = [self.cls_token + positions[:, :1]] if self.config.class_token else []
         parts += [self.registers] if self.config.registers else []
-        return torch.cat(parts, 1) if parts else positions[:, :0]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else positions[:, :0]
 
     def pool(self, tokens: Tokens, backend: str | None = None) -> Tensor:
         """``[B, D]``: what stands for each image, of final tokens before the last LayerNorm; without the projection."""
@@ -311,7 +314,7 @@ class TextTower(nn.Module):
             Block(width, text.num_attention_heads, text.intermediate_size, **options) for _ in layers
         )
         self.query_models = nn.ModuleList(QueryModel(width, sd_dim, mapped or width != sd_dim) for _ in layers)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = LayerNorm(width, eps=eps)
         self.proj = Linear(width, config.embed_dim, bias=text.projection_bias) if text.projection else None
 
     def forward(

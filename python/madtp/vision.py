@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -111,11 +112,14 @@ def run_blocks(
     trace, features, folded, folded_by = [], None, None, None
     for layer, (block, query_model) in enumerate(zip(blocks, query_models, strict=True)):
         if with_features:
-            seen = alignment_features(tokens, dictionary, query_model)
-            features = seen if features is None else features + seen
+            found = alignment_features(tokens, dictionary, query_model)
+            features = found if features is None else features + found
         if compares and query_model is not folded_by:
             folded, folded_by = query_model.fold(dictionary), query_model
-        tokens, record = block(tokens, folded, pruning, layer)
+        seen = folded
+        if seen is not None and seen[0].dtype != tokens.dtype:  # autocast makes tokens of another dtype than weights
+            seen = (seen[0].to(tokens.dtype), seen[1])
+        tokens, record = block(tokens, seen, pruning, layer)
         trace.append(record)
     return tokens, trace, features
 
@@ -149,7 +153,7 @@ def embed_patches(
     patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
     x = project(rows, proj.weight.flatten(1), proj.bias, tokens=patches).unflatten(0, (len(images), number))
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda" if images.is_cuda else "cpu"):
-        x = torch.cat([cls_token.expand(len(x), -1, -1), x], 1) + pos_embed
+        x = torch.cat(of_one_dtype(cls_token.expand(len(x), -1, -1), x), 1) + pos_embed
     else:  # the same sums, written once
         embedded, x = x, x.new_empty(len(x), number + 1, x.shape[2])
         x[:, :1] = cls_token + pos_embed[:, :1]
@@ -157,6 +161,12 @@ def embed_patches(
     length = x.shape[1]
     ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
     return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
+
+
+def of_one_dtype(*parts: Tensor) -> list[Tensor]:
+    """Tensors in the dtype that holds all their numbers: under autocast `torch.cat` takes no half but autocast's own."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return [part.to(dtype) for part in parts]
 
 
 def cut_patches(images: Tensor, size: int, channels_last: bool = False) -> Tensor:

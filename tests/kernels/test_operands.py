@@ -7,7 +7,7 @@ from helpers import CASES, DEVICE, OPERATIONS, backends_here, compaction_case, m
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from madtp_kernels import RaggedBatch, compact, layer_norm, linear, registration
+from madtp_kernels import RaggedBatch, compact, layer_norm, linear, merge_tokens, registration, unmerge
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu" or missing("cpu") is not None, reason=f"on {DEVICE}: {missing('cpu')}")
 
@@ -146,6 +146,39 @@ def test_forward_mode_differentiation_of_the_rest_is_refused(generator):
     ):
         with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
             torch.func.jvp(function, (x,), (x,))
+
+
+def test_a_gradient_of_a_gradient_is_refused(generator):
+    """No kernel differentiates its gradient: to a penalty on gradients it would add zero."""
+    for op in sorted(set(CASES) - {"nearest_kept", "match_tokens", "merge_scores", "lowest_tokens"}):
+        case = CASES[op](generator, LENGTHS) | ({"norm": None} if op == "compact" else {})
+        check_that_second_gradients_raise(lambda value, op=op, case=case: OPERATIONS[op](**case | value)[0], op, case)
+    x, weight, cu_seqlens = normal(generator, 15, 8), normal(generator, 8, 8), offsets(LENGTHS)
+    batch, ones = RaggedBatch(x, cu_seqlens, 9), torch.ones(8)
+    into = torch.arange(15, dtype=torch.int32)
+    for function in (
+        lambda value: linear(value["x"], weight, None, cu_seqlens, activation="gelu"),
+        lambda value: layer_norm(value["x"], weight[0], None, cu_seqlens, 1e-6),
+        lambda value: unmerge(value["x"], into, cu_seqlens),
+        lambda value: merge_tokens(batch.with_values(value["x"]), into > 2, append="mean").tokens.values,
+        lambda value: (
+            compact(
+                batch.with_values(value["x"]), torch.ones(15), torch.full((4,), -1.0), norm=(ones, ones, 1e-6)
+            ).normed
+        ),
+    ):
+        check_that_second_gradients_raise(function, "x", {"x": x})
+
+
+def check_that_second_gradients_raise(function, op, case):
+    name = "x" if op in ("compact", "x", "prune") else leading(op)
+    whole = case[name]
+    leaf = (whole.values if isinstance(whole, RaggedBatch) else whole).detach().requires_grad_()
+    result = function({name: whole.with_values(leaf) if isinstance(whole, RaggedBatch) else leaf})
+    result = result.values if isinstance(result, RaggedBatch) else result
+    (gradient,) = torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^madtp_kernels\.\w+ has no second derivative"):
+        (leaf.sum() + gradient.square().sum()).backward()
 
 
 def test_not_a_number_ranks_as_in_the_reference(generator, monkeypatch):

@@ -748,15 +748,46 @@ def test_rows_beyond_the_last_token_reach_no_gradient(name, half):
             torch.testing.assert_close(ours[key], gradient, atol=1e-4 * scale + 1e-6, rtol=1e-3)
 
 
+HALVES = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("place", [contextlib.nullcontext, PretendedGPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("weights, half", HALVES, ids=str)
+@pytest.mark.parametrize("name, method", [call for call in CALLS if "," not in call[0] and "embed" not in call[1]])
+@torch.no_grad()
+def test_weights_in_half_under_autocast(name, method, weights, half, place, data):
+    """Tokens are in another dtype than the weights then, on a GPU after the first LayerNorm."""
+    inputs = inputs_of(name, method, data, range(3))
+    for temperature in (0, 2.0):
+        model = make(name, temperature)
+        expected = list(floats_read(getattr(model, method)(*inputs)))
+        model.to(weights)
+        with place(), torch.autocast("cpu", half):
+            found = list(floats_read(getattr(model, method)(*inputs)))
+        assert len(found) == len(expected) > 0
+        for ours, exact in zip(found, expected, strict=True):
+            assert ours.isfinite().all()
+            if temperature == 0:  # 0.01 to 0.02 in half without autocast
+                assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def squares(tensor):
     return tensor.float().square().mean()
 
 
 def tensors_read(output):
     """What a loss is made of: features, logits, the first token of each sample."""
-    for field in dataclasses.fields(output):
-        value = getattr(output, field.name)
+    return (part for part in floats_read(output) if part.requires_grad)
+
+
+def floats_read(output):
+    """Features, logits, the first token of each sample."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    named = output._asdict() if isinstance(output, tuple) else vars(output)
+    for value in named.values():
         if isinstance(value, Tokens):
             yield first_rows(value)
         elif isinstance(value, (Tensor, tuple)):
-            yield from (part for part in tensors(value) if part.requires_grad)
+            yield from (part for part in tensors(value) if part.is_floating_point())
