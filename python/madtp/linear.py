@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, backends, linear
-from madtp_kernels.linear.reference import activate
+from madtp_kernels.linear.reference import activate, defined
 from madtp_kernels.registration import plain
 
 # Rows of an MLP that are taken through both layers at a time on the CPU: the hidden activations (four times as wide) then
@@ -92,7 +92,10 @@ class ScaledLinear(Linear):
         tokens: RaggedBatch | None = None,
     ) -> Tensor:
         """``residual + scale * (x W^T + b)``, as :meth:`Linear.forward`."""
-        y = super().forward(x, activation=activation, tokens=tokens) * self.scale
+        y = super().forward(x, activation=activation, tokens=tokens)
+        if tokens is not None and tokens.bound and torch.is_grad_enabled():
+            y = defined(y, tokens.cu_seqlens)  # the gradient of the factors sums over all rows
+        y = y * self.scale
         return y if residual is None else y + residual
 
 

@@ -175,13 +175,26 @@ def cut_patches(images: Tensor, size: int, channels_last: bool = False) -> Tenso
     Their numbers come channel by channel, as in the weights of a convolution, or pixel by pixel.
     """
     dtype, run = images.dtype, size * images.element_size()
-    aligned = images.is_contiguous() and images.storage_offset() * images.element_size() % 8 == run % 8 == 0
-    if images.is_cuda and aligned and not channels_last and not images.requires_grad:
+    if (
+        images.is_cuda
+        and not channels_last
+        and run % 8 == 0
+        and not images.requires_grad
+        and _begins_at_8_bytes(images)
+    ):
         images = images.view(torch.int64)  # a GPU's copy takes its time by numbers, not by bytes
     width = run // images.element_size()
     cut = images.unflatten(2, (-1, size)).unflatten(4, (-1, width))  # [B, 3, rows, size, columns, width]
     rows = cut.permute(0, 2, 4, *((3, 5, 1) if channels_last else (1, 3, 5))).flatten(3).flatten(0, 2)
     return rows if rows.dtype == dtype else rows.view(dtype)
+
+
+def _begins_at_8_bytes(images: Tensor) -> bool:
+    """Whether a contiguous tensor may be read 8 bytes at a time: its place in its memory is what PyTorch asks for, and its address,
+    which memory of others (NumPy, DLPack) may have anywhere, is what a GPU faults at."""
+    if torch.compiler.is_compiling() or not images.is_contiguous():  # a compiler knows no address
+        return False
+    return images.storage_offset() * images.element_size() % 8 == images.data_ptr() % 8 == 0
 
 
 class VisionTransformer(nn.Module):

@@ -1,5 +1,6 @@
 """Encoders of images and texts of other families than MADTP's: their dense features against transformers' own classes."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import transformers as hf
 from helpers import DEVICE, normal
 from PIL import Image
+from pretended_gpu import PretendedGPU
 from safetensors.torch import load_file, save_file
 
 import madtp
@@ -483,6 +485,24 @@ def test_merging_copies_changes_no_feature(name, saved, generator):
     pruned = ours.encode_image(image, RankedNovelty(thresholds=(1e-5,), most=1.0))
     assert pruned.trace[0].lengths.tolist() == [prefix + 5]
     assert F.cosine_similarity(pruned.features, dense.features).min() > 0.999999
+
+
+@pytest.mark.parametrize("rule", [TopK(0.5), RankedNovelty(shares=(0.3,))], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel", "Dinov2WithRegistersModel"])
+def test_rows_beyond_the_last_token_reach_no_gradient_of_an_encoder(name, rule, saved, generator):
+    """A number that is not finite times a gradient of zero is NaN in the gradient of what is multiplied row by row."""
+    images, gradients = normal(generator, 3, 3, 32, 32), []
+    for place in (contextlib.nullcontext, PretendedGPU):
+        ours = madtp.load(saved(name)[1], device=DEVICE)
+        with place():
+            loss = ours.encode_image(images, rule).features.square().mean()
+        loss.backward()
+        gradients.append({key: part.grad for key, part in ours.named_parameters() if part.grad is not None})
+    theirs, ours = gradients
+    assert theirs.keys() == ours.keys() and ("Dinov2" not in name or any(key.endswith(".scale") for key in ours))
+    for key, gradient in theirs.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(ours[key], gradient, atol=1e-4 * scale + 1e-6, rtol=1e-3)
 
 
 def test_a_rule_that_reads_the_class_token_is_known_in_any_wrapping():

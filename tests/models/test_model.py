@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, backends_here, clearance, interpreted, normal
 from PIL import Image
 from pretended_gpu import PretendedGPU
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import madtp
 from madtp import NLVRConfig, TextConfig, VisionConfig, vision
@@ -513,3 +514,25 @@ def test_patches_are_those_of_a_convolution(size, dtype, generator):
                 rows, others = vision.cut_patches(images, size), vision.cut_patches(images, size, channels_last=True)
             assert torch.equal(rows, expected) and torch.equal(others, by_pixel)
             assert rows.requires_grad == images.requires_grad
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory of the CPU at any address")
+@pytest.mark.parametrize("beside", [0, 2, 4, 8])
+def test_patches_are_read_8_bytes_at_a_time_only_from_multiples_of_8(beside):
+    """What a GPU faults at, wherever the memory begins; and elsewhere it is what makes the copy fast."""
+    memory = torch.arange(2 * 3 * 16 * 16 * 2 + 16, dtype=torch.int64).to(torch.uint8).numpy()
+    beside += -memory.ctypes.data % 8
+    images = torch.frombuffer(memory, dtype=torch.int16, offset=beside, count=2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    assert images.storage_offset() == 0
+    widened = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.view.dtype and args[1] == torch.int64:
+                widened.append(args[0].data_ptr() % 8)
+            return function(*args, **(kwargs or {}))
+
+    with PretendedGPU(), Watch():
+        rows = vision.cut_patches(images, 8)
+    assert torch.equal(rows, vision.cut_patches(images, 8))
+    assert widened == ([0] if images.data_ptr() % 8 == 0 else [])
