@@ -417,7 +417,7 @@ def ranked_operations(log: Log) -> None:
     def score(backend=None):
         return merge_scores(keys, order, cu, most, sizes=sizes, free=free, backend=backend)
 
-    scores, new = score("reference" if DRY else None)
+    scores, new, inverse_norms = score("reference" if DRY else None)
 
     def choose(backend=None):
         return lowest_tokens(scores, count, cu, free=free, backend=backend)
@@ -425,7 +425,7 @@ def ranked_operations(log: Log) -> None:
     goes = choose()
 
     def search(backend=None):
-        return nearest_kept(keys, ~goes, cu, most, backend=backend)
+        return nearest_kept(keys, ~goes, cu, most, inverse_norms=inverse_norms, backend=backend)
 
     into = search()
 

@@ -19,7 +19,7 @@ from .prune import Pruned, prune
 from .ragged import RaggedBatch
 from .received import attention_received
 from .scoring import score_tokens
-from .similarity import match_tokens, merge_scores, nearest_kept, novelty
+from .similarity import MergeScores, match_tokens, merge_scores, nearest_kept, novelty
 from .unmerging import unmerge
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Compacted",
+    "MergeScores",
     "Merged",
     "Pruned",
     "RaggedBatch",

@@ -32,7 +32,8 @@ SIMILARITY = ("nearest_kept", "novelty", "match_tokens")
 
 # Which axis of an argument counts tokens, by the offsets that describe it. `x` is a tensor or a RaggedBatch.
 _QUERY_TOKENS = dict.fromkeys(
-    "q out x received cls importance protected ids sizes keys kept rank queries order weight free scores".split(), 0
+    "q out x received cls importance protected ids sizes keys kept inverse_norms rank queries order weight free scores".split(),
+    0,
 ) | {"lse": 1}
 _KEY_TOKENS = dict.fromkeys("k v key_bias".split(), 0)
 _SAMPLES = ("threshold", "keep_count", "min_keep", "count")
@@ -228,8 +229,11 @@ def keys_case(generator, lengths, width=8, dtype=torch.float32):
     return {"keys": keys.to(dtype), "cu_seqlens": offsets(lengths), "max_seqlen": max(lengths, default=0)}
 
 
-def nearest_case(generator, lengths, width=8, dtype=torch.float32):
+def nearest_case(generator, lengths, width=8, dtype=torch.float32, *, inverse_norms=False):
     case = keys_case(generator, lengths, width, dtype)
+    if inverse_norms:
+        wide = case["keys"].to(torch.promote_types(dtype, torch.float32))
+        case["inverse_norms"] = 1 / wide.flatten(1).norm(dim=1)
     return case | {"kept": (torch.rand(sum(lengths), generator=generator) < 0.5).to(DEVICE)}
 
 

@@ -8,6 +8,7 @@ matter more, and ToMe's matching. Formulas are in `reference.py`, the GPU kernel
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,18 @@ from .. import backends, checks, repeats
 from ..registration import call, define, define_gradient
 from . import reference
 
-__all__ = ["match_tokens", "merge_scores", "nearest_kept", "novelty"]
+__all__ = ["MergeScores", "match_tokens", "merge_scores", "nearest_kept", "novelty"]
+
+
+class MergeScores(NamedTuple):
+    """Result of :func:`merge_scores`, ``[T]`` float32 each (float64 for float64 keys)."""
+
+    scores: Tensor
+    """What merging a token would cost; 0 of one that is not free, and where it is not a number."""
+    novelty: Tensor
+    """That of :func:`novelty` by rank."""
+    inverse_norms: Tensor
+    """``1 / |k|`` of each key, 0 of one that is zero or not finite; what :func:`nearest_kept` takes."""
 
 
 def _rows(keys: Tensor) -> Tensor:
@@ -33,7 +45,13 @@ def _rows(keys: Tensor) -> Tensor:
 
 
 def nearest_kept(
-    keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str | None = None
+    keys: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    inverse_norms: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """For each token the kept token of its sample whose key is the most similar (cosine): what a dropped one merges into.
 
@@ -42,6 +60,8 @@ def nearest_kept(
             it, is ``keys.mean(1)``. A key that is zero, or that is not finite, has cosine 0 with every key.
         kept: ``[T]`` bool: the tokens that stay.
         cu_seqlens, max_seqlen: offsets ``[B+1]`` int32 and an upper bound of the lengths.
+        inverse_norms: ``[T]`` float32 (float64 for float64 keys), as :func:`merge_scores` returns them for the same keys: saves
+            reading the keys once more, and changes no bit. Nobody checks that they belong to the keys.
         backend: force an implementation.
 
     Returns:
@@ -51,14 +71,19 @@ def nearest_kept(
     Raises:
         ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
     """
-    key = repeats.signature(nearest_kept, (keys, kept, cu_seqlens), (max_seqlen, backend))
+    key = repeats.signature(nearest_kept, (keys, kept, cu_seqlens, inverse_norms), (max_seqlen, backend))
     if repeat := repeats.find(key):
-        return repeat(keys.flatten(1), kept, cu_seqlens, max_seqlen)
+        return repeat(keys.flatten(1), kept, cu_seqlens, max_seqlen, inverse_norms)
     rows = _rows(keys)
     checks.tensor("kept", kept, (keys.shape[0],), "[T]", torch.bool, keys.device)
+    if inverse_norms is not None:
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        checks.tensor("inverse_norms", inverse_norms, (keys.shape[0],), "[T]", wide, keys.device)
+        inverse_norms = checks.unit_stride(inverse_norms.detach())
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
     result = call(
-        "nearest_kept", rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, backend or "",
+        "nearest_kept", rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, inverse_norms,
+        backend or "",
     )  # fmt: skip
     repeats.remember(key, backend, rows, ("nearest_kept", "similarity"))
     return result
@@ -106,7 +131,7 @@ def merge_scores(
     novelty_exponent: float = 1.0,
     size_exponent: float = 0.3,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> MergeScores:
     """What merging a token would cost: little if one that matters more is like it, or if it does not matter itself.
 
     With n the novelty of :func:`novelty` by rank ``order``, a the weight and s the sizes of a sample's free tokens:
@@ -121,8 +146,7 @@ def merge_scores(
         free: ``[T]`` bool: the tokens that may go. None is compared with the others, which score 0.
 
     Returns:
-        Scores and novelty, ``[T]`` float32 (float64 for float64 keys). A score that is not a number is 0. Neither carries a
-        gradient.
+        :class:`MergeScores`. Nothing in it carries a gradient.
 
     Raises:
         ValueError: an argument does not fit, or (CPU, or debug mode) an order or a weight that is not finite. BackendError: a
@@ -133,7 +157,7 @@ def merge_scores(
         merge_scores, (keys, order, weight, sizes, free, cu_seqlens), (max_seqlen, *exponents, backend)
     )
     if repeat := repeats.find(key):
-        return repeat(keys.flatten(1), order, weight, sizes, free, cu_seqlens, max_seqlen, *exponents)
+        return MergeScores(*repeat(keys.flatten(1), order, weight, sizes, free, cu_seqlens, max_seqlen, *exponents))
     rows, shape = _rows(keys), (keys.shape[0],)
     wide = torch.promote_types(keys.dtype, torch.float32)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
@@ -153,7 +177,7 @@ def merge_scores(
         max_seqlen, *exponents, backend or "",
     )  # fmt: skip
     repeats.remember(key, backend, rows, ("merge_scores", "similarity"))
-    return result
+    return MergeScores(*result)
 
 
 def match_tokens(
@@ -223,7 +247,8 @@ def _per_token(keys, *dtypes):
 
 
 define(
-    "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, str backend) -> Tensor",
+    "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, Tensor? inverse_norms, str backend) "
+    "-> Tensor",
     backends.dispatch("nearest_kept", "similarity"),
     lambda keys, *_: _per_token(keys, torch.int32)[0],
 )
@@ -239,9 +264,10 @@ define_gradient(
 )
 define(
     "merge_scores(Tensor keys, Tensor order, Tensor? weight, Tensor? sizes, Tensor free, Tensor cu_seqlens, SymInt max_seqlen, "
-    "float weight_exponent, float novelty_exponent, float size_exponent, str backend) -> (Tensor scores, Tensor novelty)",
+    "float weight_exponent, float novelty_exponent, float size_exponent, str backend) "
+    "-> (Tensor scores, Tensor novelty, Tensor inverse_norms)",
     backends.dispatch("merge_scores", "similarity"),
-    lambda keys, *_: _per_token(keys, None, None),
+    lambda keys, *_: _per_token(keys, None, None, None),
 )
 define(
     "match_tokens(Tensor keys, Tensor cu_seqlens, SymInt max_seqlen, Tensor? count, float? threshold, int protected, "

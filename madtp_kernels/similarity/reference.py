@@ -20,12 +20,18 @@ def unit(keys: Tensor) -> tuple[Tensor, Tensor]:
     return wide.where(directed[:, None], 0.0), square.rsqrt().where(directed, 0.0)
 
 
-def most_alike(queries: Tensor, candidates: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def most_alike(
+    queries: Tensor, candidates: Tensor, seen: Tensor, known: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """For each of ``queries [Q, D]`` the cosine ``[Q]`` of the most similar of ``candidates [K, D]`` and its index.
 
-    ``seen [Q, K]`` says which candidates count; where none does: -inf and -1.
+    ``seen [Q, K]`` says which candidates count; where none does: -inf and -1. ``known``: 1 / norm of both, as :func:`unit` has
+    them.
     """
     (q, q_scale), (k, k_scale) = unit(queries), unit(candidates)
+    if known is not None:
+        q_scale, k_scale = known
+        q, k = (keys.where(scale[:, None] > 0, 0.0) for keys, scale in ((q, q_scale), (k, k_scale)))
     if seen.numel() == 0:
         return q_scale.new_full((seen.shape[0],), float("-inf")), seen.new_full((seen.shape[0],), -1, dtype=torch.int64)
     # The norm of the query does not matter for the choice: it is left to the end, where it cannot make two cosines equal.
@@ -35,14 +41,17 @@ def most_alike(queries: Tensor, candidates: Tensor, seen: Tensor) -> tuple[Tenso
     return cosine, index.where(any_seen, -1)
 
 
-def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def nearest_kept(
+    keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int, inverse_norms: Tensor | None = None
+) -> Tensor:
     """Row of the kept token of its sample with the most similar key: itself for a kept token, -1 if none is kept."""
     into = []
     for start, stop in spans(cu_seqlens):
         rows = torch.arange(start, stop, device=keys.device)
         survivors = rows[kept[start:stop]]
         seen = torch.ones(stop - start, len(survivors), dtype=torch.bool, device=keys.device)
-        _, index = most_alike(keys[start:stop], keys[survivors], seen)
+        known = None if inverse_norms is None else (inverse_norms[start:stop], inverse_norms[survivors])
+        _, index = most_alike(keys[start:stop], keys[survivors], seen, known)
         best = survivors[index] if len(survivors) else rows.new_full(rows.shape, -1)
         into.append(rows.where(kept[start:stop], best).int())
     return pack(into, torch.empty(0, dtype=torch.int32, device=keys.device), keys.shape[0])
@@ -93,11 +102,12 @@ def merge_scores(
     weight_exponent: float,
     novelty_exponent: float,
     size_exponent: float,
-) -> tuple[Tensor, Tensor]:
-    """(a / mean a)^p n^q s^r of the free tokens, and the novelty n by order; in float64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(a / mean a)^p n^q s^r of the free tokens in float64, the novelty n by order, and 1 / |k|."""
     new, _ = novelty(keys, order.masked_fill(~free, -1.0), cu_seqlens, max_seqlen)
     weight = order if weight is None else weight
-    return worth(new, weight, sizes, free, cu_seqlens, weight_exponent, novelty_exponent, size_exponent), new
+    scores = worth(new, weight, sizes, free, cu_seqlens, weight_exponent, novelty_exponent, size_exponent)
+    return scores, new, unit(keys)[1]
 
 
 def worth(

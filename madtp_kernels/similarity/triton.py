@@ -1,11 +1,11 @@
 """Which tokens of a sample have alike keys, on the GPU: products tile by tile, of which only the best per token is kept.
 
-A first launch leaves 1 / |k| of every key, 0 for one without a direction (zero, not finite). In the second a program multiplies
-a block of keys by another of the same sample, and the best of every token enters its int64 by an atomic maximum: of the cosine,
-then of the earlier row, which no order of programs changes. Where every token may see every other (HIGHER: those of
-higher rank) both of a pair take the best from one product, so that half of the tiles are visited. For the nearest kept token
-the first launch also lists the tokens of a sample that go and those that stay: only the products of one with the other are
-computed. A last launch makes results of what was found.
+A first launch leaves 1 / |k| of every key, 0 for one without a direction (zero, not finite), unless the caller has them. In
+the second a program multiplies a block of keys by another of the same sample, and the best of every token enters its int64 by an
+atomic maximum: of the cosine, then of the earlier row, which no order of programs changes. Where every token may see every
+other (HIGHER: those of higher rank) both of a pair take the best from one product, so that half of the tiles are visited. For
+the nearest kept token the first launch also lists the tokens of a sample that go and those that stay: only the products of one
+with the other are computed. A last launch makes results of what was found.
 
 The time is that of fetching keys from the L2 cache: hence large tiles, and two programs to a multiprocessor.
 """
@@ -68,7 +68,7 @@ def _scale_kernel(
     keys, scale, best, order, free, rank, kept, places, dropped, cu_seqlens, batch, key_row, WIDTH,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """1 / |k| of ROWS keys, 0 for one without a direction; and no best candidate yet.
+    """1 / |k| of ROWS keys, 0 for one without a direction; and no best candidate yet. Without ``keys`` they are there.
 
     With ``order``, also the rank: -1 for tokens that are not free. With ``kept``, a kept token is its own best candidate, and
     the first ``batch`` programs list the tokens of a sample each.
@@ -84,16 +84,18 @@ def _scale_kernel(
     if first >= tokens:
         return
     rows = first + tl.arange(0, ROWS)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, WIDTH, COLUMNS):
-        o_k = start + tl.arange(0, COLUMNS)
-        mask = (rows < tokens)[:, None] & (o_k < WIDTH)[None, :]
-        tile = tl.load(keys + rows.to(tl.int64)[:, None] * key_row + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        squares += tile * tile
-    square = tl.sum(squares, 1)
-    directed = (square > 0.0) & (square < float("inf"))
-    inverse = 1.0 / tl.sqrt_rn(tl.where(directed, square, 1.0))
-    tl.store(scale + rows, tl.where(directed, inverse, 0.0), mask=rows < tokens)
+    if keys is not None:
+        squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, WIDTH, COLUMNS):
+            o_k = start + tl.arange(0, COLUMNS)
+            mask = (rows < tokens)[:, None] & (o_k < WIDTH)[None, :]
+            key_rows = keys + rows.to(tl.int64)[:, None] * key_row
+            tile = tl.load(key_rows + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            squares += tile * tile
+        square = tl.sum(squares, 1)
+        directed = (square > 0.0) & (square < float("inf"))
+        inverse = 1.0 / tl.sqrt_rn(tl.where(directed, square, 1.0))
+        tl.store(scale + rows, tl.where(directed, inverse, 0.0), mask=rows < tokens)
     nothing = tl.full((ROWS,), NONE, tl.int64)
     if kept is not None:
         own = _packed(tl.zeros((ROWS,), tl.float32), rows)
@@ -382,11 +384,18 @@ def _tiles(max_seqlen: int, seen: tl.constexpr, block_m: int, block_n: int) -> i
 
 
 def _search(
-    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: tl.constexpr, first_free: int = 0, places: bool = True
+    keys: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seen: tl.constexpr,
+    first_free: int = 0,
+    places: bool = True,
+    scaled: bool = False,
 ) -> Callable:
     """What searches: from keys, cu_seqlens, and what else decides, each token's best candidate, packed, and 1 / |k|.
 
-    ``rank`` is what candidates need more of; ``order`` the same but for tokens that are not ``free``, which have least.
+    ``rank`` is what candidates need more of; ``order`` the same but for tokens that are not ``free``, which have least. If
+    ``scaled``, 1 / |k| are given, too.
     """
     (capacity, width), device = keys.shape, keys.device
     batch = cu_seqlens.shape[0] - 1
@@ -394,9 +403,9 @@ def _search(
     tiles = _tiles(max_seqlen, seen, block_m, block_n)
     sizes = (batch, keys.stride(0), width)
     lists = batch if seen is KEPT else 0
+    rows = BLOCK if scaled else NORM_ROWS
     scaling = Launch(
-        _scale_kernel, lists + cdiv(capacity, NORM_ROWS),
-        ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, BLOCK=BLOCK, num_warps=4,
+        _scale_kernel, lists + cdiv(capacity, rows), ROWS=rows, COLUMNS=NORM_COLUMNS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     searching = Launch(
         _nearest_kernel, batch * tiles,
@@ -405,16 +414,18 @@ def _search(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
-    def run(keys, cu_seqlens, *, kept=None, rank=None, order=None, free=None):
+    def run(keys, cu_seqlens, *, scale=None, kept=None, rank=None, order=None, free=None):
         best = torch.empty(capacity, dtype=torch.int64, device=device)
-        scale = torch.empty(capacity, dtype=torch.float32, device=device)
+        unscaled = None if scaled else keys
+        if not scaled:
+            scale = torch.empty(capacity, dtype=torch.float32, device=device)
         rank = rank if order is None else torch.empty_like(scale)
         listed = dropped = None
         if kept is not None:
             listed, dropped = (torch.empty(size, dtype=torch.int32, device=device) for size in (capacity, batch))
         if capacity and batch:
             new_rank = rank if order is not None else None
-            scaling(keys, scale, best, order, free, new_rank, kept, listed, dropped, cu_seqlens, *sizes)
+            scaling(unscaled, scale, best, order, free, new_rank, kept, listed, dropped, cu_seqlens, *sizes)
             if tiles:
                 searching(
                     keys, scale, rank, listed, dropped, best, cu_seqlens, keys.stride(0), tiles, first_free, width
@@ -425,11 +436,17 @@ def _search(
 
 
 def _find(
-    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: tl.constexpr, first_free: int = 0, cosines: bool = True
+    keys: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    seen: tl.constexpr,
+    first_free: int = 0,
+    cosines: bool = True,
+    scaled: bool = False,
 ) -> Callable:
     """The same as :func:`_search`, for the nearest rows int32 ``[C]`` and, if asked for, the cosines or novelty ``[C]``."""
     capacity, device, batch = keys.shape[0], keys.device, cu_seqlens.shape[0] - 1
-    search = _search(keys, cu_seqlens, max_seqlen, seen, first_free)
+    search = _search(keys, cu_seqlens, max_seqlen, seen, first_free, scaled=scaled)
     finding = Launch(_found_kernel, cdiv(capacity, BLOCK), SEEN=seen, BLOCK=BLOCK, num_warps=4)
 
     def run(keys, cu_seqlens, **what):
@@ -444,12 +461,14 @@ def _find(
 
 
 @prepared
-def nearest_kept(keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Callable:
+def nearest_kept(
+    keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int, inverse_norms: Tensor | None = None
+) -> Callable:
     """``[C]`` int32; see the public operation for the contract."""
-    find = _find(keys, cu_seqlens, max_seqlen, KEPT, cosines=False)
+    find = _find(keys, cu_seqlens, max_seqlen, KEPT, cosines=False, scaled=inverse_norms is not None)
 
-    def run(keys, kept, cu_seqlens, max_seqlen):
-        return find(keys, cu_seqlens, kept=kept.view(torch.uint8))[0]
+    def run(keys, kept, cu_seqlens, max_seqlen, inverse_norms=None):
+        return find(keys, cu_seqlens, scale=inverse_norms, kept=kept.view(torch.uint8))[0]
 
     return run
 
@@ -477,7 +496,7 @@ def merge_scores(
     max_seqlen: int,
     *exponents: float,
 ) -> Callable:
-    """scores and novelty float32 ``[C]``; see the public operation for the contract."""
+    """scores, novelty and 1 / |k|, float32 ``[C]``; see the public operation for the contract."""
     batch, chunks = cu_seqlens.shape[0] - 1, cdiv(max_seqlen, CHUNK)
     search = _search(keys, cu_seqlens, max_seqlen, HIGHER, places=False)
     kinds = [int(exponent) if exponent in (0, 1) else -1 for exponent in exponents]
@@ -493,7 +512,7 @@ def merge_scores(
         if batch and chunks:
             weight = order if weight is None else weight
             rate(best, scale, new, weight, sizes, free, scores, cu_seqlens, chunks, *exponents)
-        return scores, new
+        return scores, new, scale
 
     return run
 

@@ -42,7 +42,7 @@ OPTIONS = {
         {"causal": True, "bias": True, "reduction": "max", "queries": slice(-4, None)},
         {"key_heads": 1, "queries": "mask", "per_key_head": True},
     ],
-    "nearest_kept": [{}],
+    "nearest_kept": [{}, {"inverse_norms": True}],
     "novelty": [{}, {"rank": True}],
     "match_tokens": [{}, {"count": False, "threshold": 0.3, "protected": 0}],
     "merge_scores": [{"weight": True}],
@@ -132,7 +132,7 @@ def schema_arguments(op, case, backend):
         return (*(case[n] for n in ("scores", "count", "cu_seqlens", "free", "threshold")), backend)
     if op in SIMILARITY:
         before = {"nearest_kept": ["kept"], "novelty": ["rank"], "match_tokens": []}[op]
-        after = ["count", "threshold", "protected"] if op == "match_tokens" else []
+        after = {"nearest_kept": ["inverse_norms"], "match_tokens": ["count", "threshold", "protected"]}.get(op, [])
         names = [*before, "cu_seqlens", "max_seqlen", *after]
         return (case["keys"].flatten(1), *(case.get(n) for n in names), backend)
     *first, causal, key_bias = case.values()

@@ -98,7 +98,7 @@ def test_novelty(backend, dtype, generator):
 def test_what_merging_would_cost(backend, dtype, weight, generator):
     case = merging_case(generator, lengths_for(backend), 32, dtype, weight=weight, sizes=not weight)
     exponents = {"weight_exponent": 0.5, "novelty_exponent": 2.0, "size_exponent": 0.3}
-    scores, new = merge_scores(**case, **exponents, backend=backend)
+    scores, new, inverse_norms = merge_scores(**case, **exponents, backend=backend)
     assert scores.dtype == new.dtype == torch.float32
     for rows in samples(case):
         free = case["free"][rows].cpu()
@@ -110,6 +110,29 @@ def test_what_merging_would_cost(backend, dtype, weight, generator):
         expected = (worth / worth[free].mean()) ** 0.5 * expected**2 * sizes
         expected = torch.nan_to_num(expected.where(free, 0.0))
         torch.testing.assert_close(scores[rows].double().cpu(), expected, atol=2e-5, rtol=1e-5)
+        norms = case["keys"][rows].double().flatten(1).norm(dim=1)
+        torch.testing.assert_close(inverse_norms[rows].double(), 1 / norms, atol=0, rtol=1e-6)
+
+
+@every_dtype
+@every_backend
+def test_norms_that_are_known_are_not_computed_again(backend, dtype, generator):
+    """Not a bit changes, keys without a direction included; and what is given is what counts."""
+    lengths = lengths_for(backend)
+    case = merging_case(generator, lengths, 32, dtype)
+    case["keys"][[0, 5, 30]] = torch.tensor([0.0, math.nan, math.inf], dtype=dtype, device=DEVICE)[:, None, None]
+    norms = merge_scores(**case, backend=backend).inverse_norms
+    assert (norms[[0, 5, 30]] == 0).all() and norms.dtype == torch.float32
+    given = (case["keys"], case["free"], case["cu_seqlens"], case["max_seqlen"])
+    into = nearest_kept(*given, backend=backend)
+    assert torch.equal(nearest_kept(*given, inverse_norms=norms, backend=backend), into)
+    apart = torch.stack([norms, norms], 1)[:, 0]
+    assert torch.equal(nearest_kept(*given, inverse_norms=apart, backend=backend), into)
+    nothing = nearest_kept(*given, inverse_norms=torch.zeros_like(norms), backend=backend)
+    for rows in samples(case):  # all are equally near then
+        first = case["free"][rows].nonzero()[:1, 0] + rows.start
+        alone = ~case["free"][rows]
+        assert (nothing[rows][alone] == (first if len(first) else -1)).all()
 
 
 @every_backend
@@ -117,7 +140,7 @@ def test_a_sample_where_nothing_matters_costs_nothing(backend):
     """0 / 0 is 0, and a token that is not free is compared with nothing."""
     keys = torch.ones(4, 1, 8, device=DEVICE)
     free = torch.tensor([False, True, True, True], device=DEVICE)
-    scores, new = merge_scores(keys, torch.zeros(4, device=DEVICE), offsets([4]), 4, free=free, backend=backend)
+    scores, new, _ = merge_scores(keys, torch.zeros(4, device=DEVICE), offsets([4]), 4, free=free, backend=backend)
     assert (scores == 0).all()
     torch.testing.assert_close(new, torch.tensor([0.0, 2.0, 0.0, 0.0], device=DEVICE), atol=1e-6, rtol=0)
 
@@ -127,17 +150,17 @@ def test_a_sample_where_nothing_matters_costs_nothing(backend):
 def test_what_may_not_go_scores_nothing_whatever_the_exponent(backend, exponent, generator):
     """0 ** 0 is 1, and the others' weight counts as 0."""
     case = merging_case(generator, [7, 1, 5], 8, torch.float32)
-    scores, _ = merge_scores(**case, weight_exponent=exponent, backend=backend)
+    scores, *_ = merge_scores(**case, weight_exponent=exponent, backend=backend)
     assert (scores[~case["free"]] == 0).all() and (scores[case["free"]] > 0).any()
 
 
 @every_backend
 def test_scores_of_a_buffer_without_samples(backend):
     keys, order, free = torch.ones(3, 4), torch.ones(3), torch.ones(3, dtype=torch.bool)
-    scores, new = merge_scores(
+    scores, new, norms = merge_scores(
         *(t.to(DEVICE) for t in (keys, order)), offsets([]), 0, free=free.to(DEVICE), backend=backend
     )
-    assert scores.shape == new.shape == (3,)
+    assert scores.shape == new.shape == norms.shape == (3,)
 
 
 @every_backend

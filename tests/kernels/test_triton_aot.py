@@ -182,7 +182,7 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         received.attention_received(q, k, lse, cu, tokens, 0.125, bias is not None, bias, *choice)
         yield label
     for label, rank in [("against all", None), ("against higher", per_token)]:
-        similarity.nearest_kept(x, flags, cu, tokens)
+        similarity.nearest_kept(x, flags, cu, tokens, rank)
         similarity.novelty(x, rank, cu, tokens)
         similarity.match_tokens(x, cu, tokens, None if rank is None else cu[:1], 0.5, 1)
         yield label
@@ -273,6 +273,7 @@ def variants():
             received.attention_received(q, k, lse, cu, length, 0.125, False, None, "mean", 1, 0, 1, None)
             flags, rows = torch.empty(tokens, dtype=torch.bool), torch.empty(tokens, dtype=torch.int32)
             similarity.nearest_kept(x, flags, cu, length)
+            similarity.nearest_kept(x, flags, cu, length, per_token)
             similarity.novelty(x, None, cu, length)
             similarity.match_tokens(x, cu, length, group, 0.5, 1)
             similarity.merge_scores(x, per_token, None, per_token, flags, cu, length, 0.25, 1.0, 0.3)

@@ -62,18 +62,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int6
     const OptionalTensor& groups, const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes,
     int64_t merged_id, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact);
 
-// keys [C, D], kept [C] -> into [C]: rows.
-Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t max_seqlen);
+// keys [C, D], kept and inverse_norms [C] -> into [C]: rows.
+Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t max_seqlen,
+                    const OptionalTensor& inverse_norms);
 
 // keys [C, D], rank [C] -> novelty [C], nearest [C]: rows.
 std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& rank, const Tensor& cu_seqlens,
                                    int64_t max_seqlen);
 
-// keys [C, D], order, weight, sizes and free [C] -> scores [C], novelty [C].
-std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order, const OptionalTensor& weight,
-                                        const OptionalTensor& sizes, const Tensor& free, const Tensor& cu_seqlens,
-                                        int64_t max_seqlen, double weight_exponent, double novelty_exponent,
-                                        double size_exponent);
+// keys [C, D], order, weight, sizes and free [C] -> scores [C], novelty [C], inverse_norms [C].
+std::tuple<Tensor, Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order, const OptionalTensor& weight,
+                                                const OptionalTensor& sizes, const Tensor& free, const Tensor& cu_seqlens,
+                                                int64_t max_seqlen, double weight_exponent, double novelty_exponent,
+                                                double size_exponent);
 
 // scores [C], count [B], free [C] -> chosen [C].
 Tensor lowest_tokens(const Tensor& scores, const Tensor& count, const Tensor& cu_seqlens, const Tensor& free,

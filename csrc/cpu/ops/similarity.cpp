@@ -39,7 +39,8 @@ enum class Seen { all, others, earlier };
 
 class Alike {
  public:
-  explicit Alike(const Tensor& keys, const Offsets& offsets)
+  // `inverse_norms` [C] float, of unit stride: what `inverse_norms()` of the same keys was.
+  explicit Alike(const Tensor& keys, const Offsets& offsets, const OptionalTensor& inverse_norms = {})
       : kernels_(cpu_kernels()),
         data_(static_cast<const std::byte*>(keys.const_data_ptr())),
         type_(type_of("keys", keys)),
@@ -49,15 +50,20 @@ class Alike {
         block_(kBlock / (2 * layout_of(kernels_, factor_).rows) * 2 * layout_of(kernels_, factor_).rows),
         row_bytes_(keys.size(1) * keys.element_size()),
         row_stride_(keys.stride(0) * keys.element_size()),
-        scale_(offsets.total()) {
+        inverse_norms_(inverse_norms.has_value() ? *inverse_norms : at::empty({keys.size(0)}, keys.options().dtype(at::kFloat))),
+        scale_(inverse_norms_.const_data_ptr<float>()) {
+    if (inverse_norms.has_value()) return;
+    float* const scale = inverse_norms_.mutable_data_ptr<float>();
     for_each_item((offsets.total() + kNormRows - 1) / kNormRows, [&](int64_t item) {
       const int64_t last = std::min((item + 1) * kNormRows, offsets.total());
       for (int64_t row = item * kNormRows; row < last; ++row) {
         const float square = kernels_.sum_of_squares(type_, data_ + row * row_stride_, width_);
-        scale_[row] = square > 0.0f && square < kInfinity ? 1.0f / std::sqrt(square) : 0.0f;
+        scale[row] = square > 0.0f && square < kInfinity ? 1.0f / std::sqrt(square) : 0.0f;
       }
     });
   }
+
+  const Tensor& inverse_norms() const { return inverse_norms_; }
 
   // For every query of searches[b]: nearest[row] = row of its best candidate, cosine[row] = their cosine; -1 and -inf if it
   // sees none. Candidates are packed once, as many samples together as the threads' caches keep, and then met by all queries.
@@ -195,12 +201,13 @@ class Alike {
   int64_t width_, depth_;
   int64_t block_;  // queries in a product: whole pairs of the kernel's tiles
   int64_t row_bytes_, row_stride_;
-  std::vector<float> scale_;  // 1 / |k|, 0 for a key without a direction
+  Tensor inverse_norms_;  // 1 / |k|, 0 for a key without a direction; undefined beyond the last token
+  const float* scale_;
 };
 
 // 1 - the largest cosine of a token with those of higher rank (with others of its sample if `rank` is null), 2 without any; and
-// the row that attains it.
-void find_novelty(const Tensor& keys, const Offsets& offsets, const float* rank, float* novelty, int32_t* nearest) {
+// the row that attains it. Returns 1 / |k|.
+Tensor find_novelty(const Tensor& keys, const Offsets& offsets, const float* rank, float* novelty, int32_t* nearest) {
   std::vector<Search> searches(offsets.samples);
   for_each_item(offsets.samples, [&](int64_t b) {
     auto& order = searches[b].queries;
@@ -215,16 +222,22 @@ void find_novelty(const Tensor& keys, const Offsets& offsets, const float* rank,
     }
     searches[b].candidates = order;
   });
-  Alike(keys, offsets).run(searches, rank == nullptr ? Seen::others : Seen::earlier, nearest, novelty);
+  const Alike alike(keys, offsets);
+  alike.run(searches, rank == nullptr ? Seen::others : Seen::earlier, nearest, novelty);
   for (int64_t row = 0; row < offsets.total(); ++row) novelty[row] = novelty[row] == -kInfinity ? 2.0f : 1.0f - novelty[row];
+  return alike.inverse_norms();
 }
 
 }  // namespace
 
-Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t) {
+Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t,
+                    const OptionalTensor& inverse_norms) {
   check_rows("keys", keys, 2);
   const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
   check_operand("kept", kept, {keys.size(0)}, at::kBool);
+  check_operand("inverse_norms", inverse_norms, {keys.size(0)}, at::kFloat);
+  OptionalTensor norms_dense;
+  if (inverse_norms.has_value()) norms_dense = inverse_norms->contiguous();
   const Tensor kept_dense = kept.contiguous();
   const bool* const stays = kept_dense.const_data_ptr<bool>();
   Tensor into = at::empty({keys.size(0)}, cu_seqlens.options());
@@ -237,7 +250,7 @@ Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seq
     }
   });
   std::vector<float> cosine(offsets.total());
-  Alike(keys, offsets).run(searches, Seen::all, rows, cosine.data());
+  Alike(keys, offsets, norms_dense).run(searches, Seen::all, rows, cosine.data());
   return into;
 }
 
@@ -253,9 +266,10 @@ std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& ran
   return {result, nearest};
 }
 
-std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order, const OptionalTensor& weight,
-                                        const OptionalTensor& sizes, const Tensor& free, const Tensor& cu_seqlens, int64_t,
-                                        double weight_exponent, double novelty_exponent, double size_exponent) {
+std::tuple<Tensor, Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order, const OptionalTensor& weight,
+                                                const OptionalTensor& sizes, const Tensor& free, const Tensor& cu_seqlens,
+                                                int64_t, double weight_exponent, double novelty_exponent,
+                                                double size_exponent) {
   check_rows("keys", keys, 2);
   const int64_t capacity = keys.size(0);
   const Offsets offsets("cu_seqlens", cu_seqlens, capacity);
@@ -276,7 +290,7 @@ std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order,
   float* const novelties = result.mutable_data_ptr<float>();
   std::vector<float> rank(offsets.total());
   for (int64_t row = 0; row < offsets.total(); ++row) rank[row] = may[row] ? orders[row] : -1.0f;
-  find_novelty(keys, offsets, rank.data(), novelties, nearest.mutable_data_ptr<int32_t>());
+  const Tensor inverse_norms = find_novelty(keys, offsets, rank.data(), novelties, nearest.mutable_data_ptr<int32_t>());
   // A power takes as long as the cosines of a small sample; most sizes are 1, and the usual exponent is a quarter.
   const auto power = [](double base, double exponent) {
     if (exponent == 1.0 || base == 1.0) return base;
@@ -301,7 +315,7 @@ std::tuple<Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor& order,
       if (!std::isnan(worth)) score[row] = static_cast<float>(std::min<double>(worth, std::numeric_limits<float>::max()));
     }
   });
-  return {scores, result};
+  return {scores, result, inverse_norms};
 }
 
 std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t, const OptionalTensor& count,

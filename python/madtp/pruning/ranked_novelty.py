@@ -120,20 +120,23 @@ class RankedNovelty(MergingPruning):
         weight = None
         if self.weight not in (None, self.order):
             weight = self._importance(self.weight, tokens, block_input, attention, dictionary)
-        score, new = merge_scores(
+        score, new, inverse_norms = merge_scores(
             keys, order, tokens.cu_seqlens, tokens.max_seqlen, weight=weight, sizes=tokens.sizes, free=free,
             weight_exponent=self.attention_exponent, novelty_exponent=self.novelty_exponent,
             size_exponent=self.size_exponent, backend=self.backend,
         )  # fmt: skip
-        return score, free, {"keys": keys, "new": new, "total": score, "free": free}
+        found = {"keys": keys, "inverse_norms": inverse_norms, "new": new, "total": score, "free": free}
+        return score, free, found
 
     def similarities(self, tokens, gone, width, heads):
         depth = width // heads if self.keys == "averaged" else width
         return tokens * tokens / 2 * depth + gone * (tokens - gone) * depth + gone * depth
 
-    def into(self, tokens, goes, threshold, keys, new, total, free):
+    def into(self, tokens, goes, threshold, keys, inverse_norms, new, total, free):
         stays = free > goes  # free and not going, in one operation
-        nearest = nearest_kept(keys, stays, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
+        nearest = nearest_kept(
+            keys, stays, tokens.cu_seqlens, tokens.max_seqlen, inverse_norms=inverse_norms, backend=self.backend
+        )
         if self.second_look and threshold is not None:
             # What a token resembled may have gone, too: it stays if it is new beside all that is left.
             rows = goes.nonzero()[:, 0] if goes.device.type == "cpu" else own_rows(tokens).long()
