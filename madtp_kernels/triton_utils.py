@@ -252,6 +252,16 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def fill_rest(values, value, cu_seqlens, capacity, BLOCK: tl.constexpr):
+    """Store ``value`` in the rows beyond the last token: each of as many programs as there are samples a part of them."""
+    programs = tl.num_programs(0)
+    first = tl.load(cu_seqlens + programs) + tl.program_id(0) * BLOCK
+    for start in range(first, capacity, programs * BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        tl.store(values + rows, value, mask=rows < capacity)
+
+
 SAMPLES = tl.constexpr(512)  # whose rows are added up at once
 
 

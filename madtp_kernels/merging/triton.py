@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, after_previous, block, prepared, rows_before
+from ..triton_utils import EPS, Launch, after_previous, block, fill_rest, prepared, rows_before
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # tokens per step where rows are not read
@@ -36,11 +36,12 @@ def _rank(scores, free, threshold, bos, o_j, length, HAS_THRESHOLD: tl.constexpr
     return tl.where(may_go, (descending << POSITION_BITS) + o_j, -1)
 
 
-@triton.jit(do_not_specialize=["threshold", "position_bits"])
+@triton.jit(do_not_specialize=["threshold", "position_bits", "capacity"])
 def _lowest_kernel(
-    scores, count, free, goes, cu_seqlens, threshold, position_bits, HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program per sample: goes[j] = whether token j is one of the ``count`` that go first."""
+    scores, count, free, goes, cu_seqlens, threshold, position_bits, capacity,
+    HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per sample: goes[j] = whether token j is one of the ``count`` that go first; 0 beyond the last sample."""
     after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
@@ -67,14 +68,19 @@ def _lowest_kernel(
         o_j = start + tl.arange(0, BLOCK)
         key = _rank(scores, free, threshold, bos, o_j, length, HAS_THRESHOLD)
         tl.store(goes + bos + o_j, ((key >= cut) & (most > 0)).to(tl.uint8), mask=o_j < length)
+    fill_rest(goes, 0, cu_seqlens, capacity, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _place_kernel(
-    into, places, members, dropped, drops, rows_out, cu_seqlens, APPEND: tl.constexpr, BLOCK: tl.constexpr
-):
+    into, places, members, dropped, drops, rows_out, rows, source, cu_seqlens, capacity,
+    APPEND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per sample: the place of each kept token among those of its sample (-1: not kept), how many others go into
     it, the number of rows of the sample; with APPEND also the numbers of the tokens that are dropped, and how many.
+
+    ``rows`` and ``source`` are -1 from here on: for what goes nowhere, and beyond the last token, so that whoever gathers all rows
+    stays inside.
     """
     after_previous()
     i_b = tl.program_id(0)
@@ -90,6 +96,8 @@ def _place_kernel(
         order = tl.cumsum(kept.to(tl.int32), 0)
         tl.store(places + bos + o_j, tl.where(kept, placed + order - 1, -1), mask=mask)
         tl.store(members + bos + o_j, 0, mask=mask)
+        tl.store(rows + bos + o_j, -1, mask=mask)
+        tl.store(source + bos + o_j, -1, mask=mask)
         placed += tl.max(order, 0)
         if APPEND:
             gone = mask & (target < 0)
@@ -100,6 +108,8 @@ def _place_kernel(
         tl.store(drops + i_b, listed)
         placed += tl.minimum(listed, 1)
     tl.store(rows_out + i_b, placed)
+    fill_rest(rows, -1, cu_seqlens, capacity, BLOCK)
+    fill_rest(source, -1, cu_seqlens, capacity, BLOCK)
     tl.debug_barrier()  # members are 0 before anybody counts
     for start in range(0, length, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
@@ -202,15 +212,16 @@ def _merge_kernel(
 @prepared
 def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tensor, threshold: float | None) -> Callable:
     """``[C]`` bool; see the public operation for the contract."""
-    batch, bits = cu_seqlens.shape[0] - 1, scores.shape[0].bit_length()
+    batch, capacity = cu_seqlens.shape[0] - 1, scores.shape[0]
+    bits = capacity.bit_length()
     choose = Launch(_lowest_kernel, batch, HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4)
 
     def run(scores, count, cu_seqlens, free, threshold):
-        # False beyond the last sample, as the contract says.
-        goes = torch.zeros_like(free)
-        if batch:
-            bound = 0.0 if threshold is None else threshold
-            choose(scores, count, free.view(torch.uint8), goes.view(torch.uint8), cu_seqlens, bound, bits)
+        if not batch:
+            return torch.zeros_like(free)
+        goes = torch.empty_like(free)
+        bound = 0.0 if threshold is None else threshold
+        choose(scores, count, free.view(torch.uint8), goes.view(torch.uint8), cu_seqlens, bound, bits, capacity)
         return goes
 
     return run
@@ -241,12 +252,13 @@ def merge_tokens(
     def run(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, carry):
         values = torch.empty_like(x, memory_format=torch.contiguous_format)
         sizes_out = torch.empty(capacity, dtype=torch.float32, device=device)
-        # -1 for what goes nowhere, and beyond the last token, so that whoever gathers all rows stays inside.
-        rows, source = (torch.full((capacity,), -1, dtype=torch.int32, device=device) for _ in range(2))
+        rows, source = (torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(2))
         carry = [tensor.contiguous() for tensor in carry]
         carried = [torch.empty_like(tensor) for tensor in carry]
         if not batch or not capacity:
             cu_out = torch.zeros_like(cu_seqlens)
+            rows.fill_(-1)
+            source.fill_(-1)
         else:
             cu_out = torch.empty_like(cu_seqlens)
             # Each of its own: the address of a half of one buffer would be aligned for some capacities, and the kernels be
@@ -256,7 +268,7 @@ def merge_tokens(
             dropped = drops = None
             if append:
                 dropped, drops = torch.empty_like(places), torch.empty_like(rows_out)
-            place(into, places, members, dropped, drops, rows_out, cu_seqlens)
+            place(into, places, members, dropped, drops, rows_out, rows, source, cu_seqlens, capacity)
             merge(
                 x, weights, sizes, into, places, members, dropped, drops, rows_out, values, cu_out, sizes_out, rows, source,
                 tuple(map(_as_numbers, carry)), tuple(map(_as_numbers, carried)), cu_seqlens, x.stride(0), slots, width,
