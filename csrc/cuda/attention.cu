@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, WIDTH == 64 && sizeof(T) == 2 ? 3 : 
     for (int r = 0; r < 2; ++r) {
       block_top[r] = fmaxf(block_top[r], __shfl_xor_sync(kAllLanes, block_top[r], 1));
       block_top[r] = fmaxf(block_top[r], __shfl_xor_sync(kAllLanes, block_top[r], 2));
-      shift[r] = block_top[r] == -kInfinity ? 0.0f : block_top[r];  // no key seen yet: 2^(-inf - 0) = 0
+      // No key seen yet: 2^(-inf - 0) = 0. An infinite logit: 2^(inf - 0) = inf.
+      shift[r] = fabsf(block_top[r]) == kInfinity ? 0.0f : block_top[r];
       shrink[r] = exp2f(top[r] - shift[r]);
       top[r] = block_top[r];
       sum[r] *= shrink[r];
@@ -195,12 +196,12 @@ __global__ void __launch_bounds__(kThreads, WIDTH == 64 && sizeof(T) == 2 ? 3 : 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float total = warp_sum<4>(sum[r]);
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     const int row = first_query + first_row + Accumulator<1>::row(2 * r);
     if (row >= queries) continue;
     const int64_t i = q_start + row;
     // A query that sees no key: total = 0 and top = -inf.
-    if (lane_id() % 4 == 0) p.lse[head * p.capacity_q + i] = total > 0.0f ? (top[r] + log2f(total)) * kLn2 : -kInfinity;
+    if (lane_id() % 4 == 0) p.lse[head * p.capacity_q + i] = total == 0.0f ? -kInfinity : (top[r] + log2f(total)) * kLn2;
     T* out_row = static_cast<T*>(p.out) + (i * p.heads + head) * p.head_dim;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {

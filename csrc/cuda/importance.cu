@@ -115,7 +115,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 4 : 2)
 #pragma unroll
       for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) best.at[n][e] = fmaxf(best.at[n][e], fmaf(s.at[n][e], scale, -shift[e / 2]));
+        for (int e = 0; e < 4; ++e) {
+          best.at[n][e] = maximum_or_nan(best.at[n][e], fmaf(s.at[n][e], scale, -shift[e / 2]));
+        }
       }
     }
 #pragma unroll
@@ -190,7 +192,9 @@ __global__ void __launch_bounds__(kFinishThreads, 3)
       logit = warp_sum<kHeadLanes>(logit);
       const float norm = sqrtf(warp_sum<kHeadLanes>(square));
       if (head < p.heads) {
-        const float log_probability = fmaf(logit, p.scale, bias) - p.lse[head * p.lse_stride + start];
+        float shift = p.lse[head * p.lse_stride + start];
+        if (shift == -kInfinity) shift = kInfinity;  // it sees no key, and gives nothing
+        const float log_probability = fmaf(logit, p.scale, bias) - shift;
         weighted = fmaf(exp2f(log_probability * kLog2e), norm, weighted);
         weight += norm;
       }

@@ -47,7 +47,10 @@ def attention(
 
     Returns:
         ``out [Tq, H, d]`` in the dtype of q, and ``lse [H, Tq]`` float32, the natural log-sum-exp of the logits. A query
-        that sees no key has out = 0 and lse = -inf. Accumulation is in float32.
+        that sees no key has out = 0 and lse = -inf. Accumulation is in float32. A logit that is NaN makes both NaN; one that
+        is +inf, and none NaN, makes lse +inf and out NaN. Where PyTorch's flash attention serves (Triton backend, before or
+        after sm_90 and for heads wider than 64), lse of either is an infinity, and out is NaN. The Triton backend without a key
+        bias gives NaN for logits from 7e8 on (4e7 in float16), whose float32 neighbours lie too far apart for a softmax.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what came and what was expected.

@@ -46,7 +46,8 @@ def _attend(
     """Online softmax over keys first_key:last_key. Pointers stand at key 0 of this sample and head.
 
     The scale is positive. Where nothing is added to the logits, the largest is that of the largest product, and scaling is one
-    instruction with the subtraction of the maximum.
+    instruction with the subtraction of the maximum. That of the largest logit is not 0 then, but what rounding it took away,
+    which cancels in the end, unless logits reach :func:`_furthest`.
     """
     o_d = tl.arange(0, BLOCK_D)
     # Offsets within a block stay the same, a step adds one number to a pointer: few instructions besides those that count.
@@ -72,8 +73,9 @@ def _attend(
             if CAUSAL:
                 s = tl.where(o_n[None, :] <= last_visible[:, None], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
-        # A row that has seen no key yet stands at -inf; subtracting 0 instead keeps exp2 from meeting inf - inf.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        # A row that has seen no key yet stands at -inf, one with an infinite logit at +inf; subtracting 0 instead keeps exp2
+        # from meeting inf - inf.
+        base = tl.where(tl.abs(new_max) == float("inf"), 0.0, new_max)
         p = tl.exp2(s * factor - base[:, None])
         decay = tl.exp2(row_max - base)
         row_sum = row_sum * decay + tl.sum(p, 1)
@@ -89,7 +91,7 @@ def _attention_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, capacity, query_blocks, scale_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, CAUSAL: tl.constexpr, FAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FURTHEST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one sample, against all its keys. GROUP heads share a key head.
 
@@ -146,6 +148,9 @@ def _attention_kernel(
             HEAD_DIM, BLOCK_D, TAIL, CAUSAL, True, FAR, PRECISION,
         )  # fmt: skip
 
+    if key_bias is None:
+        beyond = (tl.abs(row_max) >= FURTHEST) & (tl.abs(row_max) < float("inf"))
+        row_sum = tl.where(beyond, float("nan"), row_sum)
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # no key: out = 0, and lse = -inf + log(0)
     tl.store(
         out + rows[:, None] * (HEADS * HEAD_DIM) + i_h * HEAD_DIM + o_d[None, :], acc.to(out.dtype.element_ty), mask=m_q
@@ -159,6 +164,11 @@ def _blocks(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
         # Exact float32 products run on the ordinary units and keep their operands in registers: small tiles.
         return {64: (64, 32, 8, 1), 128: (32, 32, 8, 1)}.get(max(block_d, 64), (16, 32, 8, 1))
     return {64: (64, 64, 4, 3), 128: (64, 64, 8, 2)}.get(max(block_d, 64), (64, 32, 8, 2))
+
+
+def _furthest(dtype: torch.dtype) -> float:
+    """Logits to base 2 whose rounding the probabilities, unscaled, still hold: below 2^64 in float32 and bfloat16, 2^4 in float16."""
+    return 2.0**26 if dtype == torch.float16 else 2.0**30
 
 
 def _register_limit(q: Tensor, block_d: int) -> dict[str, int]:
@@ -183,8 +193,8 @@ def _triton_attention(
         _attention_kernel, programs,
         HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n,
         TAIL=0 if q.dtype == torch.float32 else 16, CAUSAL=causal,
-        FAR=reach_far(block_n, k, v), PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
-        **_register_limit(q, block_d),
+        FAR=reach_far(block_n, k, v), FURTHEST=_furthest(q.dtype), PRECISION=dot_precision(q.dtype), num_warps=warps,
+        num_stages=stages, **_register_limit(q, block_d),
     )  # fmt: skip
 
     def run(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, key_bias, with_lse=True):
@@ -249,8 +259,8 @@ def _flash_attention(
         out, lse = operator(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, False, scale=scale, **options
         )[:2]
-        # Its mark of a query that sees no key is +inf. In self-attention every query sees one, which no shape tells: this is
-        # asked at every call. One launch, in place: nobody else holds this tensor.
+        # Its mark of a query that sees no key is +inf, as it is of logits that are NaN or infinite. In self-attention every query
+        # sees one, which no shape tells: this is asked at every call. One launch, in place: nobody else holds this tensor.
         if with_lse and cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr():
             lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
         return out, lse

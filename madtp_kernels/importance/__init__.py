@@ -40,7 +40,8 @@ def attention_importance(
     Returns:
         ``received [T]`` float32: ``sum_{i>=1} max_h P_hij``, and ``cls [T]`` float32:
         ``sum_h P_h0j |out_hj| / (sum_h |out_hj| + 1e-8)``. Token 0 of a sample takes part in neither; its entries are 0.
-        The same input gives the same bits, whatever else is in the batch.
+        The same input gives the same bits, whatever else is in the batch. A query whose log-sum-exp is NaN makes that of every
+        key it sees NaN; of keys hidden from it by the causal mask the CPU and the reference do so, too, and GPUs do not.
 
     Raises:
         ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.

@@ -179,6 +179,35 @@ def test_cross_attention(causal, dtype, cuda, generator):
     check_attention(attention_case(generator, lengths, 2, 64, dtype, **options), "cuda")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "key_bias"])
+def test_bad_values_are_as_bad_as_the_reference_says(name, value, cuda, generator):
+    """A maximum that drops a NaN, or a NaN taken for no key, would give plausible scores."""
+    case = attention_case(generator, [5, 70], 3, 16, bias=True)
+    case[name] = case[name].clone()
+    case[name][(40, 1, 2) if case[name].dim() == 3 else 40] = value
+    found = {backend: run("attention", case, backend) for backend in ("cuda", "reference")}
+    for ours, expected in zip(found["cuda"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+    out, lse = found["reference"]
+    whole = {n: case[n] for n in ("q", "k", "key_bias")} | {"out": out, "lse": lse}
+    whole |= {"cu_seqlens": case["cu_seqlens_q"], "max_seqlen": 70}
+    for ours, expected in zip(
+        *(run("attention_importance", whole, backend) for backend in ("cuda", "reference")), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def test_queries_that_see_no_key_give_no_importance(cuda, generator):
+    case = attention_case(generator, [3, 70], 2, 16, bias=True)
+    case["key_bias"][:3] = -float("inf")
+    out, lse = run("attention", case, "cuda")
+    assert (out[:3] == 0).all() and (lse[:, :3] == -float("inf")).all()
+    whole = {n: case[n] for n in ("q", "k", "key_bias")} | {"out": out, "lse": lse}
+    received, cls = run("attention_importance", whole | {"cu_seqlens": case["cu_seqlens_q"], "max_seqlen": 70}, "cuda")
+    assert (received[:3] == 0).all() and (cls[:3] == 0).all() and (received[4:] > 0).all()
+
+
 def test_importance_of_more_query_blocks_than_shares(cuda, generator):
     check_importance(importance_case(generator, [1100], 1, 8, torch.bfloat16), "cuda")
     check_importance(importance_case(generator, [1100], 1, 8, torch.bfloat16, causal=True), "cuda")

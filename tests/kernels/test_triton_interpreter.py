@@ -21,6 +21,7 @@ from madtp_kernels.importance import triton as importance_triton
 from madtp_kernels.linear import reference as linear_reference
 from madtp_kernels.linear import tiles as linear_tiles
 from madtp_kernels.linear import triton as linear_triton
+from madtp_kernels.merging import triton as merging_triton
 from madtp_kernels.scoring import reference as scoring_reference
 from madtp_kernels.scoring import triton as scoring_triton
 from madtp_kernels.similarity import triton as similarity_triton
@@ -144,8 +145,44 @@ def test_attention_of_bad_values_is_as_bad_as_the_reference_says(name, value):
     out, lse = own_kernel(*tensors.values(), *shared)
     expected, expected_lse = attention_reference.attention(*tensors.values(), *shared)
     torch.testing.assert_close(out[:75], expected[:75], atol=1e-5, rtol=1e-5, equal_nan=True)
-    assert torch.equal(lse[:, :75].isfinite(), expected_lse[:, :75].isfinite())
+    torch.testing.assert_close(lse[:, :75], expected_lse[:, :75], atol=1e-5, rtol=1e-5, equal_nan=True)
     assert not out[:75].isfinite().all() and out[:5].isfinite().all()
+
+
+def test_log_sum_exp_of_infinite_logits_is_infinite_unless_one_is_nan():
+    cu = offsets([70, 70])
+    q, k, v = random_qkv(140, 1, 16, torch.float32)
+    q[:, :, 0], k[:, :, 0] = 1.0, 0.0
+    q[3, :, 0] = -1.0  # to this query the same keys are at -inf
+    k[(0, 69, 70), :, 0] = float("inf")
+    k[110, :, 1] = float("nan")
+    shared = (cu, cu, 70, 70, 0.3, False, None)
+    out, lse = own_kernel(q, k, v, *shared)
+    expected, expected_lse = attention_reference.attention(q, k, v, *shared)
+    torch.testing.assert_close(lse[:, :140], expected_lse[:, :140], atol=1e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(out[:140], expected[:140], atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert lse[:, 3].isfinite().all() and lse[:, 70:140].isnan().all()
+    assert (lse[:, :70][:, torch.arange(70) != 3] == float("inf")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_too_large_for_a_softmax_give_nan(dtype):
+    """Scaled in the instruction that subtracts their maximum, they would give 0 or an infinity. Up to there nothing changes."""
+    furthest = attention_triton._furthest(dtype)
+    logits = torch.tensor([1.0, 2.0**20, furthest / 2, furthest, 4 * furthest]) / 1.4426950408889634 * 1.01
+    scale = logits.max().item() / (16 * 2.0**15)
+    q = (logits / (16 * scale)).to(dtype)[:, None, None].expand(5, 1, 16).contiguous().to(DEVICE)
+    k = torch.tensor([1.0, 0.5, -1.0, 0.0, 0.25], device=DEVICE).to(dtype)[:, None, None].expand(5, 1, 16).contiguous()
+    v = torch.randn(5, 1, 16, device=DEVICE).to(dtype)
+    cu = offsets([5])
+    for bias in (None, torch.zeros(5, device=DEVICE)):
+        shared = (cu, cu, 5, 5, scale, False, bias)
+        out, lse = own_kernel(q, k, v, *shared)
+        expected, expected_lse = attention_reference.attention(*wide(q, k, v), *shared)
+        right = 5 if bias is not None else 3
+        assert_near("out", out[:right].float(), expected[:right], 2 * torch.finfo(dtype).eps + 1e-3)
+        torch.testing.assert_close(lse[:, :right].double(), expected_lse[:, :right], rtol=1e-5, atol=1e-5)
+        assert out[right:].isnan().all() and lse[:, right:].isnan().all()
 
 
 def check_attention_gradient(dtype, lengths_q, lengths_k, width, causal, biased, heads=2, offset=0.0):
@@ -566,6 +603,28 @@ def test_similarity_of_samples_longer_than_a_step(monkeypatch):
     monkeypatch.setattr(similarity_triton, "CHUNK", 16)
     for mine, other in zip(found(), at_once, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 2], [0], [40]])
+def test_nothing_beyond_the_last_token_goes_or_stands_for_one(lengths, monkeypatch):
+    """The programs of the samples share what is left of a buffer, step by step."""
+    monkeypatch.setattr(merging_triton, "BLOCK", 16)
+    tokens, capacity, cu = sum(lengths), sum(lengths) + 70, offsets(lengths)
+    scores, free = torch.rand(capacity, device=DEVICE), torch.ones(capacity, dtype=torch.bool, device=DEVICE)
+    count = torch.full((len(lengths),), 2, dtype=torch.int32, device=DEVICE)
+    goes = merging_triton.lowest_tokens(scores, count, cu, free, None)
+    assert goes.view(torch.uint8).sum() == goes[:tokens].sum() == sum(min(length, 2) for length in lengths)
+    into = torch.arange(capacity, dtype=torch.int32, device=DEVICE).where(~goes, -1)
+    x, ones = torch.randn(capacity, 16, device=DEVICE), torch.ones(capacity, device=DEVICE)
+    for append in ("", "sum"):
+        _, cu_out, _, rows, source, _ = merging_triton.merge_tokens(
+            x, into, ones, ones, cu, max(lengths), append, False, ()
+        )
+        left = int(cu_out[-1])
+        assert (rows[tokens:] == -1).all() and (source[left:] == -1).all()
+        assert ((rows[:tokens] == -1) == (goes[:tokens] & (append == ""))).all() and (rows[:tokens] < left).all()
+        appended = sum(length > 0 for length in lengths) if append else 0
+        assert (source[:left] < 0).sum() == appended
 
 
 # ---- every operation ------------------------------------------------------------------------------------------------
