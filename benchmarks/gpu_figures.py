@@ -685,7 +685,8 @@ def _small_rows_and_layers(log: Log, dtype: torch.dtype, backend: str) -> None:
     for _ in range(2):
         pruned = prune(x, x.values, entries, scores, scores / 129, 20.0, exact=False, backend=backend).compacted
     keep = scores > 1
-    into = nearest_kept(x.values, keep, x.cu_seqlens, x.max_seqlen, backend=backend)
+    norms = merge_scores(x.values, scores, x.cu_seqlens, x.max_seqlen, free=~keep, backend=backend).inverse_norms
+    into = nearest_kept(x.values, keep, x.cu_seqlens, x.max_seqlen, inverse_norms=norms, backend=backend)
     merged = merge_tokens(x, into, append="mean", carry=(pruned.ids,), exact=False, backend=backend)
     layer_norm(merged.tokens.values, entries[0], None, merged.tokens.cu_seqlens, backend=backend)
     unmerge(merged.tokens.values, merged.rows, x.cu_seqlens, backend=backend)
