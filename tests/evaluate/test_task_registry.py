@@ -43,7 +43,7 @@ class Red(Caption):
         self.head = nn.Linear(config.vision.embed_dim, 1)
 
     def redness(self, output):
-        return self.head(first_rows(output.images.tokens)).float()[:, 0].sigmoid()
+        return self.head(first_rows(output.images)).float()[:, 0].sigmoid()
 
 
 @dataclass(frozen=True)

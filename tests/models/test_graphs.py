@@ -19,6 +19,7 @@ import test_tasks
 import torch
 from helpers import spare_rows
 from pretended_gpu import PretendedGPU
+from rules import RULES
 from test_waits import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,19 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import madtp
 from madtp import graphs, predict
 from madtp.graphs import Graphs, batch_bucket, text_bucket
-from madtp.pruning import (
-    ATM,
-    MADTP,
-    EViT,
-    LayerTrace,
-    MADTPNearest,
-    PiToMe,
-    Pruning,
-    RankedNovelty,
-    Tokens,
-    ToMe,
-    TopK,
-)
+from madtp.pruning import LayerTrace, Pruning, Tokens
 from madtp.pruning.base import STREAMS
 from madtp.rows import first_rows
 from madtp.tasks import TASKS
@@ -270,37 +259,31 @@ class RerunWithoutHost(RerunOnMeta):
         return lambda: function()
 
 
-RULES = [
-    MADTP(temperature=2.0), MADTPNearest(temperature=2.0), TopK(drop=0.3), EViT(shares=(0.25,)),
-    RankedNovelty(shares=(0.25,)), RankedNovelty(thresholds=(0.5,), second_look=1.0, order="importance"),
-    ToMe(counts=(3,), authors_order=True), ATM(thresholds=(0.2,)), PiToMe(shares=(0.2,)),
-    PiToMe(shares=(0.2,), form="protect"), Pruning(),
-]  # fmt: skip
-
-
 class RerunOnPretendedGPU(Rerun):
     device_type = "cuda"
 
 
 # Every rule in one task, and those that look more tokens up in each of its own.
+FORMS = {"dense": Pruning(), **RULES}
+EVERYWHERE, IN_EACH_TASK = ("dense", "madtp"), ("ranked novelty, second look", "pitome, protect")
 RULED = [
-    (name, method, number)
+    (name, method, rule)
     for name, method in CALLS
-    for number, rule in enumerate(RULES)
-    if number in (0, 10) or name == "nlvr" or (number in (5, 8) and not name.endswith(("compat", "pairs")))
+    for rule in FORMS
+    if rule in EVERYWHERE or name == "nlvr" or (rule in IN_EACH_TASK and not name.endswith(("compat", "pairs")))
 ]
 
 
-@pytest.mark.parametrize("name, method, number", RULED, ids=lambda part: str(part).replace(", ", "-"))
+@pytest.mark.parametrize("name, method, rule", RULED, ids=lambda part: part.replace(", ", "-"))
 @torch.inference_mode()
-def test_rows_beyond_the_last_token_decide_nothing(name, method, number):
+def test_rows_beyond_the_last_token_decide_nothing(name, method, rule):
     """What runs on a GPU, and is recorded there: buffers have room for more tokens than there are, and hold anything.
 
     Inputs are always the same: two tokens that are each other's nearest have the same energy in PiToMe but for rounding.
     """
     data = draw(torch.Generator().manual_seed(1))
     model = make(name, recorder=RerunOnPretendedGPU)
-    model.pruning = dataclasses.replace(RULES[number], streams=STREAMS)
+    model.pruning = dataclasses.replace(FORMS[rule], streams=STREAMS)
     call, inputs = bound(model, method), inputs_of(name, method, data, range(3))
     theirs = call(*inputs)
     if method == "forward" and model.pruning.active:

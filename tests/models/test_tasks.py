@@ -98,7 +98,7 @@ def test_a_caption_does_not_depend_on_its_neighbours(backend, fixed_pixels, text
             again = model.generate(some.images, PROMPT)
             for sample, number in enumerate(order):
                 same_trace(some.vision, together.vision, sample, number)
-                torch.testing.assert_close(some.images.tokens[sample], together.images.tokens[number], **CLOSE)
+                torch.testing.assert_close(some.images[sample], together.images[number], **CLOSE)
                 torch.testing.assert_close(some.logits[sample], together.logits[number], **CLOSE)
                 assert again[sample].tolist() == captions[number].tolist()
     shortened(together.vision)
@@ -120,7 +120,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(backend, pixels, texts, gen
             for sample, number in enumerate(order):
                 same_trace(some.vision, together.vision, sample, number)
                 same_trace(some.text, together.text, sample, number)
-                torch.testing.assert_close(some.questions.tokens[sample], together.questions.tokens[number], **CLOSE)
+                torch.testing.assert_close(some.questions[sample], together.questions[number], **CLOSE)
                 assert again[sample].tolist() == words[number].tolist()
                 assert torch.equal(ranked.candidates[sample], ranking.candidates[number])
                 # Sums of the losses of several tokens, of order ten.
@@ -272,9 +272,9 @@ def test_cross_keys_are_computed_once_per_image(monkeypatch, pixels):
     with torch.inference_mode():
         images = model(pixels).images
         rows, keys = [], CrossAttention.keys
-        monkeypatch.setattr(CrossAttention, "keys", lambda self, s: rows.append(s.tokens.num_tokens) or keys(self, s))
+        monkeypatch.setattr(CrossAttention, "keys", lambda self, s: rows.append(s.num_tokens) or keys(self, s))
         model.generate(images, PROMPT)
-    assert rows == [images.tokens.num_tokens] * 3, "one projection per layer, whatever the number of beams and words"
+    assert rows == [images.num_tokens] * 3, "one projection per layer, whatever the number of beams and words"
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa"])
@@ -286,7 +286,7 @@ def test_half_precision(task, dtype, pixels, texts):
         model = model.to(dtype)
         dense, pruned = model(pixels, texts, pruning=0.0), model(pixels, texts)
         written = model.generate(pruned.images, PROMPT) if task == "caption" else model.generate(pruned.questions)
-    state = (lambda out: out.logits.values) if task == "caption" else (lambda out: out.questions.tokens.values)
+    state = (lambda out: out.logits.values) if task == "caption" else (lambda out: out.questions.values)
     assert state(dense).dtype == dtype and len(written) == COUNT
     error = (state(dense).float() - state(exact)).abs().max()
     assert error < 8 * torch.finfo(dtype).eps * state(exact).abs().max()

@@ -258,7 +258,7 @@ def test_pruned_as_our_own_model(task, make, generator, tmp_path):
         output = ours(pixels, ids)
         if task == "caption":
             found = model(**inputs)
-            torch.testing.assert_close(found.image_embeds, output.images.tokens.to_padded()[0], **SAME)
+            torch.testing.assert_close(found.image_embeds, output.images.to_padded()[0], **SAME)
             torch.testing.assert_close(found.logits[inputs["attention_mask"].bool()], output.logits.values, **SAME)
             assert (found.image_embeds.shape[1] < 65) and not torch.equal(found.logits, dense[0])
             prompt = torch.tensor([[DEC, 7, SEP]] * 4, device=DEVICE)
@@ -273,7 +273,7 @@ def test_pruned_as_our_own_model(task, make, generator, tmp_path):
             ]
             images = model.vision_model(pixels).last_hidden_state
             states = model.text_encoder(inputs["input_ids"], inputs["attention_mask"], encoder_hidden_states=images)
-            torch.testing.assert_close(states.last_hidden_state, output.questions.tokens.to_padded()[0], **SAME)
+            torch.testing.assert_close(states.last_hidden_state, output.questions.to_padded()[0], **SAME)
         elif task == "retrieval":
             match = ours.match(output.images, ids, [(b, b) for b in range(4)])
             torch.testing.assert_close(model(**inputs).itm_score, match.logits, **SAME)

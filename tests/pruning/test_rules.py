@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import rules
 import torch
 import torch.nn.functional as F
 from helpers import backends_here, missing, spare_rows
@@ -16,7 +17,6 @@ from madtp.config import VisionConfig
 from madtp.layers import self_attention
 from madtp.pruning import (
     ATM,
-    MADTP,
     METHODS,
     PER_TOKEN,
     EViT,
@@ -297,14 +297,14 @@ def test_madtp_merges_into_the_nearest_survivor(backend, weights, generator):
 
 # ---- what all of them promise
 
-EVERY = [
-    RankedNovelty(thresholds=(0.3,)), RankedNovelty(shares=(0.3,)), RankedNovelty(counts=(4,), order="importance"),
-    ToMe(counts=(4,)), ATM(thresholds=(0.4,)), PiToMe(shares=(0.2,), layers=12),
-    PiToMe(counts=(3,), form="protect", layers=12),
-    EViT(shares=(0.3,)), MADTPNearest(temperature=3.0), ToMe(counts=(4,), authors_order=True),
-    RankedNovelty(thresholds=(0.3,), second_look=1.0), TopK(drop=0.3), MADTP(temperature=3.0),
-]  # fmt: skip
-names = [f"{rule.name}-{i}" for i, rule in enumerate(EVERY)]
+LAYERS = 12  # of a model that these would be part of
+EVERY = {name: rule.on("vision", LAYERS) for name, rule in rules.RULES.items()}
+every_rule = pytest.mark.parametrize("rule", EVERY.values(), ids=EVERY)
+
+
+def test_every_rule_of_the_package_is_listed():
+    ours = {name for name, rule in METHODS.items() if rule.__module__.startswith("madtp.")}
+    assert {rule.name for rule in EVERY.values()} == ours
 
 
 def alone(tokens, part):
@@ -315,7 +315,7 @@ def alone(tokens, part):
 
 
 @every_backend
-@pytest.mark.parametrize("rule", EVERY, ids=names)
+@every_rule
 def test_same_sample_alone_and_in_a_batch(rule, backend, generator):
     tokens, entering, qkv, dictionary = inputs = case(generator, torch.float32, [9, 1, 33, 2, 70, 4])
     rule = replace(rule, backend=backend)
@@ -332,7 +332,7 @@ def test_same_sample_alone_and_in_a_batch(rule, backend, generator):
         torch.testing.assert_close(one.values, left.values[ours], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", EVERY, ids=names)
+@every_rule
 def test_nothing_waits_for_a_device(rule):
     tokens, entering, qkv, dictionary = case(torch.Generator().manual_seed(0), torch.float32)
 
@@ -344,7 +344,7 @@ def test_nothing_waits_for_a_device(rule):
 
 
 @pytest.mark.parametrize("prefix", [1, 2])
-@pytest.mark.parametrize("rule", EVERY, ids=names)
+@every_rule
 def test_rows_beyond_the_last_token_decide_nothing(rule, prefix, generator):
     """On a GPU a buffer has more rows than there are tokens, before and after a rule, and they hold any number."""
     inputs = tokens, entering, qkv, dictionary = case(generator, torch.float32, prefix=prefix)
@@ -371,7 +371,7 @@ def test_rows_beyond_the_last_token_decide_nothing(rule, prefix, generator):
         torch.testing.assert_close(whole[:entered], original_tokens(expected, [record]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", EVERY, ids=names)
+@every_rule
 def test_triton_merges_the_same_tokens(rule, generator):
     if reason := missing("triton"):
         pytest.skip(reason)
@@ -386,14 +386,14 @@ def test_triton_merges_the_same_tokens(rule, generator):
     torch.testing.assert_close(left.values[:count], expected.values[:count], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", EVERY, ids=names)
+@every_rule
 def test_rule_survives_json(rule):
     assert Pruning.from_dict(rule.to_dict()) == rule
     assert METHODS[rule.name] is type(rule)
 
 
 @pytest.mark.parametrize(
-    "rule", [rule for rule in EVERY if isinstance(rule, MergingPruning)], ids=lambda rule: rule.name
+    "rule", [pytest.param(rule, id=name) for name, rule in EVERY.items() if isinstance(rule, MergingPruning)]
 )
 def test_higher_strength_keeps_no_more(rule, generator):
     inputs = case(generator, torch.float32)
@@ -410,7 +410,7 @@ def test_a_protected_token_stays(generator):
     tokens, entering = (
         Tokens.unchecked(**{**vars(t), "protected_ids": last.int()}) for t in (tokens, entering)
     )  # fmt: skip
-    for rule in EVERY:
+    for rule in EVERY.values():
         left, _ = run(rule, tokens, entering, qkv, dictionary)
         for b, n in enumerate(LENGTHS):
             ids = left.ids[slice(*left.cu_seqlens[b : b + 2].tolist())].tolist()

@@ -6,19 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from compression import CONFIGS, pictures, tiny
+from rules import RULES
 
 from madtp.compress.calibrate import _read
-from madtp.pruning import METHODS, MergingPruning, Pruning
+from madtp.pruning import MergingPruning, Pruning, RankedNovelty
 from madtp.tasks import TASKS, task_of
 
-RULES = [name for name, rule in METHODS.items() if issubclass(rule, MergingPruning)]
-LIMITS = {"ranked_novelty": ("thresholds", 0.5), "atm": ("thresholds", 0.3)}
-"""Of rules by which every image keeps its own number; the others merge a share."""
-
-
-def of(name: str) -> MergingPruning:
-    kind, value = LIMITS.get(name, ("shares", 0.25))
-    return METHODS[name](**{kind: (value,)})
+MERGING = {name: rule for name, rule in RULES.items() if isinstance(rule, MergingPruning)}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -40,16 +34,16 @@ def forward(model, task, instances, rule):
     return _read(task.states(output)), task.streams(output, batch)[0]
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_images_are_shortened_each_by_itself(case, name):
+@pytest.mark.parametrize("rule", MERGING.values(), ids=MERGING)
+def test_images_are_shortened_each_by_itself(case, rule):
     model, task, instances = case
-    features, lengths = forward(model, task, instances, of(name))
+    features, lengths = forward(model, task, instances, rule)
     dense, before = forward(model, task, instances, Pruning())
     assert all(row[0] == 17 and row[-1] < 17 for row in lengths)
     assert before == [[17] * 4] * 4
     assert features.isfinite().all() and not torch.equal(features, dense)
     for number, instance in enumerate(instances):
-        one, length = forward(model, task, [instance], of(name))
+        one, length = forward(model, task, [instance], rule)
         torch.testing.assert_close(one[0], features[number], atol=1e-5, rtol=1e-5)
         assert length[0] == lengths[number]
 
@@ -57,7 +51,7 @@ def test_images_are_shortened_each_by_itself(case, name):
 def test_sizes_count_in_attention_to_images(case):
     """Without proportional attention a merged token is one key among others."""
     model, task, instances = case
-    rule = METHODS["ranked_novelty"](shares=(0.25,))
+    rule = RankedNovelty(shares=(0.25,))
     # Of the last layer alone, so that only what attends to its tokens afterwards can tell.
     rule = replace(rule, shares=(0.0, 0.0, 0.5))
     with_sizes, _ = forward(model, task, instances, rule)

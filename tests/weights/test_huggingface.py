@@ -113,7 +113,7 @@ def test_captions(eps, generator, directory):
     with torch.inference_mode():
         expected = theirs(pixels, padded, attention_mask=mask)
         output = ours(pixels, ids)
-    images, _ = output.images.tokens.to_padded()
+    images, _ = output.images.to_padded()
     torch.testing.assert_close(images, expected.image_embeds, atol=1e-5, rtol=1e-5)
     logits, _ = output.logits.to_padded()
     real = mask.bool()
@@ -267,7 +267,7 @@ def test_answers_are_those_to_one_question_at_a_time(generator, directory):
         output = ours(pixels, ids)
         found = ours.generate(output.questions, num_beams=3, max_length=9, official_lengths=False)
     real = mask.bool()
-    torch.testing.assert_close(output.questions.tokens.values, states[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.questions.values, states[real], atol=1e-5, rtol=1e-5)
     assert [answer.tolist() for answer in found] == [answers(sequence, 1)[0] for sequence in expected]
 
 

@@ -115,11 +115,6 @@ class Tokens(RaggedBatch):
             return first
         return first | (self.ids == self.protected_ids[sample_of(self.cu_seqlens, len(self.ids))])
 
-    @property
-    def tokens(self) -> Tokens:
-        """Deprecated: these tokens themselves."""
-        return self
-
 
 _NOTHING = {
     field.name: field.default for field in dataclasses.fields(Tokens) if field.default is not dataclasses.MISSING

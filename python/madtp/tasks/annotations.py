@@ -1,5 +1,4 @@
-"""The annotation files of NLVR2, VQA v2, COCO captions and Flickr30k, and the result files their servers
-take.
+"""The annotation files of NLVR2, VQA v2, COCO captions and Flickr30k.
 
 Read are the original formats and the JSON files that BLIP ships (and MADTP uses), in file order, without
 loading images: what a record says stays as it is, no picture pair is swapped, no text cleaned. Each record is
@@ -14,17 +13,16 @@ images that are not there are an error too.
 from __future__ import annotations
 
 import json
-import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from ..files import open_regular, replacing
+from ..files import open_regular
 from ..resume import read_object
 
 __all__ = [
@@ -34,15 +32,11 @@ __all__ = [
     "NLVRExample",
     "VQAExample",
     "first_object",
-    "read_answer_list",
     "read_blip_nlvr",
     "read_blip_vqa",
-    "read_caption_references",
     "read_captions",
     "read_nlvr2",
     "read_vqa_v2",
-    "write_caption_results",
-    "write_vqa_results",
 ]
 
 VISUAL_GENOME_WEIGHT = 0.2
@@ -382,15 +376,6 @@ def _read_vqa_answers(path) -> dict[int, tuple[int, tuple[str, ...]]]:
     return answers
 
 
-def read_answer_list(path: str | os.PathLike) -> list[str]:
-    """BLIP's answer_list.json: the answers that ranking chooses from, a list of strings. Raises
-    AnnotationError, OSError."""
-    answers = _parse(path, _content(path))
-    if not _are_texts(answers) or not answers:
-        raise AnnotationError(path, None, f"expected a list of one string or more, got {_shown(answers)}")
-    return answers
-
-
 def read_captions(path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False) -> list[CaptionExample]:
     """Karpathy's splits as BLIP ships them: coco_karpathy_{train,val,test}.json,
     flickr30k_{train,val,test}.json.
@@ -419,49 +404,3 @@ def read_captions(path: str | os.PathLike, image_root: str | os.PathLike, strict
     if strict:
         _require_images(path, ((r.number, e.image) for r, e in zip(records, examples)))
     return examples
-
-
-def read_caption_references(path: str | os.PathLike) -> dict[int, list[str]]:
-    """Image id -> captions, from a ground truth file in COCO's format: coco_karpathy_{val,test}_gt.json.
-
-    It is an object with images (of which the id counts) and annotations (image_id, caption). Raises
-    AnnotationError, also for an image without caption or a caption without image; OSError.
-    """
-    _, lists = _read_object(path, "images", "annotations")
-    unique, references = _Unique("image"), {}
-    for record in lists["images"]:
-        references[unique.add(record, record.integer("id"))] = []
-    for record in lists["annotations"]:
-        image_id = record.integer("image_id")
-        if image_id not in references:
-            raise record.error(f"annotation of image {image_id}, which is not among the images")
-        references[image_id].append(record.text("caption"))
-    bare = [image_id for image_id, captions in references.items() if not captions]
-    if bare:
-        raise AnnotationError(path, None, f"{len(bare)} images have no caption, the first is {bare[0]}")
-    return references
-
-
-def write_vqa_results(path: str | os.PathLike, answers: Mapping[int, str]) -> None:
-    """Write question id -> answer as the VQA server takes it: [{"question_id": 1, "answer": "yes"}, ...].
-
-    The file appears complete or not at all. Raises TypeError for an id that is no integer or an answer that
-    is no string.
-    """
-    _write_results(path, "question_id", "answer", answers)
-
-
-def write_caption_results(path: str | os.PathLike, captions: Mapping[int, str]) -> None:
-    """Write image id -> caption in COCO's results format: [{"image_id": 1, "caption": "a dog"}, ...]. As
-    `write_vqa_results`."""
-    _write_results(path, "image_id", "caption", captions)
-
-
-def _write_results(path, id_key: str, text_key: str, results: Mapping[int, str]) -> None:
-    for text in results.values():
-        if not isinstance(text, str):
-            raise TypeError(f"{text_key}: expected a string, got {text!r}")
-    rows = [{id_key: operator.index(number), text_key: text} for number, text in results.items()]
-    content = json.dumps(rows).encode()
-    with replacing(path) as file:
-        file.write(content)
