@@ -82,8 +82,11 @@ def fresh():
 
 @pytest.fixture(scope="session")
 def fresh_command():
-    """Starts processes that have imported the command: ``fresh_command.start(COMMAND, "nlvr", ...)``."""
-    processes = Fresh("madtp.cli madtp.predict madtp.cli.batch")
+    """Starts processes that have imported the command and tokenizers: ``fresh_command.start(COMMAND, "nlvr", ...)``."""
+    processes = Fresh(
+        "madtp.cli madtp.predict madtp.cli.batch sympy "
+        "transformers.models.bert.tokenization_bert transformers.models.clip.tokenization_clip"
+    )
     yield processes
     processes.close()
 

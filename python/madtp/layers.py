@@ -58,6 +58,15 @@ class LayerNorm(nn.LayerNorm):
         return type(self) is LayerNorm and not watched(self)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose weight is not drawn on the device "meta", where models are loaded: for numbers that nobody sees PyTorch
+    would import its compiler, which takes more than a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Attention(NamedTuple):
     """What a self-attention sub-layer hands on: to its output projection, and to the rule that prunes after it."""
 

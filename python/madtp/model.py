@@ -90,7 +90,9 @@ class Model(nn.Module):
         self.graphs = Graphs()
         vision = config.vision
         entries = (vision.sd_num, vision.sd_dim) if vision else (VisionConfig.sd_num, config.text.hidden_size)
-        self.space_dict = nn.Parameter(torch.randn(*entries))
+        self.space_dict = nn.Parameter(torch.empty(*entries))
+        if not self.space_dict.is_meta:  # as `madtp.layers.Embedding`
+            nn.init.normal_(self.space_dict)
 
     @property
     def temperature(self) -> float:

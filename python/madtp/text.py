@@ -17,7 +17,16 @@ from madtp_kernels import RaggedBatch, pair_attention
 
 from .config import TextConfig
 from .guidance import QueryModel
-from .layers import CrossAttention, Keys, LayerNorm, QueryGroups, cached_attention, self_attention, single_attention
+from .layers import (
+    CrossAttention,
+    Embedding,
+    Keys,
+    LayerNorm,
+    QueryGroups,
+    cached_attention,
+    self_attention,
+    single_attention,
+)
 from .linear import Linear, mlp, normed
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of, ids_of
@@ -31,8 +40,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=EPS)
 
     def forward(self, input_ids: Tokens, positions: Tensor) -> Tokens:

@@ -18,7 +18,7 @@ from madtp_kernels import RaggedBatch, attention
 
 from .config import CLIPConfig
 from .guidance import QueryModel
-from .layers import LayerNorm
+from .layers import Embedding, LayerNorm
 from .linear import Linear, ScaledLinear, mlp, project
 from .pruning import MADTP, EViT, LayerTrace, Pruning, Tokens
 from .pruning.official import Official, fill_up, with_minimum
@@ -37,11 +37,6 @@ class Features(NamedTuple):
     """One record per layer."""
     alignment_features: Tensor | None
     """``[B, M, sd_dim]`` summed over the layers; None if not asked for."""
-
-    @property
-    def stream(self) -> Tokens:
-        """Deprecated: ``tokens``."""
-        return self.tokens
 
 
 class Patches(NamedTuple):
@@ -308,8 +303,8 @@ class TextTower(nn.Module):
         width = text.hidden_size
         sd_dim, mapped = (config.vision.sd_dim, config.vision.map_func) if config.vision else (width, False)
         options = {"eps": eps, "activation": config.text_act or config.hidden_act, "causal": text.causal}
-        self.token_embeddings = nn.Embedding(text.vocab_size, width)
-        self.position_embeddings = nn.Embedding(text.max_position_embeddings, width)
+        self.token_embeddings = Embedding(text.vocab_size, width)
+        self.position_embeddings = Embedding(text.max_position_embeddings, width)
         self.blocks = nn.ModuleList(
             Block(width, text.num_attention_heads, text.intermediate_size, **options) for _ in layers
         )

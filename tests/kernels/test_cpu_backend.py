@@ -81,7 +81,7 @@ def instruction_set(fresh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "portable"])
-def test_lesser_instruction_sets(name, instruction_set, fresh):
+def test_lesser_instruction_sets(name, instruction_set, fresh_command):
     """All properties hold with the kernels of older processors too; the best set is tested by default. Of avx512bf16 what it has
     beside avx512: products of bfloat16."""
     found, _ = instruction_set(name)
@@ -91,8 +91,9 @@ def test_lesser_instruction_sets(name, instruction_set, fresh):
     files = ["test_properties.py", "../test_batch_invariance.py", "test_not_finite.py", "test_cpu_gradients.py"]
     program = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     chosen = "(cpu or finite) and not nlvr" + " and (bfloat16 or every_dtype)" * (name == "avx512bf16")
-    done = fresh.run(
-        program, "-q", "-x", "-k", chosen, *files, env=os.environ | {"MADTP_KERNELS_CPU": name}, cwd=TESTS, timeout=600
+    options = ["-q", "-x", "--assert", "plain", "-k", chosen]  # what fails is looked at by hand
+    done = fresh_command.run(
+        program, *options, *files, env=os.environ | {"MADTP_KERNELS_CPU": name}, cwd=TESTS, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

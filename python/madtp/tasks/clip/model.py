@@ -16,6 +16,7 @@ At temperature 0 both give the same features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class CLIP(Model):
     def __init__(self, config: CLIPConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         if config.vision and config.text:
-            self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if config.logit_bias:
             self.logit_bias = nn.Parameter(torch.zeros(()))
         if config.vision:
