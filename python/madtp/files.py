@@ -60,6 +60,15 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     return Path(path).read_bytes()
 
 
+def write_standard(content: bytes) -> None:
+    """Text in UTF-8 to standard output: as it is, whatever the locale, unless that takes no bytes (in a notebook)."""
+    if hasattr(sys.stdout, "buffer"):
+        sys.stdout.buffer.write(content)
+    else:
+        sys.stdout.write(content.decode("utf-8"))
+    sys.stdout.flush()
+
+
 def read_text(path: str | os.PathLike) -> str:
     """The same as text. Raises ValueError if it is not UTF-8; a byte order mark is left out."""
     content = read_bytes(path)

@@ -97,6 +97,15 @@ def test_records_are_utf_8_whatever_the_locale(command, photos, monkeypatch):
     assert [record["image"] for record in records(out.buffer.getvalue().decode())] == [str(name) for name in names]
 
 
+def test_a_standard_output_that_takes_text_only(command, photos, monkeypatch):
+    """As a notebook's, in which `madtp.cli.main` may be called."""
+    out = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert command("caption", "caption", files(photos)[0], *SHORT) == (0, "", "")
+    assert [record["image"] for record in records(out.getvalue())] == [str(files(photos)[0])]
+
+
 def test_a_closed_standard_output_is_named(command, photos, tmp_path, monkeypatch, capsys):
     image = files(photos)[0]
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
-"""Every `madtp` command that README and docs show is one: the command's own parser takes it."""
+"""Every `madtp` command that README, docs and help texts show is one: the command's own parser takes it."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -39,13 +40,29 @@ def every_command():
     ]
 
 
+def help_texts():
+    """What follows the options of the help of `madtp` and of each command."""
+    top = cli.parser()
+    subcommands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
+    return {"madtp": top.epilog, **{name: parser.epilog for name, parser in subcommands.items()}}
+
+
+def commands_of_help():
+    for name, text in help_texts().items():
+        for line in re.sub(r"\\\n\s*", "", text or "").splitlines():
+            if re.match(r" *(torchrun .*-m )?madtp ", line):
+                words = shlex.split(line)
+                yield pytest.param(words[words.index("madtp") + 1 :], id=f"{name}: {line.strip()[:60]}")
+
+
 def test_commands_are_found():
+    assert len(list(commands_of_help())) > 30
     assert len(every_command()) > 15
     text = "```sh\n$ echo 1 | madtp demo --pairs 2 | head   # quick\nmadtp nlvr \\\n  --model 'a b'\npip install madtp\n```\n"
     assert list(commands(text)) == [["demo", "--pairs", "2"], ["nlvr", "--model", "a b"]]
 
 
-@pytest.mark.parametrize("words", every_command())
+@pytest.mark.parametrize("words", [*every_command(), *commands_of_help()])
 def test_a_documented_command_is_one(words):
     try:
         cli.parser().parse_args(words)

@@ -271,17 +271,21 @@ def run_rows(
 def _streamed(args: argparse.Namespace, source, prepare, answer, options: dict):
     """Records of all rows as they come, to standard output or to a pipe or device; counts of them."""
     from .. import jsonl
+    from ..files import write_standard
 
     summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
     # A terminal shows the records themselves.
     options = {"total": len(rows), "progress": False if sys.stdout and sys.stdout.isatty() else None, **options}
     with contextlib.ExitStack() as stack:
-        # Bytes, so that what comes out does not depend on the locale.
-        out = sys.stdout.buffer if args.output is None else stack.enter_context(open(args.output, "ab"))
+        out = None if args.output is None else stack.enter_context(open(args.output, "ab"))
         batches = jsonl.answered(rows, prepare, answer, args.batch_size, **options)
         for records in stack.enter_context(contextlib.closing(batches)):
-            out.write(b"".join(map(jsonl.to_line, records)))
-            out.flush()
+            lines = b"".join(map(jsonl.to_line, records))
+            if out is None:
+                write_standard(lines)
+            else:
+                out.write(lines)
+                out.flush()
             summary.count(records)
     return summary
 
