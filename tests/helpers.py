@@ -32,7 +32,7 @@ SIMILARITY = ("nearest_kept", "novelty", "match_tokens")
 
 # Which axis of an argument counts tokens, by the offsets that describe it. `x` is a tensor or a RaggedBatch.
 _QUERY_TOKENS = dict.fromkeys(
-    "q out x received cls importance protected ids sizes keys kept inverse_norms rank queries order weight free scores".split(),
+    "q out x received cls importance protected ids sizes keys kept goes inverse_norms rank queries order weight free scores".split(),
     0,
 ) | {"lse": 1}
 _KEY_TOKENS = dict.fromkeys("k v key_bias".split(), 0)
@@ -229,8 +229,10 @@ def keys_case(generator, lengths, width=8, dtype=torch.float32):
     return {"keys": keys.to(dtype), "cu_seqlens": offsets(lengths), "max_seqlen": max(lengths, default=0)}
 
 
-def nearest_case(generator, lengths, width=8, dtype=torch.float32, *, inverse_norms=False):
+def nearest_case(generator, lengths, width=8, dtype=torch.float32, *, goes=False, inverse_norms=False):
     case = keys_case(generator, lengths, width, dtype)
+    if goes:
+        case["goes"] = (torch.rand(sum(lengths), generator=generator) < 0.7).to(DEVICE)
     if inverse_norms:
         wide = case["keys"].to(torch.promote_types(dtype, torch.float32))
         case["inverse_norms"] = 1 / wide.flatten(1).norm(dim=1)
@@ -269,15 +271,18 @@ def merging_case(generator, lengths, width=8, dtype=torch.float32, *, weight=Fal
     }
 
 
-def choice_case(generator, lengths, dtype=torch.float32, *, threshold=1.5):
+def choice_case(generator, lengths, dtype=torch.float32, *, count=True, threshold=1.5, share=1.0, uncounted=0):
     tokens = sum(lengths)
     scores = torch.randint(0, 12, (tokens,), generator=generator) / 4
+    counts = torch.randint(0, 5, (len(lengths),), generator=generator, dtype=torch.int32).to(DEVICE)
     return {
         "scores": scores.to(DEVICE).to(torch.promote_types(dtype, torch.float32)),
-        "count": torch.randint(0, 5, (len(lengths),), generator=generator, dtype=torch.int32).to(DEVICE),
+        "count": counts if count else None,
         "cu_seqlens": offsets(lengths),
         "free": (torch.rand(tokens, generator=generator) < 0.8).to(DEVICE),
         "threshold": threshold,
+        "share": share,
+        "uncounted": uncounted,
     }
 
 

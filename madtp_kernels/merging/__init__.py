@@ -219,21 +219,24 @@ def top_tokens(
 
 def lowest_tokens(
     scores: Tensor,
-    count: Tensor,
+    count: Tensor | None,
     cu_seqlens: Tensor,
     *,
     free: Tensor,
     threshold: float | None = None,
+    share: float = 1.0,
+    uncounted: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """The tokens of lowest score of every sample, as a mask: what goes, where :func:`top_tokens` says what stays.
 
     Args:
         scores: ``[T]`` float32 (or float64).
-        count: ``[B]`` int32: at most so many of each sample. Of equal scores the later token.
+        count: ``[B]`` int32: at most so many of each sample; None: no such limit. Of equal scores the later token.
         cu_seqlens: ``[B+1]`` int32 offsets.
         free: ``[T]`` bool: the tokens to choose from.
         threshold: only tokens whose score is at most this.
+        share: at most this share of a sample's tokens without ``uncounted`` of them, rounded down; the product is one of float32.
         backend: force an implementation.
 
     Returns:
@@ -243,22 +246,29 @@ def lowest_tokens(
         ValueError: an argument does not fit, or (CPU, or debug mode) a negative count or scores that are not finite.
             BackendError: a backend asked for by name cannot run.
     """
-    key = repeats.signature(lowest_tokens, (scores, count, cu_seqlens, free), (threshold, backend))
+    key = repeats.signature(lowest_tokens, (scores, count, cu_seqlens, free), (threshold, share, uncounted, backend))
     if repeat := repeats.find(key):
-        return repeat(scores, count, cu_seqlens, free, None if threshold is None else float(threshold))
+        return repeat(
+            scores, count, cu_seqlens, free, None if threshold is None else float(threshold), float(share), uncounted
+        )
     if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: expected float32 or float64 [T], got {checks.describe(scores)}")
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
     checks.finite("scores", scores, cu_seqlens)
-    checks.tensor("count", count, (cu_seqlens.shape[0] - 1,), "[B]", torch.int32, scores.device)
-    if checks.may_read(count) and len(count) and count.min() < 0:
-        raise ValueError(f"count: expected >= 0, got {count.min()}")
+    if count is not None:
+        checks.tensor("count", count, (cu_seqlens.shape[0] - 1,), "[B]", torch.int32, scores.device)
+        if checks.may_read(count) and len(count) and count.min() < 0:
+            raise ValueError(f"count: expected >= 0, got {count.min()}")
     checks.tensor("free", free, (scores.shape[0],), "[T]", torch.bool, scores.device)
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number from 0 to 1, got {checks.describe(share)}")
+    if not _is_number(uncounted, 0):
+        raise ValueError(f"uncounted: expected an int >= 0, got {checks.describe(uncounted)}")
     result = call(
         "lowest_tokens", *map(checks.unit_stride, (scores.detach(), count, cu_seqlens, free)),
-        None if threshold is None else float(threshold), backend or "",
+        None if threshold is None else float(threshold), float(share), uncounted, backend or "",
     )  # fmt: skip
     repeats.remember(key, backend, scores, ("lowest_tokens", "merging"))
     return result
@@ -299,7 +309,8 @@ def _backward(ctx, d_values, _cu, _sizes, _rows, _source, d_carried):
 
 
 define(
-    "lowest_tokens(Tensor scores, Tensor count, Tensor cu_seqlens, Tensor free, float? threshold, str backend) -> Tensor",
+    "lowest_tokens(Tensor scores, Tensor? count, Tensor cu_seqlens, Tensor free, float? threshold, float share, int uncounted, "
+    "str backend) -> Tensor",
     backends.dispatch("lowest_tokens", "merging"),
     lambda scores, count, cu_seqlens, free, *_: torch.empty_like(free),
 )

@@ -11,8 +11,17 @@ from .. import segments
 from ..importance.reference import EPS
 
 
-def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tensor, threshold: float | None) -> Tensor:
-    """``[C]`` bool: by two stable sorts, by score and then by sample, what is among the first ``count`` of its sample."""
+def lowest_tokens(
+    scores: Tensor,
+    count: Tensor | None,
+    cu_seqlens: Tensor,
+    free: Tensor,
+    threshold: float | None,
+    share: float = 1.0,
+    uncounted: int = 0,
+) -> Tensor:
+    """``[C]`` bool: by two stable sorts, by score and then by sample, what is among the first of its sample: min(count,
+    floor(share (L - uncounted))) of them."""
     capacity, batch = scores.shape[0], cu_seqlens.shape[0] - 1
     row = torch.arange(capacity, device=scores.device)
     may = free & (row < cu_seqlens[-1])
@@ -26,7 +35,9 @@ def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tenso
     order = order[scores.where(may, float("inf"))[order].argsort(stable=True)]
     order = order[sample.where(row < cu_seqlens[-1], batch)[order].argsort(stable=True)]
     place = torch.empty_like(row).index_copy_(0, order, row) - cu_seqlens[sample]
-    return may & (place < count[sample])
+    most = ((cu_seqlens.diff() - uncounted).clamp(min=0).float() * share).long()
+    most = most if count is None else torch.minimum(most, count)
+    return may & (place < most[sample])
 
 
 def number_rows(into: Tensor, cu_seqlens: Tensor, append: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,17 +36,20 @@ def _rank(scores, free, threshold, bos, o_j, length, HAS_THRESHOLD: tl.constexpr
     return tl.where(may_go, (descending << POSITION_BITS) + o_j, -1)
 
 
-@triton.jit(do_not_specialize=["threshold", "position_bits", "capacity"])
+@triton.jit(do_not_specialize=["threshold", "share", "uncounted", "position_bits", "capacity"])
 def _lowest_kernel(
-    scores, count, free, goes, cu_seqlens, threshold, position_bits, capacity,
+    scores, count, free, goes, cu_seqlens, threshold, share, uncounted, position_bits, capacity,
     HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per sample: goes[j] = whether token j is one of the ``count`` that go first; 0 beyond the last sample."""
+    """One program per sample: goes[j] = whether token j is one of those that go first, ``count`` and the ``share`` at most; 0 beyond
+    the last sample."""
     after_previous()
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
-    most = tl.load(count + i_b)
+    most = (tl.maximum(length - uncounted, 0).to(tl.float32) * share).to(tl.int32)
+    if count is not None:
+        most = tl.minimum(most, tl.load(count + i_b))
     candidates = 0
     for start in range(0, length, BLOCK):
         key = _rank(scores, free, threshold, bos, start + tl.arange(0, BLOCK), length, HAS_THRESHOLD)
@@ -210,18 +213,27 @@ def _merge_kernel(
 
 
 @prepared
-def lowest_tokens(scores: Tensor, count: Tensor, cu_seqlens: Tensor, free: Tensor, threshold: float | None) -> Callable:
+def lowest_tokens(
+    scores: Tensor,
+    count: Tensor | None,
+    cu_seqlens: Tensor,
+    free: Tensor,
+    threshold: float | None,
+    share: float = 1.0,
+    uncounted: int = 0,
+) -> Callable:
     """``[C]`` bool; see the public operation for the contract."""
     batch, capacity = cu_seqlens.shape[0] - 1, scores.shape[0]
     bits = capacity.bit_length()
     choose = Launch(_lowest_kernel, batch, HAS_THRESHOLD=threshold is not None, BLOCK=BLOCK, num_warps=4)
 
-    def run(scores, count, cu_seqlens, free, threshold):
+    def run(scores, count, cu_seqlens, free, threshold, share=1.0, uncounted=0):
         if not batch:
             return torch.zeros_like(free)
         goes = torch.empty_like(free)
         bound = 0.0 if threshold is None else threshold
-        choose(scores, count, free.view(torch.uint8), goes.view(torch.uint8), cu_seqlens, bound, bits, capacity)
+        flags = (free.view(torch.uint8), goes.view(torch.uint8))
+        choose(scores, count, *flags, cu_seqlens, bound, share, uncounted, bits, capacity)
         return goes
 
     return run

@@ -50,6 +50,7 @@ def nearest_kept(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    goes: Tensor | None = None,
     inverse_norms: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -60,6 +61,8 @@ def nearest_kept(
             it, is ``keys.mean(1)``. A key that is zero, or that is not finite, has cosine 0 with every key.
         kept: ``[T]`` bool: the tokens that stay.
         cu_seqlens, max_seqlen: offsets ``[B+1]`` int32 and an upper bound of the lengths.
+        goes: ``[T]`` bool: the tokens that look for one; every other's row is its own. By default all do. With it, the result is
+            what :func:`~madtp_kernels.merge_tokens` takes.
         inverse_norms: ``[T]`` float32 (float64 for float64 keys), as :func:`merge_scores` returns them for the same keys: saves
             reading the keys once more, and changes no bit. Nobody checks that they belong to the keys.
         backend: force an implementation.
@@ -71,19 +74,21 @@ def nearest_kept(
     Raises:
         ValueError: an argument does not fit. BackendError: a backend asked for by name cannot run.
     """
-    key = repeats.signature(nearest_kept, (keys, kept, cu_seqlens, inverse_norms), (max_seqlen, backend))
+    key = repeats.signature(nearest_kept, (keys, kept, cu_seqlens, goes, inverse_norms), (max_seqlen, backend))
     if repeat := repeats.find(key):
-        return repeat(keys.flatten(1), kept, cu_seqlens, max_seqlen, inverse_norms)
+        return repeat(keys.flatten(1), kept, cu_seqlens, max_seqlen, goes, inverse_norms)
     rows = _rows(keys)
     checks.tensor("kept", kept, (keys.shape[0],), "[T]", torch.bool, keys.device)
+    if goes is not None:
+        checks.tensor("goes", goes, (keys.shape[0],), "[T]", torch.bool, keys.device)
     if inverse_norms is not None:
         wide = torch.promote_types(keys.dtype, torch.float32)
         checks.tensor("inverse_norms", inverse_norms, (keys.shape[0],), "[T]", wide, keys.device)
         inverse_norms = checks.unit_stride(inverse_norms.detach())
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
     result = call(
-        "nearest_kept", rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen, inverse_norms,
-        backend or "",
+        "nearest_kept", rows.detach(), checks.unit_stride(kept), checks.unit_stride(cu_seqlens), max_seqlen,
+        checks.unit_stride(goes), inverse_norms, backend or "",
     )  # fmt: skip
     repeats.remember(key, backend, rows, ("nearest_kept", "similarity"))
     return result
@@ -247,8 +252,8 @@ def _per_token(keys, *dtypes):
 
 
 define(
-    "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, Tensor? inverse_norms, str backend) "
-    "-> Tensor",
+    "nearest_kept(Tensor keys, Tensor kept, Tensor cu_seqlens, SymInt max_seqlen, Tensor? goes, Tensor? inverse_norms, "
+    "str backend) -> Tensor",
     backends.dispatch("nearest_kept", "similarity"),
     lambda keys, *_: _per_token(keys, torch.int32)[0],
 )

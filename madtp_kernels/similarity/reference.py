@@ -42,9 +42,15 @@ def most_alike(
 
 
 def nearest_kept(
-    keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int, inverse_norms: Tensor | None = None
+    keys: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    goes: Tensor | None = None,
+    inverse_norms: Tensor | None = None,
 ) -> Tensor:
-    """Row of the kept token of its sample with the most similar key: itself for a kept token, -1 if none is kept."""
+    """Row of the kept token of its sample with the most similar key: itself for a kept token, or one that does not go; -1 if none
+    is kept."""
     into = []
     for start, stop in spans(cu_seqlens):
         rows = torch.arange(start, stop, device=keys.device)
@@ -53,7 +59,8 @@ def nearest_kept(
         known = None if inverse_norms is None else (inverse_norms[start:stop], inverse_norms[survivors])
         _, index = most_alike(keys[start:stop], keys[survivors], seen, known)
         best = survivors[index] if len(survivors) else rows.new_full(rows.shape, -1)
-        into.append(rows.where(kept[start:stop], best).int())
+        own = kept[start:stop] if goes is None else kept[start:stop] | ~goes[start:stop]
+        into.append(rows.where(own, best).int())
     return pack(into, torch.empty(0, dtype=torch.int32, device=keys.device), keys.shape[0])
 
 

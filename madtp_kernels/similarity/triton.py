@@ -239,8 +239,9 @@ def _nearest_kernel(
 
 
 @triton.jit(do_not_specialize=["batch"])
-def _found_kernel(best, scale, nearest, cosine, cu_seqlens, batch, SEEN: tl.constexpr, BLOCK: tl.constexpr):
-    """The most similar candidate of each token, as a row of the batch, or -1; and what is asked of their cosine.
+def _found_kernel(best, scale, goes, nearest, cosine, cu_seqlens, batch, SEEN: tl.constexpr, BLOCK: tl.constexpr):
+    """The most similar candidate of each token, as a row of the batch, or -1; and what is asked of their cosine. Of a token that
+    does not go, its own row.
 
     ODD: the cosine, -inf without a candidate. OTHERS, HIGHER: the novelty, 2 without one.
     """
@@ -248,7 +249,10 @@ def _found_kernel(best, scale, nearest, cosine, cu_seqlens, batch, SEEN: tl.cons
     tokens = tl.load(cu_seqlens + batch)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     found, value, row = _unpacked(tl.load(best + rows, mask=rows < tokens, other=0))
-    tl.store(nearest + rows, tl.where(found, row, -1), mask=rows < tokens)
+    chosen = tl.where(found, row, -1)
+    if goes is not None:
+        chosen = tl.where(tl.load(goes + rows, mask=rows < tokens, other=0) != 0, chosen, rows)
+    tl.store(nearest + rows, chosen, mask=rows < tokens)
     if cosine is not None:
         value = tl.minimum(tl.maximum(value * tl.load(scale + rows, mask=rows < tokens, other=0.0), -1.0), 1.0)
         if SEEN == ODD:
@@ -449,12 +453,12 @@ def _find(
     search = _search(keys, cu_seqlens, max_seqlen, seen, first_free, scaled=scaled)
     finding = Launch(_found_kernel, cdiv(capacity, BLOCK), SEEN=seen, BLOCK=BLOCK, num_warps=4)
 
-    def run(keys, cu_seqlens, **what):
+    def run(keys, cu_seqlens, *, goes=None, **what):
         best, scale = search(keys, cu_seqlens, **what)
         nearest = torch.empty(capacity, dtype=torch.int32, device=device)
         cosine = torch.empty_like(scale) if cosines else None
         if capacity and batch:
-            finding(best, scale, nearest, cosine, cu_seqlens, batch)
+            finding(best, scale, goes, nearest, cosine, cu_seqlens, batch)
         return nearest, cosine
 
     return run
@@ -462,13 +466,19 @@ def _find(
 
 @prepared
 def nearest_kept(
-    keys: Tensor, kept: Tensor, cu_seqlens: Tensor, max_seqlen: int, inverse_norms: Tensor | None = None
+    keys: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    goes: Tensor | None = None,
+    inverse_norms: Tensor | None = None,
 ) -> Callable:
     """``[C]`` int32; see the public operation for the contract."""
     find = _find(keys, cu_seqlens, max_seqlen, KEPT, cosines=False, scaled=inverse_norms is not None)
 
-    def run(keys, kept, cu_seqlens, max_seqlen, inverse_norms=None):
-        return find(keys, cu_seqlens, scale=inverse_norms, kept=kept.view(torch.uint8))[0]
+    def run(keys, kept, cu_seqlens, max_seqlen, goes=None, inverse_norms=None):
+        goes = None if goes is None else goes.view(torch.uint8)
+        return find(keys, cu_seqlens, goes=goes, scale=inverse_norms, kept=kept.view(torch.uint8))[0]
 
     return run
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parametrize("backend", backends_here())
 def case_of(op, generator, **options):
     """A valid call with every optional argument given."""
     optional = {"compact": "groups protected min_keep ids sizes norm", "novelty": "rank"}
-    optional |= {"nearest_kept": "inverse_norms", "match_tokens": ""}
+    optional |= {"nearest_kept": "goes inverse_norms", "match_tokens": ""}
     optional = optional.get(op, "bias")
     return CASES[op](generator, LENGTHS, **{**dict.fromkeys(optional.split(), True), **options})
 
@@ -51,7 +51,7 @@ TENSORS = {
     "score_tokens": "x dictionary received cls cu_seqlens bias",
     "compact": "x importance threshold keep_count protected groups min_keep ids sizes",
     "attention_received": "q k lse cu_seqlens key_bias",
-    "nearest_kept": "keys kept cu_seqlens inverse_norms",
+    "nearest_kept": "keys kept cu_seqlens goes inverse_norms",
     "novelty": "keys rank cu_seqlens",
     "match_tokens": "keys count cu_seqlens",
 }
@@ -69,7 +69,7 @@ SIZED = [
     *[("score_tokens", name, 0) for name in ("received", "cls", "bias")],
     *[("compact", name, 0) for name in TENSORS["compact"].split()[1:]],
     *[("attention_received", name, axis) for name, axis in (("k", 0), ("k", 2), ("lse", 0), ("lse", 1), ("key_bias", 0))],
-    ("nearest_kept", "kept", 0), ("nearest_kept", "inverse_norms", 0), ("novelty", "rank", 0), ("match_tokens", "count", 0),
+    *[("nearest_kept", name, 0) for name in ("kept", "goes", "inverse_norms")], ("novelty", "rank", 0), ("match_tokens", "count", 0),
 ]  # fmt: skip
 
 

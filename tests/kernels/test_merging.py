@@ -423,6 +423,38 @@ def test_the_lowest_tokens(backend, threshold, generator):
     assert got.nonzero()[:, 0].tolist() == sorted(expected)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 2 / 3 * (1 + 1e-6), 1.0])
+@every_backend
+def test_a_share_of_the_tokens_at_most(backend, share, generator):
+    """Rounded down, of the tokens that count; a count that is given limits, too."""
+    lengths = [9, 0, 1, 4, 70, 3]
+    scores, free = torch.rand(sum(lengths), generator=generator).to(DEVICE), torch.ones(sum(lengths), dtype=torch.bool)
+    free[[0, 9, 10, 14, 84]] = False  # the first of each
+    options = {"free": free.to(DEVICE), "share": share, "uncounted": 1, "backend": backend}
+    goes = lowest_tokens(scores, None, offsets(lengths), **options)
+    most = [int(max(length - 1, 0) * share) for length in lengths]
+    assert [int(part.sum()) for part in goes.split(lengths)] == most
+    given = [0, 1, 1, 2, 3, 9]
+    count = torch.tensor(given, dtype=torch.int32, device=DEVICE)
+    goes = lowest_tokens(scores, count, offsets(lengths), **options)
+    assert torch.equal(
+        goes,
+        lowest_tokens(
+            scores,
+            torch.minimum(count, torch.tensor(most, device=DEVICE).int()),
+            offsets(lengths),
+            free=options["free"],
+        ),
+    )
+
+
+@pytest.mark.parametrize("option", [{"share": 1.5}, {"share": float("nan")}, {"share": True}, {"uncounted": -1}])
+def test_shares_that_are_none_are_refused(option):
+    scores, free = torch.zeros(3, device=DEVICE), torch.ones(3, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected .* got "):
+        lowest_tokens(scores, None, offsets([3]), free=free, **option)
+
+
 @every_backend
 def test_what_goes_is_what_does_not_stay(backend, generator):
     """The lowest r tokens are all but the highest n - r, ties included."""

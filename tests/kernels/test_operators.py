@@ -42,11 +42,11 @@ OPTIONS = {
         {"causal": True, "bias": True, "reduction": "max", "queries": slice(-4, None)},
         {"key_heads": 1, "queries": "mask", "per_key_head": True},
     ],
-    "nearest_kept": [{}, {"inverse_norms": True}],
+    "nearest_kept": [{}, {"goes": True, "inverse_norms": True}],
     "novelty": [{}, {"rank": True}],
     "match_tokens": [{}, {"count": False, "threshold": 0.3, "protected": 0}],
     "merge_scores": [{"weight": True}],
-    "lowest_tokens": [{}],
+    "lowest_tokens": [{}, {"count": False, "share": 0.4, "uncounted": 1}],
     "compact": [
         {},
         {"by_count": True, "ties": True},
@@ -129,10 +129,15 @@ def schema_arguments(op, case, backend):
         names = ("order", "weight", "sizes", "free", "cu_seqlens", "max_seqlen")
         return (case["keys"].flatten(1), *(case[n] for n in names), 0.25, 1.0, 0.3, backend)
     if op == "lowest_tokens":
-        return (*(case[n] for n in ("scores", "count", "cu_seqlens", "free", "threshold")), backend)
+        return (
+            *(case[n] for n in ("scores", "count", "cu_seqlens", "free", "threshold", "share", "uncounted")),
+            backend,
+        )
     if op in SIMILARITY:
         before = {"nearest_kept": ["kept"], "novelty": ["rank"], "match_tokens": []}[op]
-        after = {"nearest_kept": ["inverse_norms"], "match_tokens": ["count", "threshold", "protected"]}.get(op, [])
+        after = {"nearest_kept": ["goes", "inverse_norms"], "match_tokens": ["count", "threshold", "protected"]}.get(
+            op, []
+        )
         names = [*before, "cu_seqlens", "max_seqlen", *after]
         return (case["keys"].flatten(1), *(case.get(n) for n in names), backend)
     *first, causal, key_bias = case.values()

@@ -65,6 +65,20 @@ def test_the_nearest_kept_token(backend, dtype, generator):
     check_nearest(case, kept, nearest_kept(case["keys"], kept, case["cu_seqlens"], case["max_seqlen"], backend=backend))
 
 
+@every_backend
+def test_only_what_goes_looks_for_a_kept_token(backend, generator):
+    """The others' rows are their own, so that `merge_tokens` takes the result as it is."""
+    case = keys_case(generator, lengths_for(backend), 32)
+    draws = torch.rand(case["keys"].shape[0], generator=generator).to(DEVICE)
+    kept, goes = draws < 0.4, draws > 0.7
+    goes[:2] = kept[:2] = True  # what stays is its own in any case
+    kept[9:10] = False
+    all_looked = nearest_kept(**case, kept=kept, backend=backend)
+    got = nearest_kept(**case, kept=kept, goes=goes, backend=backend)
+    own = torch.arange(len(got), dtype=torch.int32, device=DEVICE)
+    assert torch.equal(got, torch.where(goes, all_looked, own)) and not torch.equal(got, all_looked)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @every_backend
 def test_all_kept_and_none_kept(backend, keep, generator):

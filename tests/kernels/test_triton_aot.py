@@ -182,12 +182,13 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         received.attention_received(q, k, lse, cu, tokens, 0.125, bias is not None, bias, *choice)
         yield label
     for label, rank in [("against all", None), ("against higher", per_token)]:
-        similarity.nearest_kept(x, flags, cu, tokens, rank)
+        similarity.nearest_kept(x, flags, cu, tokens, None if rank is None else flags, rank)
         similarity.novelty(x, rank, cu, tokens)
         similarity.match_tokens(x, cu, tokens, None if rank is None else cu[:1], 0.5, 1)
         yield label
     similarity.merge_scores(x, per_token, None, per_token, flags, cu, tokens, 0.25, 1.0, 0.3)
     merging.lowest_tokens(per_token, cu[:1], cu, flags, 0.5)
+    merging.lowest_tokens(per_token, None, cu, flags, 0.5, 0.5, 1)
     yield "scores of merging"
     normalization.layer_norm(x, x[0], x[0], cu, 1e-5)
     rows = cu[:1].expand(tokens).contiguous()
@@ -273,11 +274,12 @@ def variants():
             received.attention_received(q, k, lse, cu, length, 0.125, False, None, "mean", 1, 0, 1, None)
             flags, rows = torch.empty(tokens, dtype=torch.bool), torch.empty(tokens, dtype=torch.int32)
             similarity.nearest_kept(x, flags, cu, length)
-            similarity.nearest_kept(x, flags, cu, length, per_token)
+            similarity.nearest_kept(x, flags, cu, length, flags, per_token)
             similarity.novelty(x, None, cu, length)
             similarity.match_tokens(x, cu, length, group, 0.5, 1)
             similarity.merge_scores(x, per_token, None, per_token, flags, cu, length, 0.25, 1.0, 0.3)
             merging.lowest_tokens(per_token, group, cu, flags, 0.5)
+            merging.lowest_tokens(per_token, None, cu, flags, 0.5, 0.5, 1)
             merging.merge_tokens(x, rows, per_token, per_token, cu, length, "", False, (rows,))
             merging.merge_tokens(x, rows, per_token, per_token, cu, length, "mean", False, (rows, q))
             unmerging.unmerge(x, rows, cu)

@@ -571,7 +571,7 @@ def test_similarity_is_the_same_whatever_bound_of_lengths_chooses_the_tiles():
     def found(longest):
         return [
             similarity_triton.nearest_kept(keys, flags, cu, longest),
-            similarity_triton.nearest_kept(keys, flags, cu, longest, order),
+            similarity_triton.nearest_kept(keys, flags, cu, longest, ~flags, order),
             *similarity_triton.novelty(keys, None, cu, longest),
             *similarity_triton.match_tokens(keys, cu, longest, None, 0.1, 1),
             *similarity_triton.merge_scores(keys, order, None, None, flags, cu, longest, 0.25, 1.0, 0.0),
@@ -593,7 +593,7 @@ def test_similarity_of_samples_longer_than_a_step(monkeypatch):
     def found():
         return [
             similarity_triton.nearest_kept(keys, flags, cu, 70),
-            similarity_triton.nearest_kept(keys, flags, cu, 70, order),
+            similarity_triton.nearest_kept(keys, flags, cu, 70, ~flags, order),
             *similarity_triton.match_tokens(keys, cu, 70, count, 0.1, 1),
             *similarity_triton.merge_scores(keys, order, None, None, flags, cu, 70, 0.25, 1.0, 0.0),
         ]

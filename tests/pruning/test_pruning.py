@@ -221,6 +221,9 @@ def test_prefix_and_named_tokens_are_protected(generator):
     for kept, own in zip(left.with_values(left.ids).to_list(), expected, strict=True):
         assert set(own) <= set(kept.tolist())
     assert not dataclasses.replace(tokens, prefix=0, protected_ids=None).protected.any()
+    for others in ({}, {"protected_ids": None}, {"prefix": 0, "protected_ids": None}):
+        some = dataclasses.replace(tokens, ids=tokens.ids - 1, **others)  # one of each sample is no token's
+        assert torch.equal(some.free, ~some.protected) and some.free[tokens.ids == 0].all()
 
 
 def test_each_rule_counts_its_own_work():

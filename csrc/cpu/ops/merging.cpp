@@ -28,15 +28,16 @@ constexpr float kEps = 1e-8f;
 
 }  // namespace
 
-Tensor lowest_tokens(const Tensor& scores, const Tensor& count, const Tensor& cu_seqlens, const Tensor& free,
-                     std::optional<double> threshold) {
+Tensor lowest_tokens(const Tensor& scores, const OptionalTensor& count, const Tensor& cu_seqlens, const Tensor& free,
+                     std::optional<double> threshold, double share, int64_t uncounted) {
   check_operand("scores", scores, {scores.numel()}, at::kFloat);
   const Offsets offsets("cu_seqlens", cu_seqlens, scores.size(0));
   check_operand("count", count, {offsets.samples}, at::kInt);
   check_operand("free", free, {scores.size(0)}, at::kBool);
-  const Tensor scores_dense = scores.contiguous(), count_dense = count.contiguous(), free_dense = free.contiguous();
+  const Tensor scores_dense = scores.contiguous(), free_dense = free.contiguous();
   const float* const score = scores_dense.const_data_ptr<float>();
-  const int32_t* const counts = count_dense.const_data_ptr<int32_t>();
+  const Tensor count_dense = count.has_value() ? count->contiguous() : Tensor();
+  const int32_t* const counts = count.has_value() ? count_dense.const_data_ptr<int32_t>() : nullptr;
   const bool* const may = free_dense.const_data_ptr<bool>();
   const float most = threshold.has_value() ? static_cast<float>(*threshold) : std::numeric_limits<float>::infinity();
   Tensor chosen = at::zeros({scores.size(0)}, free.options());
@@ -46,7 +47,9 @@ Tensor lowest_tokens(const Tensor& scores, const Tensor& count, const Tensor& cu
     for (int64_t row = offsets.start(b); row < offsets.start(b) + offsets.length(b); ++row) {
       if (may[row] && score[row] <= most) rows.push_back(row);
     }
-    const auto number = static_cast<size_t>(std::max(counts[b], 0));
+    const auto counted = static_cast<float>(std::max<int64_t>(offsets.length(b) - uncounted, 0));
+    auto number = static_cast<size_t>(counted * static_cast<float>(share));  // in the precision of every backend
+    if (counts != nullptr) number = std::min(number, static_cast<size_t>(std::max(counts[b], 0)));
     if (number < rows.size()) {
       const auto before = [score](int64_t a, int64_t c) { return score[a] != score[c] ? score[a] < score[c] : a > c; };
       std::nth_element(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(number), rows.end(), before);

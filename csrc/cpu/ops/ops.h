@@ -62,9 +62,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int6
     const OptionalTensor& groups, const OptionalTensor& min_keep, const OptionalTensor& ids, const OptionalTensor& sizes,
     int64_t merged_id, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool exact);
 
-// keys [C, D], kept and inverse_norms [C] -> into [C]: rows.
+// keys [C, D], kept, goes and inverse_norms [C] -> into [C]: rows.
 Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t max_seqlen,
-                    const OptionalTensor& inverse_norms);
+                    const OptionalTensor& goes, const OptionalTensor& inverse_norms);
 
 // keys [C, D], rank [C] -> novelty [C], nearest [C]: rows.
 std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& rank, const Tensor& cu_seqlens,
@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor
                                                 double size_exponent);
 
 // scores [C], count [B], free [C] -> chosen [C].
-Tensor lowest_tokens(const Tensor& scores, const Tensor& count, const Tensor& cu_seqlens, const Tensor& free,
-                     std::optional<double> threshold);
+Tensor lowest_tokens(const Tensor& scores, const OptionalTensor& count, const Tensor& cu_seqlens, const Tensor& free,
+                     std::optional<double> threshold, double share, int64_t uncounted);
 
 // keys [C, D], count [B] -> into [C]: rows, similarity [C]. The first `first_free` tokens of a sample are left alone.
 std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seqlens, int64_t max_seqlen,

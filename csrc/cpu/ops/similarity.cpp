@@ -230,12 +230,15 @@ Tensor find_novelty(const Tensor& keys, const Offsets& offsets, const float* ran
 
 }  // namespace
 
-Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t,
+Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seqlens, int64_t, const OptionalTensor& goes,
                     const OptionalTensor& inverse_norms) {
   check_rows("keys", keys, 2);
   const Offsets offsets("cu_seqlens", cu_seqlens, keys.size(0));
   check_operand("kept", kept, {keys.size(0)}, at::kBool);
+  check_operand("goes", goes, {keys.size(0)}, at::kBool);
   check_operand("inverse_norms", inverse_norms, {keys.size(0)}, at::kFloat);
+  const Tensor goes_dense = goes.has_value() ? goes->contiguous() : Tensor();
+  const bool* const looks = goes.has_value() ? goes_dense.const_data_ptr<bool>() : nullptr;
   OptionalTensor norms_dense;
   if (inverse_norms.has_value()) norms_dense = inverse_norms->contiguous();
   const Tensor kept_dense = kept.contiguous();
@@ -245,8 +248,12 @@ Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seq
   std::vector<Search> searches(offsets.samples);
   for_each_item(offsets.samples, [&](int64_t b) {
     for (int64_t row = offsets.start(b); row < offsets.start(b) + offsets.length(b); ++row) {
-      (stays[row] ? searches[b].candidates : searches[b].queries).push_back(row);
       rows[row] = static_cast<int32_t>(row);
+      if (stays[row]) {
+        searches[b].candidates.push_back(row);
+      } else if (looks == nullptr || looks[row]) {
+        searches[b].queries.push_back(row);
+      }
     }
   });
   std::vector<float> cosine(offsets.total());

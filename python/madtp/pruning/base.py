@@ -115,6 +115,13 @@ class Tokens(RaggedBatch):
             return first
         return first | (self.ids == self.protected_ids[sample_of(self.cu_seqlens, len(self.ids))])
 
+    @property
+    def free(self) -> Tensor:
+        """``[C]`` bool: the tokens that are not :attr:`protected`."""
+        if self.protected_ids is None:
+            return (self.ids & 0x7FFFFFFF) >= self.prefix  # a negative one, of no token, is far above
+        return ~self.protected
+
 
 _NOTHING = {
     field.name: field.default for field in dataclasses.fields(Tokens) if field.default is not dataclasses.MISSING

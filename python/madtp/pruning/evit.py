@@ -32,7 +32,7 @@ class EViT(MergingPruning):
     def score(self, tokens, block_input, attention, dictionary, layer):
         if tokens.prefix < 1:
             raise ValueError("evit: the model has no class token whose attention could choose; use another rule")
-        return attention.received("mean", slice(0, 1)), ~tokens.protected, {}
+        return attention.received("mean", slice(0, 1)), tokens.free, {}
 
     def similarities(self, tokens, gone, width, heads):
         return tokens * width  # logits of the first token

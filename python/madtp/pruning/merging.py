@@ -190,14 +190,16 @@ class MergingPruning(Pruning):
             count: ``[B]`` int32: no more than so many of each sample.
             threshold: only those whose score is at most this.
         """
-        most = (self.prunable(tokens) * (self.most * (1 + 1e-6))).int()  # two thirds of three are two
-        count = most if count is None else torch.minimum(count, most)
-        return lowest_tokens(score, count, tokens.cu_seqlens, free=free, threshold=threshold, backend=self.backend)
+        return lowest_tokens(
+            score, count, tokens.cu_seqlens, free=free, threshold=threshold,
+            share=min(self.most * (1 + 1e-6), 1.0),  # two thirds of three are two
+            uncounted=number_protected(tokens), backend=self.backend,
+        )  # fmt: skip
 
     @staticmethod
     def prunable(tokens: Tokens) -> Tensor:
         """``[B]`` int32: tokens of each sample that are not protected."""
-        return (tokens.lengths - (tokens.prefix + (tokens.protected_ids is not None))).clamp(min=0)
+        return (tokens.lengths - number_protected(tokens)).clamp(min=0)
 
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
         if not self.active or not self.limit_of(layer)[1]:
@@ -221,6 +223,11 @@ class MergingPruning(Pruning):
         into = self.into(tokens, goes, threshold, **found)
         left, merged = tokens.merged(into, proportional=self.proportional_attention, backend=self.backend)
         return left, LayerTrace(tokens.cu_seqlens, left.cu_seqlens, left.ids, score, rows=merged.rows)
+
+
+def number_protected(tokens: Tokens) -> int:
+    """How many tokens of each sample are protected."""
+    return tokens.prefix + (tokens.protected_ids is not None)
 
 
 def counts(tokens: Tokens, chosen: Tensor) -> Tensor:

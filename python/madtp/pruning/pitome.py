@@ -63,7 +63,7 @@ class PiToMe(MergingPruning):
         """``[C]`` float32: the energy of each token among those that are not protected."""
         if self.layers is None:
             raise ValueError("layers: expected the model's number, got None: the rule did not come from `on`")
-        margin, free = self.margin * (1 - layer / self.layers), ~tokens.protected
+        margin, free = self.margin * (1 - layer / self.layers), tokens.free
         keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
         if keys.device.type == "cpu":  # a sample at a time: its bits do not depend on the others
             rows = []
@@ -114,7 +114,7 @@ class PiToMe(MergingPruning):
             last = place.new_zeros(tokens.batch_size).scatter_reduce(
                 0, sample, torch.where(goes & (rows < tokens.cu_seqlens[-1]), place + 1, 0), "amax"
             )
-            targets = second & (place <= last[sample]) & ~tokens.protected
+            targets = second & (place <= last[sample]) & tokens.free
             partner = nearest_kept(keys, targets, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
             partner = torch.where(partner < 0, own, partner)
         return torch.where(goes, partner, own)

@@ -110,7 +110,7 @@ class RankedNovelty(MergingPruning):
         return 1 / (1 + tokens.ids.clamp(min=0).to(_wide(tokens)))
 
     def score(self, tokens, block_input, attention, dictionary, layer):
-        free = ~tokens.protected
+        free = tokens.free
         keys = attention.keys
         if self.keys == "averaged":
             keys = keys.mean(1)
@@ -135,8 +135,9 @@ class RankedNovelty(MergingPruning):
     def into(self, tokens, goes, threshold, keys, inverse_norms, new, total, free):
         stays = free > goes  # free and not going, in one operation
         nearest = nearest_kept(
-            keys, stays, tokens.cu_seqlens, tokens.max_seqlen, inverse_norms=inverse_norms, backend=self.backend
-        )
+            keys, stays, tokens.cu_seqlens, tokens.max_seqlen, goes=goes, inverse_norms=inverse_norms,
+            backend=self.backend,
+        )  # fmt: skip
         if self.second_look and threshold is not None:
             # What a token resembled may have gone, too: it stays if it is new beside all that is left.
             rows = goes.nonzero()[:, 0] if goes.device.type == "cpu" else own_rows(tokens).long()
@@ -149,7 +150,8 @@ class RankedNovelty(MergingPruning):
             goes = goes.index_copy(
                 0, rows, goes[rows] & (total[rows].double() * change <= threshold * self.second_look)
             )
-        return torch.where(goes, nearest, own_rows(tokens))
+            return torch.where(goes, nearest, own_rows(tokens))
+        return nearest
 
 
 def _wide(tokens):

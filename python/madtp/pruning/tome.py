@@ -47,7 +47,7 @@ class ToMe(MergingPruning):
         into, similarity = match_tokens(
             keys, tokens.cu_seqlens, tokens.max_seqlen, threshold=-2.0, protected=tokens.prefix, backend=self.backend
         )
-        free = (into != own_rows(tokens)) & ~tokens.protected
+        free = (into != own_rows(tokens)) & tokens.free
         return (1 - similarity).where(free, 0.0), free, {"partner": into}
 
     def similarities(self, tokens, gone, width, heads):
