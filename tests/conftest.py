@@ -94,11 +94,11 @@ def fresh_command():
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
     """torch.empty is filled with NaN (integers: the largest value), so that an element nobody wrote cannot hide."""
-    previous = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    previous = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports PyTorch's compiler
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(previous[0])
+    torch.set_deterministic_debug_mode(previous[0])
     torch.utils.deterministic.fill_uninitialized_memory = previous[1]
 
 

@@ -187,16 +187,16 @@ def test_texts_are_bounded_by_multiples_of_32_and_by_the_model():
 @each_call
 @torch.inference_mode()
 def test_any_batch_gets_what_it_gets_without_graphs(name, method, temperature, data, generator):
-    """Batches of many sizes, in random order, each replayed from a recording that others use too."""
+    """Batches of many sizes, in random order; of each bucket one runs, one is recorded, others are replayed."""
     model = make(name, temperature)
     call, eager, held = bound(model, method), bound(model, method), []
-    for _ in range(2):
-        for size in (torch.randperm(COUNT, generator=generator) + 1).tolist():
-            numbers = torch.randperm(COUNT, generator=generator)[:size].tolist()
-            inputs = inputs_of(name, method, data, numbers)
-            ours, theirs = graphs.run(call, *inputs), eager(*inputs)
-            check_same(ours, theirs)
-            held.append((ours, theirs))
+    sizes = [1, 1, 1, 2, 2, 2, 3, 4, 3, 5, 8, 6, 7, 9, 11, 10]
+    for place in torch.randperm(len(sizes), generator=generator).tolist():
+        numbers = torch.randperm(COUNT, generator=generator)[: sizes[place]].tolist()
+        inputs = inputs_of(name, method, data, numbers)
+        ours, theirs = graphs.run(call, *inputs), eager(*inputs)
+        check_same(ours, theirs)
+        held.append((ours, theirs))
     assert 4 <= len(model.graphs) <= 9
     for ours, theirs in held:  # results are good for longer than until the next replay
         check_same(ours, theirs)
