@@ -173,7 +173,7 @@ def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[tuple[str, 
             names, below, behind = [], [], []
             for entry in os.scandir(place):
                 if not entry.name.startswith("."):
-                    kind = names if not entry.is_dir() else behind if entry.is_symlink() else below
+                    kind = names if not _is_folder(entry) else behind if entry.is_symlink() else below
                     kind.append(entry.name)
         except OSError:
             yield parts, [], False
@@ -181,6 +181,14 @@ def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[tuple[str, 
         waiting += ((*parts, name) for name in sorted(below, reverse=True))
         links += ((*parts, name) for name in sorted(behind))
         yield parts, sorted(names), True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Of a link that leads nowhere (to itself, or into a folder that is locked) it cannot be said: whoever opens it is told why."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

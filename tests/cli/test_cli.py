@@ -209,6 +209,7 @@ def test_bfloat16(madtp_command):
         ({"--images": ["absent.jpg", RIGHT]}, "absent.jpg: No such file"),
         ({"--images": [LEFT, __file__]}, "test_cli.py: not an image"),
         ({"--text": ["  .. "]}, "text is empty"),
+        ({"--text": [""]}, "text is empty"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_an_error_row(madtp_command, replaced, reason):

@@ -106,6 +106,14 @@ def test_a_standard_output_that_takes_text_only(command, photos, monkeypatch):
     assert [record["image"] for record in records(out.getvalue())] == [str(files(photos)[0])]
 
 
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_no_rows_are_no_success(command, tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    for output in ([], ["--output", tmp_path / "out.jsonl"]):
+        code, _, err = command("caption", "caption", "--input", tmp_path / "rows.jsonl", *SHORT, *output)
+        assert (code, err) == (2, "madtp: error: no rows in the input\n")
+
+
 def test_a_closed_standard_output_is_named(command, photos, tmp_path, monkeypatch, capsys):
     image = files(photos)[0]
     with monkeypatch.context() as patch:

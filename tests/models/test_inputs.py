@@ -97,6 +97,15 @@ def test_folders_behind_links_are_searched_once_and_loops_end(folder, tmp_path_f
     assert find_images(["aka"]) == [f"aka/{name}" for name in below]
 
 
+def test_a_link_that_leads_nowhere_hides_no_other_picture(folder):
+    """Of one that leads back to itself, or into a locked folder, the system does not say what it is."""
+    for name, target in {"loop.jpg": "loop.jpg", "sub/loop": "loop", "gone.png": "nothing"}.items():
+        os.symlink(target, folder / name)
+    expected = ["a.PNG", "b.jpg", "gone.png", "loop.jpg", "sub/c.webp", "sub/deep/d.tiff"]
+    assert find_images(["."]) == [f"./{name}" for name in expected]
+    assert find_images(["**/*.*g"]) == ["b.jpg", "gone.png", "loop.jpg"]
+
+
 def test_pictures_of_other_formats_are_named(folder, caplog):
     for name in ("a.HEIC", "sub/b.heic", "sub/c.svg"):
         (folder / name).touch()

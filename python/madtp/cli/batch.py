@@ -262,6 +262,9 @@ def run_rows(
         resumed = f" ({summary.resumed} of them from an earlier run)" if summary.resumed else ""
         if not args.quiet:
             print(f"{summary.rows} rows{resumed} in {args.output}")
+    if not summary.rows:  # a filter that let nothing pass, a wrong file: no success
+        print("madtp: error: no rows in the input", file=sys.stderr)
+        return 2
     if truncated:
         marked = 'since the model reads no more ("truncated": true)'
         _log.warning("%d texts were not read to their end, %s", truncated, marked)

@@ -47,7 +47,10 @@ class NLVRInputs(Inputs):
     text: str | None = option("the statement about them")
 
     def rows(self):
-        if bool(self.input) == bool(self.images and self.text) or (self.input and (self.images or self.text)):
+        pair = [
+            part is not None for part in (self.images, self.text)
+        ]  # an empty statement is given, and its row's error
+        if any(pair) if self.input else not all(pair):
             raise UsageError("give either --images and --text, or --input")
         return None if self.input else [{"images": self.images, "text": self.text}]
 
