@@ -119,8 +119,12 @@ def resources(kernel):
     }
 
 
-def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, entries=100):
-    """Call the operations so that each kernel is launched in each of its shapes; yields a label after each call."""
+def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, entries=100, *, few=False):
+    """Call the operations so that each kernel is launched in each of its variants; yields a label after each call.
+
+    ``few`` leaves variants out that take no more registers than those that stay: of the linear layers there is one for each way
+    in which a tile ends, of others the one that takes most (benchmarks/results/triton-kernels.md).
+    """
     from madtp_kernels.attention import triton as attention
     from madtp_kernels.compaction import triton as compaction
     from madtp_kernels.importance import triton as importance
@@ -132,6 +136,9 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     from madtp_kernels.scoring import triton as scoring
     from madtp_kernels.similarity import triton as similarity
     from madtp_kernels.unmerging import triton as unmerging
+
+    def of(variants, number=1):
+        return variants[-number:] if few else variants  # the last one takes most
 
     cu = torch.tensor([0, tokens], dtype=torch.int32)
     per_token = torch.zeros(tokens)
@@ -155,18 +162,18 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     more = {tile for tile in linear_tiles.CANDIDATES if tile.stored or tile.halves}
     more |= {entry.tile for entry in linear_tiles.MEASURED.get(capability // 10, ())} - {*tiles}
     every = (*tiles, *sorted(more)) if fetched else tiles
-    for tile in tiles[-1:] if dtype == torch.float16 else every:  # bfloat16 stands for both
+    endings = {(tile.stored, tile.halves): tile for tile in reversed(every)}.values()
+    for tile in endings if few else every:
         # Gelu needs most registers, and seconds to compile; with the residual it needs most shared memory where stored.
         activation = "gelu" if tile is tiles[0] or tile.stored or tile.halves else ""
         linear._multiply(tile, x, weight, hidden[0], cu, activation, hidden)
         yield COPY_ENGINE if fetched else f"{tile.rows} x {tile.columns}"
     halves = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
-    for form, tile in [("columns", tiles[-1]), ("both", tiles[-1]), ("halves", tiles[0])]:
-        if dtype != torch.float16 or form == "columns":
-            linear._pair(tile, fetched, x, weight, weight, hidden[0], hidden[0], halves, form)(
-                x, weight, weight, hidden[0], hidden[0], halves, form
-            )
-            yield COPY_ENGINE if fetched else f"{tile.rows} x {tile.columns}"
+    for form, tile in of([("columns", tiles[-1]), ("both", tiles[-1]), ("halves", tiles[0])]):
+        linear._pair(tile, fetched, x, weight, weight, hidden[0], hidden[0], halves, form)(
+            x, weight, weight, hidden[0], hidden[0], halves, form
+        )
+        yield COPY_ENGINE if fetched else f"{tile.rows} x {tile.columns}"
 
     for label, multiprocessors in [("one launch", 1), ("two launches", 1000)]:
         importance.multiprocessors = lambda tensor, count=multiprocessors: count
@@ -174,14 +181,14 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
         yield label
 
     x, flags = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, dtype=torch.bool)
-    for label, *choice in [
-        ("mean", "mean", 1, 0, 2**31 - 1, None),
+    for label, *choice in of([
         ("maximum, all options", "max", heads, -1, 5, flags),
-    ]:
+        ("mean", "mean", 1, 0, 2**31 - 1, None),
+    ]):  # fmt: skip
         bias = per_token if choice[-1] is not None else None
         received.attention_received(q, k, lse, cu, tokens, 0.125, bias is not None, bias, *choice)
         yield label
-    for label, rank in [("against all", None), ("against higher", per_token)]:
+    for label, rank in of([("against all", None), ("against higher", per_token)]):
         similarity.nearest_kept(x, flags, cu, tokens, None if rank is None else flags, rank)
         similarity.novelty(x, rank, cu, tokens)
         similarity.match_tokens(x, cu, tokens, None if rank is None else cu[:1], 0.5, 1)
@@ -199,17 +206,17 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     dictionary = torch.zeros(entries, width, dtype=dtype)
     for label, one_launch in [("one launch", True), ("two launches", False)]:
         scoring._one_launch = lambda *sizes, choice=one_launch: choice
-        for selection, words in [(None, ""), ((flags, cu[:1]), ", selection")]:
+        for selection, words in of([(None, ""), ((flags, cu[:1]), ", selection")]):
             scoring.score_tokens(x, dictionary, per_token, per_token, cu, tokens, 1.0, None, selection)
             yield label + words
 
     group, protected = torch.zeros(1, dtype=torch.int32), torch.zeros(tokens, dtype=torch.bool)
     norm = torch.zeros(width, dtype=dtype)
-    for label, *options, weight in [
+    for label, *options, weight in of([
         ("plain", None, None, None, None, None, None),
         ("LayerNorm", None, None, None, None, None, norm),
         ("all options", protected, group, group, cu[:1].expand(tokens).contiguous(), per_token, norm),
-    ]:
+    ], 2):  # fmt: skip
         compaction.compact(
             x, per_token, torch.zeros(1), None, cu, tokens, *options, -1, weight, weight, 1e-6, False
         )  # fmt: skip
@@ -445,15 +452,21 @@ def repeated_calls():
     return history
 
 
-def report(capability):
-    """Resources of every kernel for one target."""
-    shapes = [(dtype, {}) for dtype in DTYPES]
+def report(capability, few=False):
+    """Resources of every kernel for one target.
+
+    Where there are to be ``few``: every variant in bfloat16 for sm_90; few variants in float16 and of other shapes for sm_90, and
+    in bfloat16 and float32 for every target.
+    """
+    cases = [("bfloat16", {}, few and capability != 90), ("float32", {}, few)]
+    if capability == 90 or not few:
+        cases += [("float16", {}, few)]
     if capability == 90:
-        shapes += [("bfloat16", shape) for shape in OTHER_SHAPES]
+        cases += [("bfloat16", shape, few) for shape in OTHER_SHAPES]
     rows = []
     with compiling(capability) as compiled:
-        for dtype, shape in shapes:
-            for label in launches(DTYPES[dtype], capability, **shape):
+        for dtype, shape, some in cases:
+            for label in launches(DTYPES[dtype], capability, **shape, few=some):
                 case = {"dtype": dtype, "case": label, "shape": shape}
                 rows += [{"kernel": name, **case, **resources(kernel)} for name, kernel in compiled]
                 compiled.clear()
@@ -552,8 +565,8 @@ def test_every_kernel_compiles(reports, target):
     compiled = collections.defaultdict(set)
     for row in reports[target]:
         compiled[row["dtype"]].add(row["kernel"])
-    for dtype in DTYPES:
-        assert compiled[dtype] == kernels_in_the_source()
+    assert compiled.keys() == DTYPES.keys() - ({"float16"} if target != 90 else {})
+    assert all(found == kernels_in_the_source() for found in compiled.values())
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -592,7 +605,7 @@ def test_linear_layers_in_16_bits_are_fetched_by_the_copy_engine(reports, target
     for row in rows:
         assert bool(row["instructions"][COPY_INSTRUCTION]) == (row["case"] == COPY_ENGINE), describe(row)
     fetched = {row["dtype"] for row in rows if row["case"] == COPY_ENGINE}
-    assert fetched == (set() if target == 80 else {"bfloat16", "float16"})
+    assert fetched == {80: set(), 90: {"bfloat16", "float16"}, 100: {"bfloat16"}}[target]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -617,7 +630,7 @@ def test_no_access_to_memory_is_moved_before_the_wait_for_the_kernel_before(repo
 
 
 COMMANDS = {
-    **{str(target): functools.partial(report, target) for target in TARGETS},
+    **{str(target): functools.partial(report, target, few=True) for target in TARGETS},
     "variants": variants, "keys": keys, "launches": direct_launches, "repeats": repeated_calls,
 }  # fmt: skip
 
@@ -633,6 +646,6 @@ if __name__ == "__main__":
         with fork.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
             print(json.dumps(dict(zip(COMMANDS, pool.map(answer, COMMANDS, chunksize=1), strict=True))))
     elif command.isdecimal():
-        print("\n".join(map(describe, answer(command))))
+        print("\n".join(map(describe, report(int(command)))))
     else:
         print(json.dumps(answer(command)))
