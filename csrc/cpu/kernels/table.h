@@ -54,7 +54,7 @@ CpuKernels make_table() {
   table.lanes = kLanes;
   table.panel = kPanelVectors * kLanes;
   table.linear_panel = kLinearVectors * kLanes;
-  table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(36, kFeatures);
+  table.layouts[static_cast<int>(Factor::f32)] = layout_for<ProductF32>(72, kFeatures);
 #if defined(__AVX512BF16__)
   table.bf16_products = true;
   table.layouts[static_cast<int>(Factor::bf16)] = ProductBF16::kRows == 16 ? layout_for<ProductBF16>(32, 32) : layout_for<ProductBF16>(48, kFeatures);

@@ -7,7 +7,8 @@ namespace madtp::cpu {
 namespace {
 
 // Logits, weights and the running maximum of a block should stay in the second-level cache, beside a head's keys and values.
-constexpr int64_t kBlockBytes = 400 * 1024;
+// As large as that allows: importance takes a block through all heads, whose keys and values together come from the third level.
+constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kBytesPerLogit = 12;
 
 }  // namespace
