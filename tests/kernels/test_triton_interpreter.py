@@ -704,6 +704,21 @@ def test_importance_of_bad_logits_is_as_bad_as_the_reference_says(name, value):
     assert bad.any() and not bad.all()
 
 
+def test_a_causal_query_that_is_nan_spoils_what_it_sees_and_nothing_else():
+    """Whether also what is hidden from it is left open: the reference and the CPU do that, too."""
+    cu = offsets([70, 20])
+    q, k, v = random_qkv(90, 2, 16, torch.float32)
+    shared = (70, 0.3, True, None)
+    out, lse = attention_reference.attention(q, k, v, cu, cu, 70, *shared)
+    whole = importance_reference.attention_importance(q, k, out, lse, cu, *shared)[0]
+    q[66, 1], lse[1, 66] = float("nan"), float("nan")
+    received, cls = importance_triton.attention_importance(q, k, out, lse, cu, *shared)
+    expected, _ = importance_reference.attention_importance(q, k, out, lse, cu, *shared)
+    assert received[1:67].isnan().all() and expected[1:70].isnan().all()
+    torch.testing.assert_close(received[67:90], whole[67:90], atol=1e-5, rtol=1e-5)
+    assert received[0] == 0 and (cls[:90] == 0).all()
+
+
 def test_a_key_at_minus_infinity_receives_nothing():
     """Rows beyond the last query are zeros in a tile: times infinity they are NaN, and must not count."""
     q, k, v = random_qkv(70, 3, 16, torch.float32)
