@@ -163,7 +163,7 @@ def test_length_bound(op, name, backend, generator, read_device_tensors):
     refuses(op, {**case, name: 6.0}, backend, f"^{name}: expected an int >= 0, got float 6.0")
     refuses(op, {**case, name: torch.tensor(6)}, backend, f"^{name}: expected an int >= 0, got int64")
     refuses(op, {**case, name: None}, backend, f"^{name}: expected an int >= 0, got NoneType")
-    case[name] = 1000  # an upper bound need not be tight
+    case[name] = 100  # an upper bound need not be tight
     run(op, case, backend)
 
 

@@ -519,7 +519,7 @@ def test_linear_ends_with_halves_of_tiles(fetched, stored):
     # Two tiles per 64 rows. In the last round of three programs 2, 1 and 0 of 2, 4 and 6 tiles are left: whole, in halves, none;
     # of four programs 2, 0 and 2, in halves. The very last half has 8 columns, or none.
     cases = [(60, 3), (128, 3), (130, 3), (64, 4), (65, 4), (190, 4), (1, 200), (0, 4)]
-    for (tokens, programs), columns in itertools.product(cases, (104, 72)):
+    for tokens, programs, columns in [(*case, 104) for case in cases] + [(*case, 72) for case in cases[2:5]]:
         few = weight[:columns], bias[:columns], offsets([tokens]), "", residual[:, :columns].contiguous()
         results = []
         for tile in (whole, whole._replace(halves=True)):
