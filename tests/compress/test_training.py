@@ -12,12 +12,14 @@ from madtp import NLVRConfig, TextConfig, VisionConfig, flops
 from madtp.compress.controller import BracketController
 from madtp.compress.run import CHECKPOINT, METRICS, Run
 from madtp.compress.schedule import cosine, linear_decay
+from madtp.compress.train import _Best
 from madtp.linear import ROUNDED, Linear
 from madtp.pruning import MADTP
+from madtp.resume import ResumeError
 from madtp.search import find_strength
 from madtp.tasks.nlvr import NLVRTask
 from madtp.tasks.nlvr.model import NLVR
-from madtp.weights import randomize
+from madtp.weights import CheckpointError, randomize
 
 CONFIG = NLVRConfig(
     vision=VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, sd_num=8, sd_dim=32),
@@ -235,6 +237,40 @@ def test_a_run_does_not_go_on_under_other_settings(tmp_path):
     Run(tmp_path, {}, {"lr": 0.1, "steps": 5})
     with pytest.raises(ValueError, match="lr: 0.1 then, 0.2 now"):
         Run(tmp_path, {}, {"lr": 0.2, "steps": 5})
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    settings, path = {"lr": 0.1}, tmp_path / "checkpoint.pt"
+
+    def run():
+        return Run(tmp_path, {"model": torch.nn.Linear(64, 64)}, settings)
+
+    run().save()
+    good = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    torch.save([1], tmp_path / "list")
+    torch.save(state | {"parts": {}}, tmp_path / "parts")
+    torch.save(state | {"parts": {"model": torch.nn.Linear(3, 3).state_dict()}}, tmp_path / "shape")
+    others = [(tmp_path / name).read_bytes() for name in ("list", "parts", "shape")]
+    for damaged in (b"", b"hello\n", good[:5000], good[-5000:], *others):
+        path.write_bytes(damaged)
+        with pytest.raises(ResumeError, match="checkpoint.pt: damaged, or no checkpoint of such a run .*; remove "):
+            run()
+    path.write_bytes(good)
+    run()
+
+
+def test_damaged_weights_of_the_best_step_are_named(tmp_path):
+    model, best = nn.Linear(4, 4), _Best(tmp_path)
+    best.offer(model, 0.5, 7)
+    best.restore(model)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="best-00000007.safetensors: damaged or cut off"):
+        best.restore(model)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="best-00000007.safetensors: no such file"):
+        best.restore(model)
 
 
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..files import replacing, write_json
-from ..resume import require_same
+from ..resume import ResumeError, require_same
 
 __all__ = ["Run"]
 
@@ -64,16 +64,27 @@ class Run:
         self._cut_log()
 
     def _resume(self) -> None:
-        state = torch.load(self.directory / CHECKPOINT, map_location="cpu", weights_only=True)
-        found, wanted = {**self.defaults, **json.loads(state["settings"])}, {**self.defaults, **self.settings}
-        require_same(self.directory, found, wanted, "remove it, or name another directory")
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        torch.set_rng_state(state["random"])
-        if torch.cuda.is_available() and state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self._sums, self._counted = state["sums"], state["counted"]
+        path = self.directory / CHECKPOINT
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            found, wanted = {**self.defaults, **json.loads(state["settings"])}, {**self.defaults, **self.settings}
+            require_same(self.directory, found, wanted, "remove it, or name another directory")
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            torch.set_rng_state(state["random"])
+            if torch.cuda.is_available() and state["random_cuda"]:
+                torch.cuda.set_rng_state_all(state["random_cuda"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self._sums, self._counted = state["sums"], state["counted"]
+        except (ResumeError, PermissionError, torch.OutOfMemoryError):
+            raise
+        except (
+            Exception
+        ) as error:  # what a damaged file makes of it is anything: EOFError, KeyError, Invalid argument, ...
+            kind = type(error).__name__
+            raise ResumeError(
+                f"{path}: damaged, or no checkpoint of such a run ({kind}); remove {self.directory} to begin anew"
+            ) from error
 
     def _cut_log(self) -> None:
         """Drop what was logged after the checkpoint: those steps are done again. Say under which settings they are."""

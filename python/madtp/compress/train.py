@@ -29,6 +29,7 @@ from ..resume import locked
 from ..search import find_strength
 from ..tasks import Task
 from ..weights import save_pretrained
+from ..weights.files import read_file
 from .average import WeightAverage
 from .controller import BracketController, RampController
 from .dictionary import dictionary_from_examples
@@ -486,7 +487,7 @@ class _Best:
     def restore(self, model: Model) -> None:
         """Load the best weights; leaves the model alone if none were eligible."""
         if self.step is not None:
-            model.load_state_dict(safetensors.torch.load_file(self._path(self.step)))
+            model.load_state_dict(read_file(self._path(self.step))[0])  # which names a damaged or missing one
 
     def remove_others(self) -> None:
         """Once a checkpoint names the best step, no other one is needed."""
