@@ -38,6 +38,12 @@ HEADS, DIM = 3, 8
 WIDTH = HEADS * DIM
 LENGTHS = [17, 1, 2, 40, 3]
 
+
+def lengths_for(rule):
+    """Of a batch for whose samples a rule has one answer: PiToMe orders by energy, where two tokens alone are equal."""
+    return [17, 1, 40, 9] if rule.name == "pitome" else LENGTHS
+
+
 every_backend = pytest.mark.parametrize("backend", [b for b in backends_here() if b.values[0] in ("reference", "cpu")])
 
 
@@ -179,8 +185,7 @@ def test_rule_is_its_formula(name, limit, prefix, backend, generator):
     if prefix != 1 and getattr(rule, "order", None) == "cls":
         pytest.skip("the attention of CLS needs one")
     dtype = torch.float64 if backend == "reference" else torch.float32
-    lengths = [17, 1, 40, 9] if rule.name == "pitome" else LENGTHS  # two tokens alone have the same energy
-    tokens, entering, qkv, dictionary = inputs = case(generator, dtype, lengths, prefix=prefix)
+    tokens, entering, qkv, dictionary = inputs = case(generator, dtype, lengths_for(rule), prefix=prefix)
     threshold = THRESHOLD.get(rule.name)
     rule = replace(
         rule, backend=backend, **({"thresholds": (threshold,)} if limit == "threshold" else {"counts": (5,)})
@@ -347,7 +352,7 @@ def test_nothing_waits_for_a_device(rule):
 @every_rule
 def test_rows_beyond_the_last_token_decide_nothing(rule, prefix, generator):
     """On a GPU a buffer has more rows than there are tokens, before and after a rule, and they hold any number."""
-    inputs = tokens, entering, qkv, dictionary = case(generator, torch.float32, prefix=prefix)
+    inputs = tokens, entering, qkv, dictionary = case(generator, torch.float32, lengths_for(rule), prefix=prefix)
     expected, record = run(rule, *inputs)
 
     def in_a_larger_buffer(t):
