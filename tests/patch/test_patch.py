@@ -642,6 +642,12 @@ def test_models_that_cannot_be_patched(make):
         ValueError, match="text_encoder.encoder.layer.1.attention.self.key is a Sequential, expected a Linear"
     ):
         madtp.apply_patch(adapted, temperature=0)
+    other = type("Linear", (torch.nn.Linear,), {})  # as quantisation puts one in its place
+    adapted.text_encoder.encoder.layer[1].attention.self.key = other(96, 96)
+    with pytest.raises(
+        ValueError, match=r"self.key is a [a-z.]*test_patch\.Linear, expected a torch.nn.modules.linear.Linear; "
+    ):
+        madtp.apply_patch(adapted, temperature=0)
 
 
 def test_calls_that_a_patched_model_does_not_serve(make, generator):

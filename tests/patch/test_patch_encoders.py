@@ -350,6 +350,13 @@ def test_what_is_refused(generator):
             model(**inputs("ViTModel", generator))
 
 
+def test_a_class_of_ones_own_is_refused():
+    """Its forward may be another one."""
+    own = type("Own", (hf.CLIPVisionModel,), {})(hf.CLIPVisionConfig(**VISION)).eval()
+    with pytest.raises(ValueError, match="^model: it is a Own, expected a CLIPVisionModel"):
+        madtp.apply_patch(own, temperature=0)
+
+
 def test_all_classes_are_tried():
     assert {name.split()[0] for name in MODELS} >= {name for name in KINDS if not name.startswith("Blip")}
     assert all(hasattr(hf, name) for name in KINDS)
