@@ -253,6 +253,25 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def has_nan(x, axis):
+    """Whether a float32 along the axis is NaN, which maxima and minima on a GPU drop: its bits are those beyond infinity."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis) > 0x7F800000
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_or_nan(x, axis):
+    """The largest float32 along the axis, NaN if one of them is."""
+    if INTERPRETED:  # there, a reduction by a function of one's own takes a step per number
+        return tl.where(has_nan(x, axis), float("nan"), tl.max(x, axis))
+    return tl.reduce(x, axis, _larger_or_nan)
+
+
+@triton.jit
 def fill_rest(values, value, cu_seqlens, capacity, BLOCK: tl.constexpr):
     """Store ``value`` in the rows beyond the last token: each of as many programs as there are samples a part of them."""
     programs = tl.num_programs(0)

@@ -1,10 +1,13 @@
 """Triton's interpreter without what it does again and again: a third of its time goes on looking which functions of the
 language to replace, at every call of a function within a kernel, and on a table of types, at every value.
 
-What is computed stays the same. Releases of Triton that look otherwise inside run as they are.
+What is computed stays the same, but for maxima and minima of two values: they drop a NaN, unless a kernel asks otherwise, as on a GPU (the
+interpreter's reductions do already). Releases of Triton that look otherwise inside run as they are.
 """
 
 import inspect
+
+import numpy
 
 
 def install():
@@ -31,6 +34,11 @@ def install():
             member = getattr(package, name)
             if tl.core.is_builtin(member):  # and not replaced already
                 interpreter._patch_attr(package, name, member, builder, scope)
+
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "create_maxnumf") and hasattr(builder, "create_minnumf"):
+        builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, numpy.fmax)
+        builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, numpy.fmin)
 
     found = {}
 

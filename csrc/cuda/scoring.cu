@@ -45,6 +45,9 @@ float exponent_scale(const ScoringArguments& p) {
   return static_cast<float>(std::min(double{kLog2e} / p.temperature, double{FLT_MAX}));
 }
 
+// The largest alignment of some tokens, to subtract: of an entry that none is aligned with it is -inf, and its weights are 0.
+__device__ inline float finite(float top) { return top == -kInfinity ? 0.0f : top; }
+
 template <class T>
 struct Operands {
   Tile<T, kTokens, kChunkBytes> x[2];
@@ -120,14 +123,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int n = 0; n < kEntries / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) largest[e / 2] = fmaxf(largest[e / 2], g.at[n][e]);
+      for (int e = 0; e < 4; ++e) largest[e / 2] = maximum_or_nan(largest[e / 2], g.at[n][e]);
     }
     if (first_entry + kEntries >= p.entries) break;
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    largest[r] = fmaxf(largest[r], __shfl_xor_sync(kAllLanes, largest[r], 1));
-    largest[r] = fmaxf(largest[r], __shfl_xor_sync(kAllLanes, largest[r], 2));
+    largest[r] = maximum_or_nan(largest[r], __shfl_xor_sync(kAllLanes, largest[r], 1));
+    largest[r] = maximum_or_nan(largest[r], __shfl_xor_sync(kAllLanes, largest[r], 2));
     const int row = first_row + Alignment::row(2 * r);
     if (lane_id() % 4 == 0) {
       best[row] = row < tokens ? largest[r] : 0.0f;
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < tokens; ++j) top = fmaxf(top, shared.alignment[j][thread]);
     float sums[kStatistics] = {};
     for (int j = 0; j < tokens; ++j) {
-      const float e = exp2f((shared.alignment[j][thread] - top) * scale);
+      const float e = exp2f((shared.alignment[j][thread] - finite(top)) * scale);
       sums[kWeight] += e;
       sums[kReceived] = fmaf(e, received[j], sums[kReceived]);
       sums[kAligned] = fmaf(e, best[j], sums[kAligned]);
@@ -192,22 +195,22 @@ __global__ void __launch_bounds__(kFinishThreads)
     for (int i = 0; i < blocks; ++i) top = fmaxf(top, statistic(i, kLargest));
     float weight = 0.0f, received = 0.0f, aligned = 0.0f, cls = 0.0f;
     for (int i = 0; i < blocks; ++i) {
-      const float shrink = exp2f((statistic(i, kLargest) - top) * scale);
+      const float shrink = exp2f((statistic(i, kLargest) - finite(top)) * scale);
       weight = fmaf(shrink, statistic(i, kWeight), weight);
       received = fmaf(shrink, statistic(i, kReceived), received);
       aligned = fmaf(shrink, statistic(i, kAligned), aligned);
       cls = fmaf(shrink, statistic(i, kCls), cls);
     }
-    lowest = fminf(lowest, (received / received_sum + aligned / alignment_sum + cls) / (3.0f * weight));
+    lowest = minimum_or_nan(lowest, (received / received_sum + aligned / alignment_sum + cls) / (3.0f * weight));
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    lowest = fminf(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
+    lowest = minimum_or_nan(lowest, __shfl_xor_sync(kAllLanes, lowest, distance));
   }
   if (lane_id() == 0) lowest_of_warp[warp_id()] = lowest;
   __syncthreads();
   if (thread == 0) {
-    for (int warp = 1; warp < kFinishThreads / 32; ++warp) lowest = fminf(lowest, lowest_of_warp[warp]);
+    for (int warp = 1; warp < kFinishThreads / 32; ++warp) lowest = minimum_or_nan(lowest, lowest_of_warp[warp]);
     p.threshold[b] = length > 1 ? lowest : 0.0f;
   }
 

@@ -17,8 +17,9 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The larger of two, NaN if one of them is. (fmaxf gives the other.)
+// The larger and the smaller of two, NaN if one of them is. (fmaxf and fminf give the other.)
 __device__ inline float maximum_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+__device__ inline float minimum_or_nan(float a, float b) { return a < b || a != a ? a : b; }
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -30,6 +30,8 @@ from ..triton_utils import (
     block,
     cdiv,
     dot_precision,
+    has_nan,
+    largest_or_nan,
     multiprocessors,
     prepared,
     product,
@@ -82,9 +84,15 @@ def _alignment(
 
 @triton.jit
 def _best(alignment, first_entry, M, BLOCK_M: tl.constexpr):
-    """The largest alignment of each token with the entries of a block."""
+    """The largest alignment of each token with the entries of a block; NaN if one of them is."""
     in_block = first_entry + tl.arange(0, BLOCK_M) < M
-    return tl.max(tl.where(in_block[:, None], alignment, float("-inf")), 0)
+    return largest_or_nan(tl.where(in_block[:, None], alignment, float("-inf")), 0)
+
+
+@triton.jit
+def _finite(peak):
+    """A peak that can be subtracted: of entries that no token is aligned with it is -inf, and their weights are 0."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def _leave_statistics(
     left += tl.arange(0, BLOCK_M)
     y = tl.where((o_j < tokens)[None, :], alignment * scale_log2, float("-inf"))
     peak = tl.max(y, 1)
-    w = tl.exp2(y - peak[:, None])
+    w = tl.exp2(y - _finite(peak)[:, None])
     tl.store(left, peak)
     tl.store(left + entries, tl.sum(w, 1))
     tl.store(left + 3 * entries, tl.sum(w * best[None, :], 1))
@@ -146,7 +154,7 @@ def _tile(
                 x, dictionary, bias, x_token, dictionary_entry, tokens, first_entry, WIDTH, M,
                 BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
             )  # fmt: skip
-            best = tl.maximum(best, _best(alignment, first_entry, M, BLOCK_M))
+            best = tl.maximum(best, _best(alignment, first_entry, M, BLOCK_M), propagate_nan=tl.PropagateNan.ALL)
         tl.store(importance + o_j, best, mask=o_j < tokens)
         for first_entry in tl.range(0, M, BLOCK_M, disable_licm=True):
             alignment = _alignment(
@@ -185,15 +193,15 @@ def _merge(
             row = left + tl.cast(i_t, tl.int64) * (STATISTICS * entries) + o_m
             tile_peak = tl.load(row)
             new_peak = tl.maximum(peak, tile_peak)
-            old = tl.exp2(peak - new_peak)
-            new = tl.exp2(tile_peak - new_peak)
+            old = tl.exp2(peak - _finite(new_peak))
+            new = tl.exp2(tile_peak - _finite(new_peak))
             mass = mass * old + tl.load(row + entries) * new
             weighted = weighted * old + tl.load(row + 2 * entries) * new
             aligned = aligned * old + tl.load(row + 3 * entries) * new
             peak = new_peak
         candidate = (weighted + aligned / (best_total + EPS)) / (3.0 * mass)
-        lowest = tl.minimum(lowest, tl.where(o_m < M, candidate, float("inf")))
-    bound = tl.min(lowest, 0)
+        lowest = tl.minimum(lowest, tl.where(o_m < M, candidate, float("inf")), propagate_nan=tl.PropagateNan.ALL)
+    bound = tl.where(has_nan(lowest, 0), float("nan"), tl.min(lowest, 0))
     tl.store(threshold, bound)
     return bound
 

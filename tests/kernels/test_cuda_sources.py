@@ -230,6 +230,16 @@ def test_the_smallest_temperature_there_may_be(cuda, generator):
     assert importance.isfinite().all() and threshold.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name, entries", [("x", 5), ("dictionary", 5), ("dictionary", 130), ("bias", 5)])
+def test_scores_are_no_number_where_the_reference_has_none(name, entries, value, cuda, generator):
+    case = scoring_case(generator, [20, 150], 16, entries, bias=True)
+    case[name] = case[name].clone()
+    case[name][2 if name in ("dictionary", "bias") else 90] = value
+    for ours, expected in zip(*(run("score_tokens", case, backend) for backend in ("cuda", "reference")), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
 OPTIONS = "by_count groups protected min_keep ids sizes norm".split()
 
 

@@ -336,6 +336,40 @@ def test_scoring_has_the_same_bits_in_one_launch_and_in_two(monkeypatch):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("one_launch", [True, False], ids=["one-launch", "two-launches"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name, entries", [("x", 3), ("dictionary", 30), ("dictionary", 130), ("bias", 3), ("received", 3), ("cls", 3)]
+)
+def test_scores_are_no_number_where_the_reference_has_none(name, entries, value, one_launch, monkeypatch):
+    """A maximum on a GPU drops a NaN; one entry or token would then go unseen."""
+    monkeypatch.setattr(scoring_triton, "_one_launch", lambda *sizes: one_launch)
+    lengths = [20, 150]
+    arguments = list(scoring_inputs(lengths, torch.float32, entries, biased=True, width=16))
+    number = ["x", "dictionary", "received", "cls", "", "", "", "bias"].index(name)
+    spoilt = arguments[number].clone()
+    spoilt[2 if name in ("dictionary", "bias") else 90] = value
+    arguments[number] = spoilt
+    expected = scoring_reference.score_tokens(*wide(*arguments[:4]), *arguments[4:7], *wide(arguments[7]))
+    for ours, theirs in zip(scoring_triton.score_tokens(*arguments), expected, strict=True):
+        count = min(len(ours), sum(lengths))
+        torch.testing.assert_close(ours[:count].double(), theirs[:count].double(), atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_an_entry_of_which_the_first_tokens_are_infinitely_far(monkeypatch):
+    """A tile in which an entry is aligned with no token weighs nothing, beside tiles where it is."""
+    for one_launch in (True, False):
+        monkeypatch.setattr(scoring_triton, "_one_launch", lambda *sizes, choice=one_launch: choice)
+        arguments = list(scoring_inputs([200], torch.float32, 3, biased=False, width=16))
+        arguments[0][:130, 0], arguments[1][0, 0] = -3e38, 9.0
+        arguments[0][130:, 0], arguments[1][1:, 0] = 1.0, 0.0
+        expected = scoring_reference.score_tokens(*wide(*arguments[:4]), *arguments[4:])
+        importance, threshold = scoring_triton.score_tokens(*arguments)
+        assert threshold.isfinite().all()
+        assert_near("threshold", threshold, expected[1], 1e-5)
+        assert_near("importance", importance[:200], expected[0][:200], 1e-5)
+
+
 @pytest.mark.parametrize("one_launch", [True, False], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "protected, min_keep"])
 def test_scoring_selects_as_compaction_does(options, one_launch, monkeypatch):
