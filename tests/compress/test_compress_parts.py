@@ -150,7 +150,7 @@ def centred_tokens(model, batches):
     found, queries = [], []
     for module in model.modules():
         if isinstance(module, Block) or (isinstance(module, Layer) and not module.causal):
-            module.register_forward_pre_hook(lambda module, args: found[-1].append(args[0].tokens.values))
+            module.register_forward_pre_hook(lambda module, args: found[-1].append(args[0].values))
     if model.config.task == "clip":
         queries = [query.q_map[0] for query in (*model.visual.query_models, *model.text.query_models)]
     for batch in batches:
