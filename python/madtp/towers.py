@@ -215,9 +215,8 @@ class ImageTower(nn.Module):
         for grid, own in zip(grids, rows, strict=True):
             parts += [self._lead(places[grid])[0], own + places[grid][0, int(vision.class_token) :]]
         lengths = [high * wide + vision.prefix for high, wide in grids]
-        return RaggedBatch.from_lengths(
-            torch.cat(of_one_dtype(x[:0], *parts)), lengths
-        )  # of no picture there are no parts
+        # Of no picture there are no parts.
+        return RaggedBatch.from_lengths(torch.cat(of_one_dtype(x[:0], *parts)), lengths)
 
     def _lead(self, positions: Tensor) -> Tensor:
         """What stands before the patches, ``[1, prefix, D]``; only the class token has a position."""

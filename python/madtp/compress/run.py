@@ -78,9 +78,8 @@ class Run:
             self._sums, self._counted = state["sums"], state["counted"]
         except (ResumeError, PermissionError, torch.OutOfMemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # what a damaged file makes of it is anything: EOFError, KeyError, Invalid argument, ...
+        # What a damaged file makes of it is anything: EOFError, KeyError, Invalid argument, ...
+        except Exception as error:
             kind = type(error).__name__
             raise ResumeError(
                 f"{path}: damaged, or no checkpoint of such a run ({kind}); remove {self.directory} to begin anew"

@@ -14,7 +14,7 @@ from madtp_kernels.ragged import pack, spans
 from madtp_kernels.segments import sample_of
 
 from .base import register
-from .merging import MergingPruning, own_rows
+from .merging import MergingPruning, number_protected, own_rows
 
 
 @register
@@ -90,7 +90,7 @@ class PiToMe(MergingPruning):
         order = energy.masked_fill(protected, torch.inf).argsort(descending=True, stable=True)
         order = order[sample[order].argsort(stable=True)]
         place = torch.empty_like(rows).index_copy_(0, order, rows) - cu_seqlens[sample.clamp(max=tokens.batch_size - 1)]
-        heads = tokens.prefix + (tokens.protected_ids is not None)
+        heads = number_protected(tokens)
         if self.form == "protect":
             second = (place - heads) % 2 == 1
             return -energy, ~protected & ~second, {"place": place, "keys": keys, "second": second}

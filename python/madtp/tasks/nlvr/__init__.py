@@ -47,9 +47,8 @@ class NLVRInputs(Inputs):
     text: str | None = option("the statement about them")
 
     def rows(self):
-        pair = [
-            part is not None for part in (self.images, self.text)
-        ]  # an empty statement is given, and its row's error
+        # An empty statement is given, and its row's error.
+        pair = [part is not None for part in (self.images, self.text)]
         if any(pair) if self.input else not all(pair):
             raise UsageError("give either --images and --text, or --input")
         return None if self.input else [{"images": self.images, "text": self.text}]
