@@ -82,7 +82,7 @@ def run_blocks(blocks, tokens: RaggedBatch, guide: Tensor | None, temperatures, 
 
 
 def share_left(before: Tokens, after: Tokens) -> float:
-    return after.tokens.num_tokens / before.tokens.num_tokens
+    return after.num_tokens / before.num_tokens
 
 
 def temperature_for(block: Block, stream: Tokens, guide: Tensor, share: float, layer: int = 0) -> tuple[float, Tokens]:

@@ -33,7 +33,7 @@ def block_gflop(lengths, left=None) -> float:
 def check_dense(dtype: str, block, tokens) -> None:
     """Our first block against plain PyTorch: no worse than plain PyTorch in this dtype is against float32."""
     length = tokens.max_seqlen
-    ours = blocks.dense_call(block, tokens)().tokens.values
+    ours = blocks.dense_call(block, tokens)().values
     wide = blocks.vision_transformer("float32", DEPTH).blocks[0]
     padded = tokens.values.view(-1, length, inputs.WIDTH)
     exact = baselines.dense_block(wide, padded.float()).flatten(0, 1)
@@ -58,7 +58,7 @@ def compare_streams(ours, exact, dtype: str) -> None:
         raise WrongAnswer(f"pruned: {len(kept ^ expected)} of {len(expected)} tokens are not the reference's")
     if kept == expected:
         rounding = 1e-4 if dtype == "float32" else 0.05
-        require(ours.tokens.values[: rows[0]], exact.tokens.values[: rows[1]], rounding, "pruned block")
+        require(ours.values[: rows[0]], exact.values[: rows[1]], rounding, "pruned block")
 
 
 @each_dtype
@@ -88,7 +88,7 @@ def test_block_with_half_the_tokens(run, dtype):
             candidates,
             check,
             {"dtype": dtype, "batch": f"{BATCH} x 289", "share_left": blocks.share_left(start, left)},
-            gflop=block_gflop(half.lengths.tolist(), left.tokens.lengths.tolist()),
+            gflop=block_gflop(half.lengths.tolist(), left.lengths.tolist()),
             goals=(Goal("half the tokens, pruning", "dense", 0.56),),
         )
     )
@@ -122,7 +122,7 @@ def test_twelve_blocks_that_drop_five_percent_each(run, dtype, batch):
                 "dense": lambda: blocks.run_blocks(stack, tokens, None, [0.0] * DEPTH),
             },
             check,
-            {"dtype": dtype, "batch": f"{batch} x 577", "share_left": final.tokens.num_tokens / inputs.LENGTH},
+            {"dtype": dtype, "batch": f"{batch} x 577", "share_left": final.num_tokens / inputs.LENGTH},
             goals=(Goal("dropping 5 % each", "dense", 1.0),),
             min_rounds=1 if long else 2,
             warm_up=not long,
@@ -143,7 +143,7 @@ def test_samples_that_kept_different_numbers(run, dtype, spread):
     mask = None if spread == 0 else mask[:, None, None]
 
     def check():
-        ours = blocks.dense_call(block, ragged)().tokens.values
+        ours = blocks.dense_call(block, ragged)().values
         plain = baselines.dense_block(block, padded, mask)[ragged.to_padded()[1]]
         require(ours, plain, 1e-5 if dtype == "float32" else 0.02, "ragged block")
 
