@@ -21,9 +21,9 @@ DENSE = MADTP(0.0)
 
 @functools.cache
 def vision_transformer(dtype: str, depth: int) -> VisionTransformer:
-    """ViT-B/16 at 384 pixels with ``depth`` blocks; the same weights in every dtype."""
+    """ViT-B/16 with ``depth`` blocks; the same weights in every dtype."""
     with torch.device("meta"):
-        model = VisionTransformer(VisionConfig(depth=depth))
+        model = VisionTransformer(VisionConfig(image_size=inputs.IMAGE_SIZE, depth=depth))
     model = model.to(DTYPES[dtype]).to_empty(device=DEVICE)
     randomize(model)
     return model.eval()
@@ -39,7 +39,7 @@ def dictionary(dtype: str) -> Tensor:
 def embedded(dtype: str, count: int, depth: int) -> RaggedBatch:
     """Tokens of ``count`` images as they enter the first block."""
     with torch.inference_mode():
-        pixels = inputs.images(count).to(DEVICE, DTYPES[dtype])
+        pixels = inputs.images(count, inputs.IMAGE_SIZE).to(DEVICE, DTYPES[dtype])
         return vision_transformer(dtype, depth).embed(pixels)
 
 

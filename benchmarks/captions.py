@@ -11,7 +11,7 @@ from torch import Tensor
 
 import madtp
 from madtp import flops
-from madtp.tasks.caption.model import Caption
+from madtp.tasks.caption.model import Caption, CaptionConfig
 from madtp.weights.key_maps import blip_hugging_face
 
 PROMPT = (30522, 1037, 3861, 1997)  # [DEC] a picture of
@@ -22,7 +22,7 @@ COUNTED_TOKENS = 15  # of text, in published GFLOPs
 @functools.cache
 def model(dtype: str) -> Caption:
     """Random weights with peaked attention; the same in every dtype."""
-    return madtp.load("random:base", task="caption", device=DEVICE, dtype=DTYPES[dtype])
+    return madtp.load("random:base", config=inputs.config(CaptionConfig), device=DEVICE, dtype=DTYPES[dtype])
 
 
 @functools.cache
@@ -51,10 +51,11 @@ def hugging_face(patched: bool = False):
     config = BlipConfig(
         vision_config={
             "image_size": vision.image_size, "patch_size": vision.patch_size, "layer_norm_eps": vision.layer_norm_eps,
+            "num_hidden_layers": vision.depth,
         },
         text_config={
             "vocab_size": text.vocab_size, "encoder_hidden_size": vision.embed_dim,
-            "num_attention_heads": text.num_attention_heads,
+            "num_attention_heads": text.num_attention_heads, "num_hidden_layers": text.num_hidden_layers,
         },
     )  # fmt: skip
     theirs = BlipForConditionalGeneration(config).eval()

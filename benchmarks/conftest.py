@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file are not installed
 
+import inputs
 import measure
 
 RECORDS = pytest.StashKey[list]()
@@ -18,11 +19,14 @@ RECORDS = pytest.StashKey[list]()
 def pytest_addoption(parser):
     parser.addoption("--records", metavar="FILE", help="write what was measured to this JSON file, for report.py")
     parser.addoption("--patience", type=int, default=1, metavar="N", help="N times as many rounds, for a noisy machine")
+    parser.addoption("--small", action="store_true", help="tiny inputs, one round: whether everything runs")
     parser.addoption("--device-name", metavar="NAME", help="what to call this machine in the records")
 
 
 def pytest_configure(config):
     config.stash[RECORDS] = []
+    if config.getoption("--small"):
+        inputs.shrink()
 
 
 if importlib.util.find_spec("pytest_benchmark") is None:
@@ -37,7 +41,8 @@ def run(request, benchmark):
     """Check, time and record one comparison; returns its record."""
 
     def run(comparison: measure.Comparison) -> dict:
-        record = measure.compare(comparison, benchmark, request.config.getoption("--patience"))
+        options = request.config.option
+        record = measure.compare(comparison, benchmark, 0 if options.small else options.patience)
         request.config.stash[RECORDS].append(record)
         return record
 

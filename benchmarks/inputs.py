@@ -6,15 +6,29 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import DEVICE
+from measure import DEVICE, ON_GPU
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch
 
 HEADS, HEAD_DIM, WIDTH, ENTRIES, LENGTH = 12, 64, 768, 100, 577
+IMAGE_SIZE, DEPTH = 384, 12
 
 # Eight samples whose mean is about half of 577: what the later layers of a pruned model see.
 UNEVEN = (577, 61, 433, 205, 349, 97, 541, 277)
+
+SMALL = False
+
+
+def shrink() -> None:
+    """Make everything tiny, before the benchmarks themselves are imported (``--small``)."""
+    global LENGTH, IMAGE_SIZE, DEPTH, UNEVEN, SMALL
+    LENGTH, IMAGE_SIZE, DEPTH, UNEVEN, SMALL = 37, 96, 2, (37, 15, 28, 19, 22, 17, 35, 18), True
+
+
+def choose(on_gpu: list, on_cpu: list, small: list) -> list:
+    """Sizes of batches for this machine, or the small ones."""
+    return small if SMALL else on_gpu if ON_GPU else on_cpu
 
 
 def generator(seed: int) -> torch.Generator:
@@ -46,7 +60,7 @@ def tokens(lengths: list[int], *shape: int, dtype: torch.dtype, seed: int) -> Te
     return torch.randn(sum(lengths), *shape, generator=generator(seed)).to(DEVICE, dtype)
 
 
-def images(count: int, size: int = 384, seed: int = 0) -> Tensor:
+def images(count: int, size: int, seed: int = 0) -> Tensor:
     """``[count, 3, size, size]`` pictures of smooth blobs; each image has its own mixture of coarse and fine
     structure, so that images differ in how many of their tokens matter."""
     rng = generator(seed)
@@ -70,5 +84,15 @@ def temperature_that_saves(reduction: float, saved: Callable[[float], float], fi
     0.01."""
     from madtp.search import find_strength  # not above: benchmarks of kernels alone need no model layer
 
+    if SMALL:
+        return first or 5.7
     left = 1 - reduction
     return find_strength(lambda temperature: 1 - saved(temperature), left, first or 5.7, 0.01 / left, (0.5, 64.0))
+
+
+def config(kind: type):
+    """The real sizes of a task's model, or a small one's."""
+    from madtp.config import TextConfig, VisionConfig
+
+    vision, text = VisionConfig(image_size=IMAGE_SIZE, depth=DEPTH), TextConfig(num_hidden_layers=DEPTH)
+    return kind(vision=vision, text=text)

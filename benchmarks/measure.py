@@ -172,7 +172,7 @@ def compare(comparison: Comparison, benchmark=None, patience: int = 1) -> dict:
     Args:
         comparison: what to time.
         benchmark: pytest-benchmark's fixture; its table then shows the subject, its ``extra_info`` holds the record.
-        patience: this many times the rounds.
+        patience: this many times the rounds; 0: one.
 
     Raises:
         WrongAnswer: the check failed; nothing was timed.
@@ -184,7 +184,7 @@ def compare(comparison: Comparison, benchmark=None, patience: int = 1) -> dict:
     subject, *others = calls
 
     times: dict[str, list[float]] = {name: [] for name in calls}
-    rounds = patience * comparison.min_rounds
+    rounds = max(1, patience * comparison.min_rounds)
     if comparison.warm_up:
         first = {}
         for name, call in calls.items():  # with the memory that the other candidates leave behind

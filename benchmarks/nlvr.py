@@ -14,14 +14,14 @@ from torch import Tensor
 import madtp
 from madtp import flops, graphs
 from madtp.pruning import Pruning
-from madtp.tasks.nlvr.model import NLVR, NLVROutput
+from madtp.tasks.nlvr.model import NLVR, NLVRConfig, NLVROutput
 from madtp_kernels import RaggedBatch
 
 
 @functools.cache
 def model(dtype: str) -> NLVR:
     """Random weights with peaked attention; the same in every dtype."""
-    return madtp.load("random:base", device=DEVICE, dtype=DTYPES[dtype])
+    return madtp.load("random:base", config=inputs.config(NLVRConfig), device=DEVICE, dtype=DTYPES[dtype])
 
 
 @dataclass

@@ -14,9 +14,10 @@ from madtp.flops import vit
 from madtp.pruning import Tokens
 from madtp_kernels import RaggedBatch
 
-BATCH = 64 if ON_GPU else 8
-BATCHES = [1, 8, 32, 128] if ON_GPU else [1, 8, 32]
-DEPTH = 12
+BATCH = max(inputs.choose([64], [8], [2]))
+BATCHES = inputs.choose([1, 8, 32, 128], [1, 8, 32], [1, 2])
+DEPTH, LENGTH = inputs.DEPTH, inputs.LENGTH
+HALF = (LENGTH + 1) // 2
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -66,11 +67,11 @@ def test_block_with_half_the_tokens(run, dtype):
     block = blocks.vision_transformer(dtype, DEPTH).blocks[0]
     guide = blocks.dictionary(dtype)
     whole = blocks.embedded(dtype, BATCH, DEPTH)
-    half = blocks.subset(whole, [(inputs.LENGTH + 1) // 2] * BATCH)
+    half = blocks.subset(whole, [HALF] * BATCH)
     start = Tokens.start(half)
     with torch.inference_mode():
         temperature, left = blocks.temperature_for(block, start, guide, 0.95)
-    padded = whole.values.view(BATCH, inputs.LENGTH, inputs.WIDTH)
+    padded = whole.values.view(BATCH, LENGTH, inputs.WIDTH)
 
     def check():
         check_dense(dtype, block, whole)
@@ -87,7 +88,7 @@ def test_block_with_half_the_tokens(run, dtype):
             "block with half the tokens",
             candidates,
             check,
-            {"dtype": dtype, "batch": f"{BATCH} x 289", "share_left": blocks.share_left(start, left)},
+            {"dtype": dtype, "batch": f"{BATCH} x {HALF}", "share_left": blocks.share_left(start, left)},
             gflop=block_gflop(half.lengths.tolist(), left.lengths.tolist()),
             goals=(Goal("half the tokens, pruning", "dense", 0.56),),
         )
@@ -122,7 +123,7 @@ def test_twelve_blocks_that_drop_five_percent_each(run, dtype, batch):
                 "dense": lambda: blocks.run_blocks(stack, tokens, None, [0.0] * DEPTH),
             },
             check,
-            {"dtype": dtype, "batch": f"{batch} x 577", "share_left": final.num_tokens / inputs.LENGTH},
+            {"dtype": dtype, "batch": f"{batch} x {LENGTH}", "share_left": final.num_tokens / LENGTH},
             goals=(Goal("dropping 5 % each", "dense", 1.0),),
             min_rounds=1 if long else 2,
             warm_up=not long,
@@ -133,10 +134,10 @@ def test_twelve_blocks_that_drop_five_percent_each(run, dtype, batch):
 @pytest.mark.parametrize("spread", [0.0, 0.25, 0.5])
 @each_dtype
 def test_samples_that_kept_different_numbers(run, dtype, spread):
-    """One dense block on samples of 289 tokens on average: ragged, and padded to the largest as batch-maximum code does."""
+    """One dense block on samples of half the tokens on average: ragged, and padded to the largest as batch-maximum code does."""
     block = blocks.vision_transformer(dtype, DEPTH).blocks[0]
     whole = blocks.embedded(dtype, BATCH, DEPTH)
-    lengths = inputs.spread_lengths(BATCH, 289, spread)
+    lengths = inputs.spread_lengths(BATCH, HALF, spread)
     ragged = blocks.subset(whole, lengths)
     largest = blocks.subset(whole, [max(lengths)] * BATCH)
     padded, mask = ragged.to_padded()
@@ -156,7 +157,7 @@ def test_samples_that_kept_different_numbers(run, dtype, spread):
                 "padded, plain PyTorch": lambda: baselines.dense_block(block, padded, mask),
             },
             check,
-            {"dtype": dtype, "batch": f"{BATCH} x 289", "spread": spread, "largest": max(lengths)},
+            {"dtype": dtype, "batch": f"{BATCH} x {HALF}", "spread": spread, "largest": max(lengths)},
             gflop=block_gflop(lengths),
         )
     )

@@ -24,6 +24,7 @@ from madtp_kernels import RaggedBatch, attention
 HEADS, WIDTH = inputs.HEADS, inputs.WIDTH
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RATE = 0.7
+IMAGES = [2] if inputs.SMALL else [8, 64]
 
 
 def example(name: str):
@@ -186,8 +187,8 @@ def same(ours, exact, name: str) -> None:
         raise WrongAnswer(f"{name}: {differing:.4f} of the entries are chosen otherwise")
 
 
-@pytest.mark.parametrize("tokens", [577, 1024])
-@pytest.mark.parametrize("images", [8, 64])
+@pytest.mark.parametrize("tokens", [192] if inputs.SMALL else [577, 1024])
+@pytest.mark.parametrize("images", IMAGES)
 @pytest.mark.parametrize("name", KINDS)
 @torch.inference_mode()
 def test_example(run, name, images, tokens):
@@ -207,7 +208,7 @@ def test_example(run, name, images, tokens):
 
 
 @pytest.mark.parametrize("padding", [0.02, 0.4])
-@pytest.mark.parametrize("images", [8, 64])
+@pytest.mark.parametrize("images", IMAGES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_naflex(run, dtype, images, padding):

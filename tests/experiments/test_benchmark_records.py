@@ -1,6 +1,7 @@
 """Benchmarks say on which processor they run, and when records are of another; the table of tiles is what one of them writes."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,3 +76,14 @@ def test_tiles_that_were_measured_are_written_as_the_table_has_them(monkeypatch)
     table = tune.entries([json.loads(json.dumps(line)) for line in lines])
     assert table == {9: [(5, 3072, 768, fast)]}
     assert "Measured(5, 3072, 768, Tile(128, 256, 64, 8, 4, 1, halves=True))" in tune.source(table)
+
+
+def test_the_benchmarks_run():
+    """With tiny inputs, which leave their checks of the answers as they are."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("the benchmarks are not installed")
+    files = [f"test_{name}.py" for name in ("blocks", "model", "operations", "pruners")]
+    command = [sys.executable, "-m", "pytest", *files, "--small", "-q", "-p", "no:cacheprovider"]
+    ran = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert "passed" in ran.stdout
