@@ -23,7 +23,10 @@ def image_encoder(
 
     Its states are whole: a row for each token that there was at first, that of the token it was merged into.
     """
-    engine = ready(self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding)
+    mask = pixel_attention_mask if spatial_shapes is None else None  # which says nothing without them
+    engine = ready(
+        self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding, pixel_attention_mask=mask
+    )
     model, tower, pixels = engine.model, engine.model.visual, pixels_of(pixel_values)
     vision, states = model.config.vision, None
     if spatial_shapes is None:

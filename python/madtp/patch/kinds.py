@@ -105,6 +105,14 @@ class Method:
 
     def __init__(self, module: nn.Module, kind: str, number: int) -> None:
         self.module, self.kind, self.number = module, kind, number
+        # Arguments go on by their names: what stands in for several classes cannot have the order of each.
+        parameters = self.__signature__.parameters.values()
+        unnamed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
+        self.order = (
+            None
+            if unnamed & {p.kind for p in parameters}
+            else tuple(p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        )
 
     @property
     def name(self) -> str:
@@ -122,4 +130,9 @@ class Method:
         return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
 
     def __call__(self, *args, **kwargs):
-        return KINDS[self.kind].methods[self.number][2](self.module, *args, **kwargs)
+        stand_in = KINDS[self.kind].methods[self.number][2]
+        if self.order is None:
+            return stand_in(self.module, *args, **kwargs)
+        if len(args) > len(self.order):
+            raise TypeError(f"{self.place}: expected at most {len(self.order)} positional arguments, got {len(args)}")
+        return stand_in(self.module, **dict(zip(self.order, args, strict=False)), **kwargs)
