@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 
 import torch
 from torch import Tensor
@@ -95,12 +96,17 @@ def offsets(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int, value
         raise ValueError(f"{name}: offsets end at {rows}, beyond the {values.shape[0]} rows of {values_name}")
 
 
+# Of offsets that were read: themselves, their version, number of rows, longest sample. Not an attribute of the tensor, which would go
+# along with copies and pickles of it, whose versions count other writes.
+_known: dict[int, tuple] = {}
+
+
 def _known_offsets(name: str, cu_seqlens: Tensor) -> tuple[int, int]:
-    """Number of rows and length of the longest sample. Read once per tensor: the result is kept with it until it is written to
+    """Number of rows and length of the longest sample. Read once per tensor: the result is kept until it is written to
     (of a tensor made under inference_mode writes are not counted; the kernels look again themselves)."""
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    known = getattr(cu_seqlens, "_madtp_known", None)
-    if known is None or known[0] != version:
+    known = _known.get(id(cu_seqlens))
+    if known is None or known[0]() is not cu_seqlens or known[1] != version:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0:
             raise ValueError(f"{name}: expected offsets that start at 0, got {bounds[0]} first")
@@ -109,14 +115,20 @@ def _known_offsets(name: str, cu_seqlens: Tensor) -> tuple[int, int]:
             if stop < start:
                 raise ValueError(f"{name}: offsets decrease from {start} to {stop} at sample {b}")
             longest = max(longest, stop - start)
-        known = cu_seqlens._madtp_known = (version, bounds[-1], longest)
-    return known[1:]
+        return _note(cu_seqlens, version, bounds[-1], longest)
+    return known[2:]
 
 
 def know_offsets(cu_seqlens: Tensor, rows: int, longest: int) -> None:
     """Note what an operation has found out of offsets that it made itself, so that nobody reads them again."""
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    cu_seqlens._madtp_known = (version, rows, longest)
+    _note(cu_seqlens, version, rows, longest)
+
+
+def _note(cu_seqlens: Tensor, version: int, *found: int) -> tuple[int, ...]:
+    key = id(cu_seqlens)
+    _known[key] = (weakref.ref(cu_seqlens, lambda _, known=_known: known.pop(key, None)), version, *found)
+    return found
 
 
 def longest_sample(cu_seqlens: Tensor) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,12 +109,16 @@ class RaggedBatch:
     def from_lengths(cls, values: Tensor, lengths: Sequence[int] | Tensor) -> RaggedBatch:
         """Packed ``values [T, ...]`` with the length of each sample.
 
-        ``lengths`` is read on the host (a sequence of ints, or an integer tensor ``[B]``).
+        ``lengths`` is read on the host (a sequence of integers, NumPy's included, or an integer tensor ``[B]``).
+
+        Raises:
+            ValueError: lengths that are no integers, and as :func:`offsets_from_lengths`.
         """
         if isinstance(lengths, Tensor):
-            if lengths.dim() != 1 or lengths.is_floating_point():
+            if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
                 raise ValueError(f"lengths: expected integers [B], got {checks.describe(lengths)}")
             lengths = lengths.tolist()
+        lengths = [_integer(length) for length in lengths]
         cu_seqlens = offsets_from_lengths(lengths, values.device)
         return cls(values, cu_seqlens, max(lengths, default=0))
 
@@ -198,6 +203,16 @@ class RaggedBatch:
         """A jagged NestedTensor ``[B, *, ...]`` over the same values. Reads T on the host if the buffer is larger."""
         values = self.exact().values
         return torch.nested.nested_tensor_from_jagged(values, self.cu_seqlens.long(), max_seqlen=self.max_seqlen)
+
+
+def _integer(length: object) -> int:
+    """Itself as Python has it: `int` and a tensor's dtype would round it without a word."""
+    try:
+        if isinstance(length, bool):
+            raise TypeError
+        return operator.index(length)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"lengths: expected integers, got {checks.describe(length)} among them") from None
 
 
 def offsets_from_lengths(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:

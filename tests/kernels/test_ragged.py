@@ -1,7 +1,10 @@
 """RaggedBatch: what it accepts, and that every converter gives back the samples that went in."""
 
+import copy
+import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import DEVICE, normal
@@ -81,6 +84,42 @@ def test_lengths_round_trip(samples, as_tensor):
     lengths = [len(s) for s in samples]
     batch = RaggedBatch.from_lengths(torch.cat(samples), torch.tensor(lengths) if as_tensor else lengths)
     same(batch.to_list(), samples)
+
+
+@pytest.mark.parametrize(
+    "as_what", [np.array, lambda lengths: map(np.int64, lengths), lambda lengths: map(torch.tensor, lengths)]
+)
+def test_lengths_of_other_libraries_are_integers_too(samples, as_what):
+    batch = RaggedBatch.from_lengths(torch.cat(samples), as_what([len(s) for s in samples]))
+    same(batch.to_list(), samples)
+    assert type(batch.max_seqlen) is int
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1.5, 2], [2.0, 2], [True, 3], ["1", 3], [None, 4], np.array([1.5, 2.5]), torch.tensor([True, True])]
+)
+def test_lengths_that_are_no_integers(lengths, generator):
+    """[1.5, 2] were taken for [1, 2]."""
+    with pytest.raises(ValueError, match="^lengths: expected integers"):
+        RaggedBatch.from_lengths(normal(generator, 4, 2), lengths)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tensor: pickle.loads(pickle.dumps(tensor))])
+def test_a_copy_of_offsets_that_was_written_to_is_read_again(copied, generator):
+    """A copy counts its own writes, and after as many as the original's it was taken for what that had been."""
+    values, cu_seqlens = normal(generator, 9, 2), torch.empty(3, dtype=torch.int32, device=DEVICE)
+    cu_seqlens[0], cu_seqlens[1:] = 0, torch.tensor([2, 5])
+    assert RaggedBatch(values, cu_seqlens, 3).lengths.tolist() == [2, 3]
+    for writes in range(3):
+        other = copied(cu_seqlens)
+        for _ in range(writes):
+            other[1:] = torch.tensor([1, 9])
+        if writes and cu_seqlens.is_cpu:
+            with pytest.raises(ValueError, match="max_seqlen: 3 is below the length 8 of sample 1"):
+                RaggedBatch(values, other, 3)
+            with pytest.raises(ValueError, match="offsets end at 9, beyond the 5 rows of values"):
+                RaggedBatch(values[:5], other, 9)
+        assert not vars(other)
 
 
 def test_padded_round_trip(samples):
