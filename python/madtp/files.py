@@ -11,11 +11,23 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["check_output", "is_regular", "open_regular", "read_bytes", "read_text", "replacing", "sync", "write_json"]
+__all__ = [
+    "check_output",
+    "first_twice",
+    "is_regular",
+    "open_regular",
+    "parse_json",
+    "read_bytes",
+    "read_text",
+    "replacing",
+    "sync",
+    "write_json",
+]
 
 STANDARD = "-"
 """Name of standard input and output on a command line."""
@@ -76,6 +88,28 @@ def read_text(path: str | os.PathLike) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from error
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What a user's JSON says.
+
+    Raises:
+        ValueError: it is none, or one of its objects has a name twice: the first value would be lost.
+        RecursionError: too many levels.
+    """
+    return json.loads(content, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the name {first_twice(name for name, _ in pairs)!r} is there twice")
+    return found
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once; None if they all differ."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _require(path: str | os.PathLike, mode: int, fits) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .files import is_regular, open_regular, read_bytes, replacing
+from .files import is_regular, open_regular, parse_json, read_bytes, replacing
 from .resume import ResumeError, lock, read_object, require_same
 
 __all__ = [
@@ -373,7 +373,7 @@ def split_fields(fields: Mapping, answers: Iterable[str]) -> tuple[dict, dict]:
 def row_of(line: bytes) -> dict:
     """The object in a line. Raises ValueError for anything else, and for what could not be written again."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         _check(row, _DEEPEST)
     except RecursionError as error:
         raise ValueError(f"not JSON of at most {_DEEPEST} levels") from error

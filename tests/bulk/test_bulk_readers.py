@@ -177,6 +177,35 @@ def test_tables_of_text(tmp_path, suffix, comma):
     assert rows[3].key == f"rows.{suffix}:6" and "1 fields, 2 are expected" in rows[3].error
 
 
+def test_names_that_are_there_twice(tmp_path):
+    """Which image is meant, nobody can tell: the first was left out without a word."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"image": "a.jpg", "image": "b.jpg"}\n{"image": "c.jpg", "more": [{"id": 1, "id": 1}]}\n{"image": "d.jpg"}\n'
+    )
+    rows = rows_of(path)
+    assert [row.error for row in rows] == [
+        f"not JSON: the name {name!r} is there twice" for name in ("image", "id")
+    ] + [None]
+    tar = tar_of(tmp_path / "x.tar", [("0.jpg", b"0"), ("0.json", b'{"id": 1, "id": 2}')])
+    assert rows_of(tar)[0].error == "its json is none: the name 'id' is there twice"
+    for suffix, comma in (("csv", ","), ("tsv", "\t")):
+        path = tmp_path / f"rows.{suffix}"
+        path.write_text("image,id,image\na.jpg,1,b.jpg\n".replace(",", comma))
+        with pytest.raises(ValueError, match=f"rows.{suffix}: two of its columns are called 'image'"):
+            rows_of(path)
+        path.write_text("image,,\na.jpg,,\n".replace(",", comma))  # as spreadsheets leave them
+        assert rows_of(path)[0].image == str(tmp_path / "a.jpg")
+
+
+def test_parquet_columns_of_one_name(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table([["a.jpg"], ["b.jpg"]], names=["image", "image"]), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="rows.parquet: two of its columns are called 'image'"):
+        Source([tmp_path / "rows.parquet"])
+
+
 def test_shards_of_lists(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"image": f"{n}.jpg"}) + "\n" for n in range(25)))

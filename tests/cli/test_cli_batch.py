@@ -172,16 +172,24 @@ def test_rows_of_a_file(command, photos, tmp_path):
     damaged = tmp_path / "damaged.jpg"
     damaged.write_bytes((photos / "part1" / "001.jpg").read_bytes()[:300])
     good = json.dumps({"image": str(files(photos)[-1])})
-    bad = ["", "{", '{"image": 3}', '{"image": "damaged.jpg"}', '{"image": "absent.png"}']
+    bad = ["", "{", '{"image": 3}', '{"image": "damaged.jpg"}', '{"image": "absent.png"}', '{"image": ""}']
+    bad += ['{"image": "beside.png", "image": "absent.png"}']
     rows = ['{"image": "beside.png", "caption": "its own"}', *bad, good]
     source, output = tmp_path / "rows.jsonl", tmp_path / "captions.jsonl"
     source.write_text("\n".join(rows))
     code, out, err = command("caption", "caption", "--input", source, "--output", output)
-    assert code == 1 and f"6 rows in {output}" in out and "4 of 6 rows could not be answered" in err
+    assert code == 1 and f"8 rows in {output}" in out and "6 of 8 rows could not be answered" in err
     found = {record["row"]: record for record in read(output)}
-    assert list(found) == [1, 3, 4, 5, 6, 7]
-    assert found[1]["image"] == "beside.png" and found[1]["caption"] != "its own" and "caption" in found[7]
-    for row, reason in {3: "not JSON", 4: "'image' must be a path", 5: "damaged", 6: "No such file"}.items():
+    assert list(found) == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert found[1]["image"] == "beside.png" and found[1]["caption"] != "its own" and "caption" in found[9]
+    reasons = {
+        3: "not JSON",
+        4: "'image' must be a path",
+        5: "damaged",
+        6: "No such file",
+        7: "'image' must be a path, got ''",
+    }
+    for row, reason in (reasons | {8: "the name 'image' is there twice"}).items():
         assert reason in found[row]["error"] and "caption" not in found[row]
         assert re.search(rf"row {row}: .*{reason}", err)
     assert found[5]["image"] == "damaged.jpg"

@@ -524,6 +524,7 @@ def test_only_the_dictionary_learns():
     [
         ("[]", "expected an object"),
         ("{", "not JSON"),
+        ('{"image": "0-0.png", "text": "a", "text": "b"}', "not JSON: the name 'text' is there twice"),
         ('{"image": "0-0.png"}', "'text': expected a string"),
         ('{"text": "a"}', "'image': expected a path"),
         ('{"image": "absent.png", "text": "a"}', "image is not there: .*absent.png"),

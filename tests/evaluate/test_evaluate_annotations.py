@@ -180,6 +180,7 @@ def test_a_wrong_record_is_named(tmp_path, read, name, change, value, record, re
     [
         ('{"sentence": "x", "label": "True", "identifier": "train-4004-1-1"', "not JSON"),
         ("[]", "expected an object, got a list"),
+        ('{"sentence": "x", "label": "True", "label": "False"}', "the name 'label' is there twice"),
         ('{"directory": 15, "identifier": "train-4004-1-0", "sentence": "x", "label": "True"}', "record 1"),
         ('{"directory": 15, "identifier": "train-4004-1", "sentence": "x", "label": "True"}', "SPLIT-SET"),
         ('{"identifier": "train-4004-1-1", "sentence": "x", "label": "True"}', "no 'directory'"),

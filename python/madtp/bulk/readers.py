@@ -11,7 +11,6 @@ import csv
 import gzip
 import hashlib
 import itertools
-import json
 import lzma
 import math
 import os
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..files import STANDARD, open_regular
+from ..files import STANDARD, first_twice, open_regular, parse_json
 from ..inputs import IMAGE_SUFFIXES, stream_images
 from ..jsonl import row_of, to_line
 
@@ -398,7 +397,7 @@ def _sample(number: int, key: str, members: dict[str, Span], image_key: str | No
     try:
         if "json" in members:
             try:
-                content = json.loads(members["json"].read())
+                content = parse_json(members["json"].read())
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"its json is none: {error}") from error
             fields |= row_of(to_line(content)) if isinstance(content, dict) else {"json": content}
@@ -562,12 +561,20 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict, str | None
                 if error is not None:
                     raise ValueError(f"{path}: the names of its columns cannot be read: {error}")
                 names = values
+                _require_names(
+                    path, filter(None, names)
+                )  # columns without a name, as spreadsheets leave them, have nothing to lose
             elif error is not None:
                 yield first, {}, error
             elif len(values) != len(names):
                 yield first, {}, f"{len(values)} fields, {len(names)} are expected"
             else:
                 yield first, dict(zip(names, values, strict=True)), None
+
+
+def _require_names(path: str, names: Iterable[str]) -> None:
+    if (name := first_twice(names)) is not None:
+        raise ValueError(f"{path}: two of its columns are called {name!r}, of which one would be lost")
 
 
 def _opened(path: str):
@@ -596,6 +603,7 @@ def _parquet(path: str, image_key: str | None, images: bool):
     except pa.ArrowInvalid:
         return None, None
     names = file.schema_arrow.names
+    _require_names(path, names)
     key = image_key or next((name for name in IMAGE_KEYS if name in names), None)
     if key is None or key not in names:
         if not images and image_key is None:

@@ -5,14 +5,13 @@ MADTP's dictionary is learnt, and the limits of rules that merge tokens are set.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..files import open_regular
+from ..files import open_regular, parse_json
 from ..model import Model
 from ..pruning import Calibration, MergingPruning, Pruning, calibrate, original_tokens
 from ..rows import first_rows
@@ -50,7 +49,7 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise AnnotationError(path, number, f"not JSON: {error}") from error
         if not isinstance(row, dict):

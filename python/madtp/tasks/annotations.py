@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import open_regular
+from ..files import open_regular, parse_json
 from ..resume import read_object
 
 __all__ = [
@@ -155,7 +155,7 @@ def _shown(value) -> str:
 
 def _parse(path, text: bytes, record: int | None = None):
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:  # ValueError: also what is not UTF-8
         raise AnnotationError(path, record, f"not JSON: {error}") from error
 

@@ -351,7 +351,7 @@ class Task:
 def image_of(row: dict, folder: Path) -> Path:
     """The path of a row's image."""
     image = row.get("image")
-    if not isinstance(image, str):
+    if not isinstance(image, str) or not image:
         raise ValueError(f"'image' must be a path, got {image!r}")
     return folder / image
 
