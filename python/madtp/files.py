@@ -20,6 +20,7 @@ __all__ = [
     "check_output",
     "first_twice",
     "is_regular",
+    "name_full",
     "open_regular",
     "parse_json",
     "read_bytes",
@@ -27,6 +28,7 @@ __all__ = [
     "replacing",
     "sync",
     "write_json",
+    "writing",
 ]
 
 STANDARD = "-"
@@ -145,6 +147,22 @@ def check_output(path: str | os.PathLike, *, option: str = "output") -> None:
 
 
 @contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """A block that writes to a file: the error of a full disk names it."""
+    try:
+        yield
+    except OSError as error:
+        name_full(error, path)
+        raise
+
+
+def name_full(error: BaseException | None, path: str | os.PathLike) -> None:
+    """Say in the error of a write that found no room (on the disk, in a quota) where that was, which a write does not."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        error.filename = error.filename or str(path)
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file to write. ``path`` is replaced by it when the ``with`` block ends well, and else stays what it was.
 
@@ -156,7 +174,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     if path.exists():
         _require(path, path.stat().st_mode, stat.S_ISREG)
     temporary = path.with_name(path.name + ".tmp")
-    with _alone(temporary) as file:
+    with writing(path), _alone(temporary) as file:
         try:
             yield file
             file.flush()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .files import is_regular, open_regular, parse_json, read_bytes, replacing
+from .files import is_regular, open_regular, parse_json, read_bytes, replacing, writing
 from .resume import ResumeError, lock, read_object, require_same
 
 __all__ = [
@@ -274,7 +274,8 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        with writing(self.path):  # again what a write that failed has left
+            self._file.close()
 
     def _begin(self) -> None:
         self._file.seek(0)
@@ -304,9 +305,10 @@ class Log:
 
     def append(self, records: list[dict]) -> None:
         """Write records and wait until they are on disk."""
-        self._file.write(b"".join(map(to_line, records)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(b"".join(map(to_line, records)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def _resume(log: Log, batch_size: int, total: int, source: Rows) -> tuple[Summary, int]:

@@ -289,6 +289,7 @@ def test_bad_rows_are_reported_and_do_not_stop_the_run(madtp_command, small, tmp
         ({"images": [left, "broken.jpg"], "text": TEXT}, "broken.jpg: damaged image"),
         ({"images": [left], "text": TEXT}, "list of two paths"),
         ({"images": [left, 7], "text": TEXT}, "list of two paths"),
+        ({"images": [left, ""], "text": TEXT}, "list of two paths"),
         ({"text": TEXT}, "list of two paths"),
         ({"images": [left, right]}, "'text' (or 'sentence') is missing"),
         ({"images": [left, right], "text": 5}, "'text' must be a string, got 5"),
@@ -300,11 +301,11 @@ def test_bad_rows_are_reported_and_do_not_stop_the_run(madtp_command, small, tmp
     source = pairs_file(tmp_path / "pairs.jsonl", [good, *(row for row, _ in bad), good])
     output = tmp_path / "answers.jsonl"
     code, out, err = madtp_command("nlvr", *MODEL, "--input", source, "--output", output, "--batch-size", "3")
-    assert code == 1 and "13 rows" in out and "11 of 13 rows could not be answered" in err
+    assert code == 1 and "14 rows" in out and "12 of 14 rows could not be answered" in err
     records = read(output)
     assert "answer" in records[0] and "answer" in records[-1]
     assert records[0]["identifier"] == "dev-1-0" and records[0]["sentence"] == TEXT
-    assert {**records[0], "row": 13} == records[-1]
+    assert {**records[0], "row": 14} == records[-1]
     for n, (record, (row, reason)) in enumerate(zip(records[1:-1], bad, strict=True), 2):
         assert record["row"] == n and reason in record["error"]
         assert record == {"row": n, **(row if isinstance(row, dict) else {}), "error": record["error"]}

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import resource
 import sys
 import threading
 
@@ -132,6 +133,22 @@ def test_whatever_part_of_the_file_reached_the_disk_is_enough(source, output):
         summary = run(source, output)
         assert read(output) == EXPECTED and list(summary.failed) == [5], length
         output.unlink()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl.partial", "out.jsonl"])
+def test_a_full_disk_is_named_and_costs_nothing(name, source, output):
+    """The write itself says "No space left on device", of no file; a limit of sizes stands for the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = {"publish": lambda records, path: jsonl._publish(({**r, "more": "x" * 9} for r in records), path)}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (450 if name == "out.jsonl" else 150, limits[1]))
+        with pytest.raises(OSError, match="too large") as caught:
+            run(source, output, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(output.with_name(name))
+    run(source, output)
+    assert read(output) == EXPECTED
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 40, b'{"row": 9, "squ\n', b'"row"\n', b'{"row": 2, "square": 4}\n'])

@@ -1,6 +1,7 @@
 """Training: the dense forward is the model's own function, and a run goes on exactly where it was stopped."""
 
 import json
+import resource
 import types
 
 import pytest
@@ -293,6 +294,20 @@ def test_a_checkpoint_that_is_not_whole_never_replaces_one_that_is(tmp_path):
     with pytest.raises(Exception, match="[Pp]ickle"):
         run.save()
     assert Run(tmp_path, {}, {}).step == 1
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, METRICS])
+def test_a_full_disk_is_named(name, tmp_path):
+    """torch.save tells of an "unexpected pos" instead; a limit of sizes stands for the disk."""
+    run, limits = Run(tmp_path, {"model": nn.Linear(64, 64)}, {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        with pytest.raises(OSError, match="too large") as caught:
+            run.save() if name == CHECKPOINT else run.log(much="x" * 9000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / name)
+    run.save()
 
 
 def rates(schedule, steps, **options):

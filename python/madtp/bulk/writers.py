@@ -29,7 +29,7 @@ from typing import IO
 
 import numpy as np
 
-from ..files import replacing, sync
+from ..files import name_full, replacing, sync
 from ..jsonl import to_line
 from ..resume import ResumeError, locked, read_object, require_same
 from .readers import Row, Shard
@@ -212,8 +212,7 @@ class ShardFiles:
         return self
 
     def __exit__(self, kind=None, error=None, traceback=None) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            error.filename = error.filename or str(self._results.folder)  # writing does not say where
+        name_full(error, self._results.folder)
         if self._npy is not None:
             with contextlib.suppress(OSError):  # what is done is on the disk
                 self._npy.close()

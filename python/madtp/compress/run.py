@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import replacing, write_json
+from ..files import replacing, write_json, writing
 from ..resume import ResumeError, require_same
 
 __all__ = ["Run"]
@@ -130,7 +130,7 @@ class Run:
     def log(self, **metrics) -> None:
         """Append a line of metrics at the present step."""
         record = {"step": self.step, "seconds": round(self.elapsed(), 1), **metrics}
-        with open(self.directory / METRICS, "a", encoding="utf-8") as file:
+        with writing(self.directory / METRICS), open(self.directory / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict]:
@@ -164,5 +164,10 @@ class Run:
     def _write(self, state: dict) -> None:
         """Write a state of the present step, with what has not been logged of the steps so far."""
         with replacing(self.directory / CHECKPOINT) as file:
-            torch.save({**state, "sums": self._sums, "counted": self._counted}, file)
+            try:
+                torch.save({**state, "sums": self._sums, "counted": self._counted}, file)
+            except RuntimeError as error:  # "unexpected pos", where a write has found the disk full
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         self._taken, self._saved = None, time.monotonic()

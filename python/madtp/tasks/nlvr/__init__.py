@@ -118,7 +118,9 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
 
     def prepare(self, row, folder=Path()):
         images, text = row.get("images"), row.get("text", row.get("sentence"))
-        if not (isinstance(images, list) and len(images) == 2 and all(isinstance(path, str) for path in images)):
+        if not (
+            isinstance(images, list) and len(images) == 2 and all(isinstance(path, str) and path for path in images)
+        ):
             raise ValueError(f"'images' must be a list of two paths, got {json.dumps(images)}")
         if not {"text", "sentence"} & set(row):
             raise ValueError("'text' (or 'sentence') is missing")
