@@ -157,10 +157,9 @@ def stored_rows(offsets, tokens_out):
 
 def check_rows(ours, ids, official, origin, n, where):
     """Token rows agree, matched by what they stand for; row 0 is CLS."""
-    torch.testing.assert_close(ours[0].cpu(), official[0], **TOLERANCE, msg=where)
     by_origin = dict(zip(origin, official[1:], strict=True))
-    expected = torch.stack([by_origin[i] for i in tokens_by_origin(ids, n)])
-    torch.testing.assert_close(ours[1:].cpu(), expected, **TOLERANCE, msg=where)
+    expected = torch.stack([official[0], *(by_origin[i] for i in tokens_by_origin(ids, n))])
+    torch.testing.assert_close(ours.cpu(), expected, **TOLERANCE, msg=where)
 
 
 # ---- unit functions -----------------------------------------------------------------------------------------------
@@ -674,6 +673,8 @@ def test_clip_texts_keep_the_official_tokens_in_the_order_of_a_gpu(family, backe
     golden = Golden(family)
     results, model = golden.golden, clip_model(golden, backend)
     texts = texts_of(golden)
+    if not (results["text.pruned"].any(1) & results["text.robust"].bool()).any():
+        pytest.skip("none of its texts that can be compared is pruned")
     pruned = 0
     for _, temperature, items, cases in clip_cases(golden, backend, results["text.robust"]):
         with torch.inference_mode():

@@ -89,6 +89,27 @@ def test_a_tensor_whose_rows_fit_no_stride():
         conformance.stored_rows(torch.tensor([0, 3, 6]), torch.arange(12).view(6, 2))
 
 
+def test_a_text_of_one_token():
+    """[ENC] alone: no token but the protected one, and so no origins."""
+    row, ids = torch.randn(1, 8), torch.tensor([0])
+    conformance.check_rows(row, ids, row, [], 0, "alone")
+    with pytest.raises(AssertionError, match="alone"):
+        conformance.check_rows(row + 1, ids, row, [], 0, "alone")
+
+
+def test_a_clip_of_which_no_text_is_pruned(tmp_path):
+    """As where texts are short, so that their last token stands too far behind."""
+
+    def change(file, tensors):
+        if file != "golden":
+            return tensors
+        return tensors | {"text.robust": tensors["text.robust"] * (1 - tensors["text.pruned"].amax(1))}
+
+    family = rewritten(GOLDEN / "clip", tmp_path / "clip_other", change)
+    with pytest.raises(pytest.skip.Exception, match="none of its texts"):
+        conformance.test_clip_texts_keep_the_official_tokens_in_the_order_of_a_gpu(family, "reference")
+
+
 def test_words_whose_id_is_that_of_padding(tmp_path):
     """Two entries of the vocabulary change places: 0, which the official search pads with, and the word that is written most."""
     source = GOLDEN / "caption"
