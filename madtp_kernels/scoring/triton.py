@@ -177,9 +177,10 @@ def _merge(
     for start in range(0, tokens, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
         valid = o_j < tokens
+        # In the order of the threshold's sums: where one token has all the weight, the threshold is its score, to the bit.
         score = tl.load(received + begin + o_j, mask=valid, other=0.0) / (received_total + EPS)
-        score += tl.load(importance + begin + o_j, mask=valid, other=0.0) / (best_total + EPS)
         score += tl.load(cls + begin + o_j, mask=valid, other=0.0)
+        score += tl.load(importance + begin + o_j, mask=valid, other=0.0) / (best_total + EPS)
         tl.store(importance + begin + o_j, score / 3.0, mask=valid)
 
     lowest = tl.full((BLOCK_M,), float("inf"), tl.float32)

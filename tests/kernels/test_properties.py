@@ -392,3 +392,18 @@ def test_scores_and_threshold_share_the_scale_of_the_tokens(backend, generator):
         torch.testing.assert_close(importance[rows].sum(), expected, atol=1e-5, rtol=1e-5)
         rounding = 1e-6 * importance[rows].abs().max()
         assert importance[rows].min() - rounding <= threshold[b] <= importance[rows].max() + rounding
+
+
+@every_backend
+def test_the_token_at_a_cold_threshold_goes(backend, generator):
+    """Where the best token of every entry has all its weight, the threshold is a token's score, to the bit: it is not above
+    itself, and is not kept because of rounding."""
+    lengths, entries = [4, 70, 150], 12
+    case = scoring_case(generator, lengths, entries, entries, temperature=1e-3)
+    case["dictionary"] = torch.eye(entries).to(case["x"])
+    for rows in samples_of(case["cu_seqlens"]):  # whole numbers, no two of them alike for an entry
+        order = [torch.randperm(rows.stop - rows.start + 1, generator=generator)[1:] for _ in range(entries)]
+        case["x"][rows] = torch.stack(order, 1).to(case["x"])
+    importance, threshold = run("score_tokens", case, backend)
+    for b, rows in enumerate(samples_of(case["cu_seqlens"])):
+        assert threshold[b] == importance[rows][case["x"][rows].argmax(0)].min()
