@@ -118,11 +118,11 @@ def check_stream(trace, sample, golden, prefix, case, column):
 
 def cases_by_temperature(temperatures, robust, backend):
     """Cases of each temperature: all, or the first that can be compared where CUDA's sources are emulated. Through the
-    interpreter one that prunes and can be compared, of a middling temperature.
+    interpreter one that prunes and can be compared, of a middling temperature, or a dense one where there is none.
     """
     if interpreted(backend):
         above = sorted(t for t in temperatures.unique().tolist() if t > 0)
-        for temperature in sorted(above, key=lambda t: abs(above.index(t) - len(above) // 2)):
+        for temperature in [*sorted(above, key=lambda t: abs(above.index(t) - len(above) // 2)), 0.0]:
             cases = ((temperatures == temperature) & robust.bool()).nonzero().flatten().tolist()
             if cases:
                 yield temperature, cases[:1]
