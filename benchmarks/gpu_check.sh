@@ -129,7 +129,7 @@ run_tests() { stage "$1" "$2" "$no_tests" $pytest ${dry:+--collect-only} -rfE "$
 only=""
 ! has pytest_benchmark || only="--benchmark-only --benchmark-columns=median,rounds -p no:xdist"
 records() {
-    stage "bench-$1" "$2" "$no_pytest" python3 -m pytest -q -p no:cacheprovider --tb=short $only "benchmarks/test_$1.py" \
+    stage "bench-$1" "$2" "$no_pytest" python3 -m pytest -q -p no:cacheprovider --tb=short $only ${dry:+--small} "benchmarks/test_$1.py" \
         --records "$out/$1.json"
 }
 
