@@ -71,7 +71,7 @@ no_pytest=$no_gpu
 [ -n "$no_pytest" ] || has pytest || no_pytest="pytest is missing"
 no_device=$no_gpu no_tests=$no_pytest
 [ -z "$dry" ] || no_device=""
-[ -z "$dry" ] || ! has pytest || no_tests=""
+[ -z "$dry" ] || ! has pytest || no_tests="" no_pytest=""
 name=$(echo "${device:-no device}" | tr '[:upper:]' '[:lower:]' | tr -cs '[:alnum:]\n' '-')
 out=${OUT:-benchmarks/results/$name}
 mkdir -p "$out" "$cache" || exit 1
