@@ -21,6 +21,7 @@ from madtp import (
     VisionConfig,
     VQAConfig,
 )
+from madtp.config import CLIPConfig, CLIPTextConfig
 from madtp.data.synthetic import token_ids
 from madtp.pruning import ToMe
 from madtp.tasks import TASKS as REGISTRY
@@ -87,6 +88,16 @@ def test_madtp_file_round_trip(model, batch, tmp_path):
     with_own_temperature = madtp.load(str(path), temperature=2.0)
     assert with_own_temperature.temperature == 2.0
     same_answer(with_own_temperature, model, batch)
+
+
+def test_a_file_with_a_temperature_below_0_is_dense(model, batch, tmp_path, caplog):
+    """MADTP's training takes a step down where a model costs less than its target, and below 0 its code does not prune."""
+    path = tmp_path / "checkpoint_best.pth"
+    torch.save({"model": to_official(model.state_dict()), "epoch": 7, "temperature": -0.02}, path)
+    with caplog.at_level(logging.WARNING, logger="madtp"):
+        loaded = madtp.load(path)
+    assert loaded.temperature == 0 and "prunes nothing" in caplog.text
+    same_answer(madtp.load(path, temperature=2.0), model, batch)
 
 
 def test_official_key_names(model):
@@ -613,6 +624,11 @@ TASKS = {
     "caption": CaptionConfig(SIZES.vision, SIZES.text),
     "retrieval": RetrievalConfig(SIZES.vision, SIZES.text, proj_dim=24),
 }
+SMALL_CLIP = CLIPConfig(
+    VisionConfig(image_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=1, sd_num=5, sd_dim=48, map_func=True),
+    CLIPTextConfig(64, 1, 1, 256, vocab_size=514, max_position_embeddings=40),
+    embed_dim=32,
+)
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -642,7 +658,7 @@ def test_madtp_files_of_the_other_tasks(other, tmp_path, caplog):
     path = tmp_path / "checkpoint_best.pth"
     torch.save({"model": official_state(other), "epoch": 2, "temperature": 0.75}, path)
     with caplog.at_level(logging.INFO, logger="madtp"):
-        loaded = madtp.load(path)
+        loaded = madtp.load(path, text_mode="clean" if other.config.task == "retrieval" else None)
     assert type(loaded) is type(other) and loaded.temperature == 0.75 and loaded.config == other.config
     same_weights(loaded, other)
     # What has no counterpart is named, key by key.
@@ -773,6 +789,29 @@ def test_the_text_mode_is_saved(tmp_path):
     assert madtp.load(tmp_path, text_mode="clean").config.text_mode == "clean"
     with pytest.raises(ValueError, match="text_mode: expected one of clean, compat, got 'dirty'"):
         madtp.load(tmp_path, text_mode="dirty")
+
+
+@pytest.mark.parametrize("config", [TASKS["retrieval"], SMALL_CLIP], ids=["retrieval", "clip"])
+def test_who_chose_no_text_mode_is_told_how_a_checkpoint_was_trained(config, tmp_path, caplog):
+    model = REGISTRY[config.task].Model(config)
+    randomize(model)
+    path = tmp_path / "checkpoint_best.pth"
+    names = key_maps.clip if config.task == "clip" else key_maps.blip
+    torch.save({"model": names.from_ours(model.state_dict()), "epoch": 7, "temperature": 2.0}, path)
+
+    def told(**options):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="madtp"):
+            model = madtp.load(path, tokenizer="demo", **options)
+        return model, [record.getMessage() for record in caplog.records if record.name == "madtp"]
+
+    model, (line,) = told()
+    assert model.config.text_mode == "clean" and "give text_mode 'compat'" in line
+    for options in ({"text_mode": "clean"}, {"text_mode": "compat"}, {"config": config}, {"temperature": 0.0}):
+        assert told(**options)[1] == []
+    madtp.save_pretrained(model, tmp_path)
+    path = tmp_path
+    assert told()[1] == []
 
 
 def test_configs_of_all_tasks_round_trip():

@@ -73,7 +73,8 @@ def load(
         image_size: other than the checkpoint's; the position embedding is interpolated.
         hidden_act: "quick_gelu" or "gelu", for a CLIP whose source does not tell: a state dict of OpenAI (quick_gelu) or of
             open_clip (gelu, unless the model's name says quickgelu). Nothing is guessed.
-        text_mode: "clean" or "compat", for tasks that have both; by default the saved model's, or "clean".
+        text_mode: "clean" or "compat", for tasks that have both; by default the saved model's, or "clean", and then a pruned
+            checkpoint of MADTP, which was trained in the other, is warned of.
         tokenizer: directory, `vocab.txt` or hub id of the tokenizer; by default the one that lies with the model (in its
             directory, or beside its file), or bert-base-uncased (CLIP: openai/clip-vit-large-patch14). It is opened at first
             use, so that a model that is given ids needs none.
@@ -95,6 +96,8 @@ def load(
     found = locate(source, task, config, hidden_act)
     found = _adjusted(found, image_size, text_mode)
     rule = _rule(found, temperature, pruning, use_sizes)
+    if text_mode is None and config is None:
+        _report_mode(found, rule)
     model = _build(found.config, dtype, rule, grouping, backend)
     if found.state is None:
         randomize(model.to_empty(device=device))
@@ -271,6 +274,17 @@ def _report(model: Model, invented: list[str], origin: str) -> None:
             "dictionary.",
             origin,
             ", ".join(named),
+        )
+
+
+def _report_mode(found: Source, rule: Pruning) -> None:
+    """Say that a checkpoint whose training pruned padded texts will prune them without padding, if nobody chose that."""
+    trained = found.settings.get("temperature") and "text_mode" not in found.settings
+    if trained and getattr(found.config, "text_mode", None) == "clean" and isinstance(rule, MADTP) and rule.active:
+        _log.warning(
+            "%s was trained with padded texts, and prunes them without padding, which makes it another model: give text_mode "
+            "'compat' (--text-mode compat) for what MADTP's code computes, or 'clean'",
+            found.origin,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ from .files import (
 
 __all__ = ["Source", "locate"]
 
+_log = logging.getLogger("madtp")
 _BUNDLED = {"demo": "pruned", "demo-dense": "dense"}  # names of models in the package, and their folders
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -77,6 +79,13 @@ def locate(
     place, origin = _place(source), str(source)
     if not place.is_dir():
         state, temperature = read_file(place)
+        if temperature is not None and temperature < 0:
+            _log.warning(
+                "%s: with its temperature of %g MADTP's code prunes nothing, and so does this model",
+                origin,
+                temperature,
+            )
+            temperature = 0.0  # training lowers it step by step, and does not stop at 0
         found = _of_state(origin, state, task, config, hidden_act, {"temperature": temperature})
         return found._replace(tokenizer=_tokenizer(place.parent))
     settings = _settings(place)
