@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, backends, linear
+from madtp_kernels import RaggedBatch, backends, checks, linear
 from madtp_kernels.linear.reference import activate, defined
 from madtp_kernels.registration import plain
 
@@ -119,6 +119,8 @@ def project(
             return y if residual is None else y + residual
     elif (product := _cpu_product(x, weight, residual)) is not None:
         cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
+        # Weights of others may lie by columns, as linear algebra returns them.
+        weight, bias, residual = map(checks.unit_stride, (weight, bias, residual))
         return product(x, weight, bias, cu_seqlens, activation or "", residual)
     y = activate(_library_product(x, weight, bias), activation or "")
     return y if residual is None else y + residual

@@ -249,6 +249,45 @@ def test_saved_copied_pickled_and_moved(name, generator, tmp_path):
     close(pooled(image_side(again)(**given)), expected)  # PyTorch's products round by the place of weights in memory
 
 
+def by_columns(weight):
+    return weight.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def with_gaps(weight):
+    return torch.stack([weight, weight], -1)[..., 0]
+
+
+@pytest.mark.parametrize("lay", [by_columns, with_gaps])
+@pytest.mark.parametrize("name", PATCHED)
+@torch.no_grad()
+def test_weights_may_lie_in_memory_as_they_like(name, lay, generator):
+    """By columns as linear algebra returns them, or as a view of something larger: transformers takes them, too."""
+    model, given = theirs(name), inputs(name, generator)
+    expected = pooled(image_side(model)(**given))
+    madtp.apply_patch(model, temperature=0)
+    for place, weight in list(model.named_parameters()):
+        lead, _, key = place.rpartition(".")
+        setattr(model.get_submodule(lead), key, torch.nn.Parameter(lay(weight)))
+    close(pooled(image_side(model)(**given)), expected)
+
+
+@pytest.mark.parametrize("patched", [True, False], ids=["after", "before"])
+@pytest.mark.parametrize("name", PATCHED)
+@torch.no_grad()
+def test_as_many_numbers_in_another_shape_are_another_weight(name, patched, generator):
+    """They were read in the order in which they lie, where transformers refuses them."""
+    model, given = theirs(name), inputs(name, generator)
+    place, layer = next((p, m) for p, m in model.named_modules() if p.endswith("mlp.fc1") and "text" not in p)
+    out, width = layer.weight.shape
+    if patched:
+        madtp.apply_patch(model, temperature=0)
+    layer.weight = torch.nn.Parameter(layer.weight.T.contiguous())
+    with pytest.raises(
+        ValueError, match=rf"^model: {place}.weight is \[{width}, {out}\], where \[{out}, {width}\] is expected"
+    ):
+        _ = image_side(model)(**given) if patched else madtp.apply_patch(model, temperature=0)
+
+
 @pytest.mark.parametrize("name", ["CLIPTextModel", "CLIPTextModelWithProjection"])
 @torch.inference_mode()
 def test_text_towers(name, generator):

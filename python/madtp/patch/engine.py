@@ -49,6 +49,9 @@ class _Link(NamedTuple):
     place: str
     """Theirs, as it is called in the whole model."""
     shape: torch.Size
+    """Of ours: theirs with other dimensions of 1, or with the last ones flattened."""
+    expected: torch.Size
+    """Of theirs, as its configuration makes it."""
 
     def follow(self) -> Tensor:
         """See the weight that theirs is now: it may have been moved, converted, or given anew."""
@@ -59,13 +62,22 @@ class _Link(NamedTuple):
             )
         if (
             own is None
+            or theirs.shape != self.expected
             or (own.data_ptr(), own.dtype, own.device) != (theirs.data_ptr(), theirs.dtype, theirs.device)
             or (own.stride() != theirs.stride() and own.dim() == theirs.dim())
         ):
             weight = theirs.detach()
-            if weight.numel() != self.shape.numel() or (weight.shape != self.shape and not weight.is_contiguous()):
-                raise ValueError(f"model: {self.place} is {list(weight.shape)}, where {list(self.shape)} is expected")
-            own = nn.Parameter(weight if weight.shape == self.shape else weight.view(self.shape), requires_grad=False)
+            if weight.shape != self.expected:
+                raise ValueError(
+                    f"model: {self.place} is {list(weight.shape)}, where {list(self.expected)} is expected"
+                )
+            try:
+                weight = weight.view(self.shape)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"model: {self.place} has the strides {weight.stride()}; make it contiguous"
+                ) from error
+            own = nn.Parameter(weight, requires_grad=False)
             self.module._parameters[self.name] = own
         return own
 
@@ -219,21 +231,26 @@ class Engine:
                 side = _Side(self.model.get_submodule(lead), len(places))
             setattr(self.model.get_submodule(parent), child, side.eval())
         self.links, self.own = [], []
+        sizes = {name: parameter.shape for name, parameter in expected.named_parameters(remove_duplicate=False)}
+
+        def link(module: nn.Module, name: str, place: str, shape: torch.Size) -> _Link:
+            owner, key = _slot(theirs, place)
+            return _Link(module, name, owner, key, place, shape, sizes.get(place, owner._parameters[key].shape))
+
         for key, shape, places in wanted:
             lead, _, name = key.rpartition(".")
             module = self.model.get_submodule(lead)
             if not places:
                 self.own.append((module, name, key, shape))
             elif len(places) == 1:
-                self.links.append(_Link(module, name, *_slot(theirs, places[0]), places[0], shape))
+                self.links.append(link(module, name, places[0], shape))
             else:
                 shape = torch.Size([shape[0] // len(places), *shape[1:]])
                 self.links += [
-                    _Link(layer, name, *_slot(theirs, place), place, shape)
-                    for layer, place in zip(module.layers, places, strict=True)
+                    link(layer, name, place, shape) for layer, place in zip(module.layers, places, strict=True)
                 ]
-        for link in self.links:
-            link.module._parameters[link.name] = None
+        for module, name, *_ in self.links:
+            module._parameters[name] = None
         made_up = _fill(self.own, guidance)
         if made_up and dictionary is not None and not isinstance(config, CLIPConfig):
             raise ValueError(
