@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 __all__ = ["BOUNDS", "find_strength", "search_intervals"]
 
@@ -58,7 +59,13 @@ def find_strength(
     return strength
 
 
-def search_intervals(cost: Callable[[float], float], target: float, name: str, tolerance: float = 0.02) -> float:
+def search_intervals(
+    cost: Callable[[float], float],
+    target: float,
+    name: str,
+    tolerance: float = 0.02,
+    bounds: tuple[float, float] = BOUNDS,
+) -> float:
     """The strength at which a model costs ``target``, where a higher strength mostly costs less, but not always: a layer in
     which no token would survive MADTP is left alone. So all intervals between the strengths of a ladder may hold the target.
 
@@ -67,6 +74,7 @@ def search_intervals(cost: Callable[[float], float], target: float, name: str, t
         target: above 0.
         name: of the target, for the error.
         tolerance: relative deviation of the cost that will do; the search goes on to a tenth of it while it can.
+        bounds: lowest and highest strength to try, besides 0.
 
     Returns:
         The strength; 0 where the model costs no more than the target without pruning.
@@ -86,15 +94,21 @@ def search_intervals(cost: Callable[[float], float], target: float, name: str, t
     content = tolerance / 10
     if measured(0.0) <= target or close(tried[0.0], content):
         return 0.0
-    falling = measured(1.0) > target
-    up, down = ([4.0 ** (sign * n) for n in range(1, 6)] for sign in (1, -1))
-    last = 1.0
-    for strength in up + down if falling else down + up:
+    last = start = min(max(1.0, bounds[0]), bounds[1])
+    falling = measured(start) > target
+
+    def ladder(factor: float) -> list[tuple[float, float]]:
+        """Neighbouring strengths from the start on, within the bounds."""
+        rungs = (factor**n for n in range(1, 6))
+        return list(pairwise([start, *(rung for rung in rungs if bounds[0] <= rung <= bounds[1])]))
+
+    up, down = ladder(4.0), ladder(0.25)
+    for before, strength in up + down if falling else down + up:
         if close(tried[last], content):
             return last
         last = strength
         measured(strength)
-        low, high = sorted((strength, strength / 4 if strength > 1 else strength * 4))
+        low, high = sorted((before, strength))
         falls = tried[low] > target
         if falls == (tried[high] > target):
             continue

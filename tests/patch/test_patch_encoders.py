@@ -323,6 +323,18 @@ def test_an_encoder_needs_no_further_words():
     assert patch.pruning.name == RULE and patch.pruning.active and patch.task == "clip"
 
 
+@pytest.mark.parametrize("settings", [{"method": name} for name in METHODS] + [{"dictionary": torch.ones(5, 64)}, {}])
+def test_a_rule_that_prunes_nothing_says_so(settings, caplog):
+    model = theirs("ViTModel")
+    patch = madtp.apply_patch(model, **settings)
+    silent = "prunes nothing as it comes" not in caplog.text
+    assert silent is patch.pruning.active
+    madtp.remove_patch(model)
+    caplog.clear()
+    madtp.apply_patch(model, temperature=0)
+    assert not caplog.text, "that is what was asked for"
+
+
 @needs_rule
 @pytest.mark.parametrize("target", ["keep_ratio", "target_gflops"])
 @torch.inference_mode()
@@ -337,6 +349,22 @@ def test_a_target_is_met_without_training(target, generator):
     patch = madtp.apply_patch(model, samples=given, **{target: wanted})
     found = patch.keep_ratio if target == "keep_ratio" else patch.gflops
     assert abs(found / wanted - 1) <= 0.02 and patch.pruning.name == RULE
+
+
+@pytest.mark.parametrize("target", ["keep_ratio", "target_gflops"])
+@pytest.mark.parametrize("rule", ["topk", "random", "evit", "tome", "atm", "pitome", "ranked_novelty"])
+@torch.inference_mode()
+def test_every_rule_that_needs_no_training_meets_a_target(rule, target, generator):
+    """Whatever its strength means: that of topk and random is a share below 1."""
+    torch.manual_seed(1)
+    model = hf.ViTModel(hf.ViTConfig(**VISION | {"num_hidden_layers": 3}, image_size=96, patch_size=8)).eval()
+    given = {"pixel_values": normal(generator, 3, 3, 96, 96).cpu()}
+    dense = madtp.apply_patch(model, temperature=0, samples=given)
+    madtp.remove_patch(model)
+    wanted = 0.7 if target == "keep_ratio" else 0.75 * dense.gflops
+    patch = madtp.apply_patch(model, method=rule, samples=given, **{target: wanted})
+    found = patch.keep_ratio if target == "keep_ratio" else patch.gflops
+    assert abs(found / wanted - 1) <= 0.02 and patch.pruning.name == rule
 
 
 class Wrapper(torch.nn.Module):

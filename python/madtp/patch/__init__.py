@@ -36,6 +36,7 @@ A patched model is for inference: it computes no gradients, without dropout. It 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ from .measure import Step, find, measure
 from .tensors import attention_mask
 
 __all__ = ["KINDS", "Patch", "Step", "apply_patch", "attention_mask", "pruned", "remove_patch"]
+
+_log = logging.getLogger("madtp")
 
 _UNTRAINED = "ranked_novelty"  # the rule of an encoder where nobody says anything
 
@@ -89,7 +92,8 @@ def apply_patch(
     backend: str | None = None,
 ) -> Patch:
     """Make a model of transformers run ragged, with pruning. At most one of ``pruning``, ``temperature``, ``keep_ratio`` and
-    ``target_gflops`` says how much is pruned; without any, an encoder is pruned by its rule as it comes.
+    ``target_gflops`` says how much is pruned; without any, an encoder is pruned by its rule as it comes: where that is not at all
+    (``topk`` without a share, MADTP without a temperature), a warning says so.
 
     No weights are copied or moved.
 
@@ -153,6 +157,8 @@ def apply_patch(
     target = next((name for name in ("keep_ratio", "target_gflops") if settings[name] is not None), None)
     if samples is None and target is not None:
         raise ValueError(f"samples: {target} is sought on a few inputs of the model, got none")
+    if not given and not rule.active:
+        _log.warning("%s prunes nothing as it comes: give a keep_ratio, target_gflops or pruning", rule.name)
     methods = [
         Method(model.get_submodule(place), base.__name__, number) for number, (place, _, _) in enumerate(kind.methods)
     ]

@@ -130,7 +130,7 @@ def find(engine: Engine, samples: Mapping[str, Tensor], name: str, target: float
             raise ValueError(f"samples: {name} needs 'input_ids' too for a model for task {engine.task!r}")
         return found
 
-    found = steps[search_intervals(value, target, name, _TOLERANCE)]
+    found = steps[search_intervals(value, target, name, _TOLERANCE, engine.rule.bounds)]
     if getattr(found, what) < target * (1 - _TOLERANCE):
         _log.warning("%s: %.4g is more than the model costs without pruning, %.4g", name, target, getattr(found, what))
     return found, tuple(steps.values())
