@@ -27,7 +27,12 @@ def may_read(tensor: Tensor) -> bool:
     """Whether a check may look at the values of this tensor: on the CPU always, on a device in debug mode."""
     if not (tensor.is_cpu or _debug):
         return False
-    return not (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor))
+    # Under torch.func.vmap it has as many values as there are rows; the kernels look at each row's.
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def describe(value: object) -> str:

@@ -37,7 +37,7 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
         _library.impl(name, _refusing_second_gradients(name), "Autograd", with_keyset=True)
     else:
         _autograd_kernels[name] = _without_gradient(name)
-        _library.impl(name, _refusing_tangents(name), "Autograd", with_keyset=True)
+        _library.impl(name, _refusing_torch_func(name), "Autograd", with_keyset=True)
 
 
 def define_gradient(schema: str, run: Callable) -> None:
@@ -124,7 +124,7 @@ def plain(args: tuple) -> bool:
     return True
 
 
-def _refusing_tangents(name: str) -> Callable:
+def _refusing_torch_func(name: str) -> Callable:
     def run(keyset, *args):
         if forward_ad._current_level >= 0:
             for arg in pytree.tree_leaves(args):
@@ -132,6 +132,11 @@ def _refusing_tangents(name: str) -> Callable:
                     raise NotImplementedError(
                         f"madtp_kernels.{name} has no forward-mode derivative (torch.func.jvp): differentiate in reverse mode"
                     )
+        transforms = torch._C._functorch.peek_interpreter_stack() is not None and torch.is_grad_enabled()
+        if transforms and any(isinstance(arg, Tensor) and arg.requires_grad for arg in pytree.tree_leaves(args)):
+            raise NotImplementedError(
+                f"madtp_kernels.{name} cannot be differentiated by torch.func (grad, vjp, jacrev): use torch.autograd"
+            )
         return _autograd_kernels[name](keyset, *args)
 
     return run

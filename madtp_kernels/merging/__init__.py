@@ -212,7 +212,7 @@ def top_tokens(
     # By score, then by sample; what is not ranked stands behind the others of its sample.
     order = scores.where(ranked, float("-inf")).argsort(descending=True, stable=True)
     order = order[sample.where(valid, batch)[order].argsort(stable=True)]
-    place = torch.empty_like(row).index_copy_(0, order, row) - cu_seqlens[sample]
+    place = torch.empty_like(order).index_copy_(0, order, row) - cu_seqlens[sample]
     limit = count[sample] if isinstance(count, Tensor) else count
     return ranked & (place < limit) | guarded
 

@@ -58,7 +58,8 @@ def nearest_kept(
 
     Args:
         keys: ``[T, D]`` or ``[T, H, d]``: the cosine is that of all features, heads concatenated. Their mean, as ToMe takes
-            it, is ``keys.mean(1)``. A key that is zero, or that is not finite, has cosine 0 with every key.
+            it, is ``keys.mean(1)``. A key that is zero, or that is not finite, has cosine 0 with every key; so has one whose
+            squares float32 does not hold (its numbers should lie within 1e-19 and 1e18).
         kept: ``[T]`` bool: the tokens that stay.
         cu_seqlens, max_seqlen: offsets ``[B+1]`` int32 and an upper bound of the lengths.
         goes: ``[T]`` bool: the tokens that look for one; every other's row is its own. By default all do. With it, the result is

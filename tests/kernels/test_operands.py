@@ -7,7 +7,17 @@ from helpers import CASES, DEVICE, OPERATIONS, backends_here, compaction_case, m
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from madtp_kernels import RaggedBatch, compact, layer_norm, linear, merge_tokens, registration, unmerge
+from madtp_kernels import (
+    RaggedBatch,
+    attention,
+    compact,
+    layer_norm,
+    linear,
+    merge_tokens,
+    registration,
+    top_tokens,
+    unmerge,
+)
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu" or missing("cpu") is not None, reason=f"on {DEVICE}: {missing('cpu')}")
 
@@ -136,6 +146,37 @@ def test_forward_mode_differentiation_is_refused(op, backend, generator):
         torch.func.jvp(function, (case[name],), (torch.ones_like(case[name]),))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         function(forward_ad.make_dual(case[name], torch.ones_like(case[name])))
+    for transform in (
+        torch.func.grad,
+        torch.func.jacrev,
+    ):  # PyTorch's refusal speaks of an autograd.Function of nobody's
+        with pytest.raises(NotImplementedError, match=r"^madtp_kernels\.\w+ cannot be differentiated by torch.func"):
+            transform(lambda value: function(value).sum())(case[name])
+
+
+def test_vmap_is_a_loop(generator):
+    """Over values, scores and offsets, whose rows are looked at one by one; a gradient flows through."""
+    q, k, v = normal(generator, 3, 15, 2, 8).unbind(0)
+    cu_seqlens = torch.stack([offsets(LENGTHS), offsets([4, 4, 4, 3])])
+
+    def attend(q, cu_seqlens):
+        return attention(q, k, v, cu_seqlens, cu_seqlens, 9, 9)[0]
+
+    def first(scores, cu_seqlens):
+        return top_tokens(scores, 2, cu_seqlens)
+
+    many, scores = torch.stack([q, k]).requires_grad_(), normal(generator, 2, 15)
+    for function, values in ((attend, many), (first, scores)):
+        for which in (cu_seqlens, cu_seqlens[:1].expand(2, -1)):
+            expected = torch.stack([function(*pair) for pair in zip(values, which, strict=True)])
+            assert torch.equal(torch.func.vmap(function)(values, which), expected)
+        expected = torch.stack([function(value, cu_seqlens[1]) for value in values])
+        assert torch.equal(torch.func.vmap(function, (0, None))(values, cu_seqlens[1]), expected)
+    (ours,) = torch.autograd.grad(torch.func.vmap(attend)(many, cu_seqlens).sum(), many)
+    (theirs,) = torch.autograd.grad(sum(attend(*pair).sum() for pair in zip(many, cu_seqlens, strict=True)), many)
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="expected offsets that start at 0, got 1 first"):
+        torch.func.vmap(attend)(many, cu_seqlens + 1)
 
 
 def test_forward_mode_differentiation_of_the_rest_is_refused(generator):
