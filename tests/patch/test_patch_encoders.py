@@ -398,6 +398,9 @@ def test_what_is_refused(generator):
     madtp.apply_patch(model, temperature=0)
     with pytest.raises(ValueError, match="pixel_attention_mask: expected the first"):
         model(**given | {"pixel_attention_mask": torch.ones_like(given["pixel_attention_mask"])})
+    for missing in (["spatial_shapes"], ["spatial_shapes", "pixel_attention_mask"]):
+        with pytest.raises(ValueError, match="^spatial_shapes: expected the grids .B, 2. of the patches, got None"):
+            model(**{name: value for name, value in given.items() if name not in missing})
     with pytest.raises(ValueError, match="spatial_shapes: .* do not fit"):
         model(**given | {"spatial_shapes": given["spatial_shapes"] * 2})
     with pytest.raises(ValueError, match="output_attentions: a patched model keeps neither"):
@@ -441,8 +444,9 @@ def test_arguments_without_their_names_are_those_of_the_class(name, generator):
             with pytest.raises(ValueError, match=f"^{argument}: a patched model does not take it here"):
                 tower(*values)
     if "spatial_shapes" not in given:
-        with pytest.raises(ValueError, match="^pixel_attention_mask: a patched model does not take it here"):
-            tower(**given, pixel_attention_mask=mask)
+        for argument in ("pixel_attention_mask", "spatial_shapes"):
+            with pytest.raises(ValueError, match=f"^{argument}: a patched model does not take it here"):
+                tower(**given, **{argument: mask})
 
 
 def test_a_class_of_ones_own_is_refused():

@@ -23,12 +23,14 @@ def image_encoder(
 
     Its states are whole: a row for each token that there was at first, that of the token it was merged into.
     """
-    mask = pixel_attention_mask if spatial_shapes is None else None  # which says nothing without them
-    engine = ready(
-        self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding, pixel_attention_mask=mask
-    )
+    engine = ready(self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding)
     model, tower, pixels = engine.model, engine.model.visual, pixels_of(pixel_values)
     vision, states = model.config.vision, None
+    if vision.patches_last and spatial_shapes is None:
+        raise ValueError("spatial_shapes: expected the grids [B, 2] of the patches, got None")
+    for name, value in (("pixel_attention_mask", pixel_attention_mask), ("spatial_shapes", spatial_shapes)):
+        if value is not None and not vision.patches_last:
+            raise ValueError(f"{name}: a patched model does not take it here")
     if spatial_shapes is None:
         length = vision.prefix + math.prod(side // vision.patch_size for side in pixels.shape[-2:])
     else:
