@@ -105,7 +105,7 @@ def call(name: str, *args) -> Any:
 
 
 def plain(args: tuple) -> bool:
-    """Whether no gradient, transform, mode or subclass of tensors is involved."""
+    """Whether no gradient, transform, mode or subclass of tensors is involved, and memory holds what the tensors say."""
     if (
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
@@ -117,7 +117,8 @@ def plain(args: tuple) -> bool:
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if differentiates and arg.requires_grad:
+            # Memory of the opposite sign, or zeros without memory: PyTorch makes plain tensors of them for an operator.
+            if (differentiates and arg.requires_grad) or arg.is_neg() or arg._is_zerotensor():
                 return False
         elif isinstance(arg, Tensor) or (kind is tuple and arg and not plain(arg)):
             return False

@@ -154,6 +154,22 @@ def test_forward_mode_differentiation_is_refused(op, backend, generator):
             transform(lambda value: function(value).sum())(case[name])
 
 
+def test_memory_that_does_not_hold_what_a_tensor_says(generator):
+    """The sign of an imaginary part that was conjugated is a flag, and zeros may have no memory at all: kernels read that."""
+    x, weight, cu_seqlens = normal(generator, 15, 8), normal(generator, 8, 8), offsets(LENGTHS)
+    q, k, v = normal(generator, 3, 15, 2, 8).unbind(0)
+    for function in (
+        lambda sign: linear(sign(x), weight, None, cu_seqlens),
+        lambda sign: linear(x, sign(weight), None, cu_seqlens),
+        lambda sign: layer_norm(sign(x), weight[0], None, cu_seqlens),
+        lambda sign: attention(q, k, sign(v), cu_seqlens, cu_seqlens, 9, 9)[0],
+        lambda sign: merge_tokens(RaggedBatch(sign(x), cu_seqlens, 9), x[:, 0] > 0, append="sum").tokens.values,
+    ):
+        assert torch.equal(function(torch._neg_view), function(torch.neg))
+    with pytest.raises(ValueError, match=r"^x: expected adjacent elements in a row, got strides \[0, 0\]"):
+        linear(torch._efficientzerotensor((15, 8)), weight, None, cu_seqlens)
+
+
 def test_vmap_is_a_loop(generator):
     """Over values, scores and offsets, whose rows are looked at one by one; a gradient flows through."""
     q, k, v = normal(generator, 3, 15, 2, 8).unbind(0)
