@@ -345,6 +345,16 @@ def test_any_width(width, columns, dtype, generator):
 
 
 @on_cpu
+@pytest.mark.parametrize("width", [192, 193, 768, 3072])
+def test_long_sums_round_no_more_than_twice_as_much_as_pytorch(width, generator):
+    case = case_of(generator, [64], width, 96, torch.float32, residual=False)
+    exact = F.linear(case["x"].double(), case["weight"].double(), case["bias"].double())
+    ours, theirs = linear(**case, backend="cpu"), F.linear(case["x"], case["weight"], case["bias"])
+    errors = [((result.double() - exact).norm() / exact.norm()).item() for result in (ours, theirs)]
+    assert errors[0] <= 2 * errors[1] and errors[0] < 4e-7, errors
+
+
+@on_cpu
 @every_dtype
 def test_a_row_has_the_same_bits_in_any_number_of_rows_and_threads(dtype, generator):
     case = case_of(generator, [1500], 200, 130, dtype, activation="gelu")
