@@ -12,7 +12,8 @@
 
 VENV = .venv
 PYTHON = python3
-TORCH = torch==2.13.0
+TESTED_TORCH = torch==2.13.0
+TORCH = $(TESTED_TORCH)
 CPU_WHEELS = https://download.pytorch.org/whl/cpu
 ARGS =
 JOBS = 2
@@ -41,13 +42,16 @@ ENVIRONMENT = \
 		echo "$(TORCH)" > "$(VENV)/.torch"; \
 	fi
 
+# Versions that were tested with one release of torch need not go with another, which pip would then replace without a word.
+PINNED = $(if $(filter $(TESTED_TORCH),$(TORCH)),-c constraints.txt)
+
 # Installs $$what unless nothing changed since $$stamp was made; a deleted file shows in its folder.
 INSTALL = \
 	if [ ! -f "$$stamp" ] || [ -n "$$(find pyproject.toml constraints.txt setup.py csrc madtp_kernels python \
 			-name __pycache__ -prune -o -newer "$$stamp" -print)" ]; then \
 		echo "== installing $$what: compiling the C++ kernels takes a minute or two" && \
 		touch "$$stamp.started" && \
-		$(PIP) install -c constraints.txt "$$what" && \
+		$(PIP) install $(PINNED) "$(TORCH)" "$$what" && \
 		mv "$$stamp.started" "$$stamp"; \
 	fi
 
