@@ -31,7 +31,7 @@ def in_float32(case):
 def assert_as_reference(op, case):
     names = ("out", "lse", "received", "cls") if op == "attention_with_importance" else ("first", "second")
     # Weights of attention in bfloat16 have eight bits: an output is off by half of the last one times the mean of |v|, at most
-    # about 2, however near to zero it is itself. How accurate the kernels are is tested elsewhere (test_contracts.py).
+    # about 2, however near to zero it is itself. How accurate the kernels are is tested elsewhere (test_properties.py).
     atol = 2**-8 if torch.bfloat16 in (t.dtype for t in case.values() if torch.is_tensor(t)) else 3e-3
     for name, ours, want in zip(names, run(op, case, "cpu"), run(op, in_float32(case), "reference"), strict=False):
         ours, want = ours.float(), want.to(ours.dtype).float()
