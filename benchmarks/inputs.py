@@ -26,8 +26,8 @@ def shrink() -> None:
     LENGTH, IMAGE_SIZE, DEPTH, UNEVEN, SMALL = 37, 96, 2, (37, 15, 28, 19, 22, 17, 35, 18), True
 
 
-def choose(on_gpu: list, on_cpu: list, small: list) -> list:
-    """Sizes of batches for this machine, or the small ones."""
+def choose(on_gpu, on_cpu, small):
+    """What is for this machine, or the small one."""
     return small if SMALL else on_gpu if ON_GPU else on_cpu
 
 

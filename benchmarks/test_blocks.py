@@ -14,7 +14,7 @@ from madtp.flops import vit
 from madtp.pruning import Tokens
 from madtp_kernels import RaggedBatch
 
-BATCH = max(inputs.choose([64], [8], [2]))
+BATCH = inputs.choose(64, 8, 2)
 BATCHES = inputs.choose([1, 8, 32, 128], [1, 8, 32], [1, 2])
 DEPTH, LENGTH = inputs.DEPTH, inputs.LENGTH
 HALF = (LENGTH + 1) // 2

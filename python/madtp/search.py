@@ -12,6 +12,10 @@ BOUNDS = (1e-6, 1e6)
 """Lowest and highest strength; beyond them nothing changes any more."""
 
 
+def _bounded(strength: float, bounds: tuple[float, float]) -> float:
+    return min(max(strength, bounds[0]), bounds[1])
+
+
 def find_strength(
     cost: Callable[[float], float],
     target: float,
@@ -35,11 +39,8 @@ def find_strength(
     if math.isnan(start):
         raise ValueError(f"start: expected a number, got {start}")
 
-    def bounded(strength: float) -> float:
-        return min(max(strength, bounds[0]), bounds[1])
-
     low = high = None  # strengths that cost too much, and too little
-    strength = bounded(start)
+    strength = _bounded(start, bounds)
     for _ in range(60):
         measured = cost(strength)
         if abs(measured - target) <= tolerance * target:
@@ -51,7 +52,7 @@ def find_strength(
         if strength == bounds[measured > target]:
             raise ValueError(f"target: no strength reaches {target}; {strength:g} costs {measured}")
         if low is None or high is None:
-            strength = bounded(strength * 2 if high is None else strength / 2)
+            strength = _bounded(strength * 2 if high is None else strength / 2, bounds)
             continue
         strength = math.sqrt(low * high)
         if high < low * (1 + 1e-5):
@@ -94,7 +95,7 @@ def search_intervals(
     content = tolerance / 10
     if measured(0.0) <= target or close(tried[0.0], content):
         return 0.0
-    last = start = min(max(1.0, bounds[0]), bounds[1])
+    last = start = _bounded(1.0, bounds)
     falling = measured(start) > target
 
     def ladder(factor: float) -> list[tuple[float, float]]:

@@ -146,10 +146,8 @@ def test_forward_mode_differentiation_is_refused(op, backend, generator):
         torch.func.jvp(function, (case[name],), (torch.ones_like(case[name]),))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         function(forward_ad.make_dual(case[name], torch.ones_like(case[name])))
-    for transform in (
-        torch.func.grad,
-        torch.func.jacrev,
-    ):  # PyTorch's refusal speaks of an autograd.Function of nobody's
+    # PyTorch's refusal speaks of an autograd.Function of nobody's.
+    for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(NotImplementedError, match=r"^madtp_kernels\.\w+ cannot be differentiated by torch.func"):
             transform(lambda value: function(value).sum())(case[name])
 

@@ -561,9 +561,8 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, dict, str | None
                 if error is not None:
                     raise ValueError(f"{path}: the names of its columns cannot be read: {error}")
                 names = values
-                _require_names(
-                    path, filter(None, names)
-                )  # columns without a name, as spreadsheets leave them, have nothing to lose
+                # Columns without a name, as spreadsheets leave them, have nothing to lose.
+                _require_names(path, filter(None, names))
             elif error is not None:
                 yield first, {}, error
             elif len(values) != len(names):

@@ -167,8 +167,9 @@ def _check_modules(tower: nn.Module, expected: nn.Module, place: str) -> None:
             if names[0] == names[1]:  # a Linear of another library
                 names = [f"{type(m).__module__}.{type(m).__name__}" for m in (module, other)]
             have, want = ("no module" if n == "NoneType" else f"a {n}" for n in names)
-            place = name or "it"
-            raise ValueError(f"model: {place} is {have}, expected {want}; merge adapters, and leave it unquantised")
+            raise ValueError(
+                f"model: {name or 'it'} is {have}, expected {want}; merge adapters, and leave it unquantised"
+            )
         if not type(module).forward.__module__.startswith(("torch.", "transformers.")):
             raise ValueError(f"model: {name} has the forward of another library, {type(module).forward.__module__}")
         sizes = {} if module is tower else _sizes(other)
