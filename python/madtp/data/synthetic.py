@@ -14,7 +14,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,19 @@ MAX_TOKENS = 13
 """Length of the longest sentence in tokens, [ENC] and [SEP] included."""
 VOCABULARY = Path(__file__).parent / "shapes" / "vocab.txt"
 
-TEMPLATES = ("exist", "both", "neither", "only", "count", "at least", "more", "same", "total")
+_TEMPLATES: dict[str, tuple[str, Callable[[int, int, int], bool]]] = {
+    "exist": ("There is a {noun} in the {here} image.", lambda here, there, number: here > 0),
+    "both": ("Both images contain a {noun}.", lambda here, there, number: here > 0 and there > 0),
+    "neither": ("Neither image contains a {noun}.", lambda here, there, number: here == there == 0),
+    "only": ("Only the {here} image contains a {noun}.", lambda here, there, number: here > 0 and there == 0),
+    "count": ("The {here} image contains exactly {number} {nouns}.", lambda here, there, number: here == number),
+    "at least": ("The {here} image contains at least {number} {nouns}.", lambda here, there, number: here >= number),
+    "more": ("The {here} image contains more {nouns} than the {there} image.", lambda here, there, number: here > there),
+    "same": ("Both images contain the same number of {nouns}.", lambda here, there, number: here == there),
+    "total": ("There are exactly {number} {nouns} in the two images.", lambda here, there, number: here + there == number),
+}  # fmt: skip
+"""Name to what is said, and whether that holds for the counts on the side that it names and on the other one."""
+TEMPLATES = tuple(_TEMPLATES)
 """Kinds of statements."""
 KINDS = ("colour and shape", "shape", "colour")
 _NUMBERS = {"count": (1, 2, 3), "at least": (2, 3), "total": (2, 3, 4, 5)}
@@ -398,7 +410,7 @@ def _make_statement(draws: _Draws, census, templates: Sequence[str]) -> Statemen
             number = draws.choice(_NUMBERS.get(template, (0,)))
             side = draws.below(2)
             answers = _answers(template, number, side, kind, census)
-            if answers[True] and answers[False]:
+            if all(answers.values()):
                 label = draws.uniform() < 0.5
                 spec, counts = draws.choice(answers[label])
                 colour, shape = (0 if part is None else 1 + part for part in spec)
@@ -410,48 +422,25 @@ def _make_statement(draws: _Draws, census, templates: Sequence[str]) -> Statemen
 
 def _is_askable(census) -> bool:
     """Whether some statement could be true as well as false in this scene."""
-    for template in TEMPLATES:
-        for number in _NUMBERS.get(template, (0,)):
-            for side in (0, 1):
-                for kind in KINDS:
-                    answers = _answers(template, number, side, kind, census)
-                    if answers[True] and answers[False]:
-                        return True
-    return False
+    return any(
+        all(_answers(template, number, side, kind, census).values())
+        for template in TEMPLATES
+        for number in _NUMBERS.get(template, (0,))
+        for side in (0, 1)
+        for kind in KINDS
+    )
 
 
 def _answers(template: str, number: int, side: int, kind: str, census) -> dict[bool, list]:
     """The objects that a statement could be about, with their counts, by whether it would be true of them."""
     answers: dict[bool, list] = {True: [], False: []}
+    _, holds = _TEMPLATES[template]
     for spec, counts in census[kind].items():
         here, there = counts[side], counts[1 - side]
-        if 0 < max(counts) <= MAX_COUNT:
-            answers[_truth(template, number, here, there)].append((spec, counts))
-        elif here == there == 0 and template in ("exist", "neither") and _nearly(spec, census):
-            answers[template == "neither"].append((spec, counts))
+        nowhere = here == there == 0 and template in ("exist", "neither") and _nearly(spec, census)
+        if nowhere or 0 < max(counts) <= MAX_COUNT:
+            answers[holds(here, there, number)].append((spec, counts))
     return answers
-
-
-def _truth(template: str, number: int, here: int, there: int) -> bool:
-    """Whether a template holds for the counts on the side it names and on the other one, not both zero."""
-    match template:
-        case "exist":
-            return here > 0
-        case "both":
-            return here > 0 and there > 0
-        case "neither":
-            return False
-        case "only":
-            return here > 0 and there == 0
-        case "count":
-            return here == number
-        case "at least":
-            return here >= number
-        case "more":
-            return here > there
-        case "same":
-            return here == there
-    return here + there == number
 
 
 def _nearly(spec: tuple, census) -> bool:
@@ -469,27 +458,13 @@ def _phrase(template: str, number: int, side: int, spec: tuple) -> str:
     if colour is not None:
         name = list(COLOURS)[colour]
         noun, plural = f"{name} {noun}", f"{name} {plural}"
-    here, there = _SIDES[side], _SIDES[1 - side]
-    match template:
-        case "exist":
-            text = f"there is a {noun} in the {here} image"
-        case "both":
-            text = f"both images contain a {noun}"
-        case "neither":
-            text = f"neither image contains a {noun}"
-        case "only":
-            text = f"only the {here} image contains a {noun}"
-        case "count":
-            text = f"the {here} image contains exactly {_WORDS[number]} {noun if number == 1 else plural}"
-        case "at least":
-            text = f"the {here} image contains at least {_WORDS[number]} {plural}"
-        case "more":
-            text = f"the {here} image contains more {plural} than the {there} image"
-        case "same":
-            text = f"both images contain the same number of {plural}"
-        case _:
-            text = f"there are exactly {_WORDS[number]} {plural} in the two images"
-    return text[0].upper() + text[1:] + "."
+    return _TEMPLATES[template][0].format(
+        noun=noun,
+        nouns=noun if number == 1 else plural,
+        number=_WORDS[number],
+        here=_SIDES[side],
+        there=_SIDES[1 - side],
+    )
 
 
 @functools.cache
