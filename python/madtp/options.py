@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 __all__ = [
@@ -18,52 +18,24 @@ class UsageError(ValueError):
     """Options that exclude each other; the command ends like one with an unknown option."""
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
+def _number(name: str, kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
+    """An argparse type: a number of a kind that ``fits``; argparse shows ``name`` where a text is no such number."""
+
+    def parse(text: str) -> Any:
+        if not fits(number := kind(text)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return number
+
+    parse.__name__, parse.__doc__ = name, f"An argparse type: {expected}."
+    return parse
 
 
-def not_negative_int(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
-    return number
-
-
-def not_negative(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return number
-
-
-def share(text: str) -> float:
-    """An argparse type: a number between 0 and 1, both excluded."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text}")
-    return number
-
-
-def share_or_none(text: str) -> float:
-    """An argparse type: a number of at least 0 and below 1."""
-    number = float(text)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
-    return number
+positive = _number("positive", int, lambda number: number >= 1, "at least 1")
+not_negative_int = _number("not_negative_int", int, lambda number: number >= 0, "a number >= 0")
+not_negative = _number("not_negative", float, lambda number: 0 <= number < math.inf, "a number >= 0")
+above_zero = _number("above_zero", float, lambda number: 0 < number < math.inf, "a number > 0")
+share = _number("share", float, lambda number: 0 < number < 1, "a share between 0 and 1")
+share_or_none = _number("share_or_none", float, lambda number: 0 <= number < 1, "a share of at least 0 and below 1")
 
 
 def option(help: str, default: Any = None, *, group: str = "", exclusive: str = "", flag: str = "", **settings) -> Any:
@@ -82,14 +54,11 @@ def option(help: str, default: Any = None, *, group: str = "", exclusive: str = 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def same(kind: type, name: str, default: Any = ..., *, help: str = "", group: str = "", exclusive: str = "", **changes):
+def same(kind: type, name: str, default: Any = ..., *, help: str = "", group: str = "") -> Any:
     """The option that a field of another dataclass is, but for what is given here."""
     field = kind.__dataclass_fields__[name]
-    metadata = field.metadata
-    return option(
-        help or metadata["help"], field.default if default is ... else default, group=group or metadata["group"], exclusive=exclusive,
-        flag=metadata["flag"], **metadata["settings"] | changes,
-    )  # fmt: skip
+    metadata = {**field.metadata, "help": help or field.metadata["help"], "group": group or field.metadata["group"]}
+    return dataclasses.field(default=field.default if default is ... else default, metadata=metadata)
 
 
 def unset(kind: type) -> type:
