@@ -14,6 +14,7 @@ from pathlib import Path
 from ..options import UsageError, given, help_of, option, positive
 from ..processes import joined, processes, rank
 from ..tasks import TASKS, Task
+from ..tasks.annotations import require_images
 from .batch import refuse_inputs, settings_of, shown
 from .options import (
     BatchOptions,
@@ -187,11 +188,8 @@ class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
         more = {} if self.vqa_annotations is None else {"answers": self.vqa_annotations}
         root = self.image_root or Path(self.annotations).parent
         examples = task.read(self.annotations, root, **more)[: self.limit]
-        images = dict.fromkeys(image for example in examples for image in task.images_of(example))
-        missing = [image for image in images if not image.is_file()]
-        if missing:
-            names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            raise ValueError(f"{self.annotations}: {len(missing)} of {len(images)} images are not there: {names}")
+        images = (image for example in examples for image in task.images_of(example))
+        require_images(self.annotations, dict.fromkeys(images))
         return examples
 
     def _settings(self, model, device: str, options: dict, samples: int) -> dict:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ..files import open_regular, parse_json
 from ..model import Model
 from ..pruning import Calibration, MergingPruning, Pruning, calibrate, original_tokens
 from ..rows import first_rows
 from ..tasks import TASKS, task_of
-from ..tasks.annotations import AnnotationError
+from ..tasks.annotations import are_paths, read_lines
 
 
 def freeze_all_but_dictionary(model: Model) -> list[str]:
@@ -43,33 +42,19 @@ def read_pairs(path: str | os.PathLike, task: str, image_root: str | os.PathLike
     path, count = Path(path), TASKS[task].images_per_example
     root = path.parent if image_root is None else Path(image_root)
     examples = []
-    with open_regular(path) as file:
-        lines = file.read().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            raise AnnotationError(path, number, f"not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise AnnotationError(path, number, "expected an object")
+    for record in read_lines(path):
+        row = record.value
         text = next((row[key] for key in ("text", "sentence", "question", "caption") if key in row), None)
         if not isinstance(text, str):
-            raise AnnotationError(path, number, "'text': expected a string")
+            raise record.error("'text': expected a string")
         images = [row.get("image")] if count == 1 else row.get("images")
-        wanted = "'image': expected a path" if count == 1 else "'images': expected two paths"
-        if not isinstance(images, list) or len(images) != count:
-            raise AnnotationError(path, number, wanted)
-        if not all(isinstance(image, str) and image for image in images):
-            raise AnnotationError(path, number, wanted)
+        if not are_paths(images, count):
+            raise record.error("'image': expected a path" if count == 1 else "'images': expected two paths")
         files = [root / image for image in images]
         for file in files:
             if not file.is_file():
-                raise AnnotationError(path, number, f"image is not there: {file}")
-        examples.append(TASKS[task].example(files, text, number))
-    if not examples:
-        raise AnnotationError(path, None, "there are no rows")
+                raise record.error(f"image is not there: {file}")
+        examples.append(TASKS[task].example(files, text, record.number))
     return examples
 
 

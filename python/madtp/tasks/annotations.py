@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,16 @@ __all__ = [
     "CaptionExample",
     "NLVRExample",
     "VQAExample",
+    "are_paths",
     "first_object",
+    "is_path",
     "read_blip_nlvr",
     "read_blip_vqa",
     "read_captions",
+    "read_lines",
     "read_nlvr2",
     "read_vqa_v2",
+    "require_images",
 ]
 
 VISUAL_GENOME_WEIGHT = 0.2
@@ -132,7 +136,17 @@ class _Record:
         return self.get("label", '"True" or "False"', lambda value: value in ("True", "False")) == "True"
 
     def image(self, root, key: str = "image") -> Path:
-        return Path(root) / self.get(key, "a path", lambda value: isinstance(value, str) and value)
+        return Path(root) / self.get(key, "a path", is_path)
+
+
+def is_path(value) -> bool:
+    """Whether a JSON value may be a path."""
+    return isinstance(value, str) and value != ""
+
+
+def are_paths(value, count: int) -> bool:
+    """Whether a JSON value is a list of so many paths."""
+    return isinstance(value, list) and len(value) == count and all(map(is_path, value))
 
 
 def _is_integer(value) -> bool:
@@ -187,11 +201,12 @@ def _read_list(path) -> list[_Record]:
     """Records of a JSON list, or one per line."""
     content = _content(path)
     if read_object(content.strip().split(b"\n", 1)[0]) is not None:
-        return _read_lines(path)
+        return read_lines(path)
     return _records(path, _parse(path, content))
 
 
-def _read_lines(path) -> list[_Record]:
+def read_lines(path: str | os.PathLike) -> list[_Record]:
+    """The objects of JSON Lines. Raises AnnotationError, OSError."""
     lines = enumerate(_content(path).split(b"\n"), 1)
     return [_Record(path, number, _parse(path, line, number)) for number, line in lines if line.strip()]
 
@@ -220,21 +235,22 @@ class _Unique:
         return value
 
 
-def _require_images(path, images: Iterable[tuple[int, Path]]) -> None:
-    """Raise AnnotationError if images are missing; `images` are (record number, file)."""
-    first_use: dict[Path, int] = {}
-    for number, image in images:
-        first_use.setdefault(image, number)
-    missing = [image for image in first_use if not os.path.isfile(image)]
+def require_images(path: str | os.PathLike, images: Mapping[Path, int | None]) -> None:
+    """Raise AnnotationError if images are missing, of which each comes with the number of the first record about it."""
+    missing = [image for image in images if not os.path.isfile(image)]
     if missing:
         names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        reason = f"{len(missing)} of {len(first_use)} images are not there: {names}"
-        raise AnnotationError(path, first_use[missing[0]], reason)
+        reason = f"{len(missing)} of {len(images)} images are not there: {names}"
+        raise AnnotationError(path, images[missing[0]], reason)
 
 
-def _require_pairs(path, records: list[_Record], examples: list[NLVRExample]) -> None:
-    pairs = zip(records, examples)
-    _require_images(path, ((record.number, image) for record, e in pairs for image in (e.left, e.right)))
+def _require_images(path, records: list[_Record], examples: list, *names: str) -> None:
+    """The same for the images that examples have under these names."""
+    first_use: dict[Path, int] = {}
+    for record, example in zip(records, examples):
+        for name in names:
+            first_use.setdefault(getattr(example, name), record.number)
+    require_images(path, first_use)
 
 
 def read_blip_nlvr(path: str | os.PathLike, image_root: str | os.PathLike, strict: bool = False) -> list[NLVRExample]:
@@ -246,15 +262,13 @@ def read_blip_nlvr(path: str | os.PathLike, image_root: str | os.PathLike, stric
     """
     records, examples = _read_list(path), []
     for record in records:
-        images = record.texts("images")
-        if len(images) != 2 or "" in images:
-            raise record.error(f"'images': expected two paths, got {_shown(list(images))}")
+        images = record.get("images", "a list of two paths", lambda value: are_paths(value, 2))
         left, right = (Path(image_root) / image for image in images)
         template = record.text("template") if "template" in record.value else None
         sentence = record.text("text" if "text" in record.value and "sentence" not in record.value else "sentence")
         examples.append(NLVRExample(left, right, sentence, record.label(), template=template))
     if strict:
-        _require_pairs(path, records, examples)
+        _require_images(path, records, examples, "left", "right")
     return examples
 
 
@@ -266,7 +280,7 @@ def read_nlvr2(path: str | os.PathLike, image_root: str | os.PathLike, strict: b
     lie below `image_root` is as in the release, and in BLIP's files: images/train/DIRECTORY/, dev/, test1/,
     test2/. Raises AnnotationError, OSError.
     """
-    records, examples, identifiers = _read_lines(path), [], _Unique("identifier")
+    records, examples, identifiers = read_lines(path), [], _Unique("identifier")
     for record in records:
         identifier = identifiers.add(record, record.text("identifier"))
         parts = re.fullmatch(r"((train|dev|test1|test2)-\d+-\d+)-\d+", identifier)
@@ -277,7 +291,7 @@ def read_nlvr2(path: str | os.PathLike, image_root: str | os.PathLike, strict: b
         left, right = (Path(image_root) / folder / f"{pair}-img{side}.png" for side in (0, 1))
         examples.append(NLVRExample(left, right, record.text("sentence"), record.label(), identifier))
     if strict:
-        _require_pairs(path, records, examples)
+        _require_images(path, records, examples, "left", "right")
     return examples
 
 
@@ -315,7 +329,7 @@ def read_blip_vqa(
             raise record.error(f'\'dataset\': expected "vqa" or "vg", got {_shown(dataset)}')
         examples.append(VQAExample(image, record.text("question"), question_id, answers, dataset))
     if strict:
-        _require_images(path, ((r.number, e.image) for r, e in zip(records, examples)))
+        _require_images(path, records, examples, "image")
     return examples
 
 
@@ -353,7 +367,7 @@ def read_vqa_v2(
     if answers:
         raise AnnotationError(annotations, None, f"question {next(iter(answers))} is not in {questions}")
     if strict:
-        _require_images(questions, ((r.number, e.image) for r, e in zip(lists["questions"], examples)))
+        _require_images(questions, lists["questions"], examples, "image")
     return examples
 
 
@@ -402,5 +416,5 @@ def read_captions(path: str | os.PathLike, image_root: str | os.PathLike, strict
             image_ids.add(record, image_id)
         examples.append(CaptionExample(image, image_id, captions))
     if strict:
-        _require_images(path, ((r.number, e.image) for r, e in zip(records, examples)))
+        _require_images(path, records, examples, "image")
     return examples

@@ -23,7 +23,7 @@ from ..options import UsageError, argument, option
 from ..pictures import load_image
 from ..processing import Processor
 from ..pruning import LayerTrace, Pruning
-from .annotations import read_captions
+from .annotations import is_path, read_captions
 from .augment import augment
 
 Streams = tuple[list[list[int]], ...]
@@ -351,7 +351,7 @@ class Task:
 def image_of(row: dict, folder: Path) -> Path:
     """The path of a row's image."""
     image = row.get("image")
-    if not isinstance(image, str) or not image:
+    if not is_path(image):
         raise ValueError(f"'image' must be a path, got {image!r}")
     return folder / image
 

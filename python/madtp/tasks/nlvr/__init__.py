@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import flops, graphs
 from ...options import UsageError, option
 from ...processing import Processor, clean_sentence
-from ..annotations import NLVRExample, first_object, read_blip_nlvr, read_nlvr2
+from ..annotations import NLVRExample, are_paths, first_object, read_blip_nlvr, read_nlvr2
 from ..base import Answer, Inputs, Prepared, Recipe, Task, not_finite
 from ..metrics import accuracy
 from .model import NLVR, NLVRConfig
@@ -118,9 +118,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
 
     def prepare(self, row, folder=Path()):
         images, text = row.get("images"), row.get("text", row.get("sentence"))
-        if not (
-            isinstance(images, list) and len(images) == 2 and all(isinstance(path, str) and path for path in images)
-        ):
+        if not are_paths(images, 2):
             raise ValueError(f"'images' must be a list of two paths, got {json.dumps(images)}")
         if not {"text", "sentence"} & set(row):
             raise ValueError("'text' (or 'sentence') is missing")
