@@ -469,20 +469,14 @@ def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool
     place = next(place for place, tower in engine.towers.items() if tower is module)
     if any(seen.module.training for seen in engine.seen[place]):
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
+    served = (*_HARMLESS, "output_hidden_states") if states else _HARMLESS
     outputs = {name: asked_for(module, kwargs, name) for name in ("output_attentions", "output_hidden_states")}
-    for name, value in (
-        outputs | {name: value for name, value in kwargs.items() if name.startswith("output_")}
-    ).items():
-        if value is not None and value is not False and not (states and name == "output_hidden_states"):
+    for name, value in (outputs | dict(kwargs) | unsupported).items():
+        if name in served or value is None or value is False:
+            continue
+        if name.startswith("output_"):
             raise ValueError(f"{name}: a patched model keeps neither attention matrices nor the states of its layers")
-    for name, value in (unsupported | dict(kwargs)).items():
-        if (
-            value is not None
-            and value is not False
-            and name not in _HARMLESS
-            and not (states and name == "output_hidden_states")
-        ):
-            raise ValueError(f"{name}: a patched model does not take it here")
+        raise ValueError(f"{name}: a patched model does not take it here")
     if sync:
         engine.sync(place)
     return engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,20 +16,10 @@ from .blip import decoder, encoder, generate, vision
 from .encoders import image_encoder, text_encoder
 
 
-def _forward(self, *args, **kwargs):
-    """A model's own forward, around patched towers: its heads would still compute gradients, of themselves alone."""
+def _own(name: str, module: nn.Module, /, *args, **kwargs):
+    """A model's own method, around patched towers: its heads would still compute gradients, of themselves alone."""
     with torch.no_grad():
-        return type(self).forward(self, *args, **kwargs)
-
-
-def _image_features(self, *args, **kwargs):
-    with torch.no_grad():
-        return type(self).get_image_features(self, *args, **kwargs)
-
-
-def _text_features(self, *args, **kwargs):
-    with torch.no_grad():
-        return type(self).get_text_features(self, *args, **kwargs)
+        return getattr(type(module), name)(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -51,15 +42,17 @@ class Kind:
         return issubclass(TASKS[self.task].Config, CLIPConfig)
 
 
-_FEATURES = (("", "get_image_features", _image_features), ("", "get_text_features", _text_features))
+_FEATURES = tuple(("", name, partial(_own, name)) for name in ("get_image_features", "get_text_features"))
+_WHOLE = ("", "forward", partial(_own, "forward"))
 _IMAGES = (("vision_model", "forward", vision),)
 _DECODER = (
     ("text_decoder.bert", "forward", decoder),
-    ("text_decoder", "forward", _forward),
+    ("text_decoder", "forward", partial(_own, "forward")),
     ("text_decoder", "generate", generate),
 )
 _QUESTIONS = (("text_encoder", "forward", encoder),)
-_INNER = (("vision_model", "forward", image_encoder), ("", "forward", _forward))
+_INNER = (("vision_model", "forward", image_encoder), _WHOLE)
+_TEXTS = ("text_model", "forward", text_encoder)
 _ITSELF = Kind("clip", ("",), (("", "forward", image_encoder),), texts=False)
 _SIGLIP = Kind("clip", ("vision_model",), (*_INNER, _FEATURES[0]), texts=False)
 
@@ -68,21 +61,12 @@ KINDS: dict[str, Kind] = {
     "BlipForQuestionAnswering": Kind(
         "vqa", ("vision_model", "text_encoder", "text_decoder.bert"), (*_IMAGES, *_QUESTIONS, *_DECODER)
     ),
-    "BlipForImageTextRetrieval": Kind(
-        "retrieval", ("vision_model", "text_encoder"), (*_IMAGES, *_QUESTIONS, ("", "forward", _forward))
-    ),
-    "CLIPModel": Kind(
-        "clip",
-        ("vision_model", "text_model"),
-        (_INNER[0], ("text_model", "forward", text_encoder), _INNER[1], *_FEATURES),
-        raw=True,
-    ),
+    "BlipForImageTextRetrieval": Kind("retrieval", ("vision_model", "text_encoder"), (*_IMAGES, *_QUESTIONS, _WHOLE)),
+    "CLIPModel": Kind("clip", ("vision_model", "text_model"), (*_INNER, _TEXTS, *_FEATURES), raw=True),
     "CLIPVisionModel": replace(_ITSELF, raw=True),
     "CLIPVisionModelWithProjection": Kind("clip", ("vision_model",), _INNER, raw=True, texts=False),
     "CLIPTextModel": Kind("clip", ("",), (("", "forward", text_encoder),)),
-    "CLIPTextModelWithProjection": Kind(
-        "clip", ("text_model",), (("text_model", "forward", text_encoder), ("", "forward", _forward))
-    ),
+    "CLIPTextModelWithProjection": Kind("clip", ("text_model",), (_TEXTS, _WHOLE)),
     "SiglipModel": _SIGLIP,
     "SiglipVisionModel": _ITSELF,
     "Siglip2Model": _SIGLIP,

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from madtp_kernels import RaggedBatch
-
 from .. import flops
+from ..config import CLIPConfig
 from ..pruning import Tokens
 from ..search import search_intervals
-from ..tasks import TASKS
+from ..tasks import PairsTask, task_of
 from .engine import Engine
 from .tensors import ragged_ids, texts_of
 
@@ -51,7 +50,7 @@ def measure(engine: Engine, samples: Mapping[str, Tensor], strength: float) -> S
     if "pixel_values" not in samples:
         raise ValueError(f"samples: expected 'pixel_values', got {', '.join(samples) or 'nothing'}")
     ids, model = samples.get("input_ids"), engine.model
-    if TASKS[engine.task].aligned and ids is not None and len(ids) != len(samples["pixel_values"]):
+    if task_of(model).aligned and ids is not None and len(ids) != len(samples["pixel_values"]):
         raise ValueError(f"samples: expected a text for each of {len(samples['pixel_values'])} images, got {len(ids)}")
     model.pruning = engine.at(strength)
     with torch.no_grad():
@@ -60,59 +59,36 @@ def measure(engine: Engine, samples: Mapping[str, Tensor], strength: float) -> S
         vision = flops.stream_lengths(trace)
         shares = [length / lengths[0] for lengths in vision for length in lengths[1:]]
         keep_ratio = sum(shares) / len(shares)
-        costs = _COSTS[engine.task](engine, vision, images, ids, samples.get("attention_mask"))
+        costs = _costs(engine, vision, images, ids, samples.get("attention_mask"))
     gflops = None if costs is None else sum(cost.official for cost in costs) / len(costs)
     return Step(strength, keep_ratio, gflops)
 
 
-def _looking(engine: Engine, images: Tokens, ids: Tensor, mask: Tensor | None) -> tuple[RaggedBatch, list[list[int]]]:
-    """BLIP's texts, and their token counts with the images in view."""
-    device = engine.model.device
-    texts, _ = ragged_ids(ids.to(device), None if mask is None else mask.to(device), None)
-    return texts, flops.stream_lengths(engine.texts(texts, images)[1])
-
-
-Counts = list[list[int]]
-"""Tokens of each instance before the first layer and after each."""
-
-
-def _caption_costs(engine: Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
-    """Cost of each instance of the samples; None where they have no texts."""
+def _costs(
+    engine: Engine, vision: list[list[int]], images: Tokens, ids: Tensor | None, mask: Tensor | None
+) -> list[flops.Flops] | None:
+    """Cost of each instance of the samples, of whose images are given the token counts before the first layer and after
+    each, and the tokens that are left; None where they lack the texts that the model needs."""
     model = engine.model
-    return [flops.caption(model.config, lengths, _CAPTION_TOKENS, pruning=model.pruning) for lengths in vision]
-
-
-def _vqa_costs(engine: Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
+    task, rule = task_of(model), model.pruning
+    if not task.aligned:
+        return task.costs((vision,), rule, [_CAPTION_TOKENS] * len(vision))
+    if model.config.text is None:
+        return task.costs((vision, [None] * len(vision)), rule)
     if ids is None:
         return None
-    model, pairs = engine.model, zip(vision, _looking(engine, images, ids, mask)[1], strict=True)
-    return [flops.vqa(model.config, i, t, _ANSWER_TOKENS, pruning=model.pruning) for i, t in pairs]
-
-
-def _retrieval_costs(engine: Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
-    if ids is None:
-        return None
-    model, (texts, looking) = engine.model, _looking(engine, images, ids, mask)
+    if isinstance(model.config, CLIPConfig):
+        texts, _ = texts_of(model, ids.to(model.device))
+        return task.costs((vision, flops.stream_lengths(model.encode_text(texts).trace)), rule)
+    texts, _ = ragged_ids(ids.to(model.device), None if mask is None else mask.to(model.device), None)
+    looking = flops.stream_lengths(engine.texts(texts, images)[1])
+    if not isinstance(task, PairsTask):
+        return task.costs((vision, looking), rule, [_ANSWER_TOKENS] * len(vision))
     alone = flops.stream_lengths(engine.texts(texts, None)[1])
     return [
-        flops.retrieval(model.config, image=i, text=a, match=(i[-1], t), pruning=model.pruning)
-        for i, t, a in zip(vision, looking, alone, strict=True)
+        task.cost(image, text, rule, match=(image[-1], counts))
+        for image, text, counts in zip(vision, alone, looking, strict=True)
     ]
-
-
-def _clip_costs(engine: Engine, vision: Counts, images: Tokens, ids: Tensor | None, mask: Tensor | None):
-    model = engine.model
-    if model.config.text is None:
-        texts = [None] * len(vision)
-    elif ids is None:
-        return None
-    else:
-        texts = flops.stream_lengths(model.encode_text(texts_of(model, ids.to(model.device))[0]).trace)
-    pairs = zip(vision, texts, strict=True)
-    return [flops.clip(model.config, image=i, text=t, pruning=model.pruning) for i, t in pairs]
-
-
-_COSTS = {"caption": _caption_costs, "vqa": _vqa_costs, "retrieval": _retrieval_costs, "clip": _clip_costs}
 
 
 def find(engine: Engine, samples: Mapping[str, Tensor], name: str, target: float) -> tuple[Step, tuple[Step, ...]]:
