@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from .files import read_text
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "read_lines", "read_texts", "stream_images"]
+__all__ = ["IMAGE_SUFFIXES", "find_images", "read_texts", "stream_images"]
 
 _log = logging.getLogger("madtp")
 
@@ -191,29 +191,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a UTF-8 text file, a pipe or standard input ("-") that are not blank, without the white space around
-    them. A line ends at a line feed, nowhere else.
-
-    Raises:
-        ValueError: there are none, or the file is not UTF-8.
-        OSError: the file cannot be read.
-    """
-    return _lines(path, read_text(path))
-
-
-def _lines(path: str | os.PathLike, text: str) -> list[str]:
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: no lines in this file")
-    return lines
-
-
 def read_texts(path: str | os.PathLike) -> list[str]:
-    """Texts of a file: one per line, as in :func:`read_lines`, or a JSON list of strings.
+    """Texts of a UTF-8 file, a pipe or standard input ("-"): the lines that are not blank, without the white space around
+    them, or a JSON list of strings. A line ends at a line feed, nowhere else.
 
     Raises:
-        ValueError: there are none, or JSON of another form.
+        ValueError: there are none, JSON of another form, or the file is not UTF-8.
         OSError: the file cannot be read.
     """
     text, name = read_text(path), os.fspath(path).lower()
@@ -227,4 +210,7 @@ def read_texts(path: str | os.PathLike) -> list[str]:
         if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{path}: expected one text per line, or a JSON list of strings")
         return value
-    return _lines(path, text)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: no lines in this file")
+    return lines

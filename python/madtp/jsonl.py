@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -136,15 +137,8 @@ def require_new(path: str | os.PathLike, overwrite: bool = False) -> None:
 def held(source: Rows) -> Rows:
     """The same rows, in memory where they come from what can be read only once."""
     if isinstance(source, (str, os.PathLike)) and not is_regular(source):
-        return _cut(read_bytes(source))
+        return io.BytesIO(read_bytes(source)).readlines()
     return source
-
-
-def _cut(content: bytes) -> list[bytes]:
-    """Lines with their ends, which are line feeds."""
-    lines = [line + b"\n" for line in content.split(b"\n")]
-    lines[-1] = lines[-1][:-1]
-    return lines if lines[-1] else lines[:-1]
 
 
 def _checked(log: Log, source: Rows) -> Iterator[dict]:

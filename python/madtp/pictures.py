@@ -71,8 +71,7 @@ def _after_fork() -> None:
     _opening, _in_flight = threading.Lock(), _InFlight(MAX_PIXELS)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class ImageError(ValueError):

@@ -12,7 +12,9 @@ import re
 import string
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -37,8 +39,7 @@ def _after_fork() -> None:
     _loading = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class TextError(ValueError):
@@ -85,15 +86,10 @@ def load_tokenizer(source: str | os.PathLike):
     """
     from transformers import BertTokenizer
 
-    path = _DEMO_VOCABULARY if source == "demo" else _vocabulary(source)
-    try:
-        tokenizer = BertTokenizer(vocab=str(path)) if path.is_file() else BertTokenizer.from_pretrained(path)
-    except Exception as error:  # file and format errors of several libraries
-        raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
-    if len(tokenizer) <= 5:  # transformers makes up a vocabulary of special tokens where it finds no file
-        raise ValueError(
-            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with a vocab.txt or tokenizer.json"
-        )
+    def load(path: Path):
+        return BertTokenizer(vocab=str(path)) if path.is_file() else BertTokenizer.from_pretrained(path)
+
+    tokenizer = _loaded(load, source, 5, "a vocab.txt or tokenizer.json")
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
@@ -116,16 +112,7 @@ def load_clip_tokenizer(source: str | os.PathLike):
         letters = sorted(ByteLevel.alphabet())
         entries = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
         return CLIPTokenizer(vocab={entry: number for number, entry in enumerate(entries)}, merges=[])
-    path = _vocabulary(source)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(path)
-    except Exception as error:  # file and format errors of several libraries
-        raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
-    if len(tokenizer) <= 3:  # transformers makes up a vocabulary of special tokens where it finds no file
-        raise ValueError(
-            f"tokenizer {str(source)!r}: no vocabulary found; give a directory with vocab.json and merges.txt or tokenizer.json"
-        )
-    return tokenizer
+    return _loaded(CLIPTokenizer.from_pretrained, source, 3, "vocab.json and merges.txt or tokenizer.json")
 
 
 def load_padded_tokenizer(source: str | os.PathLike):
@@ -136,15 +123,24 @@ def load_padded_tokenizer(source: str | os.PathLike):
     """
     from transformers import AutoTokenizer
 
+    return _loaded(AutoTokenizer.from_pretrained, source)
+
+
+def _loaded(load: Callable[[Path], Any], source: str | os.PathLike, special: int = 0, files: str = ""):
+    """The tokenizer that ``load`` reads, which has more entries than ``special``; ``files`` are what it may be in."""
+    path = _vocabulary(source)
     try:
-        return AutoTokenizer.from_pretrained(_vocabulary(source))
+        tokenizer = load(path)
     except Exception as error:  # file and format errors of several libraries, and packages that are not installed
         raise ValueError(f"tokenizer {str(source)!r} cannot be loaded: {error}") from error
+    if len(tokenizer) <= special:  # transformers makes up a vocabulary of special tokens where it finds no file
+        raise ValueError(f"tokenizer {str(source)!r}: no vocabulary found; give a directory with {files}")
+    return tokenizer
 
 
 def _vocabulary(source: str | os.PathLike) -> Path:
     """The file or directory of a tokenizer that is a path or a hub id; transformers, given an id, tries again for minutes."""
-    path = Path(source)
+    path = _DEMO_VOCABULARY if source == "demo" else Path(source)
     if path.exists():
         return path
     if not isinstance(source, str) or not hub.is_id(source):

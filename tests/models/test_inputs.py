@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from madtp.inputs import find_images, read_lines, read_texts
+from madtp.inputs import find_images, read_texts
 
 
 @pytest.fixture
@@ -116,20 +116,20 @@ def test_pictures_of_other_formats_are_named(folder, caplog):
 def test_lines(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes("\ufeffein Hund\r\n\n  a ball \n   \nlast".encode())
-    assert read_lines(path) == ["ein Hund", "a ball", "last"]
+    assert read_texts(path) == ["ein Hund", "a ball", "last"]
     path.write_text("\n  \n")
     with pytest.raises(ValueError, match="no lines"):
-        read_lines(path)
+        read_texts(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="lines.txt: not a UTF-8"):
-        read_lines(path)
+        read_texts(path)
 
 
 def test_a_line_ends_at_a_line_feed_only(tmp_path):
     path = tmp_path / "lines.txt"
     lines = ["a\u2028b", "c\x85d", "e\x0cf", "g\x1ch", "i\rj"]
     path.write_bytes("\n".join(lines).encode())
-    assert read_lines(path) == read_texts(path) == lines
+    assert read_texts(path) == lines
 
 
 @pytest.mark.parametrize(

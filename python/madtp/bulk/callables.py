@@ -245,7 +245,8 @@ class Answering:
                 answers[n] = one
         errors = [f"{one.kind}: {one.reason}" if isinstance(one, Failure) else None for one in answers]
         kept = {
-            name: np.asarray(columns[name]) if _is_flat(columns[name]) else _objects(columns[name]) for name in others
+            name: np.asarray(columns[name]) if isinstance(columns[name], np.ndarray) else _objects(columns[name])
+            for name in others
         }
         if key and all(value is None or isinstance(value, (str, os.PathLike)) for value in columns[key]):
             kept = {key: _objects(columns[key]), **kept}
@@ -264,10 +265,6 @@ class Answering:
 def _plain(value):
     """A value as Python has it: texts of numpy's are strings, too."""
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _is_flat(values) -> bool:
-    return isinstance(values, np.ndarray)
 
 
 def _objects(values: Sequence) -> np.ndarray:

@@ -15,6 +15,7 @@ import lzma
 import math
 import os
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -37,13 +38,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _LINES = (".jsonl", ".ndjson")
-_READABLE = (
-    "string",
-    "large_string",
-    "binary",
-    "large_binary",
-    "fixed_size_binary",
-)  # columns of images, by pyarrow's names
+# Columns of images, by pyarrow's names.
+_READABLE = ("string", "large_string", "binary", "large_binary", "fixed_size_binary")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
@@ -415,35 +411,28 @@ def _sample(number: int, key: str, members: dict[str, Span], image_key: str | No
     return Row(number, key, span, fields)
 
 
-class _plain:
-    """A tar as a file with places in it: itself, or what a compressed one holds, in a temporary file."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.broken, self.temporary = path, [], None
-
-    def __enter__(self) -> tuple[str, list[str]]:
+@contextlib.contextmanager
+def _plain(path: str) -> Iterator[tuple[str, list[str]]]:
+    """A tar as a file with places in it: itself, or what a compressed one holds, in a temporary file; and what is broken."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(8)
+    except OSError as error:
+        yield os.devnull, [f"unreadable: {error.strerror or error}"]
+        return
+    opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
+    if opener is None:
+        yield path, []
+        return
+    broken = []
+    with tempfile.NamedTemporaryFile(prefix="madtp-", suffix=".tar") as temporary:
         try:
-            with open_regular(self.path) as file:
-                start = file.read(8)
-        except OSError as error:
-            self.broken.append(f"unreadable: {error.strerror or error}")
-            return os.devnull, self.broken
-        opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), None)
-        if opener is None:
-            return self.path, self.broken
-        self.temporary = tempfile.NamedTemporaryFile(prefix="madtp-", suffix=".tar")
-        try:
-            with opener(self.path, "rb") as file:
-                while block := file.read(1 << 20):
-                    self.temporary.write(block)
+            with opener(path, "rb") as file:
+                shutil.copyfileobj(file, temporary, 1 << 20)
         except (OSError, EOFError, lzma.LZMAError) as error:
-            self.broken.append(f"damaged archive: {error}")
-        self.temporary.flush()
-        return self.temporary.name, self.broken
-
-    def __exit__(self, *_) -> None:
-        if self.temporary is not None:
-            self.temporary.close()
+            broken.append(f"damaged archive: {error}")
+        temporary.flush()
+        yield temporary.name, broken
 
 
 def _members(path: str, broken: list[str]) -> Iterator[tuple[str, Span | None]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from ..options import UsageError, option
-from ..tasks import ImageInputs, Prepared, Task
-from .batch import UNFINISHED, Overlays, check_output, row_seed, run_rows, settings_of, shortened, source_of, truncation
+from ..tasks import ImageInputs, Task
+from .batch import UNFINISHED, Item, Overlays, check_output, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import RESUMED, BulkOptions, BulkRun, is_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, grouping, load_model
 
@@ -23,13 +23,6 @@ class OutputOptions(BatchOptions):
         "draw the patches that survive each layer over the image; a picture file for a single image, else a folder",
         metavar="PATH",
     )
-
-
-class _Row(NamedTuple):
-    row: int
-    image: Path
-    prepared: Prepared
-    added: dict
 
 
 @dataclass(kw_only=True)
@@ -46,30 +39,29 @@ class Answer(Command):
         check_output(self, source)
         overlays = Overlays(self, source)
         model = load_model(self, [self.task.name])
-        task, seed = self.task(model), arguments.pop("seed", None)
+        task, used, seed = self.task(model), dict(arguments), arguments.pop("seed", None)
 
-        def prepare(number: int, fields: dict) -> _Row:
+        def prepare(number: int, fields: dict) -> Item:
             prepared = task.prepare(fields, folder)
             cut = {} if prepared.text is None else truncation(model, prepared.text)
-            return _Row(number, prepared.images[0], prepared, cut)
+            return Item(number, prepared.images[0], prepared, cut)
 
-        def answer(rows: list[_Row]) -> list[dict]:
-            seeds = {} if seed is None else {"seeds": [row_seed(seed, row.row) for row in rows]}
-            answers, output = task.answer(model, [row.prepared.inputs for row in rows], **arguments, **seeds)
+        def answer(items: list[Item]) -> list[dict]:
+            seeds = {} if seed is None else {"seeds": [row_seed(seed, item.row) for item in items]}
+            answers, output = task.answer(model, [item.inputs.inputs for item in items], **arguments, **seeds)
 
-            def picture(place: int, row: _Row):
+            def picture(place: int, item: Item):
                 from ..report.overlay import overlays_of
 
-                title, samples = task.title(row.prepared, answers[place]), task.samples(place, len(rows))
-                return overlays_of(model, row.prepared.images, output.vision, samples, title)
+                title, samples = task.title(item.inputs, answers[place]), task.samples(place, len(items))
+                return overlays_of(model, item.inputs.images, output.vision, samples, title)
 
-            drawn = overlays.draw(rows, picture)
+            drawn = overlays.draw(items, picture)
             return [
-                {**shortened(found.record()), **path, **row.added}
-                for row, found, path in zip(rows, answers, drawn, strict=True)
+                {**shortened(found.record()), **path, **item.added}
+                for item, found, path in zip(items, answers, drawn, strict=True)
             ]
 
-        used = arguments if seed is None else {**arguments, "seed": seed}
         return run_rows(
             self,
             source,
@@ -89,8 +81,7 @@ class Answer(Command):
 
         if self.images and self.input:
             raise UsageError("give either images or --input")
-        seed = arguments.pop("seed", None)
-        used = arguments if seed is None else {**arguments, "seed": seed}
+        used, seed = dict(arguments), arguments.pop("seed", None)
         return BulkRun(
             options=self,
             make=lambda model: ImageTask(
@@ -104,6 +95,11 @@ class Answer(Command):
             unit=f"{self.task.unit}s",
             settings={"text_key": self.text_key, **self.defaults(), **used},
         ).run()
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A number of its own for each row, so that its answer does not depend on the others."""
+    return zlib.crc32(f"{seed} {row}".encode())
 
 
 def command_of(task: type[Task]) -> type[Command]:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +35,7 @@ class Item(NamedTuple):
     row: int
     image: Path
     inputs: object
-    """What the model's processor made of it."""
+    """What was made of it for the model."""
     added: dict = {}  # noqa: RUF012
     """What else its record says."""
 
@@ -157,10 +156,9 @@ class Overlays:
         """The same for items whose images are the samples of `traces`, layer by layer."""
 
         def picture(sample: int, item: Item):
-            from ..pictures import load_image
-            from ..report.overlay import overlay
+            from ..report.overlay import overlays_of
 
-            return overlay(model.processor.view(load_image(item.image)), traces, model.config, sample=sample)
+            return overlays_of(model, [item.image], traces, [sample])
 
         return self.draw(items, picture)
 
@@ -198,11 +196,6 @@ def shown(options: dict) -> dict:
 def shortened(record: dict) -> dict:
     """A record with six decimals."""
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in record.items()}
-
-
-def row_seed(seed: int, row: int) -> int:
-    """A number of its own for each row, so that its answer does not depend on the others."""
-    return zlib.crc32(f"{seed} {row}".encode())
 
 
 def run_rows(

@@ -86,7 +86,7 @@ def _costs(
         return task.costs((vision, looking), rule, [_ANSWER_TOKENS] * len(vision))
     alone = flops.stream_lengths(engine.texts(texts, None)[1])
     return [
-        task.cost(image, text, rule, match=(image[-1], counts))
+        flops.retrieval(model.config, image=image, text=text, match=(image[-1], counts), pruning=rule)
         for image, text, counts in zip(vision, alone, looking, strict=True)
     ]
 
