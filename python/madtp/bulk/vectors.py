@@ -217,25 +217,23 @@ def candidates(path: str | os.PathLike, queries, count: int) -> list[list[int]]:
         except ImportError as error:
             raise ImportError(f"{path}: reading it needs usearch (pip install usearch)") from error
         index = Index.restore(str(path))
-        width, found = index.ndim, None
-        if width == queries.shape[1]:
-            # One by one: of several queries, keys would be filled up with others.
-            found = [index.search(query, min(count, len(index))).keys.tolist() for query in queries]
+        _require_width(path, index.ndim, queries)
+        # One by one: of several queries, keys would be filled up with others.
+        found = [index.search(query, min(count, len(index))).keys.tolist() for query in queries]
     else:
         try:
             import faiss
         except ImportError as error:
             raise ImportError(f"{path}: reading it needs faiss (pip install faiss-cpu)") from error
         index = faiss.read_index(str(path))
-        width, found = index.d, None
-        if width == queries.shape[1]:
-            found = index.search(queries, min(count, max(1, index.ntotal)))[1].tolist()
-    if found is None:
-        raise ValueError(f"{path}: holds vectors of {width} numbers, but the model's have {queries.shape[1]}")
+        _require_width(path, index.d, queries)
+        found = index.search(queries, min(count, max(1, index.ntotal)))[1].tolist()
     return [[int(number) for number in numbers if number >= 0] for numbers in found]
 
 
-_NO_VECTORS = "{}: expected a folder, a .npy or a .safetensors file"
+def _require_width(path: str | os.PathLike, width: int, queries: np.ndarray) -> None:
+    if width != queries.shape[1]:
+        raise ValueError(f"{path}: holds vectors of {width} numbers, but the model's have {queries.shape[1]}")
 
 
 def check_index(path: str | os.PathLike, *, grows: bool = False) -> None:
@@ -253,7 +251,7 @@ def check_index(path: str | os.PathLike, *, grows: bool = False) -> None:
         if grows:
             raise ResumeError(f"{path}: an index is a folder, and this is a file; remove it, or name another index")
         if path.suffix not in (".npy", ".safetensors"):
-            raise ValueError(_NO_VECTORS.format(path))
+            raise ValueError(f"{path}: expected a folder, a .npy or a .safetensors file")
 
 
 class ImageIndex:
@@ -425,10 +423,8 @@ def _of_file(path: Path) -> tuple[list[np.ndarray], list[str]]:
             if "features" not in file.keys():  # noqa: SIM118
                 raise ValueError(f'{path}: no tensor "features" in this file')
             array = file.get_tensor("features")
-    elif path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r")
     else:
-        raise ValueError(_NO_VECTORS.format(path))
+        array = np.load(path, mmap_mode="r")
     beside = path.with_name(path.name + ".jsonl")
     if array.ndim != 2 or not beside.exists():
         raise ValueError(f"{path}: no embeddings, or without {beside.name} beside them")

@@ -11,6 +11,9 @@ from ..search import BOUNDS
 
 __all__ = ["BracketController", "RampController"]
 
+_TOLERANCE = 0.02  # relative deviation of the cost that is left alone
+_LARGEST = math.log(2.0)  # step, as the logarithm of its factor
+
 
 class BracketController:
     """Follows a target cost by bracketing: steps are halved when the target lies behind, and grow until then.
@@ -20,31 +23,20 @@ class BracketController:
 
     Args:
         strength: where to begin (MADTP: the temperature); within the bounds, which it never leaves.
-        tolerance: relative deviation of the cost that is left alone.
-        step: largest factor of one step.
         window: measurements that are averaged before each step.
         bounds: lowest and highest strength.
 
     Raises:
-        ValueError: a strength beyond the bounds, or a step that is none.
+        ValueError: a strength beyond the bounds.
     """
 
-    def __init__(
-        self,
-        strength: float = 1.0,
-        tolerance: float = 0.02,
-        step: float = 2.0,
-        window: int = 10,
-        bounds: tuple[float, float] = BOUNDS,
-    ) -> None:
+    def __init__(self, strength: float = 1.0, window: int = 10, bounds: tuple[float, float] = BOUNDS) -> None:
         lowest, highest = self._bounds = bounds
         if not lowest <= strength <= highest:
             raise ValueError(f"strength: expected {lowest:g} to {highest:g}, got {strength}")
-        if not step > 1:
-            raise ValueError(f"step: expected a factor > 1, got {step}")
-        self.strength, self.tolerance, self.largest = float(strength), tolerance, math.log(step)
+        self.strength = float(strength)
         self._window, self._costs = window, []
-        self._step, self._side = self.largest, 0
+        self._step, self._side = _LARGEST, 0
 
     def update(self, cost: float, target: float) -> float:
         """The next strength, after a cost (in any unit) that was measured at the present one."""
@@ -52,13 +44,13 @@ class BracketController:
         if len(self._costs) < self._window:
             return self.strength
         cost, self._costs = sum(self._costs) / self._window, []
-        if abs(cost - target) <= self.tolerance * target:
+        if abs(cost - target) <= _TOLERANCE * target:
             return self.strength
         side = 1 if cost > target else -1  # a higher strength prunes more
         if side == -self._side:
             self._step = max(self._step / 2, math.log(1.005))
         elif side == self._side:
-            self._step = min(self._step * 1.5, self.largest)
+            self._step = min(self._step * 1.5, _LARGEST)
         self._side = side
         self.strength = min(max(self.strength * math.exp(side * self._step), self._bounds[0]), self._bounds[1])
         return self.strength

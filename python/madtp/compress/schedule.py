@@ -8,14 +8,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def linear_decay(
-    optimizer: Optimizer, steps: int, warmup: int = 0, final: float = 0.0, decay: float = 0.25
-) -> LambdaLR:
-    """Rises over ``warmup`` steps, stays, and falls to the share ``final`` over the last share ``decay`` of
-    ``steps``."""
+def linear_decay(optimizer: Optimizer, steps: int, warmup: int = 0, final: float = 0.0) -> LambdaLR:
+    """Rises over ``warmup`` steps, stays, and falls to the share ``final`` over the last quarter of ``steps``."""
 
     def factor(step: int) -> float:
-        left = min(max(steps - step, 0) / max(decay * steps, 1), 1.0)
+        left = min(max(steps - step, 0) / max(steps / 4, 1), 1.0)
         return min((step + 1) / max(warmup, 1), final + (1 - final) * left)
 
     return LambdaLR(optimizer, factor)

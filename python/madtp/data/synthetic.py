@@ -46,7 +46,15 @@ SIZE, CELL, PATCH = 96, 16, 8
 GRID = SIZE // CELL
 SPLITS = ("train", "dev", "test")
 """Sets of pairs, which share no pictures."""
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+_INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda x, y: np.hypot(x, y) < 0.95,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.85,
+    "triangle": lambda x, y: (y < 0.8) & (y > 2 * np.abs(x) - 1.0),
+    "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) < 0.3) & (np.maximum(np.abs(x), np.abs(y)) < 1.0),
+    "ring": lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x, y) > 0.55),
+}
+"""Name to which points belong to a shape, right and down from its middle, in units of its radius."""
+SHAPES = tuple(_INSIDE)
 """What is drawn."""
 COLOURS = {
     "red": (214, 45, 38), "green": (52, 160, 60), "blue": (48, 82, 214), "yellow": (232, 208, 40),
@@ -535,20 +543,9 @@ def _draw_sprites(random: np.random.Generator, variants: int, scale: int) -> lis
     across = (x * np.cos(turn) + y * np.sin(turn)) / radius
     down = (y * np.cos(turn) - x * np.sin(turn)) / radius
     masks = []
-    for name, u, v in zip(SHAPES, across, down, strict=True):
-        distance = np.hypot(u, v)
-        match name:
-            case "circle":
-                inside = distance < 0.95
-            case "square":
-                inside = np.maximum(np.abs(u), np.abs(v)) < 0.85
-            case "triangle":
-                inside = (v < 0.8) & (v > 2 * np.abs(u) - 1.0)
-            case "cross":
-                inside = (np.minimum(np.abs(u), np.abs(v)) < 0.3) & (np.maximum(np.abs(u), np.abs(v)) < 1.0)
-            case _:
-                inside = (distance < 1.0) & (distance > 0.55)
-        masks.append(inside.reshape(variants, side, fine, side, fine).mean((2, 4), dtype=np.float32))
+    for inside, right, below in zip(_INSIDE.values(), across, down, strict=True):
+        points = inside(right, below).reshape(variants, side, fine, side, fine)
+        masks.append(points.mean((2, 4), dtype=np.float32))
     return masks
 
 
@@ -657,7 +654,7 @@ def _write_pairs(directory: Path, shapes: Shapes, pairs: int, statements: int) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    from ..options import positive
+    from ..options import not_negative_int, positive
 
     parser = argparse.ArgumentParser(
         prog="python -m madtp.data.synthetic",
@@ -671,10 +668,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--statements", type=positive, default=8, metavar="K", help="statements about each pair (default: 8)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another data set (default: 0)")
+    parser.add_argument("--seed", type=not_negative_int, default=0, metavar="S", help="another data set (default: 0)")
     args = parser.parse_args(arguments)
-    if args.seed < 0:
-        parser.error(f"--seed: expected a number >= 0, got {args.seed}")
     try:
         path = write(args.output, args.split, args.pairs, args.statements, args.seed)
     except OSError as error:

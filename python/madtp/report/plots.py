@@ -17,10 +17,6 @@ def require_matplotlib():
     return Figure
 
 
-def _figure(width: float, height: float):
-    return require_matplotlib()(figsize=(width, height), layout="constrained")
-
-
 def name_of(result: dict) -> str:
     """How a result of an evaluation is labelled."""
     strength = strength_of(result)
@@ -46,7 +42,7 @@ def quality_plot(results: Sequence[dict], metric: str, unit: str):
         ImportError: matplotlib is not installed.
         KeyError: a result without this metric.
     """
-    figure = _figure(6, 4)
+    figure = require_matplotlib()(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     results = sorted(results, key=lambda result: result["gflops"])
     quality = [result["quality"][metric] for result in results]
@@ -84,7 +80,7 @@ def tokens_plot(results: Sequence[dict]):
     `results` as in :func:`quality_plot`. Raises ImportError: matplotlib is not installed.
     """
     streams = list(results[0]["tokens"])
-    figure = _figure(5 * len(streams), 4)
+    figure = require_matplotlib()(figsize=(5 * len(streams), 4), layout="constrained")
     for axes, stream in zip(figure.subplots(1, len(streams), squeeze=False)[0], streams, strict=True):
         for result in results:
             layers = result["tokens"][stream]

@@ -18,14 +18,18 @@ _BILINEAR = Image.Resampling.BILINEAR
 def augment(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
     """A training view of an RGB picture, ``size x size``.
 
-    A random crop of half to all of the area (bicubic), mirrored half of the time, then RandomAugment(2, 5): twice an
-    operation is drawn, and applied half of the time.
+    A random crop of half to all of the area (bicubic), mirrored half of the time, then RandomAugment(2, 5): twice one of
+    :data:`OPERATIONS` is drawn, and applied half of the time at half of its strength. Signs of geometric ones are random.
     """
     width, height = image.size
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(width, height, random))
     if random.random() < 0.5:
         image = ImageOps.mirror(image)
-    return random_augment(image, random)
+    for number in random.integers(len(OPERATIONS), size=2).tolist():
+        apply, sign = random.random() < 0.5, 1 if random.random() < 0.5 else -1
+        if apply:
+            image = list(OPERATIONS.values())[number](image, 0.5, sign)
+    return image
 
 
 def crop_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
@@ -44,20 +48,6 @@ def crop_box(width: int, height: int, random: np.random.Generator) -> tuple[int,
     h = min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def random_augment(
-    image: Image.Image, random: np.random.Generator, operations: int = 2, magnitude: float = 5
-) -> Image.Image:
-    """``operations`` draws (with repetition) from :data:`OPERATIONS`, each applied half of the time.
-
-    ``magnitude`` is from 0 to 10. Signs of geometric operations are random.
-    """
-    for number in random.integers(len(OPERATIONS), size=operations).tolist():
-        apply, sign = random.random() < 0.5, 1 if random.random() < 0.5 else -1
-        if apply:
-            image = list(OPERATIONS.values())[number](image, magnitude / 10, sign)
-    return image
 
 
 def _affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:

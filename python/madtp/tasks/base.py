@@ -23,7 +23,7 @@ from ..options import UsageError, argument, option
 from ..pictures import load_image
 from ..processing import Processor
 from ..pruning import LayerTrace, Pruning
-from .annotations import is_path, read_captions
+from .annotations import CaptionExample, is_path, read_captions
 from .augment import augment
 
 Streams = tuple[list[list[int]], ...]
@@ -255,7 +255,7 @@ class Task:
     @staticmethod
     def example(images: Sequence[Path], text: str, number: int) -> Any:
         """An unlabelled example, for calibration."""
-        raise NotImplementedError
+        return CaptionExample(images[0], number, (text,))
 
     def split(self, path: str | Path, image_root: str | Path, training: bool) -> list:
         """Examples to train on or, if not ``training``, to score on between epochs; raises as :meth:`read`."""

@@ -131,10 +131,6 @@ class PairsTask(Task):
 
     # ---- training
 
-    @staticmethod
-    def example(images, text, number):
-        return CaptionExample(images[0], number, (text,))
-
     def split(self, path, image_root, training):
         examples = super().split(path, image_root, training)
         return single_captions(examples, all_of_them=True) if training else examples

@@ -173,10 +173,6 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
 
     # ---- training
 
-    @staticmethod
-    def example(images, text, number):
-        return CaptionExample(images[0], number, (text,))
-
     def split(self, path, image_root, training):
         return single_captions(super().split(path, image_root, training), all_of_them=training)
 
