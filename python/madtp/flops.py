@@ -170,17 +170,17 @@ def clip(
         vision = config.vision
         lengths = _checked("image", image, vision.depth)
         width, hidden = vision.embed_dim, round(vision.embed_dim * vision.mlp_ratio)
-        patches = lengths[0] - getattr(vision, "prefix", 1)
-        projection = width * config.embed_dim if getattr(vision, "projection", True) else 0
+        patches = lengths[0] - vision.prefix
+        projection = width * config.embed_dim if vision.projection else 0
         cost["linear"] += patches * 3 * vision.patch_size**2 * width + projection
-        if getattr(vision, "norm_pre", True):
+        if vision.norm_pre:
             cost["norm"] += _LAYER_NORM * lengths[0] * width
-        if getattr(vision, "pool", "class") == "attention":  # one query over the final tokens, then an MLP
+        if vision.pool == "attention":  # one query over the final tokens, then an MLP
             cost["linear"] += 2 * (lengths[-1] + 1) * width * width + 2 * width * hidden
             cost["attention"] += 2 * lengths[-1] * width
             cost["norm"] += _LAYER_NORM * lengths[-1] * width
         cost["norm"] += _LAYER_NORM * width  # what stands for the image
-        one = pooled and getattr(vision, "pool", "class") == "class"
+        one = pooled and vision.pool == "class"
         cost += _blocks_cost(vision, lengths, width, vision.num_heads, hidden, _rule(pruning, "vision", lengths), one)
     if text is not None:
         lengths = _checked("text", text, config.text.num_hidden_layers)

@@ -10,6 +10,7 @@ import torch
 from madtp_kernels import nearest_kept
 from madtp_kernels.segments import sample_of, scatter_add
 
+from ..config import check_choices
 from .base import LayerTrace, register
 from .madtp import MADTP
 from .merging import own_rows
@@ -35,8 +36,7 @@ class MADTPNearest(MADTP):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights not in ("importance", "sizes"):
-            raise ValueError(f"weights: expected 'importance' or 'sizes', got {self.weights!r}")
+        check_choices(self, "", weights=("importance", "sizes"))
 
     def count(self, cost, layer, before, after, **sizes):
         super().count(cost, layer, before, after, **sizes)

@@ -13,6 +13,7 @@ from madtp_kernels import match_tokens, nearest_kept
 from madtp_kernels.ragged import pack, spans
 from madtp_kernels.segments import sample_of
 
+from ..config import check_choices
 from .base import register
 from .merging import MergingPruning, number_protected, own_rows
 
@@ -46,8 +47,7 @@ class PiToMe(MergingPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in ("protect", "matching"):
-            raise ValueError(f"form: expected 'protect' or 'matching', got {self.form!r}")
+        check_choices(self, "", form=("protect", "matching"))
         if self.layers is not None and not self.layers >= 1:
             raise ValueError(f"layers: expected at least 1, got {self.layers!r}")
 

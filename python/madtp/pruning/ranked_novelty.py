@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from madtp_kernels import merge_scores, nearest_kept, score_tokens
 
+from ..config import check_choices
 from .base import register
 from .merging import MergingPruning, own_rows
 
@@ -61,11 +62,7 @@ class RankedNovelty(MergingPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, choices in (
-            ("order", self.order, ORDERS), ("weight", self.weight, (None, *ORDERS)), ("keys", self.keys, KEYS),
-        ):  # fmt: skip
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        check_choices(self, "", order=ORDERS, weight=(None, *ORDERS), keys=KEYS)
         for name in ("attention_exponent", "novelty_exponent", "size_exponent"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -10,6 +10,7 @@ import torch
 from madtp_kernels import match_tokens
 from madtp_kernels.segments import sample_of
 
+from ..config import check_choices
 from .base import PER_TOKEN, register
 from .merging import MergingPruning, own_rows
 
@@ -39,8 +40,7 @@ class ToMe(MergingPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keys not in ("averaged", "concatenated"):
-            raise ValueError(f"keys: expected 'averaged' or 'concatenated', got {self.keys!r}")
+        check_choices(self, "", keys=("averaged", "concatenated"))
 
     def score(self, tokens, block_input, attention, dictionary, layer):
         keys = attention.keys.mean(1) if self.keys == "averaged" else attention.keys

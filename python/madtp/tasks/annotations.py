@@ -127,7 +127,7 @@ class _Record:
         return self.get(key, "a string", lambda value: isinstance(value, str))
 
     def texts(self, key: str) -> tuple[str, ...]:
-        return tuple(self.get(key, "a list of one string or more", lambda value: _are_texts(value) and value))
+        return tuple(self.get(key, "a list of one string or more", _are_texts))
 
     def integer(self, key: str) -> int:
         return self.get(key, "an integer", _is_integer)
@@ -154,7 +154,7 @@ def _is_integer(value) -> bool:
 
 
 def _are_texts(value) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return isinstance(value, list) and value != [] and all(isinstance(text, str) for text in value)
 
 
 def _kind(value) -> str:

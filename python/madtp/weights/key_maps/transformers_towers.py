@@ -76,14 +76,17 @@ SIGLIP = KeyMap(
 )
 
 _DINOV2_BLOCK, _VIT_BLOCK, _OLD_BLOCK, _BLOCK = "encoder.layer.{}", "layers.{}", "encoder.layer.{}", "visual.blocks.{}"
+_ALONE = {
+    "embeddings.cls_token": "visual.cls_token",
+    "embeddings.position_embeddings": "visual.pos_embed",
+    "embeddings.patch_embeddings.projection": "visual.patch_embed.proj",
+    "layernorm": "visual.norm_post",
+}
 
 DINOV2 = KeyMap(
-    names={
-        "embeddings.cls_token": "visual.cls_token",
+    names=_ALONE
+    | {
         "embeddings.register_tokens": "visual.registers",
-        "embeddings.position_embeddings": "visual.pos_embed",
-        "embeddings.patch_embeddings.projection": "visual.patch_embed.proj",
-        "layernorm": "visual.norm_post",
         f"{_DINOV2_BLOCK}.norm1": f"{_BLOCK}.norm1",
         f"{_DINOV2_BLOCK}.attention.qkv": f"{_BLOCK}.attn.qkv",
         f"{_DINOV2_BLOCK}.attention.attention.qkv": f"{_BLOCK}.attn.qkv",
@@ -99,11 +102,8 @@ DINOV2 = KeyMap(
 )
 
 VIT = KeyMap(
-    names={
-        "embeddings.cls_token": "visual.cls_token",
-        "embeddings.position_embeddings": "visual.pos_embed",
-        "embeddings.patch_embeddings.projection": "visual.patch_embed.proj",
-        "layernorm": "visual.norm_post",
+    names=_ALONE
+    | {
         "pooler.dense": "visual.pooler",
         f"{_VIT_BLOCK}.layernorm_before": f"{_BLOCK}.norm1",
         f"{_VIT_BLOCK}.attention.qkv": f"{_BLOCK}.attn.qkv",
