@@ -221,15 +221,12 @@ def test_a_step_is_in_the_checkpoint_only_if_it_is_in_the_log(tmp_path):
     torch.testing.assert_close(outcome(killed)[1:], outcome(whole)[1:], rtol=0, atol=0)
 
 
-def test_a_record_holds_settings_and_metrics(tmp_path):
+def test_metrics_are_means_over_the_steps_since_the_last_line(tmp_path):
     run = Run(tmp_path, {}, {"lr": 0.1})
     for loss in (3.0, 1.0):
         run.advance(loss=loss)
     run.log(**run.averages(), note="half way")
-    run.record(tmp_path / "results" / "run.json")
-    record = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert record["settings"] == {"lr": 0.1} and record["torch"] == torch.__version__
-    (line,) = record["metrics"]
+    (line,) = run.metrics()
     assert line["step"] == 2 and line["loss"] == 2.0 and line["note"] == "half way"
 
 

@@ -9,17 +9,7 @@ from pathlib import Path
 from ..options import UsageError, option
 from ..tasks import ImageInputs
 from ..tasks.base import image_of
-from .batch import (
-    UNFINISHED,
-    Item,
-    Overlays,
-    check_output,
-    run_rows,
-    settings_of,
-    shortened,
-    source_of,
-    truncation,
-)
+from .batch import UNFINISHED, Item, Overlays, check_output, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import MANY, RESUMED, BulkOptions, BulkRun, is_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
 

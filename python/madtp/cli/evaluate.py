@@ -130,11 +130,7 @@ class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
             print(f"madtp: interrupted; {kept}", file=sys.stderr)
             return 130
         if rank() == 0:
-            settings |= {
-                "batch_size": self.batch_size,
-                "processes": processes(),
-                "threads": torch.get_num_threads(),
-            }
+            settings |= {"batch_size": self.batch_size, "processes": processes(), "threads": torch.get_num_threads()}
             written = report.write(self, task, settings, results, records)
             if parts:
                 shutil.rmtree(parts)

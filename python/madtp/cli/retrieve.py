@@ -18,17 +18,7 @@ from ..options import UsageError, option, positive
 from ..tasks import ImageInputs, task_of
 from ..tasks.base import image_of
 from .answer import OutputOptions
-from .batch import (
-    UNFINISHED,
-    Item,
-    TokenMeter,
-    check_output,
-    report,
-    run_rows,
-    settings_of,
-    source_of,
-    truncation,
-)
+from .batch import UNFINISHED, Item, TokenMeter, check_output, report, run_rows, settings_of, source_of, truncation
 from .embed import TASKS
 from .options import Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
 

@@ -138,15 +138,6 @@ class Run:
         with open(self.directory / METRICS, encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
-    def record(self, path: str | os.PathLike) -> None:
-        """Write settings and metrics as one JSON file, for keeping."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(line) for line in self.metrics())
-        head = json.dumps({"settings": self.settings, "torch": torch.__version__})
-        with replacing(path) as file:
-            file.write(f'{head[:-1]}, "metrics": [\n{lines}\n]}}\n'.encode())
-
     def save(self) -> None:
         """Write the checkpoint."""
         self._write(self._state())

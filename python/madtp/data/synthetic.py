@@ -219,11 +219,7 @@ class Shapes:
         corner[:, 0, 0] = 1
         patch_shapes, patch_colours, patch_anchors = (
             torch.from_numpy(np.kron(grid, pattern).reshape(len(images), -1))
-            for grid, pattern in (
-                (shapes, spread),
-                (colours, spread),
-                ((shapes > 0).astype(np.int64), corner),
-            )
+            for grid, pattern in ((shapes, spread), (colours, spread), ((shapes > 0).astype(np.int64), corner))
         )
         # [P, K] to [2P, K, 1]: what the statements speak of, 0 for any
         colour, shape = (
@@ -625,10 +621,7 @@ def write(directory: str | os.PathLike, split: str, pairs: int, statements: int 
     directory = Path(directory)
     rows = list(_write_pairs(directory, Shapes(split, seed), pairs, statements))
     lines = "".join(json.dumps({"images": row["images"], "text": row["sentence"]}) + "\n" for row in rows)
-    for name, content in (
-        (f"{split}.jsonl", lines),
-        (f"nlvr_{split}.json", json.dumps(rows, indent=0) + "\n"),
-    ):
+    for name, content in ((f"{split}.jsonl", lines), (f"nlvr_{split}.json", json.dumps(rows, indent=0) + "\n")):
         with replacing(directory / name) as file:
             file.write(content.encode())
     return directory / f"nlvr_{split}.json"

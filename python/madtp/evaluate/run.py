@@ -79,12 +79,7 @@ def evaluate(
         raise ValueError(f"{dial}s: expected different numbers >= 0, got {strengths}")
     if not examples:
         raise ValueError("examples: expected at least one, got none")
-    header = {
-        **(settings or {}),
-        f"{dial}s": strengths,
-        "batch_size": batch_size,
-        "processes": processes(),
-    }
+    header = {**(settings or {}), f"{dial}s": strengths, "batch_size": batch_size, "processes": processes()}
     results, records = [], {}
     with contextlib.ExitStack() as stack:
         if folder is None:
@@ -132,11 +127,7 @@ class _Steps:
         self.progress = progress if rank() == 0 else False
 
     def run(
-        self,
-        name: str,
-        rows: list[dict],
-        prepare: Callable[[dict], object],
-        answer: Callable[[list], list[dict]],
+        self, name: str, rows: list[dict], prepare: Callable[[dict], object], answer: Callable[[list], list[dict]]
     ) -> list[dict]:
         """Records of all rows, from all processes: a row with what `answer` gave for it, and "seconds".
 

@@ -84,9 +84,7 @@ class ImageInputs(Inputs):
     """Images, by files, folders or patterns."""
 
     images: Sequence[str] = argument(
-        "image files, folders (searched recursively), or patterns such as 'photos/**/*.jpg'",
-        nargs="*",
-        metavar="IMAGE",
+        "image files, folders (searched recursively), or patterns such as 'photos/**/*.jpg'", nargs="*", metavar="IMAGE"
     )
 
     def rows(self) -> list[dict] | None:

@@ -108,12 +108,7 @@ def infer_config(state: Mapping[str, Tensor], hidden_act: str = "quick_gelu") ->
     sd_num, sd_dim = sizes.entries(CLIPVisionConfig.sd_dim)
     vocab, hidden = sizes.shape("text.token_embeddings.weight", 2)
     return CLIPConfig(
-        vision=CLIPVisionConfig(
-            **tower,
-            sd_num=sd_num,
-            sd_dim=sd_dim,
-            map_func=True,
-        ),
+        vision=CLIPVisionConfig(**tower, sd_num=sd_num, sd_dim=sd_dim, map_func=True),
         text=CLIPTextConfig(
             hidden_size=hidden,
             num_hidden_layers=sizes.count("text.blocks."),

@@ -168,11 +168,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
     text_act = _activation(text, quick, "text_cfg")
     return CLIPConfig(
         vision=CLIPVisionConfig(
-            image_size=image_size,
-            sd_num=sd_num,
-            sd_dim=sd_dim,
-            map_func=sd_dim != sizes["embed_dim"],
-            **sizes,
+            image_size=image_size, sd_num=sd_num, sd_dim=sd_dim, map_func=sd_dim != sizes["embed_dim"], **sizes
         ),
         text=_text(text),
         embed_dim=model["embed_dim"],
