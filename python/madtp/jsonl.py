@@ -235,7 +235,7 @@ def _scan(source: Rows) -> tuple[str, int]:
     return digest.hexdigest(), rows
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """Records in a file that only grows, locked by one process. Its first line says what they are.
 
     Lines are forced to disk as they are appended, so that a crash can harm no more than the last of them.
@@ -263,9 +263,6 @@ class Log:
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> Log:
-        return self
 
     def __exit__(self, *_) -> None:
         with writing(self.path):  # again what a write that failed has left

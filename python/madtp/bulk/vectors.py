@@ -348,16 +348,13 @@ class ImageIndex:
         return [self._known[os.path.abspath(image)][1] for image in images]
 
 
-class _Growing:
+class _Growing(contextlib.AbstractContextManager):
     """New shards of an index; whatever ends the block, the vectors that were added so far are kept."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
         numbers = [int(path.stem) for path in (results.folder / "stats").glob("*.json")]
         self._number, self._files, self._rows = max(numbers, default=-1) + 1, None, 0
-
-    def __enter__(self) -> _Growing:
-        return self
 
     def add(self, vector: np.ndarray, fields: dict) -> None:
         if self._files is None:

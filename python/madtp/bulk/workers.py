@@ -53,7 +53,7 @@ def default_workers(device: str, processes: int = 1) -> int:
     return max(1, cores // 8 if device == "cpu" else min(16, cores - 1))
 
 
-class Decoders:
+class Decoders(contextlib.AbstractContextManager):
     """Answers ``submit(rows)`` with a future of what ``prepare`` makes of each, or its :class:`Failure`.
 
     A process that dies, as decoders written in C may, is replaced, and its rows are tried one by one; a row that ends
@@ -71,9 +71,6 @@ class Decoders:
         self._all = [_Worker(prepare) for _ in range(processes)]
         for worker in self._all:
             self._workers.put(worker)
-
-    def __enter__(self) -> Decoders:
-        return self
 
     def __exit__(self, *_) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -6,8 +6,10 @@ Either has the strength of the next step and a state for checkpoints. Only the s
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from ..search import BOUNDS
+from .run import Saved
 
 __all__ = ["BracketController", "RampController"]
 
@@ -15,7 +17,7 @@ _TOLERANCE = 0.02  # relative deviation of the cost that is left alone
 _LARGEST = math.log(2.0)  # step, as the logarithm of its factor
 
 
-class BracketController:
+class BracketController(Saved):
     """Follows a target cost by bracketing: steps are halved when the target lies behind, and grow until then.
 
     A model that learns changes what it costs at the same strength, so that a bracket does not stay one. Steps are
@@ -29,6 +31,8 @@ class BracketController:
     Raises:
         ValueError: a strength beyond the bounds.
     """
+
+    saved: ClassVar = {"temperature": "strength", "step": "_step", "side": "_side", "costs": "_costs"}
 
     def __init__(self, strength: float = 1.0, window: int = 10, bounds: tuple[float, float] = BOUNDS) -> None:
         lowest, highest = self._bounds = bounds
@@ -55,15 +59,8 @@ class BracketController:
         self.strength = min(max(self.strength * math.exp(side * self._step), self._bounds[0]), self._bounds[1])
         return self.strength
 
-    def state_dict(self) -> dict:
-        return {"temperature": self.strength, "step": self._step, "side": self._side, "costs": self._costs}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.strength, self._step, self._side = state["temperature"], state["step"], state["side"]
-        self._costs = list(state["costs"])
-
-
-class RampController:
+class RampController(Saved):
     """For rules whose layers drop a share of their tokens: the strength rises evenly to the goal, and stays.
 
     A share costs the same whatever the model learns, so that there is nothing to look for after the first step. A
@@ -74,6 +71,8 @@ class RampController:
         goal: the strength at which the model costs what it should.
         steps: after which it is reached.
     """
+
+    saved: ClassVar = {"goal": "goal", "taken": "_taken"}
 
     def __init__(self, goal: float, steps: float) -> None:
         self.goal, self.steps, self._taken = goal, steps, 0
@@ -86,9 +85,3 @@ class RampController:
     def advance(self) -> None:
         """Count a step."""
         self._taken += 1
-
-    def state_dict(self) -> dict:
-        return {"goal": self.goal, "taken": self._taken}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.goal, self._taken = state["goal"], state["taken"]

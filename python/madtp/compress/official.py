@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ..tasks import Recipe
+from .run import Saved
 
 
-class OfficialController:
+class OfficialController(Saved):
     """Adds to the temperature or takes from it, by how many GFLOPs an epoch's model misses the target.
 
     The tables are made for the sizes that MADTP was published with. Other than in its scripts the temperature is the
@@ -15,6 +18,8 @@ class OfficialController:
         recipe: of the task, whose table is followed.
         temperature: where to begin; by default where the task's script does.
     """
+
+    saved: ClassVar = {"temperature": "strength"}
 
     def __init__(self, recipe: Recipe, temperature: float | None = None) -> None:
         self.strength = recipe.temperature if temperature is None else float(temperature)
@@ -26,9 +31,3 @@ class OfficialController:
         step = next(step for limit, step in self._steps if missed > limit)
         self.strength = max(0.0, self.strength + (step if cost > target else -step))
         return self.strength
-
-    def state_dict(self) -> dict:
-        return {"temperature": self.strength}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.strength = state["temperature"]

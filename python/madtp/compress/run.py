@@ -13,15 +13,29 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from ..files import replacing, write_json, writing
 from ..resume import ResumeError, require_same
 
-__all__ = ["Run"]
+__all__ = ["Run", "Saved"]
 
 CHECKPOINT, METRICS, SETTINGS = "checkpoint.pt", "metrics.jsonl", "settings.json"
+
+
+class Saved:
+    """A part of a checkpoint: what it is under ``saved``, names in the checkpoint to attributes."""
+
+    saved: ClassVar[Mapping[str, str]] = {}
+
+    def state_dict(self) -> dict:
+        return {name: copy.copy(getattr(self, attribute)) for name, attribute in self.saved.items()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        for name, attribute in self.saved.items():
+            setattr(self, attribute, copy.copy(state[name]))
 
 
 class Run:

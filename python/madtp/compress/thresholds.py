@@ -110,12 +110,6 @@ class Dial:
     def follow(self, found: Sequence[Tensor], strength: float) -> None:
         """Take in the scores of a step, ``[N]`` for each layer."""
 
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
 
 class Following(Dial):
     """Thresholds that move with the model: each batch pulls them to the quantiles of its own scores.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import safetensors.torch
 import torch
@@ -37,7 +38,7 @@ from .evaluation import Evaluation, evaluate
 from .loaders import evaluation_batches, steps_per_epoch, training_batches
 from .objective import Objective, Teacher
 from .official import OfficialController
-from .run import CHECKPOINT, Run
+from .run import CHECKPOINT, Run, Saved
 from .schedule import cosine, linear_decay
 from .settings import Settings
 from .thresholds import Following, dial_for
@@ -456,20 +457,17 @@ class _Follower(Run):
         pass
 
 
-class _Start:
+class _Start(Saved):
     """What was measured before the first step: the share of the dense cost from which the bracketing target falls."""
 
+    saved: ClassVar = {"share": "share"}
     share = 1.0
 
-    def state_dict(self) -> dict:
-        return {"share": self.share}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.share = state["share"]
-
-
-class _Best:
+class _Best(Saved):
     """The best model of the dev split so far. Its weights lie beside the checkpoint, named by their step."""
+
+    saved: ClassVar = {"score": "score", "step": "step"}
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.score, self.step = directory, None, None
@@ -497,12 +495,6 @@ class _Best:
 
     def _path(self, step: int) -> Path:
         return self.directory / f"best-{step:08d}.safetensors"
-
-    def state_dict(self) -> dict:
-        return {"score": self.score, "step": self.step}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.score, self.step = state["score"], state["step"]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -308,10 +309,10 @@ class _Shape:
         return high
 
 
-def _search(attempt, schedule: Schedule, shape: _Shape, target: float, tolerance: float, tries: int = 6):
+def _search(attempt, schedule: Schedule, shape: _Shape, target: float, tolerance: float):
     """The attempt whose saving is nearest to the target: what a guess missed is added to the next one."""
     guess, best, low, high, seen = target, None, 0.0, 1.0, None
-    for _ in range(tries):
+    for _ in range(6):
         # How many tokens there are is known after the first attempt.
         scale = shape.scale(schedule, guess) if shape.tokens else 8.0 if schedule.kind == "counts" else 0.05
         result = attempt(schedule, scale)
@@ -350,17 +351,8 @@ class _Fitting(Pruning):
         rule = super().on(stream, layers)
         return replace(self, rule=self.rule.on(stream, layers)) if rule is self else rule
 
-    @property
-    def importance(self) -> str | None:
-        return self.rule.importance
-
-    @property
-    def needs_dictionary(self) -> bool:
-        return self.rule.needs_dictionary
-
-    @property
-    def strength(self) -> float:
-        return 1.0
+    importance, needs_dictionary = (property(attrgetter(f"rule.{name}")) for name in ("importance", "needs_dictionary"))
+    strength = 1.0
 
     def count(self, cost, layer, before, after, **sizes):
         if self.wanted[layer]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -68,21 +69,9 @@ class Official(Pruning):
     min_keep: Tensor | None = None
     weakest_last: bool = False
 
-    @property
-    def name(self) -> str:
-        return self.rule.name
-
-    @property
-    def importance(self) -> str | None:
-        return self.rule.importance
-
-    @property
-    def needs_dictionary(self) -> bool:
-        return self.rule.needs_dictionary
-
-    @property
-    def strength(self) -> float:
-        return self.rule.strength
+    name, importance, needs_dictionary, strength = (
+        property(attrgetter(f"rule.{name}")) for name in ("name", "importance", "needs_dictionary", "strength")
+    )
 
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
         importance, limit = self.rule.decide(block_input, attention, dictionary, layer)
