@@ -28,30 +28,24 @@ class _Views(Dataset):
         return self.task.instance(self.examples[number], random)
 
 
-class _Places:
+def _places(
+    count: int, batch_size: int, accumulate: int, seed: int, steps: range, views: bool, shuffle: bool
+) -> Iterator[list[tuple[int | None, int]]]:
     """This process's batches of places from a step on."""
-
-    def __init__(
-        self, count: int, batch_size: int, accumulate: int, seed: int, steps: range, views: bool, shuffle: bool
-    ) -> None:
-        self.count, self.batch_size, self.accumulate = count, batch_size, accumulate
-        self.seed, self.steps, self.views, self.shuffle = seed, steps, views, shuffle
-
-    def __iter__(self) -> Iterator[list[tuple[int | None, int]]]:
-        together = self.batch_size * processes()  # what all processes take through the model at the same time
-        size = together * self.accumulate
-        per_epoch = self.count // size
-        epoch = order = None
-        for step in self.steps:
-            if epoch != step // per_epoch:
-                epoch = step // per_epoch
-                order = np.arange(self.count)
-                if self.shuffle:
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-            first = step % per_epoch * size + rank() * self.batch_size
-            for start in range(first, first + size, together):
-                numbers = order[start : start + self.batch_size].tolist()
-                yield [(epoch if self.views else None, number) for number in numbers]
+    together = batch_size * processes()  # what all processes take through the model at the same time
+    size = together * accumulate
+    per_epoch = count // size
+    epoch = order = None
+    for step in steps:
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            order = np.arange(count)
+            if shuffle:
+                order = np.random.default_rng((seed, epoch)).permutation(count)
+        first = step % per_epoch * size + rank() * batch_size
+        for start in range(first, first + size, together):
+            numbers = order[start : start + batch_size].tolist()
+            yield [(epoch if views else None, number) for number in numbers]
 
 
 def steps_per_epoch(count: int, batch_size: int, accumulate: int) -> int:
@@ -83,7 +77,7 @@ def training_batches(
 ) -> Iterator[dict]:
     """The batches of this process, ``accumulate`` for each step of ``steps``; with ``views`` of random views, with
     ``shuffle`` in another random order in each epoch."""
-    places = _Places(len(examples), batch_size, accumulate, seed, steps, views, shuffle)
+    places = _places(len(examples), batch_size, accumulate, seed, steps, views, shuffle)
     return iter(_loader(task, examples, seed, places, workers))
 
 
