@@ -290,11 +290,17 @@ def report(failed: dict[int, str], rows: int, what: str = "rows could not be ans
     """Say which rows failed, at most 20 of them; the exit code."""
     if not failed:
         return 0
-    print(f"madtp: {len(failed)} of {rows} {what}:", file=sys.stderr)
-    for row, reason in list(failed.items())[:20]:
-        print(f"  row {row}: {reason}", file=sys.stderr)
-    if len(failed) > 20:
-        print(f"  and {len(failed) - 20} more", file=sys.stderr)
+    first = [f"row {row}: {reason}" for row, reason in list(failed.items())[:20]]
+    return complain(f"{len(failed)} of {rows} {what}", first, len(failed))
+
+
+def complain(what: str, first: Sequence[str], count: int) -> int:
+    """Say what failed, the ``first`` of so many by name; the exit code."""
+    print(f"madtp: {what}:", file=sys.stderr)
+    for failure in first:
+        print(f"  {failure}", file=sys.stderr)
+    if count > len(first):
+        print(f"  and {count - len(first)} more", file=sys.stderr)
     return 1
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ..bulk.readers import SHARD_SIZE
 from ..jsonl import split_fields
 from ..options import UsageError, option, positive
-from .batch import COMMON, TokenMeter, settings_of, shortened, truncation
+from .batch import COMMON, TokenMeter, complain, settings_of, shortened, truncation
 from .options import load_model, only_with
 
 RESUMED = """\
@@ -229,12 +229,8 @@ class BulkRun:
         if not summary.failures:
             return 0
         errors = os.path.join(options.output, "errors")
-        print(f"madtp: {summary.failures} rows have no result (see {errors}):", file=sys.stderr)
-        for shard, key, reason in summary.failed:
-            print(f"  {shard}: {key}: {reason}", file=sys.stderr)
-        if summary.failures > len(summary.failed):
-            print(f"  and {summary.failures - len(summary.failed)} more", file=sys.stderr)
-        return 1
+        what = f"{summary.failures} rows have no result (see {errors})"
+        return complain(what, [": ".join(failure) for failure in summary.failed], summary.failures)
 
     def _in_children(self, part, total: int | None) -> int:
         """Start a process for each device, show what they do together, and report; the exit code."""

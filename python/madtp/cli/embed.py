@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..options import UsageError, option
+from ..options import UsageError, option, same
 from ..tasks import ImageInputs
 from ..tasks.base import image_of
+from .answer import OutputOptions
 from .batch import UNFINISHED, Item, Overlays, check_output, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import MANY, RESUMED, BulkOptions, BulkRun, is_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
@@ -47,10 +48,7 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
     texts: str | None = option(
         "instead of images: texts, one per line or a JSON list (-: from standard input)", metavar="FILE"
     )
-    save_overlay: str | None = option(
-        "draw the surviving patches of each layer over the image: a picture file for a single image, or a folder",
-        metavar="PATH",
-    )
+    save_overlay: str | None = same(OutputOptions, "save_overlay")
     npy_dtype: str | None = option("of vectors (default: float32)", choices=["float32", "float16"], group=MANY)
 
     def run(self) -> int:
