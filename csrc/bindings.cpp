@@ -46,14 +46,31 @@ py::dict build_info() {
   return info;
 }
 
+bool transforms_or_modes() {
+  return torch::autograd::ForwardADLevel::try_get_by_idx(0) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Whether an operation may go straight to its implementation; `madtp_kernels/registration.py` has the same in Python.
+bool plain(const py::tuple& args) {
+  if (transforms_or_modes()) return false;
+  const bool differentiates = at::GradMode::is_enabled();
+  for (const py::handle item : args) {
+    if (THPVariable_CheckExact(item.ptr())) {
+      const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+      if (tensor.is_meta() || tensor.is_neg() || tensor._is_zerotensor() || (differentiates && tensor.requires_grad())) return false;
+    } else if (THPVariable_Check(item.ptr()) || (py::isinstance<py::tuple>(item) && !plain(py::reinterpret_borrow<py::tuple>(item)))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // What of tensors decides how an operation runs on them: dtype, device, sizes, strides and alignment of each, as bytes. None
 // where somebody has to look at the call: a transform, a mode, a subclass of tensors, a gradient, a last dimension that is not
 // dense. `madtp_kernels/repeats.py` has the same in Python.
 py::object signature(const py::tuple& tensors) {
-  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-    return py::none();
-  }
+  if (transforms_or_modes()) return py::none();
   const bool differentiates = at::GradMode::is_enabled();
   std::string facts;
   facts.reserve(64 * tensors.size());
@@ -98,8 +115,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("match_tokens", &madtp::cpu::match_tokens, release());
   m.def("layer_norm", &madtp::cpu::layer_norm, release());
   m.def("linear", &madtp::cpu::linear, release());
+  m.def("mlp", &madtp::cpu::mlp, release());
   m.def("attention_received", &madtp::cpu::attention_received, release());
   m.def("merge_tokens", &madtp::cpu::merge_tokens, release());
+  m.def("all_finite", &madtp::cpu::all_finite);
+  m.def("plain", &plain);
   m.def("signature", &signature);
   m.def("build_info", &build_info);
 }

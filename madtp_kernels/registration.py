@@ -6,6 +6,7 @@ boundary costs microseconds: :func:`call` goes straight to the implementation th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch._library import autograd as _autograd
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+
+from . import native
 
 _library = torch.library.Library("madtp_kernels", "DEF")
 _implementations: dict[str, Callable] = {}
@@ -106,21 +109,37 @@ def call(name: str, *args) -> Any:
 
 def plain(args: tuple) -> bool:
     """Whether no gradient, transform, mode or subclass of tensors is involved, and memory holds what the tensors say."""
-    if (
+    return _plain()(args)
+
+
+@functools.cache
+def _plain() -> Callable[[tuple], bool]:
+    """That of the extension if it was compiled before, in a fraction of the time."""
+    extension = native.find()
+    return _plain_in_python if extension is None else extension.plain
+
+
+def transforms_or_modes() -> bool:
+    """Whether `torch.func`, forward-mode differentiation or a dispatch mode would look at a call."""
+    return bool(
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or args[0].is_meta  # which has shapes only
-    ):
+    )
+
+
+def _plain_in_python(args: tuple) -> bool:
+    if transforms_or_modes():
         return False
     differentiates = torch.is_grad_enabled()
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is torch.nn.Parameter:
-            # Memory of the opposite sign, or zeros without memory: PyTorch makes plain tensors of them for an operator.
-            if (differentiates and arg.requires_grad) or arg.is_neg() or arg._is_zerotensor():
+            # Shapes without numbers, memory of the opposite sign, zeros without memory: PyTorch makes plain tensors of the latter
+            # for an operator.
+            if (differentiates and arg.requires_grad) or arg.is_meta or arg.is_neg() or arg._is_zerotensor():
                 return False
-        elif isinstance(arg, Tensor) or (kind is tuple and arg and not plain(arg)):
+        elif isinstance(arg, Tensor) or (kind is tuple and not _plain_in_python(arg)):
             return False
     return True
 

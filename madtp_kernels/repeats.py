@@ -14,9 +14,9 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import backends, checks, native
+from .registration import transforms_or_modes
 
 _KINDS = (Tensor, torch.nn.Parameter)
 _MOST = 4096  # keys; a process that serves ever new shapes starts anew then
@@ -51,11 +51,7 @@ def _facts() -> Callable[[tuple[Tensor | None, ...]], Hashable | None]:
 def _facts_in_python(tensors: tuple[Tensor | None, ...]) -> tuple | None:
     """Dtype, device, shape, strides and alignment of each tensor; None under a transform or a mode, at a subclass, a gradient,
     or a last dimension that is not dense, of which a copy would be made."""
-    if (
-        forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if transforms_or_modes():
         return None
     differentiates = torch.is_grad_enabled()
     facts: list = []

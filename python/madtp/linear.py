@@ -14,19 +14,14 @@ torch.compile and without the extension, this is `torch.nn.functional.linear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, backends, checks, linear
+from madtp_kernels import RaggedBatch, backends, linear, native
 from madtp_kernels.linear.reference import activate, defined
 from madtp_kernels.registration import plain
 
-# Rows of an MLP that are taken through both layers at a time on the CPU: the hidden activations (four times as wide) then
-# stay in the cache and in memory that the allocator reuses, instead of fresh pages for every call. 512 to 1024 measured best.
-MLP_ROWS = 1024
 # Rows of a product that a library makes in half precision on the CPU are a multiple of this.
 ROUNDED = 64
 
@@ -117,11 +112,8 @@ def project(
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
             y = linear(x, weight, bias, tokens.cu_seqlens, activation=activation)
             return y if residual is None else y + residual
-    elif (product := _cpu_product(x, weight, residual)) is not None:
-        cu_seqlens = tokens.cu_seqlens if tokens is not None and tokens.bound else None
-        # Weights of others may lie by columns, as linear algebra returns them.
-        weight, bias, residual = map(checks.unit_stride, (weight, bias, residual))
-        return product(x, weight, bias, cu_seqlens, activation or "", residual)
+    elif _cpu_serves(x, weight, bias, residual):
+        return native.load().linear(x, weight, bias, _bounds(tokens), activation or "", residual)
     y = activate(_library_product(x, weight, bias), activation or "")
     return y if residual is None else y + residual
 
@@ -158,16 +150,15 @@ def mlp(
     norm: nn.LayerNorm | None = None,
 ) -> Tensor:
     """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``; with ``norm`` its LayerNorm."""
-    if x.is_cuda or x.shape[0] <= MLP_ROWS or _cpu_product(x, first.weight, residual) is None:
-        hidden = first(x, activation=activation, tokens=tokens)
-        if norm is not None:
-            return normed(hidden, second, norm, residual, tokens)
-        return second(hidden, residual=residual, tokens=tokens)
-    out = torch.empty_like(residual)
-    for rows in range(0, x.shape[0], MLP_ROWS):
-        chunk = slice(rows, rows + MLP_ROWS)
-        out[chunk] = second(first(x[chunk], activation=activation), residual=residual[chunk])
-    return out if norm is None else norm(out, tokens)
+    if not x.is_cuda and first.is_plain and second.is_plain:
+        affine = *first.affine, *second.affine
+        if _cpu_serves(x, *affine, residual):
+            out = native.load().mlp(x, *affine, _bounds(tokens), activation, residual)
+            return out if norm is None else norm(out, tokens)
+    hidden = first(x, activation=activation, tokens=tokens)
+    if norm is not None:
+        return normed(hidden, second, norm, residual, tokens)
+    return second(hidden, residual=residual, tokens=tokens)
 
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,11 +174,15 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.pad(x, (0, 0, 0, spare)), weight, bias)[: x.shape[0]] if spare else F.linear(x, weight, bias)
 
 
-def _cpu_product(x: Tensor, weight: Tensor, residual: Tensor | None) -> Callable | None:
-    """The CPU kernel, which checks its operands itself, if it serves this call."""
+def _cpu_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether the CPU kernels, which check their operands themselves, serve a call with these tensors."""
     if not (x.device.type == "cpu" and x.dtype == weight.dtype and x.dim() == 2 and x.stride(1) == 1):
-        return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not plain((x, weight, residual)):
-        return None
-    name, product = backends.resolve("linear", "linear", "", x)
-    return product if name == "cpu" else None
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not plain((x, weight, *others)):
+        return False
+    return backends.resolve("linear", "linear", "", x)[0] == "cpu"
+
+
+def _bounds(tokens: RaggedBatch | None) -> Tensor | None:
+    """The offsets of rows of which some may be spare."""
+    return tokens.cu_seqlens if tokens is not None and tokens.bound else None

@@ -54,6 +54,22 @@ void check_rows(const char* name, const Tensor& tensor, int64_t dimensions) {
                     tensor.strides());
 }
 
+Tensor with_rows(const Tensor& tensor) {
+  const bool apart = tensor.dim() > 0 && tensor.stride(-1) != 1 && (tensor.size(-1) > 1 || !tensor.is_contiguous());
+  return apart ? tensor.contiguous() : tensor;
+}
+
+c10::optional<Tensor> with_rows(const c10::optional<Tensor>& tensor) {
+  return tensor.has_value() ? c10::make_optional(with_rows(*tensor)) : c10::nullopt;
+}
+
+bool all_finite(const Tensor& values, int64_t rows) {
+  TORCH_CHECK_VALUE(values.device().is_cpu() && values.dim() == 1 && values.scalar_type() == at::kFloat && rows <= values.size(0),
+                    "values: expected at least ", rows, " of float32 on cpu, got ", values.scalar_type(), values.sizes());
+  if (values._is_zerotensor()) return true;  // which has no memory
+  return all_finite<uint32_t>(static_cast<const uint32_t*>(values.contiguous().const_data_ptr()), rows, 0x7f800000u);
+}
+
 void clear_rows(const Tensor& tensor, int64_t first, int64_t last) {
   const int64_t bytes = tensor.size(1) * tensor.size(2) * tensor.element_size();
   std::memset(static_cast<std::byte*>(tensor.mutable_data_ptr()) + first * bytes, 0, static_cast<size_t>((last - first) * bytes));

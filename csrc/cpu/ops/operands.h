@@ -21,6 +21,10 @@ void check_operand(const char* name, const c10::optional<Tensor>& tensor, at::In
 // The leading operand: its number of dimensions, and rows of adjacent elements.
 void check_rows(const char* name, const Tensor& tensor, int64_t dimensions);
 
+// The same tensor with the elements of each row side by side, copied if they were not.
+Tensor with_rows(const Tensor& tensor);
+c10::optional<Tensor> with_rows(const c10::optional<Tensor>& tensor);
+
 // Zeros in rows [first, last) of a contiguous [C, H, d] tensor.
 void clear_rows(const Tensor& tensor, int64_t first, int64_t last);
 

@@ -103,4 +103,12 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cu_seqlens,
               std::string_view activation, const OptionalTensor& residual);
 
+// Two linear layers, the activation after the first: x [C, K], weight1 [M, K], weight2 [N, M], residual [C, N] -> out [C, N], to the
+// bit what `linear` returns for each.
+Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2,
+           const OptionalTensor& cu_seqlens, std::string_view activation, const Tensor& residual);
+
+// Whether none of the first rows of values [C] is NaN or infinite.
+bool all_finite(const Tensor& values, int64_t rows);
+
 }  // namespace madtp::cpu

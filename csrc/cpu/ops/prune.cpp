@@ -1,23 +1,10 @@
 // Scoring and compaction in one call: what a layer does to its tokens after attention. Formulas: scoring.cpp, compaction.cpp.
 //
 // Attention comes before it in a call of its own: the projection of its result lies between them, and belongs to the model.
-#include <cmath>
-
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
 
 namespace madtp::cpu {
-
-namespace {
-
-bool all_finite(const Tensor& values, int64_t count) {
-  const float* const data = values.const_data_ptr<float>();
-  double sum = 0.0;  // finite float32 cannot overflow it; NaN and infinity stay in it
-  for (int64_t i = 0; i < count; ++i) sum += data[i];
-  return std::isfinite(sum);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int64_t> prune(
     const Tensor& x, const Tensor& entering, const Tensor& dictionary, const OptionalTensor& bias, const Tensor& received,

@@ -119,6 +119,8 @@ class Tokens(RaggedBatch):
     def free(self) -> Tensor:
         """``[C]`` bool: the tokens that are not :attr:`protected`."""
         if self.protected_ids is None:
+            if self.prefix == 1:
+                return self.ids != 0  # a fraction of the time
             return (self.ids & 0x7FFFFFFF) >= self.prefix  # a negative one, of no token, is far above
         return ~self.protected
 
