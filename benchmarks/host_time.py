@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 
 from madtp.config import TextConfig
-from madtp.pruning import MADTP, RankedNovelty, Tokens
+from madtp.pruning import MADTP, RankedNovelty, Tokens, ranked_novelty
 from madtp.pruning import base as dtp
 from madtp.pruning import madtp as rule
 from madtp.text import Layer, TwinCrossAttention
 from madtp.vision import Block
-from madtp_kernels import RaggedBatch, backends, checks, compact, merge_tokens, prune
+from madtp_kernels import RaggedBatch, backends, checks, compact, merge_redundant, merge_tokens, prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels"))
 from test_triton_aot import Target
@@ -95,6 +95,7 @@ def pretending(capability: int):
         (dtp, "compact", functools.partial(compact, exact=False)),
         (dtp, "merge_tokens", functools.partial(merge_tokens, exact=False)),
         (rule, "prune", functools.partial(prune, exact=False)),
+        (ranked_novelty, "merge_redundant", functools.partial(merge_redundant, exact=False)),
         (backends, "availability", lambda name, device_type: None),
         (backends, "_PREFERENCE", {"cpu": ("triton",)}),
     ]

@@ -118,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mlp", &madtp::cpu::mlp, release());
   m.def("attention_received", &madtp::cpu::attention_received, release());
   m.def("merge_tokens", &madtp::cpu::merge_tokens, release());
+  m.def("merge_redundant", &madtp::cpu::merge_redundant, release());
   m.def("all_finite", &madtp::cpu::all_finite);
   m.def("plain", &plain);
   m.def("signature", &signature);

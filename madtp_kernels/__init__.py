@@ -12,6 +12,7 @@ from .checks import set_debug
 from .compaction import Compacted, compact
 from .importance import attention_importance
 from .linear import linear, linear_pair
+from .merge_redundant import MergedRedundant, merge_redundant
 from .merging import Merged, lowest_tokens, merge_tokens, top_tokens
 from .normalization import layer_norm
 from .pair_attention import pair_attention
@@ -29,6 +30,7 @@ __all__ = [
     "Compacted",
     "MergeScores",
     "Merged",
+    "MergedRedundant",
     "Pruned",
     "RaggedBatch",
     "attention",
@@ -41,6 +43,7 @@ __all__ = [
     "linear_pair",
     "lowest_tokens",
     "match_tokens",
+    "merge_redundant",
     "merge_scores",
     "merge_tokens",
     "nearest_kept",

@@ -23,6 +23,9 @@ from madtp_kernels import (
     layer_norm,
     linear,
     linear_pair,
+    lowest_tokens,
+    merge_redundant,
+    merge_scores,
     merge_tokens,
     nearest_kept,
     prune,
@@ -183,6 +186,30 @@ def test_merging_agrees_with_the_reference(dtype, generator):
     ours, exact = (defined(case, merge_and_back(**case, backend=name)) for name in ("triton", "reference"))
     for got, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@each_dtype
+def test_merging_what_is_redundant_gives_the_bits_of_its_steps(dtype, generator, as_in_use):
+    for lengths in ([70, 0, 33, 1, 128], [3, 150, 0, 90, 20]):
+        case = merging_case(generator, lengths, 300, dtype)
+        x, keys, sizes = case["x"], case["keys"], case["sizes"]
+        order, free = case["scores"].abs(), case["scores"] > -1
+        common = {"free": free, "sizes": sizes}
+        scores, _, norms = merge_scores(keys, order, x.cu_seqlens, x.max_seqlen, **common)
+        goes = lowest_tokens(scores, None, x.cu_seqlens, free=free, threshold=0.7)
+        into = nearest_kept(keys, free > goes, x.cu_seqlens, x.max_seqlen, goes=goes, inverse_norms=norms)
+        want = merge_tokens(x, into, sizes=sizes, carry=(case["ids"],))
+        number = int(want.tokens.cu_seqlens[-1])
+        for _ in range(3):  # checked, then as it was done before
+            got, found = merge_redundant(x, keys, order, threshold=0.7, carry=(case["ids"],), **common)
+            assert torch.equal(found[: x.num_tokens], scores[: x.num_tokens])
+            assert torch.equal(got.tokens.cu_seqlens, want.tokens.cu_seqlens) and torch.equal(got.rows, want.rows)
+            pairs = [
+                (got.tokens.values, want.tokens.values),
+                (got.sizes, want.sizes),
+                (got.carried[0], want.carried[0]),
+            ]
+            assert all(torch.equal(a[:number], b[:number]) for a, b in pairs)
 
 
 @each_dtype

@@ -260,18 +260,23 @@ def lowest_tokens(
         if checks.may_read(count) and len(count) and count.min() < 0:
             raise ValueError(f"count: expected >= 0, got {count.min()}")
     checks.tensor("free", free, (scores.shape[0],), "[T]", torch.bool, scores.device)
-    if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
-        raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"share: expected a number from 0 to 1, got {checks.describe(share)}")
-    if not _is_number(uncounted, 0):
-        raise ValueError(f"uncounted: expected an int >= 0, got {checks.describe(uncounted)}")
+    check_choice(threshold, share, uncounted)
     result = call(
         "lowest_tokens", *map(checks.unit_stride, (scores.detach(), count, cu_seqlens, free)),
         None if threshold is None else float(threshold), float(share), uncounted, backend or "",
     )  # fmt: skip
     repeats.remember(key, backend, scores, ("lowest_tokens", "merging"))
     return result
+
+
+def check_choice(threshold: float | None, share: float, uncounted: int) -> None:
+    """Check the numbers by which :func:`lowest_tokens` chooses."""
+    if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
+        raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number from 0 to 1, got {checks.describe(share)}")
+    if not _is_number(uncounted, 0):
+        raise ValueError(f"uncounted: expected an int >= 0, got {checks.describe(uncounted)}")
 
 
 def _is_number(value: object, least: int) -> bool:

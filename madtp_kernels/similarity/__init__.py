@@ -35,6 +35,7 @@ def _rows(keys: Tensor) -> Tensor:
     """``[T, D]`` or ``[T, H, d]`` keys as ``[T, D]`` rows of unit stride: heads are concatenated."""
     if (
         not isinstance(keys, Tensor)
+        or keys.layout is not torch.strided
         or keys.dim() not in (2, 3)
         or keys.dtype not in checks.FLOATS
         or 0 in keys.shape[1:]
@@ -175,8 +176,7 @@ def merge_scores(
     if sizes is not None:
         checks.tensor("sizes", sizes, shape, "[T]", torch.float32, keys.device)
     checks.tensor("free", free, shape, "[T]", torch.bool, keys.device)
-    for name, value in zip(("weight_exponent", "novelty_exponent", "size_exponent"), exponents, strict=True):
-        checks.number(name, value)
+    check_exponents(exponents)
     weight = None if weight is None else weight.detach()
     result = call(
         "merge_scores", rows.detach(), *map(checks.unit_stride, (order.detach(), weight, sizes, free, cu_seqlens)),
@@ -184,6 +184,12 @@ def merge_scores(
     )  # fmt: skip
     repeats.remember(key, backend, rows, ("merge_scores", "similarity"))
     return MergeScores(*result)
+
+
+def check_exponents(exponents: tuple[float, float, float]) -> None:
+    """Check the exponents of :func:`merge_scores`."""
+    for name, value in zip(("weight_exponent", "novelty_exponent", "size_exponent"), exponents, strict=True):
+        checks.number(name, value)
 
 
 def match_tokens(

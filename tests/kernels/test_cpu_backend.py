@@ -16,6 +16,7 @@ from helpers import (
     attention_case,
     both_case,
     compaction_case,
+    merging_case,
     missing,
     normal,
     offsets,
@@ -23,7 +24,19 @@ from helpers import (
     spare_rows,
 )
 
-from madtp_kernels import RaggedBatch, attention, compact, native, prune, score_tokens
+from madtp_kernels import (
+    RaggedBatch,
+    attention,
+    compact,
+    lowest_tokens,
+    merge_redundant,
+    merge_scores,
+    merge_tokens,
+    native,
+    nearest_kept,
+    prune,
+    score_tokens,
+)
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="the CPU kernels are tested where the tensors are on the CPU"),
@@ -315,6 +328,118 @@ def test_one_call_refuses_scores_that_are_not_finite_as_two_do(name, generator):
     named = name if name in ("received", "cls") else "importance"
     with pytest.raises(ValueError, match=f"{named}: expected finite scores, got"):
         prune(x, **operands, temperature=1.0)
+
+
+# ---- what a layer of ranked novelty does, in one call -----------------------------------------------------------------
+
+
+def redundant_case(generator, lengths, dtype=torch.float32, **options):
+    case = merging_case(generator, lengths, 24, dtype, **options)
+    x = RaggedBatch(normal(generator, sum(lengths), 37).to(dtype), case.pop("cu_seqlens"), case.pop("max_seqlen"))
+    return case | {
+        "x": x,
+        "carry": (torch.arange(sum(lengths), dtype=torch.int32), normal(generator, sum(lengths), 2, 3)),
+    }
+
+
+def one_by_one(x, keys, order, *, free, weight, sizes, count=None, carry, exact, **choice):
+    scores, _, norms = merge_scores(keys, order, x.cu_seqlens, x.max_seqlen, free=free, weight=weight, sizes=sizes)
+    goes = lowest_tokens(scores, count, x.cu_seqlens, free=free, **choice)
+    into = nearest_kept(keys, free & ~goes, x.cu_seqlens, x.max_seqlen, goes=goes, inverse_norms=norms)
+    return merge_tokens(x, into, sizes=sizes, carry=carry, exact=exact), scores
+
+
+@every_dtype
+@pytest.mark.parametrize("options", [{}, {"weight": True}, {"sizes": False}], ids=str)
+@pytest.mark.parametrize(
+    "choice", [{"threshold": 0.9}, {"threshold": 1.5, "share": 0.4, "uncounted": 1}, {"count": 3}], ids=str
+)
+def test_one_call_gives_the_bits_of_four(dtype, options, choice, generator):
+    case = redundant_case(generator, LENGTHS, dtype, **options) | choice
+    if "count" in choice:
+        case["count"] = torch.full((len(LENGTHS),), 3, dtype=torch.int32)
+    for exact in (True, False):
+        got, scores = merge_redundant(**case, exact=exact)
+        want, same = one_by_one(**case, exact=exact)
+        total = int(want.tokens.cu_seqlens[-1])
+        assert total < len(same) and torch.equal(scores, same) and torch.equal(got.rows, want.rows)
+        assert (got.tokens.max_seqlen, got.tokens.bound) == (want.tokens.max_seqlen, want.tokens.bound)
+        assert (
+            torch.equal(got.tokens.cu_seqlens, want.tokens.cu_seqlens)
+            and got.tokens.values.shape == want.tokens.values.shape
+        )
+        found, wanted = ((m.tokens.values, m.sizes, m.source, *m.carried) for m in (got, want))
+        assert all(torch.equal(a[:total], b[:total]) for a, b in zip(found, wanted, strict=True))
+
+
+def test_one_call_takes_operands_that_lie_apart(generator):
+    case = redundant_case(generator, [40, 9], weight=True) | {"threshold": 1.5}
+    spread = {
+        name: torch.stack([value, value], -1)[..., 0] for name, value in case.items() if isinstance(value, torch.Tensor)
+    }
+    spread["x"] = RaggedBatch(torch.stack([case["x"].values] * 2, -1)[..., 0], case["x"].cu_seqlens, 40)
+    (got, scores), (want, same) = merge_redundant(**case | spread), merge_redundant(**case)
+    assert torch.equal(scores, same) and torch.equal(got.tokens.values, want.tokens.values)
+
+
+REDUNDANT_REFUSALS = {
+    "order": (lambda order: order.index_fill(0, torch.tensor([3]), float("nan")), "^order: expected finite scores, got 1"),
+    "weight": (lambda weight: weight.index_fill(0, torch.tensor([3]), float("inf")), "^weight: expected finite scores, got 1"),
+    "free": (lambda free: free.int(), r"^free: expected \[T\] = bool"),
+    "sizes": (lambda sizes: sizes[:-1], r"^sizes: expected \[T\] = float32"),
+    "keys": (lambda keys: keys.to_sparse(), r"^keys: expected floating-point .* of layout torch.sparse_coo"),
+    "carry": (lambda carry: (carry[0][:-1],), r"^carry\[0\]: expected \[T, ...\]"),
+    "x": (lambda x: x.values, "^x: expected a RaggedBatch"),
+    "threshold": (lambda _: "low", "^threshold: expected a number, got str 'low'"),
+    "share": (lambda _: True, "^share: expected a number from 0 to 1, got bool True"),
+    "exact": (lambda _: "no", "^exact: expected True or False, got str 'no'"),
+    "novelty_exponent": (lambda _: float("nan"), "^novelty_exponent: expected a finite number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDUNDANT_REFUSALS)
+def test_one_call_refuses_what_four_do(name, generator):
+    case = redundant_case(generator, [5, 7], weight=True) | {"threshold": 0.9}
+    bad, message = REDUNDANT_REFUSALS[name]
+    with pytest.raises(ValueError, match=message):
+        merge_redundant(**case | {name: bad(case.get(name))})
+
+
+def test_gradients_go_the_long_way(generator):
+    case = redundant_case(generator, LENGTHS) | {"threshold": 1.5}
+    want = merge_redundant(**case).merged.tokens.values
+    case["x"].values.requires_grad_()
+    got = merge_redundant(**case).merged.tokens.values
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert case["x"].values.grad.isfinite().all() and case["x"].values.grad.any()
+
+
+# ---- a whole MLP ----------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("lengths", [[1], LENGTHS, [1500, 700]], ids=str)
+def test_an_mlp_gives_the_bits_of_two_layers(dtype, lengths, generator):
+    rows, extension = sum(lengths) + 3, native.load()
+    x, residual = (normal(generator, rows, 33).to(dtype) for _ in range(2))
+    first, second = (normal(generator, *shape).to(dtype) for shape in ((130, 33), (33, 130)))
+    bias = normal(generator, 130).to(dtype)
+    for cu_seqlens in (None, offsets(lengths)):
+        hidden = extension.linear(x, first, bias, cu_seqlens, "gelu", None)
+        want = extension.linear(hidden, second, None, cu_seqlens, "", residual)
+        defined = rows if cu_seqlens is None else rows - 3
+        apart = (first.T.contiguous().T, bias, second.T.contiguous().T, None)
+        for weights in ((first, bias, second, None), apart):
+            assert same_bits([extension.mlp(x, *weights, cu_seqlens, "gelu", residual)[:defined]], [want[:defined]])
+
+
+def test_an_mlp_whose_layers_do_not_fit(generator):
+    x, first, second = (normal(generator, *shape) for shape in ((5, 8), (32, 8), (8, 31)))
+    with pytest.raises(ValueError, match="^weight2: expected"):
+        native.load().mlp(x, first, None, second, None, None, "gelu", x)
+    with pytest.raises(ValueError, match="^residual: expected"):
+        native.load().mlp(x, first, None, normal(generator, 8, 32), None, None, "gelu", x[:-1])
 
 
 # ---- the extension itself -------------------------------------------------------------------------------------------

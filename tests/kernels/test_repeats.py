@@ -1,11 +1,12 @@
-"""Which eager calls on a GPU repeat an earlier one: the extension and Python tell the same calls apart."""
+"""Which eager calls on a GPU repeat an earlier one, and which go straight to a kernel: the extension and Python tell the same
+calls apart."""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from madtp_kernels import native, repeats
+from madtp_kernels import native, registration, repeats
 
 
 class Subclass(torch.Tensor):
@@ -54,3 +55,33 @@ def test_calls_that_somebody_has_to_look_at():
     torch.func.vmap(lambda y: seen.append(described(torch.zeros(2))) or y)(x)
     torch.func.grad(lambda y: seen.append(described(torch.zeros(2))) or y.sum())(x)
     assert seen == [None, None] and described(x) is not None
+
+
+def plain(*args):
+    """What both say of a call with these arguments."""
+    extension = native.find()
+    if extension is None:
+        pytest.skip("there is no extension")
+    says = extension.plain(args), registration._plain_in_python(args)
+    assert says[0] == says[1], says
+    return says[0]
+
+
+def test_calls_that_go_straight_to_a_kernel():
+    x = torch.zeros(4, 6)
+    weight = torch.nn.Parameter(x.clone())
+    assert plain(x, None, 3, "mean", (), (x, x.T), x.to_sparse(), torch.nn.Parameter(x, requires_grad=False))
+    negative = torch.complex(x, x).conj().imag
+    zeros = torch._efficientzerotensor(4)
+    for tensor in (weight, x.as_subclass(Subclass), x.to("meta"), negative, zeros):
+        assert not plain(x, tensor) and not plain(x, 1.0, (tensor,)), tensor
+    with torch.no_grad():
+        assert plain(x, weight) and not plain(x, negative)
+    with forward_ad.dual_level():
+        assert not plain(x)
+    with FlopCounterMode(display=False):
+        assert not plain(x)
+    seen = []
+    torch.func.vmap(lambda y: seen.append(plain(torch.zeros(2))) or y)(x)
+    torch.func.grad(lambda y: seen.append(plain(torch.zeros(2))) or y.sum())(x)
+    assert seen == [False, False] and plain(x)

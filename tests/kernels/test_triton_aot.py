@@ -380,7 +380,7 @@ def repeated_calls():
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from madtp_kernels import RaggedBatch, backends, checks, linear, prune, repeats, triton_utils
+    from madtp_kernels import RaggedBatch, backends, checks, linear, merge_redundant, prune, repeats, triton_utils
     from madtp_kernels.linear import triton as linear_triton
 
     by_triton, direct, looked_up, launch, look_up = [], [], [], JITFunction.run, triton_utils.specialisation
@@ -449,7 +449,11 @@ def repeated_calls():
         call(prune, tokens, x, weight, scores[:8], scores, 1.0, exact=False)
     except ValueError as error:
         history.append(str(error))
-    return history
+    before, options = history.copy(), {"free": torch.ones(9, dtype=torch.bool), "carry": (ids,), "exact": False}
+    history.clear()
+    for threshold in (0.5, 0.5, 0.5, 0.7, None):
+        call(merge_redundant, tokens, x.unflatten(1, (2, 32)), scores, threshold=threshold, **options)
+    return before, history
 
 
 def report(capability, few=False):
@@ -537,10 +541,11 @@ def test_launch_runs_compiled_kernels_unless_somebody_watches(answers):
 
 def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     """Columns: launched by Triton, run directly, looked up, with the tensors of this call."""
-    *linears, first, second, third, fourth, message = answers["repeats"]
+    before, redundant = answers["repeats"]
+    *linears, first, second, third, fourth, message = before
     *linears, bare, bare_again = linears[:-4]
     assert bare == bare_again == [0, 1, 1, True]
-    with_norm = answers["repeats"][-9:-5]
+    with_norm = before[-9:-5]
     assert [row[:3] for row in with_norm] == [[1, 1, 2], [0, 2, 2], [0, 2, 0], [0, 2, 0]] and with_norm[-1][3]
     assert linears[:4] == [[1, 0, 1, False], [0, 1, 1, True], [0, 1, 0, True], [0, 1, 0, True]]
     unaligned, shorter, with_residual, without_gradient, with_gradient, debugged, again, forgotten = linears[4:]
@@ -552,6 +557,11 @@ def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     assert first[0] == 3 and second[:3] == [1, 1, 2]
     assert third == [0, 2, 1, True] and fourth == [0, 2, 0, True]
     assert message.startswith("received: expected [T]")
+    # Scores, choice and merging look all their kernels up once more when they first repeat a call, and never again.
+    launched, looked, again, other_threshold, without = redundant
+    number = launched[0] + launched[1]
+    assert launched[0] > 0 and looked == [0, number, number, True] and again == [0, number, 0, True]
+    assert other_threshold[:2] == [0, number] and without[0] == 1  # the choice without a threshold is another kernel
 
 
 def kernels_in_the_source():

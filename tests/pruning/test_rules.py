@@ -674,3 +674,43 @@ def test_calibration_refuses_what_it_cannot_do(vision):
         calibrate(forward, "tome", 0.95, 4, schedule="flat")
     with pytest.raises(ValueError, match="expected one pass of 6 layers"):
         calibrate(forward, "ranked_novelty", 0.3, 6, schedule="flat")
+
+
+# ---- ranked novelty in one call
+
+
+class StepByStep(RankedNovelty):
+    """The same rule, which a replaced step makes go one step after the other."""
+
+    def choose(self, tokens, score, free, layer):
+        return super().choose(tokens, score, free, layer)
+
+
+class KeepsAll(RankedNovelty):
+    def into(self, tokens, goes, threshold, **found):
+        return super().into(tokens, torch.zeros_like(goes), threshold, **found)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "settings",
+    [{"thresholds": (0.6,)}, {"shares": (0.4,)}, {"counts": (3,)}, {"thresholds": (0.9,), "most": 0.3, "order": "norm"},
+     {"shares": (0.3,), "weight": "cls", "keys": "per_head"}, {"thresholds": (0.7,), "second_look": 1.0}],
+    ids=str,
+)  # fmt: skip
+def test_one_call_and_its_steps_are_the_same_rule(settings, backend, generator):
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    for prefix in (0, 1, 3):
+        operands = case(generator, dtype, prefix=prefix)
+        (got, record), (want, steps) = (
+            run(rule(**settings, backend=backend), *operands) for rule in (RankedNovelty, StepByStep)
+        )
+        assert len(want.values) < len(operands[0].values)
+        for name in ("values", "ids", "sizes", "key_bias", "cu_seqlens"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+        assert torch.equal(record.importance, steps.importance) and torch.equal(record.rows, steps.rows)
+
+
+def test_a_replaced_step_is_heard(generator):
+    operands = case(generator, torch.float32)
+    assert len(run(KeepsAll(shares=(0.4,)), *operands)[0].values) == len(operands[0].values)

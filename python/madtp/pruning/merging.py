@@ -168,12 +168,21 @@ class MergingPruning(Pruning):
 
     def choose(self, tokens: Tokens, score: Tensor, free: Tensor, layer: int) -> Tensor:
         """``[C]`` bool: the tokens that go, of those that are free to."""
+        return self.lowest(tokens, score, free, **self.chosen(tokens, layer))
+
+    def chosen(self, tokens: Tokens, layer: int) -> dict[str, Tensor | float]:
+        """The limit of a layer, as :meth:`lowest` takes it."""
         kind, limit = self.limit_of(layer)
         if kind == "thresholds":
-            return self.lowest(tokens, score, free, threshold=limit)
+            return {"threshold": limit}
         number = self.prunable(tokens)
         count = (number * limit).round() if kind == "shares" else torch.full_like(number, round(limit))
-        return self.lowest(tokens, score, free, count=count.int())
+        return {"count": count.int()}
+
+    @property
+    def share(self) -> float:
+        """``most`` as the kernels take it: two thirds of three are two."""
+        return min(self.most * (1 + 1e-6), 1.0)
 
     def lowest(
         self,
@@ -191,8 +200,7 @@ class MergingPruning(Pruning):
             threshold: only those whose score is at most this.
         """
         return lowest_tokens(
-            score, count, tokens.cu_seqlens, free=free, threshold=threshold,
-            share=min(self.most * (1 + 1e-6), 1.0),  # two thirds of three are two
+            score, count, tokens.cu_seqlens, free=free, threshold=threshold, share=self.share,
             uncounted=number_protected(tokens), backend=self.backend,
         )  # fmt: skip
 

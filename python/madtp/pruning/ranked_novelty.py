@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from madtp_kernels import merge_scores, nearest_kept, score_tokens
+from madtp_kernels import merge_redundant, merge_scores, nearest_kept, score_tokens
 
 from ..config import check_choices
-from .base import register
-from .merging import MergingPruning, own_rows
+from .base import LayerTrace, register
+from .merging import MergingPruning, number_protected, own_rows
 
 ORDERS = ("attention", "cls", "norm", "importance", "index")
 """By what tokens may be ranked."""
@@ -106,8 +106,8 @@ class RankedNovelty(MergingPruning):
             )[0]  # fmt: skip
         return 1 / (1 + tokens.ids.clamp(min=0).to(_wide(tokens)))
 
-    def score(self, tokens, block_input, attention, dictionary, layer):
-        free = tokens.free
+    def _compared(self, tokens, block_input, attention, dictionary):
+        """The keys by which tokens are compared, the order, and the other arguments of :func:`madtp_kernels.merge_scores`."""
         keys = attention.keys
         if self.keys == "averaged":
             keys = keys.mean(1)
@@ -117,11 +117,38 @@ class RankedNovelty(MergingPruning):
         weight = None
         if self.weight not in (None, self.order):
             weight = self._importance(self.weight, tokens, block_input, attention, dictionary)
-        score, new, inverse_norms = merge_scores(
-            keys, order, tokens.cu_seqlens, tokens.max_seqlen, weight=weight, sizes=tokens.sizes, free=free,
-            weight_exponent=self.attention_exponent, novelty_exponent=self.novelty_exponent,
-            size_exponent=self.size_exponent, backend=self.backend,
+        return keys, order, {
+            "weight": weight, "sizes": tokens.sizes, "free": tokens.free, "weight_exponent": self.attention_exponent,
+            "novelty_exponent": self.novelty_exponent, "size_exponent": self.size_exponent, "backend": self.backend,
+        }  # fmt: skip
+
+    def _in_one_call(self, layer):
+        """Whether :func:`madtp_kernels.merge_redundant` does what the steps of this rule do in a layer."""
+        if not self.active:
+            return False
+        kind, limit = self.limit_of(layer)
+        steps = (type(self).score, type(self).choose, type(self).lowest, type(self).into, type(self).merge)
+        return limit > 0 and not (self.second_look and kind == "thresholds") and steps == _STEPS
+
+    def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
+        if not self._in_one_call(layer):
+            return super().__call__(
+                tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
+            )
+        keys, order, options = self._compared(tokens, block_input, attention, dictionary)
+        merged, scores = merge_redundant(
+            tokens, keys, order, **options, **self.chosen(tokens, layer), share=self.share,
+            uncounted=number_protected(tokens), carry=(tokens.ids,),
         )  # fmt: skip
+        left = tokens.survivors(
+            merged.tokens, merged.carried[0], merged.sizes, proportional=self.proportional_attention
+        )
+        return left, LayerTrace(tokens.cu_seqlens, left.cu_seqlens, left.ids, scores, rows=merged.rows)
+
+    def score(self, tokens, block_input, attention, dictionary, layer):
+        keys, order, options = self._compared(tokens, block_input, attention, dictionary)
+        free = options["free"]
+        score, new, inverse_norms = merge_scores(keys, order, tokens.cu_seqlens, tokens.max_seqlen, **options)
         found = {"keys": keys, "inverse_norms": inverse_norms, "new": new, "total": score, "free": free}
         return score, free, found
 
@@ -149,6 +176,12 @@ class RankedNovelty(MergingPruning):
             )
             return torch.where(goes, nearest, own_rows(tokens))
         return nearest
+
+
+_STEPS = (
+    RankedNovelty.score, RankedNovelty.choose, RankedNovelty.lowest, RankedNovelty.into, RankedNovelty.merge,
+)  # fmt: skip
+"""What a subclass may have replaced."""
 
 
 def _wide(tokens):

@@ -1,0 +1,42 @@
+// What a layer of ranked novelty does to its tokens, in one call: scores, the choice of what goes, where it goes, and merging.
+// Formulas: similarity.cpp, merging.cpp.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+
+#include "cpu/ops/operands.h"
+#include "cpu/ops/ops.h"
+
+namespace madtp::cpu {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, int64_t, int64_t> merge_redundant(
+    const Tensor& x, const Tensor& keys, const Tensor& order, const OptionalTensor& weight, const OptionalTensor& sizes,
+    const Tensor& free, const OptionalTensor& count, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> threshold,
+    double share, int64_t uncounted, double weight_exponent, double novelty_exponent, double size_exponent, bool exact,
+    const std::vector<Tensor>& carry) {
+  TORCH_CHECK_VALUE(keys.dim() == 2 || keys.dim() == 3, "keys: expected two or three dimensions, got ", keys.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == keys.size(0), "x: expected ", keys.size(0), " rows, got ", x.sizes());
+  const Tensor rows = with_rows(keys.flatten(1));
+  const Offsets before("cu_seqlens", cu_seqlens, x.size(0));
+  check_operand("order", order, {x.size(0)}, at::kFloat);
+  check_operand("weight", weight, {x.size(0)}, at::kFloat);
+  if (!all_finite(order, before.total()) || (weight.has_value() && !all_finite(*weight, before.total()))) {
+    return {Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), {}, Tensor(), 0, 0};
+  }
+  const auto [scores, novelty, inverse_norms] = merge_scores(rows, order, weight, sizes, free, cu_seqlens, max_seqlen, weight_exponent,
+                                                             novelty_exponent, size_exponent);
+  const Tensor goes = lowest_tokens(scores, count, cu_seqlens, free, threshold, share, uncounted);
+  const Tensor stays = at::empty({x.size(0)}, goes.options()), free_dense = free.contiguous();
+  const bool *const may = free_dense.const_data_ptr<bool>(), *const leaves = goes.const_data_ptr<bool>();
+  bool* const kept = stays.mutable_data_ptr<bool>();
+  for (int64_t row = 0; row < before.total(); ++row) kept[row] = may[row] && !leaves[row];
+  const Tensor into = nearest_kept(rows, stays, cu_seqlens, max_seqlen, goes, inverse_norms);
+  const Tensor stands_for = sizes.has_value() ? *sizes : at::ones({x.size(0)}, scores.options());
+  auto [values, cu_out, sizes_out, row_of, source, carried] =
+      merge_tokens(with_rows(x), into, stands_for, stands_for, cu_seqlens, max_seqlen, "", exact, carry);
+  const Offsets after("cu_seqlens", cu_out, x.size(0));
+  int64_t longest = 0;
+  for (int64_t b = 0; b < after.samples; ++b) longest = std::max(longest, after.length(b));
+  return {values, cu_out, sizes_out, row_of, source, carried, scores, after.total(), longest};
+}
+
+}  // namespace madtp::cpu
