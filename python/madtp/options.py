@@ -26,16 +26,17 @@ def _number(name: str, kind: type, fits: Callable[[float], bool], expected: str)
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
         return number
 
-    parse.__name__, parse.__doc__ = name, f"An argparse type: {expected}."
+    parse.__name__ = name
     return parse
 
 
-positive = _number("positive", int, lambda number: number >= 1, "at least 1")
-not_negative_int = _number("not_negative_int", int, lambda number: number >= 0, "a number >= 0")
-not_negative = _number("not_negative", float, lambda number: 0 <= number < math.inf, "a number >= 0")
-above_zero = _number("above_zero", float, lambda number: 0 < number < math.inf, "a number > 0")
-share = _number("share", float, lambda number: 0 < number < 1, "a share between 0 and 1")
-share_or_none = _number("share_or_none", float, lambda number: 0 <= number < 1, "a share of at least 0 and below 1")
+# Types of numbers for argparse.
+positive = _number("positive", int, lambda x: x >= 1, "at least 1")  # whole numbers
+not_negative_int = _number("not_negative_int", int, lambda x: x >= 0, "a number >= 0")  # whole numbers
+not_negative = _number("not_negative", float, lambda x: 0 <= x < math.inf, "a number >= 0")  # finite ones
+above_zero = _number("above_zero", float, lambda x: 0 < x < math.inf, "a number > 0")  # finite ones
+share = _number("share", float, lambda x: 0 < x < 1, "a share between 0 and 1")  # both excluded
+share_or_none = _number("share_or_none", float, lambda x: 0 <= x < 1, "a share of at least 0 and below 1")  # none is 0
 
 
 def option(help: str, default: Any = None, *, group: str = "", exclusive: str = "", flag: str = "", **settings) -> Any:
