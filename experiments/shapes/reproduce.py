@@ -84,6 +84,17 @@ SHARES = {
 """Share of the tokens that each layer drops, for rules with a limit per layer."""
 STEPS = {0.3: 500, 0.5: 500, 0.6: 1000, 0.7: 1000, 0.8: 2800, 0.85: 2800}
 RATE = {0.3: 2e-4, 0.5: 2e-4, 0.6: 5e-4, 0.7: 5e-4, 0.8: 7e-4, 0.85: 7e-4}
+LEVERS = {
+    "average": ("averaged weights", ("--average", "0.99")),
+    "half-rate": ("half of the learning rate", ("--lr", "3.5e-4")),
+    "double-rate": ("twice the learning rate", ("--lr", "1.4e-3")),
+    "flat": ("the same share in all layers", ("--shares", "0.3")),
+    "early": ("more in the first layer, less in the others", ("--shares", "0.6", "0.4", "0.15", "0.08")),
+    "annealed": ("thresholds that rise over 0.4 of the steps", ("--ramp", "0.4")),
+}
+"""One thing that a run changes, in words, and its options. The strength is set so that shares meet the same cost."""
+LEVERED = Run("ranked-novelty", 0.8, 0, own_steps=1000)
+"""The run that each lever changes."""
 COMPARED = tuple(
     Run(method, 0.8, 0, own_steps=1000)
     for method in ("ranked-novelty", "madtp", "madtp-nearest", "tome", "cls", "random")
@@ -222,6 +233,15 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         command = compression(run, dense, model(name), steps, scale)
         return Job("compress", f"train-{name}", command, model(name) / "result.json", minutes)
 
+    def levered(name: str) -> Job:
+        job = trained(LEVERED, dense)
+        output = model(f"lever-{name}")
+        command = (
+            *compression(LEVERED, dense, output, LEVERED.steps),
+            *LEVERS[name][1],
+        )  # of an option given twice the last counts
+        return job._replace(name=f"train-lever-{name}", command=command, result=output / "result.json")
+
     def dense_test(source: object) -> Job:
         return evaluated("dense-test", source, strength=0, row="dense")
 
@@ -266,6 +286,7 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         [
             *(trained(run, dense) for run in RUNS),
             *(trained(run, large, 2) for run in LARGE),
+            *map(levered, LEVERS),
             *calibrated,
             dense_test(dense),
             evaluated("large-dense", large, strength=0, row="dense"),
@@ -273,6 +294,7 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         ],
         [
             *tested(RUNS),
+            *(evaluated(f"lever-{name}", model(f"lever-{name}"), row=LEVERED.method) for name in LEVERS),
             *(evaluated(f"large-{run.name}", model(f"large-{run.name}"), row=run.method) for run in LARGE),
             evaluated(
                 f"batch-maximum-{BATCH_MAXIMUM.reduction}", model(BATCH_MAXIMUM.name), grouping="batch",
