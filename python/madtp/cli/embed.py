@@ -60,9 +60,8 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
         from ..inputs import read_texts
         from ..jsonl import require_new
 
-        if Path(self.output).suffix not in _WRITERS:
-            expected = ", ".join(_WRITERS) + " or /"
-            raise UsageError(f"--output: expected a name that ends with {expected}, got {self.output}")
+        if Path(self.output).suffix not in (".npy", ".safetensors"):
+            raise UsageError(f"--output: expected a name that ends with .npy, .safetensors or /, got {self.output}")
         if self.texts and (self.images or self.input or self.save_overlay):
             raise UsageError("give either images or --texts (--save-overlay goes with images)")
         found = ([{"text": text} for text in read_texts(self.texts)], Path()) if self.texts else source_of(self)
@@ -148,6 +147,7 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
 def _publish(records: Iterator[dict], output: Path) -> None:
     """Names and features, the latter last: where they are, all is."""
     import numpy as np
+    from safetensors.numpy import save
 
     from ..files import replacing
     from ..index import from_text
@@ -163,19 +163,7 @@ def _publish(records: Iterator[dict], output: Path) -> None:
             names.write(to_line(record))
     array = np.stack(features) if features else np.empty((0, 0), dtype=np.float32)
     with replacing(output) as file:
-        _WRITERS[output.suffix](file, array)
-
-
-def _write_npy(file, array) -> None:
-    import numpy as np
-
-    np.save(file, array)
-
-
-def _write_safetensors(file, array) -> None:
-    from safetensors.numpy import save
-
-    file.write(save({"features": array}))
-
-
-_WRITERS = {".npy": _write_npy, ".safetensors": _write_safetensors}
+        if output.suffix == ".npy":
+            np.save(file, array)
+        else:
+            file.write(save({"features": array}))

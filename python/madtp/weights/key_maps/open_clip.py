@@ -113,10 +113,10 @@ def _check(section: str, values: Mapping, known: frozenset[str], **expected) -> 
     """Refuse what our towers do not have, by name."""
     for name, value in values.items():
         if name not in known and value not in (None, False, ""):
-            raise ValueError(f"model_cfg.{section}.{name}: not supported here, got {value!r}")
+            raise ValueError(f"{section}.{name}: not supported here, got {value!r}")
     for name, choices in expected.items():
         if values.get(name, choices[0]) not in choices:
-            raise ValueError(f"model_cfg.{section}.{name}: expected one of {choices}, got {values[name]!r}")
+            raise ValueError(f"{section}.{name}: expected one of {choices}, got {values[name]!r}")
 
 
 def _activation(values: Mapping, quick: bool, section: str) -> str:
@@ -148,14 +148,12 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
     text: Any = model.get("text_cfg") if isinstance(model, Mapping) else None
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
         raise ValueError("model_cfg: expected an object with 'vision_cfg' and 'text_cfg'")
-    for name, value in model.items():
-        if name not in _KNOWN and value not in (None, False):
-            raise ValueError(f"model_cfg.{name}: not supported here, got {value!r}")
+    _check("model_cfg", model, _KNOWN)
     quick = bool(model.get("quick_gelu", False))
     image_size = vision.get("image_size", 224)
     if isinstance(image_size, (list, tuple)) and len(set(image_size)) == 1:
         image_size = image_size[0]
-    _check("vision_cfg", vision, _KNOWN_VISION)
+    _check("model_cfg.vision_cfg", vision, _KNOWN_VISION)
     if vision.get("timm_model_name"):
         sizes, act, eps = _timm_sizes(vision, state), "gelu", 1e-6  # timm's own, whatever quick_gelu says
     else:
@@ -181,7 +179,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
 
 def _text(text: Mapping) -> CLIPTextConfig:
     """Sizes of the text tower."""
-    _check("text_cfg", text, _KNOWN_TEXT, pool_type=("argmax", "last", "eos"), proj_type=("linear",))
+    _check("model_cfg.text_cfg", text, _KNOWN_TEXT, pool_type=("argmax", "last", "eos"), proj_type=("linear",))
     cleaning = dict(text.get("tokenizer_kwargs") or {})
     # The tokenizer of CLIP lowers letters itself.
     known = {None: "", "whitespace": "", "lower": "lower", "canonicalize": "canonicalize"}
@@ -211,7 +209,7 @@ def _sizes(vision: Mapping) -> dict[str, Any]:
     """Sizes of open_clip's own image tower."""
     if not isinstance(layers := vision.get("layers", 12), int):
         raise ValueError("the image tower is a ResNet, which has no tokens to prune")
-    _check("vision_cfg", vision, _KNOWN_VISION, pool_type=("tok", "avg"))
+    _check("model_cfg.vision_cfg", vision, _KNOWN_VISION, pool_type=("tok", "avg"))
     width = vision.get("width", 768)
     return {
         "patch_size": vision.get("patch_size", 16),
