@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, attention, attention_received, attention_with_importance, layer_norm
+from madtp_kernels import RaggedBatch, attention, attention_received, attention_with_importance, layer_norm, native
 from madtp_kernels.segments import sample_of
 
-from .linear import Linear, kernels_serve, project, watched
+from .linear import Linear, cpu_serves, kernels_serve, project, watched
 from .pruning import Pruning, Tokens
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimension, which on a GPU is :func:`madtp_kernels.layer_norm` where its x are tokens: as a linear
-    layer it leaves spare rows out, and it takes half as long."""
+    """`nn.LayerNorm` over the last dimension, which at inference is :func:`madtp_kernels.layer_norm` where its x are tokens: as a linear
+    layer it leaves spare rows out, and it takes little more than half as long."""
 
     def forward(self, x: Tensor | Tokens, tokens: RaggedBatch | None = None) -> Tensor:
         """``x [C, D]``, or the values of tokens, to ``[C, D]``.
@@ -31,17 +31,21 @@ class LayerNorm(nn.LayerNorm):
             if x.normed is not None and x.normed[0] is self:
                 return x.normed[1]
             x, tokens = x.values, x
+        weight, bias, eps = self.affine
         if x.is_cuda:
-            weight, bias, eps = self.affine
             if kernels_serve(x, weight, tokens):
                 if torch.is_autocast_enabled("cuda"):
                     x = x.to(torch.promote_types(x.dtype, torch.float32))
                 return layer_norm(x, weight, bias, tokens.cu_seqlens, eps)
-        elif torch.is_autocast_enabled("cpu"):
-            weight, bias, eps = self.affine
+        elif tokens is not None and weight is not None and cpu_serves(x, weight, bias):
+            return native.load().layer_norm(x, weight, bias, tokens.cu_seqlens, eps)
+        elif (
+            torch.is_autocast_enabled("cpu")
+            and weight.dtype != torch.float32
+            and {x.dtype, torch.get_autocast_dtype("cpu")} != {weight.dtype}
+        ):
             # Half of two kinds is computed in float32, as CUDA's autocast computes any; PyTorch has no kernel for it on a CPU.
-            if weight.dtype != torch.float32 and {x.dtype, torch.get_autocast_dtype("cpu")} != {weight.dtype}:
-                return F.layer_norm(x.float(), self.normalized_shape, weight.float(), bias.float(), eps)
+            return F.layer_norm(x.float(), self.normalized_shape, weight.float(), bias.float(), eps)
         return super().forward(x)
 
     @property

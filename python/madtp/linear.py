@@ -112,7 +112,7 @@ def project(
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
             y = linear(x, weight, bias, tokens.cu_seqlens, activation=activation)
             return y if residual is None else y + residual
-    elif _cpu_serves(x, weight, bias, residual):
+    elif cpu_serves(x, weight, bias, residual):
         return native.load().linear(x, weight, bias, _bounds(tokens), activation or "", residual)
     y = activate(_library_product(x, weight, bias), activation or "")
     return y if residual is None else y + residual
@@ -152,7 +152,7 @@ def mlp(
     """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``; with ``norm`` its LayerNorm."""
     if not x.is_cuda and first.is_plain and second.is_plain:
         affine = *first.affine, *second.affine
-        if _cpu_serves(x, *affine, residual):
+        if cpu_serves(x, *affine, residual):
             out = native.load().mlp(x, *affine, _bounds(tokens), activation, residual)
             return out if norm is None else norm(out, tokens)
     hidden = first(x, activation=activation, tokens=tokens)
@@ -174,7 +174,7 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.pad(x, (0, 0, 0, spare)), weight, bias)[: x.shape[0]] if spare else F.linear(x, weight, bias)
 
 
-def _cpu_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+def cpu_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether the CPU kernels, which check their operands themselves, serve a call with these tensors."""
     if not (x.device.type == "cpu" and x.dtype == weight.dtype and x.dim() == 2 and x.stride(1) == 1):
         return False
