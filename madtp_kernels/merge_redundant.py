@@ -123,9 +123,11 @@ def _on_gpu(
     )
     into = search(keys, free > goes, cu_seqlens, longest, goes, inverse_norms)
     stands_for = x.new_ones(x.shape[0], dtype=torch.float32) if sizes is None else sizes
-    values, cu_out, *rest, carried = merge(x, into, stands_for, stands_for, cu_seqlens, longest, "", exact, carry)
+    values, cu_out, sizes_out, rows, source, carried = merge(
+        x, into, stands_for, stands_for, cu_seqlens, longest, "", exact, carry
+    )
     batch = RaggedBatch.unchecked(values, cu_out, longest, not exact)
-    return MergedRedundant(Merged(batch, *rest, tuple(carried)), scores)
+    return MergedRedundant(Merged(batch, sizes_out, rows, source, tuple(carried)), scores)
 
 
 def _in_one_call(tensors: tuple, backend: str | None) -> bool:
