@@ -58,7 +58,7 @@ bool plain(const py::tuple& args) {
   for (const py::handle item : args) {
     if (THPVariable_CheckExact(item.ptr())) {
       const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
-      if (tensor.is_meta() || tensor.is_neg() || tensor._is_zerotensor() || (differentiates && tensor.requires_grad())) return false;
+      if (tensor.is_meta() || tensor.is_neg() || tensor.is_conj() || tensor._is_zerotensor() || (differentiates && tensor.requires_grad())) return false;
     } else if (THPVariable_Check(item.ptr()) || (py::isinstance<py::tuple>(item) && !plain(py::reinterpret_borrow<py::tuple>(item)))) {
       return false;
     }

@@ -52,6 +52,11 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def dense(value: object) -> bool:
+    """Whether it is a tensor whose numbers lie in memory as its shape and strides say."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+
+
 def tensor(
     name: str,
     value: Tensor,
@@ -61,11 +66,11 @@ def tensor(
     device: torch.device,
 ) -> None:
     """Check one tensor argument; None in ``shape`` matches any size. ``meaning`` is e.g. ``"[T, D]"``."""
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    if dense and value.dtype is dtype and value.shape == shape and value.device == device:
+    fits = dense(value)
+    if fits and value.dtype is dtype and value.shape == shape and value.device == device:
         return  # most calls
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    fits = dense and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
+    fits = fits and value.dim() == len(shape) and value.dtype in dtypes and value.device == device
     if fits and tuple(value.shape) != shape:
         for got, want in zip(value.shape, shape, strict=True):
             fits = fits and (want is None or got == want)
@@ -81,8 +86,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def floats(name: str, value: Tensor, dims: int, meaning: str) -> None:
     """Check the leading tensor of an operation, which the others have to match."""
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    if not dense or value.dim() != dims or value.dtype not in FLOATS:
+    if not dense(value) or value.dim() != dims or value.dtype not in FLOATS:
         raise ValueError(f"{name}: expected floating-point {meaning}, got {describe(value)}")
 
 

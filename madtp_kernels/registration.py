@@ -137,7 +137,8 @@ def _plain_in_python(args: tuple) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             # Shapes without numbers, memory of the opposite sign, zeros without memory: PyTorch makes plain tensors of the latter
             # for an operator.
-            if (differentiates and arg.requires_grad) or arg.is_meta or arg.is_neg() or arg._is_zerotensor():
+            flagged = arg.is_neg() or arg.is_conj() or arg._is_zerotensor()
+            if (differentiates and arg.requires_grad) or arg.is_meta or flagged:
                 return False
         elif isinstance(arg, Tensor) or (kind is tuple and not _plain_in_python(arg)):
             return False

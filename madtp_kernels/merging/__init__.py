@@ -94,12 +94,7 @@ def merge_tokens(
     if not isinstance(carry, (tuple, list)):
         raise ValueError(f"carry: expected a tuple of tensors [T, ...], got {checks.describe(carry)}")
     for i, carried in enumerate(carry):
-        if (
-            not isinstance(carried, Tensor)
-            or carried.dim() < 1
-            or carried.shape[0] != tokens
-            or carried.device != device
-        ):
+        if not checks.dense(carried) or carried.dim() < 1 or carried.shape[0] != tokens or carried.device != device:
             raise ValueError(
                 f"carry[{i}]: expected [T, ...] = [{tokens}, ...] on {device}, got {checks.describe(carried)}"
             )
@@ -165,7 +160,7 @@ def top_tokens(
         ValueError: an argument does not fit, or (CPU, or debug mode) a negative count, scores that are not finite, or a length
             that is no multiple of the unit.
     """
-    if not isinstance(scores, Tensor) or scores.dim() != 1 or not scores.is_floating_point():
+    if not checks.dense(scores) or scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(f"scores: expected floating-point [T], got {checks.describe(scores)}")
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
     checks.finite("scores", scores, cu_seqlens)
@@ -251,7 +246,7 @@ def lowest_tokens(
         return repeat(
             scores, count, cu_seqlens, free, None if threshold is None else float(threshold), float(share), uncounted
         )
-    if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.dtype not in (torch.float32, torch.float64):
+    if not checks.dense(scores) or scores.dim() != 1 or scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: expected float32 or float64 [T], got {checks.describe(scores)}")
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
     checks.finite("scores", scores, cu_seqlens)
@@ -295,20 +290,24 @@ def _fake(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, carry,
     )
 
 
+def _differentiable(tensor):
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _setup_context(ctx, inputs, output):
     x, _, weights, _, _, _, ctx.append, _, carry, _ = inputs
     *_, rows, source, carried = output
-    ctx.mark_non_differentiable(*output[1:5], *(t for t in carried if not t.is_floating_point()))
+    ctx.mark_non_differentiable(*output[1:5], *(t for t in carried if not _differentiable(t)))
     ctx.save_for_backward(x, weights, rows, source)
-    ctx.floating = [tensor.is_floating_point() for tensor in carry]
+    ctx.differentiable = [_differentiable(tensor) for tensor in carry]
 
 
 def _backward(ctx, d_values, _cu, _sizes, _rows, _source, d_carried):
     x, weights, rows, source = ctx.saved_tensors
     dx, d_weights = torch.ops.madtp_kernels.merge_tokens_backward(x, weights, rows, source, ctx.append, d_values)
     d_carry = [
-        reference.follow_backward(d, source, x.shape[0]) if floating else None
-        for floating, d in zip(ctx.floating, d_carried, strict=True)
+        reference.follow_backward(d, source, x.shape[0]) if differentiable else None
+        for differentiable, d in zip(ctx.differentiable, d_carried, strict=True)
     ]
     return dx, None, d_weights, None, None, None, None, None, d_carry, None
 

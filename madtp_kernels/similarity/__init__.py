@@ -33,13 +33,7 @@ class MergeScores(NamedTuple):
 
 def _rows(keys: Tensor) -> Tensor:
     """``[T, D]`` or ``[T, H, d]`` keys as ``[T, D]`` rows of unit stride: heads are concatenated."""
-    if (
-        not isinstance(keys, Tensor)
-        or keys.layout is not torch.strided
-        or keys.dim() not in (2, 3)
-        or keys.dtype not in checks.FLOATS
-        or 0 in keys.shape[1:]
-    ):
+    if not checks.dense(keys) or keys.dim() not in (2, 3) or keys.dtype not in checks.FLOATS or 0 in keys.shape[1:]:
         meaning = "[T, D] or [T, H, d] with at least one feature"
         raise ValueError(f"keys: expected floating-point {meaning}, got {checks.describe(keys)}")
     return checks.unit_stride(keys.flatten(1))

@@ -394,6 +394,12 @@ REDUNDANT_REFUSALS = {
     "share": (lambda _: True, "^share: expected a number from 0 to 1, got bool True"),
     "exact": (lambda _: "no", "^exact: expected True or False, got str 'no'"),
     "novelty_exponent": (lambda _: float("nan"), "^novelty_exponent: expected a finite number"),
+    "count": (lambda _: torch.tensor([2, -1], dtype=torch.int32), "^count: expected >= 0, got -1"),
+    "keys, empty": (lambda keys: keys[:, :0], r"^keys: expected .* with at least one feature"),
+    "keys, nested": (lambda keys: torch.nested.nested_tensor([keys]), "^keys: expected .* got NestedTensor"),
+    "order, nested": (lambda order: torch.nested.nested_tensor([order]), r"^order: expected \[T\] .* got NestedTensor"),
+    "carry, sparse": (lambda carry: (carry[0].to_sparse(),), r"^carry\[0\]: expected .* of layout torch.sparse_coo"),
+    "carry, nested": (lambda carry: (torch.nested.nested_tensor([carry[1]]),), r"^carry\[0\]: .* got NestedTensor"),
 }  # fmt: skip
 
 
@@ -401,8 +407,24 @@ REDUNDANT_REFUSALS = {
 def test_one_call_refuses_what_four_do(name, generator):
     case = redundant_case(generator, [5, 7], weight=True) | {"threshold": 0.9}
     bad, message = REDUNDANT_REFUSALS[name]
+    name = name.partition(",")[0]
     with pytest.raises(ValueError, match=message):
         merge_redundant(**case | {name: bad(case.get(name))})
+
+
+def test_one_call_refuses_scores_that_are_infinite(generator):
+    """Weights below 0, whose mean is 0."""
+    case = redundant_case(generator, [4]) | {"weight": torch.tensor([-1.0, 1, 1, -1]), "weight_exponent": 1.0}
+    case["free"][:] = True
+    with pytest.raises(ValueError, match="^scores: expected finite scores, got "):
+        merge_redundant(**case)
+
+
+def test_one_call_refuses_samples_that_have_become_longer(generator):
+    case = redundant_case(generator, [5, 7]) | {"threshold": 0.9}
+    case["x"].cu_seqlens[1] = 1
+    with pytest.raises(ValueError, match="^max_seqlen: 7 is below the length 11 of sample 1"):
+        merge_redundant(**case)
 
 
 def test_gradients_go_the_long_way(generator):

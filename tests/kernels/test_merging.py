@@ -168,13 +168,27 @@ def test_gradcheck(append, generator):
 
 
 @every_backend
-def test_gradient_of_carried_tensors(backend, generator):
+def test_carried_numbers_whose_sign_is_a_flag(backend, generator):
+    """A rotary table as complex numbers, conjugated: the memory holds those that were not."""
+    case = case_of(generator, backend)
+    table = torch.randn(len(case["into"]), 3, dtype=torch.complex64, generator=generator).to(DEVICE)
+    flagged = table.conj(), table.conj().imag
+    result = merge_tokens(**case, carry=flagged, backend=backend)
+    for before, after in zip(flagged, result.carried, strict=True):
+        assert torch.equal(
+            after.resolve_conj().resolve_neg(), before.resolve_conj().resolve_neg()[result.source.long()]
+        )
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_gradient_of_carried_tensors(backend, dtype, generator):
     """That of a row goes to its source, the others have none; integers beside them have none at all."""
     case = case_of(generator, backend)
-    carry = torch.randn(len(case["into"]), 2, generator=generator).to(DEVICE).requires_grad_()
+    carry = torch.randn(len(case["into"]), 2, generator=generator).to(DEVICE, dtype).requires_grad_()
     ids = torch.arange(len(carry), device=DEVICE)
     result = merge_tokens(**case, append="sum", carry=(ids, carry), backend=backend)
-    seed = torch.arange(1.0, 1 + result.carried[1].numel(), device=DEVICE).reshape(result.carried[1].shape)
+    seed = torch.arange(1.0, 1 + result.carried[1].numel(), device=DEVICE).reshape(result.carried[1].shape).to(dtype)
     grad = torch.autograd.grad(result.carried[1], carry, seed)[0]
     expected = torch.zeros_like(grad)
     for r, source in enumerate(result.source.tolist()):
@@ -270,6 +284,8 @@ def test_nothing_to_merge(backend, lengths, generator):
     ({"sizes": torch.zeros(5, dtype=torch.float64)}, r"^sizes: expected \[T\] = float32\[5\]"),
     ({"carry": (torch.zeros(4),)}, r"^carry\[0\]: expected \[T, ...\] = \[5, ...\] on cpu"),
     ({"carry": torch.zeros(5)}, r"^carry: expected a tuple of tensors \[T, ...\], got float32\[5\]"),
+    ({"carry": (torch.ones(5).to_sparse(),)}, r"^carry\[0\]: expected .* of layout torch.sparse_coo"),
+    ({"weights": torch.nested.nested_tensor([torch.ones(5)])}, r"^weights: expected \[T\] .* got NestedTensor"),
     ({"exact": "yes"}, "^exact: expected True or False, got str 'yes'"),
 ])  # fmt: skip
 def test_refuses(change, message, generator):

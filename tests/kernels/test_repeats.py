@@ -73,7 +73,7 @@ def test_calls_that_go_straight_to_a_kernel():
     assert plain(x, None, 3, "mean", (), (x, x.T), x.to_sparse(), torch.nn.Parameter(x, requires_grad=False))
     negative = torch.complex(x, x).conj().imag
     zeros = torch._efficientzerotensor(4)
-    for tensor in (weight, x.as_subclass(Subclass), x.to("meta"), negative, zeros):
+    for tensor in (weight, x.as_subclass(Subclass), x.to("meta"), negative, torch.complex(x, x).conj(), zeros):
         assert not plain(x, tensor) and not plain(x, 1.0, (tensor,)), tensor
     with torch.no_grad():
         assert plain(x, weight) and not plain(x, negative)

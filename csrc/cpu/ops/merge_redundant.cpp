@@ -1,12 +1,25 @@
 // What a layer of ranked novelty does to its tokens, in one call: scores, the choice of what goes, where it goes, and merging.
 // Formulas: similarity.cpp, merging.cpp.
+#include <ATen/ops/all.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ge.h>
+#include <ATen/ops/item.h>
 #include <ATen/ops/ones.h>
 
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
 
 namespace madtp::cpu {
+
+namespace {
+
+int64_t longest_of(const Offsets& offsets) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < offsets.samples; ++b) longest = std::max(longest, offsets.length(b));
+  return longest;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, int64_t, int64_t> merge_redundant(
     const Tensor& x, const Tensor& keys, const Tensor& order, const OptionalTensor& weight, const OptionalTensor& sizes,
@@ -16,14 +29,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   TORCH_CHECK_VALUE(keys.dim() == 2 || keys.dim() == 3, "keys: expected two or three dimensions, got ", keys.sizes());
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == keys.size(0), "x: expected ", keys.size(0), " rows, got ", x.sizes());
   const Tensor rows = with_rows(keys.flatten(1));
+  TORCH_CHECK_VALUE(rows.size(1) > 0, "keys: expected at least one feature, got ", keys.sizes());
   const Offsets before("cu_seqlens", cu_seqlens, x.size(0));
+  TORCH_CHECK_VALUE(longest_of(before) <= max_seqlen, "max_seqlen: ", max_seqlen, " is below ", longest_of(before));
   check_operand("order", order, {x.size(0)}, at::kFloat);
   check_operand("weight", weight, {x.size(0)}, at::kFloat);
-  if (!all_finite(order, before.total()) || (weight.has_value() && !all_finite(*weight, before.total()))) {
-    return {Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), {}, Tensor(), 0, 0};
-  }
+  check_operand("count", count, {before.samples}, at::kInt);
+  TORCH_CHECK_VALUE(!count.has_value() || count->ge(0).all().item<bool>(), "count: expected >= 0");
+  const auto refused = std::make_tuple(Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), std::vector<Tensor>(), Tensor(), int64_t{0},
+                                       int64_t{0});
+  if (!all_finite(order, before.total()) || (weight.has_value() && !all_finite(*weight, before.total()))) return refused;
   const auto [scores, novelty, inverse_norms] = merge_scores(rows, order, weight, sizes, free, cu_seqlens, max_seqlen, weight_exponent,
                                                              novelty_exponent, size_exponent);
+  if (!all_finite(scores, before.total())) return refused;  // of orders below 0
   const Tensor goes = lowest_tokens(scores, count, cu_seqlens, free, threshold, share, uncounted);
   const Tensor stays = at::empty({x.size(0)}, goes.options()), free_dense = free.contiguous();
   const bool *const may = free_dense.const_data_ptr<bool>(), *const leaves = goes.const_data_ptr<bool>();
@@ -34,9 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   auto [values, cu_out, sizes_out, row_of, source, carried] =
       merge_tokens(with_rows(x), into, stands_for, stands_for, cu_seqlens, max_seqlen, "", exact, carry);
   const Offsets after("cu_seqlens", cu_out, x.size(0));
-  int64_t longest = 0;
-  for (int64_t b = 0; b < after.samples; ++b) longest = std::max(longest, after.length(b));
-  return {values, cu_out, sizes_out, row_of, source, carried, scores, after.total(), longest};
+  return {values, cu_out, sizes_out, row_of, source, carried, scores, after.total(), longest_of(after)};
 }
 
 }  // namespace madtp::cpu

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_to
 
 // merge_scores, lowest_tokens, nearest_kept and merge_tokens in one call: x [C, D], keys [C, H, d] or [C, K], order, weight, sizes and
 // free [C], count [B] -> what merge_tokens returns, the scores [C], and of the result the number of rows in use and the length of the
-// longest sample. Where an order or a weight is NaN or infinite all are undefined tensors.
+// longest sample. Where an order, a weight or a score is NaN or infinite all are undefined tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, int64_t, int64_t> merge_redundant(
     const Tensor& x, const Tensor& keys, const Tensor& order, const OptionalTensor& weight, const OptionalTensor& sizes,
     const Tensor& free, const OptionalTensor& count, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> threshold,
