@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from .linear import project
+from .linear import project, reads_as
 
 
 class QueryModel(nn.Module):
@@ -36,6 +36,10 @@ class QueryModel(nn.Module):
         """
         if self.q_map is None:
             return dictionary, None
+        if not self._reads_as_its_weights:
+            raise ValueError(
+                "q_map: its weights map the dictionary, without a call; remove hooks, and merge what stands in its place"
+            )
         weight, bias = self.q_map[0].weight, self.q_map[0].bias
         wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
         device = dictionary.device.type
@@ -47,7 +51,13 @@ class QueryModel(nn.Module):
         """Tokens ``[T, width]`` in the dictionary's space ``[T, sd_dim]``."""
         if self.q_map is None:
             return tokens.values
+        if not self._reads_as_its_weights:
+            return self.q_map(tokens.values)
         return project(tokens.values, self.q_map[0].weight, self.q_map[0].bias, tokens=tokens)
+
+    @property
+    def _reads_as_its_weights(self) -> bool:
+        return reads_as(self.q_map, nn.Sequential) and reads_as(self.q_map[0], nn.Linear)
 
 
 def alignment_features(tokens: RaggedBatch, dictionary: Tensor, query_model: QueryModel) -> Tensor:

@@ -61,14 +61,37 @@ class Linear(nn.Linear):
 
 def watched(module: nn.Module) -> bool:
     """Whether calling a module does something besides its class's ``forward``: hooks, or another ``forward``."""
+    everywhere = nn.modules.module
+    return bool(touched(module) or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+def touched(module: nn.Module) -> bool:
+    """Whether somebody has given hooks or another ``forward`` to this module alone."""
     own = module.__dict__
-    return bool(
-        "forward" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or nn.modules.module._global_forward_hooks
-        or nn.modules.module._global_forward_pre_hooks
-    )
+    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
+def reads_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the weights of a module say all that a call of it does: its ``forward`` is that of ``kind``, and it has no hooks. What
+    was put in its place (an adapter), and what changes its weights when it is called (`torch.nn.utils.prune`), is called instead. Hooks
+    for all modules, as profilers set them, change nothing: they see what is called."""
+    return type(module).forward is kind.forward and not touched(module)
+
+
+def through(
+    layer: nn.Module,
+    x: Tensor,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    tokens: RaggedBatch | None = None,
+) -> Tensor:
+    """:meth:`Linear.forward` of a layer, or of what was put in its place: an adapter would hand the activation to the layer inside it,
+    and add to what comes out."""
+    if isinstance(layer, Linear):
+        return layer(x, activation=activation, residual=residual, tokens=tokens)
+    y = activate(layer(x), activation or "")
+    return y if residual is None else y + residual
 
 
 class ScaledLinear(Linear):
@@ -132,11 +155,17 @@ def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, token
 
     On a GPU one call serves both, where nobody watches the modules.
     """
-    if x.is_cuda and layer.is_plain and norm.is_plain and not torch.is_autocast_enabled("cuda"):
+    if (
+        x.is_cuda
+        and isinstance(layer, Linear)
+        and layer.is_plain
+        and norm.is_plain
+        and not torch.is_autocast_enabled("cuda")
+    ):
         weight, bias = layer.affine
         if kernels_serve(x, weight, tokens):
             return linear(x, weight, bias, tokens.cu_seqlens, residual=residual, norm=norm.affine)
-    return norm(layer(x, residual=residual, tokens=tokens), tokens)
+    return norm(through(layer, x, residual=residual, tokens=tokens), tokens)
 
 
 def mlp(
@@ -150,15 +179,15 @@ def mlp(
     norm: nn.LayerNorm | None = None,
 ) -> Tensor:
     """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``; with ``norm`` its LayerNorm."""
-    if not x.is_cuda and first.is_plain and second.is_plain:
+    if not x.is_cuda and all(isinstance(layer, Linear) and layer.is_plain for layer in (first, second)):
         affine = *first.affine, *second.affine
         if cpu_serves(x, *affine, residual):
             out = native.load().mlp(x, *affine, _bounds(tokens), activation, residual)
             return out if norm is None else norm(out, tokens)
-    hidden = first(x, activation=activation, tokens=tokens)
+    hidden = through(first, x, activation=activation, tokens=tokens)
     if norm is not None:
         return normed(hidden, second, norm, residual, tokens)
-    return second(hidden, residual=residual, tokens=tokens)
+    return through(second, hidden, residual=residual, tokens=tokens)
 
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,10 +27,10 @@ from .layers import (
     self_attention,
     single_attention,
 )
-from .linear import Linear, mlp, normed
+from .linear import Linear, mlp, normed, reads_as, through, touched
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of, ids_of
-from .vision import Encoded, run_blocks
+from .vision import Encoded, reading, run_blocks
 
 EPS = 1e-12  # BERT's LayerNorm
 
@@ -183,9 +183,13 @@ class Layer(nn.Module):
         y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer)
         if others:
             y = self.crossattention(y, others, pruning.backend, query_groups)
-        out = self.output
-        z = mlp(y.values, self.intermediate.dense, out.dense, y.values, tokens=y, norm=out.LayerNorm)
-        return y.with_values(z), trace
+        return self._feed_forward(y), trace
+
+    def _feed_forward(self, y: Tokens) -> Tokens:
+        first, out = self.intermediate.dense, self.output
+        if not reads_as(out, Output):
+            return out(through(first, y.values, activation="gelu", tokens=y), y)
+        return y.with_values(mlp(y.values, first, out.dense, y.values, tokens=y, norm=out.LayerNorm))
 
     def read(
         self,
@@ -204,9 +208,12 @@ class Layer(nn.Module):
         y = self.attention.output(out, x.single(read))
         if others:
             y = self.crossattention(y, others, pruning.backend, query_groups)
-        out = self.output
-        z = mlp(y.values, self.intermediate.dense, out.dense, y.values, tokens=y, norm=out.LayerNorm)
-        return y.with_values(z), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
+        return self._feed_forward(y), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether :meth:`read` may stand for a call: no hooks watch the layer, or the projection of which it takes a part."""
+        return type(self) is Layer and not touched(self) and reads_as(self.attention.self.qkv, Linear)
 
 
 class TextEncoder(nn.Module):
@@ -266,9 +273,8 @@ class TextEncoder(nn.Module):
             others = split(others[0])
         tokens = input_ids if isinstance(input_ids, Tokens) else Tokens.start(input_ids)
         tokens = self.embeddings(tokens, tokens.ids if positions is None else positions)
-        *layers, last = self.encoder.layer
-        last = partial(last.read, rows=first_of) if pooled else last
-        layers = [partial(layer, others=others, query_groups=query_groups) for layer in (*layers, last)]
+        layers = reading(self.encoder.layer, first_of) if pooled else self.encoder.layer
+        layers = [partial(layer, others=others, query_groups=query_groups) for layer in layers]
         query_models = [self.encoder.txt_query_model] * len(layers)
         return Encoded(
             *run_blocks(layers, query_models, tokens, dictionary, pruning.on("text", len(layers)), alignment_features)
@@ -322,7 +328,7 @@ class LMHead(nn.Module):
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         """``x [T, D]`` to ``[T, V]``."""
-        x = self.transform.LayerNorm(self.transform.dense(x, activation="gelu"))
+        x = self.transform.LayerNorm(through(self.transform.dense, x, activation="gelu"))
         return F.linear(x, word_embeddings, self.bias)
 
 

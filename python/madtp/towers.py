@@ -19,11 +19,11 @@ from madtp_kernels import RaggedBatch, attention
 from .config import CLIPConfig
 from .guidance import QueryModel
 from .layers import Embedding, LayerNorm
-from .linear import Linear, ScaledLinear, mlp, project
+from .linear import Linear, ScaledLinear, mlp, project, reads_as
 from .pruning import MADTP, EViT, LayerTrace, Pruning, Tokens
 from .pruning.official import Official, fill_up, with_minimum
 from .rows import first_of, first_rows, ids_of, rows_of
-from .vision import Block, cut_patches, of_one_dtype, reading, run_blocks
+from .vision import Block, cut_patches, of_one_dtype, project_patches, reading, run_blocks
 
 
 class Features(NamedTuple):
@@ -92,11 +92,15 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Tokens, backend: str | None = None) -> Tensor:
         """Tokens ``[T, D]`` to ``[B, D]``."""
-        width = self.probe.shape[-1]
-        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
-        q = project(self.probe[0], weight[:width], bias[:width]).expand(tokens.batch_size, -1)
-        kv = project(tokens.values, weight[width:], bias[width:], tokens=tokens).unflatten(-1, (2, self.num_heads, -1))
-        q = q.unflatten(-1, (self.num_heads, -1))
+        width, qkv = self.probe.shape[-1], self.attn.qkv
+        if reads_as(qkv, Linear):
+            weight, bias = qkv.affine
+            q = project(self.probe[0], weight[:width], bias[:width])
+            kv = project(tokens.values, weight[width:], bias[width:], tokens=tokens)
+        else:
+            q, kv = qkv(self.probe[0])[:, :width], qkv(tokens.values, tokens=tokens)[:, width:]
+        q = q.expand(tokens.batch_size, -1).unflatten(-1, (self.num_heads, -1))
+        kv = kv.unflatten(-1, (2, self.num_heads, -1))
         x = self.attn.proj(pooled_attention(q, kv[:, 0], kv[:, 1], tokens, backend))
         rows = RaggedBatch(x, torch.arange(len(x) + 1, dtype=torch.int32, device=x.device), 1)
         return mlp(self.norm(x), self.mlp.fc1, self.mlp.fc2, x, self.activation, tokens=rows)
@@ -194,7 +198,7 @@ class ImageTower(nn.Module):
         """Patches to the tokens ``[T, D]`` that enter the first block: class token, registers, patches row by row."""
         vision, proj = self.config, self.patch_embed.proj
         vectors, grids = patches
-        x = project(vectors.values, proj.weight.flatten(1), proj.bias, tokens=vectors)
+        x = project_patches(vectors.values, proj, vectors)
         different = sorted(set(grids))
         places = {
             grid: self.pos_embed
@@ -355,5 +359,5 @@ class TextTower(nn.Module):
         tokens, *record = run_blocks(
             blocks, self.query_models, tokens.with_values(x), dictionary, rule, alignment_features
         )
-        x = self.norm(tokens.values if pooled else tokens.values[last(tokens)])
+        x = self.norm(tokens.values[last(tokens)] if blocks is self.blocks else tokens.values)
         return Features(x if self.proj is None else self.proj(x), tokens, *record)

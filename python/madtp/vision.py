@@ -16,7 +16,7 @@ from madtp_kernels import RaggedBatch
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_features
 from .layers import LayerNorm, self_attention, single_attention
-from .linear import Linear, mlp, project
+from .linear import Linear, mlp, project, reads_as, touched
 from .pruning import LayerTrace, Pruning, Tokens
 from .rows import first_of
 
@@ -88,6 +88,11 @@ class Block(nn.Module):
         out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
         return y.with_values(out), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether :meth:`read` may stand for a call: no hooks watch the block, or the projection of which it takes a part."""
+        return type(self) is Block and not touched(self) and reads_as(self.attn.qkv, Linear)
+
 
 def run_blocks(
     blocks: Sequence[Block],
@@ -124,9 +129,19 @@ def run_blocks(
     return tokens, trace, features
 
 
-def reading(blocks: Sequence[Block], rows: Callable[[Tokens], Tensor]) -> list[Callable]:
-    """The blocks where of the last one only ``rows`` are read, see :meth:`Block.read`."""
-    return [*blocks[:-1], partial(blocks[-1].read, rows=rows)]
+def reading(blocks: Sequence, rows: Callable[[Tokens], Tensor]) -> Sequence[Callable]:
+    """The blocks where of the last one only ``rows`` are read, see :meth:`Block.read`; the blocks themselves, all of whose tokens then
+    come out, where that would leave out what somebody does when it is called."""
+    *others, last = blocks
+    return [*others, partial(last.read, rows=rows)] if getattr(last, "is_plain", False) else blocks
+
+
+def project_patches(rows: Tensor, proj: nn.Conv2d | nn.Linear, tokens: RaggedBatch) -> Tensor:
+    """Patches ``[P, 3 * size * size]`` to tokens ``[P, D]``, by one product: a convolution whose stride is its kernel is a linear layer
+    on patches. Where somebody watches it, or has put another in its place, it is called; each patch then is a picture of its own."""
+    if reads_as(proj, nn.Conv2d) or reads_as(proj, nn.Linear):
+        return project(rows, proj.weight.flatten(1), proj.bias, tokens=tokens)
+    return proj(rows if isinstance(proj, nn.Linear) else rows.unflatten(1, (3, *proj.kernel_size))).flatten(1)
 
 
 def embed_patches(
@@ -149,9 +164,8 @@ def embed_patches(
         starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
     rows = cut_patches(images, proj.stride[0])
     number = pos_embed.shape[1] - 1
-    # A convolution whose stride is its kernel is a linear layer on patches.
     patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
-    x = project(rows, proj.weight.flatten(1), proj.bias, tokens=patches).unflatten(0, (len(images), number))
+    x = project_patches(rows, proj, patches).unflatten(0, (len(images), number))
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda" if images.is_cuda else "cpu"):
         x = torch.cat(of_one_dtype(cls_token.expand(len(x), -1, -1), x), 1) + pos_embed
     else:  # the same sums, written once

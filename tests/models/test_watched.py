@@ -1,0 +1,174 @@
+"""Modules that somebody watches (hooks) or has put something in the place of (adapters): every call of the model calls them, also where
+their weights would have been read without a call."""
+
+from collections import Counter
+
+import pytest
+import torch
+from small_models import CONFIGS
+from torch import nn
+from torch.nn.utils import prune
+
+from madtp.config import CLIPConfig, CLIPVisionConfig
+from madtp.guidance import QueryModel
+from madtp.linear import Linear
+from madtp.pruning import MADTP, Pruning, RankedNovelty
+from madtp.tasks import TASKS
+from madtp_kernels import RaggedBatch
+
+SIGLIP = CLIPVisionConfig(
+    image_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, sd_num=12, sd_dim=32, map_func=False,
+    class_token=False, norm_pre=False, pool="attention", projection=False,
+)  # fmt: skip
+MODELS = {name: (name, config) for name, config in CONFIGS.items()} | {
+    "siglip": ("clip", CLIPConfig(SIGLIP, None, embed_dim=32))
+}
+RULES = {"dense": Pruning(), "ranked_novelty": RankedNovelty(shares=(0.3,)), "madtp": MADTP(1.0)}
+every_model = pytest.mark.parametrize("name", MODELS)
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+@pytest.fixture
+def make(generator):
+    def make(name, rule):
+        if name == "siglip" and isinstance(rule, MADTP):
+            pytest.skip("MADTP needs a class token")
+        task, config = MODELS[name]
+        model = TASKS[task].Model(config, rule).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def answers(generator):
+    """What comes out of everything that a model can be asked, with each encoder in full and for its feature alone."""
+    pixels = torch.randn(4, 3, 48, 48, generator=generator)
+
+    def answers(name, model):
+        ids = RaggedBatch.from_lengths(torch.tensor([2, 7, 9, 3, 2, 8, 3]), [4, 3])
+        if name == "nlvr":
+            return [model(pixels, ids).logits]
+        if name == "caption":
+            return [model(pixels[:2], ids).logits.values]
+        if name == "vqa":
+            questions = model(pixels[:2], ids).questions
+            return [questions.values, model.rank(questions, ids, k=2)[0]]
+        found = [model.encode_image(pixels).features, model.embed_image(pixels).features]
+        if name == "siglip":
+            return found
+        if name == "clip":
+            ids = RaggedBatch.from_lengths(torch.tensor([512, 7, 9, 513, 512, 8, 513]), [4, 3])
+        else:
+            images = model.encode_image(pixels).tokens
+            found += [model.match(images, ids, [(0, 0), (3, 1)], pooled=pooled).logits for pooled in (False, True)]
+        return [*found, model.encode_text(ids).features, model.embed_text(ids).features]
+
+    return answers
+
+
+def modules_to_call(model):
+    maps = {m for query in model.modules() if isinstance(query, QueryModel) for m in query.modules()}
+    return {
+        place: module
+        for place, module in model.named_modules()
+        if place and module not in maps and type(module).forward is not nn.modules.module._forward_unimplemented
+    }
+
+
+def close(found, expected):
+    return all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
+
+
+@every_model
+def test_a_hook_on_any_module_fires_in_every_call(name, make, answers):
+    model = make(name, RULES["ranked_novelty"])
+    expected = answers(name, model)
+    alone, together = Counter(), Counter()
+    for place, module in modules_to_call(model).items():
+        handle = module.register_forward_hook(lambda *_, place=place: alone.update([place]))
+        assert close(answers(name, model), expected), place
+        handle.remove()
+    for place, module in modules_to_call(model).items():
+        module.register_forward_hook(lambda *_, place=place: together.update([place]))
+    answers(name, model)
+    # As often as where all are watched: no way through an encoder leaves one out.
+    assert alone == together and alone.keys() == modules_to_call(model).keys()
+
+
+class Adapter(nn.Module):
+    """A low-rank update beside a layer, which gets the arguments of a call, as libraries of adapters write it."""
+
+    def __init__(self, layer, generator):
+        super().__init__()
+        self.layer = layer
+        self.down = 0.2 * torch.randn(3, layer.weight.shape[1], generator=generator)
+        self.up = 0.2 * torch.randn(layer.weight.shape[0], 3, generator=generator)
+
+    def forward(self, x, *args, **kwargs):
+        return self.layer(x, *args, **kwargs) + x @ self.down.mT @ self.up.mT
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+
+@every_rule
+@every_model
+def test_adapters_are_called(name, rule, make, answers, generator):
+    model = make(name, rule)
+    places = [place for place, module in modules_to_call(model).items() if isinstance(module, nn.Linear)]
+    plain = answers(name, model)
+    for place in places:
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapter(model.get_submodule(place), generator))
+    found = answers(name, model)
+    for place in places:
+        adapter = model.get_submodule(place)
+        adapter.layer.weight += adapter.up @ adapter.down
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter.layer)
+    assert close(found, answers(name, model)) and not close(found, plain)
+
+
+def test_a_map_of_the_dictionary_that_is_not_its_weights(make, answers, generator):
+    model = make("clip", RULES["madtp"])
+    maps = model.visual.query_models[1].q_map
+    handle = maps[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="^q_map: its weights map the dictionary, without a call; remove hooks"):
+        answers("clip", model)
+    handle.remove()
+    maps[0] = Adapter(maps[0], generator)
+    with pytest.raises(ValueError, match="^q_map: .* merge what stands in its place"):
+        answers("clip", model)
+
+
+def test_a_plain_linear_layer_in_an_mlp(make, answers):
+    model = make("clip", RULES["dense"])
+    expected = answers("clip", model)
+    for block in model.visual.blocks:
+        for name in ("fc1", "fc2"):
+            layer = getattr(block.mlp, name)
+            assert type(layer) is Linear
+            other = nn.Linear(layer.in_features, layer.out_features)
+            other.load_state_dict(layer.state_dict())
+            setattr(block.mlp, name, other.requires_grad_(False))
+    assert close(answers("clip", model), expected)
+
+
+def test_weights_that_are_pruned_or_normalised_when_a_layer_is_called(make, answers):
+    model = make("retrieval", RULES["ranked_novelty"])
+    layers = [module for module in modules_to_call(model).values() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        prune.l1_unstructured(layer, "weight", 0.5)
+        layer.weight_orig.mul_(2)  # which layer.weight does not show before the next call
+    found = answers("retrieval", model)
+    for layer in layers:
+        prune.remove(layer, "weight")
+    assert close(found, answers("retrieval", model))
