@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch
 
-from .linear import project, reads_as
+from .linear import check_device, project, reads_as
 
 
 class QueryModel(nn.Module):
@@ -41,6 +41,7 @@ class QueryModel(nn.Module):
                 "q_map: its weights map the dictionary, without a call; remove hooks, and merge what stands in its place"
             )
         weight, bias = self.q_map[0].weight, self.q_map[0].bias
+        check_device(dictionary, weight)
         wide = dictionary.float() if dictionary.dtype != torch.float64 else dictionary
         device = dictionary.device.type
         plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, backends, linear, native
+from madtp_kernels.checks import describe
 from madtp_kernels.linear.reference import activate, defined
 from madtp_kernels.registration import plain
 
@@ -190,12 +191,20 @@ def mlp(
     return through(second, hidden, residual=residual, tokens=tokens)
 
 
+def check_device(x: Tensor, weight: Tensor) -> None:
+    """Refuse a weight on another device. Of a product of numbers with a weight on "meta", which was never loaded, PyTorch returns
+    whatever lies in memory."""
+    if x.device != weight.device:
+        raise ValueError(f"weight: expected it on {x.device}, as what it is multiplied with, got {describe(weight)}")
+
+
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, for which the library beneath need not compile a product for each number of rows that pruning leaves.
 
     In half precision on a CPU oneDNN does so, forward and twice backward, and that takes longer than the products of a
     training step. Rows of zeros round the number up; they have no part in a gradient.
     """
+    check_device(x, weight)
     if x.device.type != "cpu" or x.dim() != 2 or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     half = torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)

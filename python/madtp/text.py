@@ -27,7 +27,7 @@ from .layers import (
     self_attention,
     single_attention,
 )
-from .linear import Linear, mlp, normed, reads_as, through, touched
+from .linear import Linear, check_device, mlp, normed, reads_as, through, touched
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of, ids_of
 from .vision import Encoded, reading, run_blocks
@@ -329,6 +329,7 @@ class LMHead(nn.Module):
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         """``x [T, D]`` to ``[T, V]``."""
         x = self.transform.LayerNorm(through(self.transform.dense, x, activation="gelu"))
+        check_device(x, word_embeddings)
         return F.linear(x, word_embeddings, self.bias)
 
 

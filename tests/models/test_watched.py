@@ -1,5 +1,5 @@
-"""Modules that somebody watches (hooks) or has put something in the place of (adapters): every call of the model calls them, also where
-their weights would have been read without a call."""
+"""Modules that somebody watches (hooks), has put something in the place of (adapters) or has never loaded: every call of the model calls
+them, also where their weights would have been read without a call."""
 
 from collections import Counter
 
@@ -172,3 +172,24 @@ def test_weights_that_are_pruned_or_normalised_when_a_layer_is_called(make, answ
     for layer in layers:
         prune.remove(layer, "weight")
     assert close(found, answers("retrieval", model))
+
+
+@every_model
+def test_a_weight_that_was_never_loaded_is_refused(name, make, answers):
+    """Of a product with one on "meta", PyTorch returns whatever lies in memory."""
+    model = make(name, RULES["ranked_novelty"])
+    for layer in modules_to_call(model).values():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            weight = layer.weight
+            layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+            with pytest.raises(ValueError, match=r"^weight: expected it on cpu, .* on meta"):
+                answers(name, model)
+            layer.weight = weight
+
+
+def test_a_map_of_the_dictionary_that_was_never_loaded_is_refused(make, answers):
+    model = make("clip", RULES["madtp"])
+    layer = model.visual.query_models[1].q_map[0]
+    layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^weight: expected it on cpu, .* on meta"):
+        answers("clip", model)
