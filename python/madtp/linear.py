@@ -69,7 +69,13 @@ def watched(module: nn.Module) -> bool:
 def touched(module: nn.Module) -> bool:
     """Whether somebody has given hooks or another ``forward`` to this module alone."""
     own = module.__dict__
-    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def reads_as(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -98,6 +98,23 @@ def test_a_hook_on_any_module_fires_in_every_call(name, make, answers):
     assert alone == together and alone.keys() == modules_to_call(model).keys()
 
 
+def test_hooks_of_gradients_fire_where_only_a_feature_is_read(make, generator):
+    model = make("clip", RULES["ranked_novelty"])
+    blocks, fired = model.visual.blocks, []
+    layers = (
+        model.visual.patch_embed.proj,
+        blocks[0].attn.qkv,
+        blocks[0].mlp.fc1,
+        blocks[-1].attn.qkv,
+        blocks[-1].mlp.fc2,
+    )
+    for number, layer in enumerate(layers):
+        layer.register_full_backward_hook(lambda *_, number=number: fired.append(number))
+    pixels = torch.randn(2, 3, 48, 48, generator=generator).requires_grad_()
+    model.embed_image(pixels).features.sum().backward()
+    assert sorted(fired) == list(range(len(layers)))
+
+
 class Adapter(nn.Module):
     """A low-rank update beside a layer, which gets the arguments of a call, as libraries of adapters write it."""
 
