@@ -40,7 +40,7 @@ class RaggedBatch:
     bound: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Tensor) or self.values.dim() < 1:
+        if not isinstance(self.values, Tensor) or self.values.is_nested or self.values.dim() < 1:
             raise ValueError(f"values: expected a tensor [C, ...], got {checks.describe(self.values)}")
         checks.offsets("cu_seqlens", self.cu_seqlens, "max_seqlen", self.max_seqlen, self.values, "values")
 

@@ -241,7 +241,10 @@ def test_bad_offsets(cu_seqlens, max_seqlen, message):
         RaggedBatch(torch.zeros(5, 2, device=DEVICE), cu_seqlens() if callable(cu_seqlens) else cu_seqlens, max_seqlen)
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0], torch.tensor(1.0)], ids=["list", "scalar"])
+NESTED = [torch.nested.nested_tensor([torch.zeros(5, 2)], layout=layout) for layout in (torch.strided, torch.jagged)]
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], torch.tensor(1.0), *NESTED], ids=["list", "scalar", "nested", "jagged"])
 def test_bad_values(values):
     with raises(r"values: expected a tensor \[C, \.\.\.\], got"):
         RaggedBatch(values, i32(0), 0)
