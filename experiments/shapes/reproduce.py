@@ -90,6 +90,7 @@ LEVERS = {
     "double-rate": ("twice the learning rate", ("--lr", "1.4e-3")),
     "flat": ("the same share in all layers", ("--shares", "0.3")),
     "early": ("more in the first layer, less in the others", ("--shares", "0.6", "0.4", "0.15", "0.08")),
+    "late": ("less in the first layer, more in the others", ("--shares", "0.4", "0.4", "0.3", "0.14")),
     "annealed": ("thresholds that rise over 0.4 of the steps", ("--ramp", "0.4")),
 }
 """One thing that a run changes, in words, and its options. The strength is set so that shares meet the same cost."""
