@@ -198,7 +198,7 @@ class ImageTower(nn.Module):
         """Patches to the tokens ``[T, D]`` that enter the first block: class token, registers, patches row by row."""
         vision, proj = self.config, self.patch_embed.proj
         vectors, grids = patches
-        x = project_patches(vectors.values, proj, vectors)
+        x = project_patches(vectors.values, proj, nn.Linear if vision.patches_last else nn.Conv2d, vectors)
         different = sorted(set(grids))
         places = {
             grid: self.pos_embed

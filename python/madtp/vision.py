@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -136,12 +137,14 @@ def reading(blocks: Sequence, rows: Callable[[Tokens], Tensor]) -> Sequence[Call
     return [*others, partial(last.read, rows=rows)] if getattr(last, "is_plain", False) else blocks
 
 
-def project_patches(rows: Tensor, proj: nn.Conv2d | nn.Linear, tokens: RaggedBatch) -> Tensor:
+def project_patches(rows: Tensor, proj: nn.Module, kind: type[nn.Module], tokens: RaggedBatch) -> Tensor:
     """Patches ``[P, 3 * size * size]`` to tokens ``[P, D]``, by one product: a convolution whose stride is its kernel is a linear layer
-    on patches. Where somebody watches it, or has put another in its place, it is called; each patch then is a picture of its own."""
-    if reads_as(proj, nn.Conv2d) or reads_as(proj, nn.Linear):
+    on patches. Where somebody watches it, or has put another module in its place, that is called; each patch then is a picture of its
+    own. ``kind``: `nn.Conv2d` or `nn.Linear`."""
+    if reads_as(proj, kind):
         return project(rows, proj.weight.flatten(1), proj.bias, tokens=tokens)
-    return proj(rows if isinstance(proj, nn.Linear) else rows.unflatten(1, (3, *proj.kernel_size))).flatten(1)
+    size = math.isqrt(rows.shape[1] // 3)
+    return proj(rows if kind is nn.Linear else rows.unflatten(1, (3, size, size))).flatten(1)
 
 
 def embed_patches(
@@ -162,10 +165,10 @@ def embed_patches(
         starts, bound = pixels.cu_seqlens, True
     else:
         starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
-    rows = cut_patches(images, proj.stride[0])
     number = pos_embed.shape[1] - 1
+    rows = cut_patches(images, image_size // math.isqrt(number))
     patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
-    x = project_patches(rows, proj, patches).unflatten(0, (len(images), number))
+    x = project_patches(rows, proj, nn.Conv2d, patches).unflatten(0, (len(images), number))
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda" if images.is_cuda else "cpu"):
         x = torch.cat(of_one_dtype(cls_token.expand(len(x), -1, -1), x), 1) + pos_embed
     else:  # the same sums, written once

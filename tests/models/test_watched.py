@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import CONFIGS
 from torch import nn
 from torch.nn.utils import prune
@@ -121,11 +122,13 @@ class Adapter(nn.Module):
     def __init__(self, layer, generator):
         super().__init__()
         self.layer = layer
-        self.down = 0.2 * torch.randn(3, layer.weight.shape[1], generator=generator)
-        self.up = 0.2 * torch.randn(layer.weight.shape[0], 3, generator=generator)
+        up, down = (0.2 * torch.randn(n, 3, generator=generator) for n in layer.weight.flatten(1).shape)
+        self.update = (up @ down.mT).view_as(layer.weight)
 
     def forward(self, x, *args, **kwargs):
-        return self.layer(x, *args, **kwargs) + x @ self.down.mT @ self.up.mT
+        update = self.update
+        beside = F.conv2d(x, update, stride=update.shape[-1]) if update.dim() == 4 else F.linear(x, update)
+        return self.layer(x, *args, **kwargs) + beside
 
     @property
     def weight(self):
@@ -140,7 +143,7 @@ class Adapter(nn.Module):
 @every_model
 def test_adapters_are_called(name, rule, make, answers, generator):
     model = make(name, rule)
-    places = [place for place, module in modules_to_call(model).items() if isinstance(module, nn.Linear)]
+    places = [place for place, module in modules_to_call(model).items() if isinstance(module, (nn.Linear, nn.Conv2d))]
     plain = answers(name, model)
     for place in places:
         parent, _, child = place.rpartition(".")
@@ -148,7 +151,7 @@ def test_adapters_are_called(name, rule, make, answers, generator):
     found = answers(name, model)
     for place in places:
         adapter = model.get_submodule(place)
-        adapter.layer.weight += adapter.up @ adapter.down
+        adapter.layer.weight += adapter.update
         parent, _, child = place.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter.layer)
     assert close(found, answers(name, model)) and not close(found, plain)
