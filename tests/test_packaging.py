@@ -376,7 +376,9 @@ def test_operations_answer_where_there_is_no_compiler(site, tmp_path, fresh, var
 def sources(tmp_path, monkeypatch):
     write_sources(tmp_path / "csrc")
     monkeypatch.setattr(build, "source_dir", lambda: tmp_path / "csrc")
-    return tmp_path / "csrc"
+    build.source_hash.cache_clear()
+    yield tmp_path / "csrc"
+    build.source_hash.cache_clear()  # the next test is to find the extension of the real sources
 
 
 @needs_compiler
