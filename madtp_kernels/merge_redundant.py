@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, native, repeats
+from . import checks, native, repeats
 from .merging import Merged, check_choice, lowest_tokens, merge_tokens
 from .ragged import RaggedBatch
-from .registration import plain
+from .registration import in_one_call
 from .similarity import check_exponents, merge_scores, nearest_kept
 
 __all__ = ["MergedRedundant", "merge_redundant"]
@@ -70,7 +70,9 @@ def merge_redundant(
             (x.values, keys, order, weight, sizes, free, count, x.cu_seqlens),
             (threshold, share, uncounted),
         )
-        if x.values.device.type == "cpu" and _in_one_call((*tensors, *carry), backend):
+        deciding = ("merge_tokens", "merging", x.values), ("merge_scores", "similarity", keys)
+        on_cpu = x.values.device.type == "cpu" and isinstance(keys, Tensor)
+        if on_cpu and in_one_call((*tensors, *carry), backend, *deciding):
             check_choice(*choice)
             check_exponents(exponents)
             found = _on_cpu(tensors, x.max_seqlen, choice, exponents, exact, carry)
@@ -128,15 +130,6 @@ def _on_gpu(
     )
     batch = RaggedBatch.unchecked(values, cu_out, longest, not exact)
     return MergedRedundant(Merged(batch, sizes_out, rows, source, tuple(carried)), scores)
-
-
-def _in_one_call(tensors: tuple, backend: str | None) -> bool:
-    """Whether the extension serves all operations and nothing has to look at them separately."""
-    values, keys = tensors[:2]
-    if torch.compiler.is_compiling() or not isinstance(keys, Tensor) or not plain(tensors):
-        return False
-    operations = ("merge_tokens", "merging", values), ("merge_scores", "similarity", keys)
-    return all(backends.resolve(op, package, backend or "", of)[0] == "cpu" for op, package, of in operations)
 
 
 def _on_cpu(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import backends, checks, native, repeats
+from . import checks, native, repeats
 from .compaction import Compacted, compact, compacted
 from .ragged import RaggedBatch
-from .registration import plain
+from .registration import in_one_call
 from .scoring import score_tokens
 
 __all__ = ["Pruned", "prune"]
@@ -82,7 +81,7 @@ def prune(
             weight,
             shift,
         )
-        if values.device.type == "cpu" and _in_one_call(tensors, backend):
+        if values.device.type == "cpu" and in_one_call(tensors, backend, ("score_tokens", "scoring", values)):
             pruned = _on_cpu(tensors, x, temperature, merged_id, eps, exact)
             if pruned is not None:
                 return pruned
@@ -124,13 +123,6 @@ def _on_gpu(
         eps, exact, chosen,
     )  # fmt: skip
     return Pruned(compacted(result, longest, exact, sizes, weight), importance, threshold)
-
-
-def _in_one_call(tensors: tuple, backend: str | None) -> bool:
-    """Whether the extension serves both operations and nothing has to look at them separately."""
-    if torch.compiler.is_compiling() or not plain(tensors):
-        return False
-    return backends.resolve("score_tokens", "scoring", backend or "", tensors[0])[0] == "cpu"
 
 
 def _on_cpu(

@@ -16,7 +16,7 @@ from torch._library import autograd as _autograd
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import native
+from . import backends, native
 
 _library = torch.library.Library("madtp_kernels", "DEF")
 _implementations: dict[str, Callable] = {}
@@ -117,6 +117,19 @@ def _plain() -> Callable[[tuple], bool]:
     """That of the extension if it was compiled before, in a fraction of the time."""
     extension = native.find()
     return _plain_in_python if extension is None else extension.plain
+
+
+def in_one_call(tensors: tuple, backend: str | None, *operations: tuple[str, str, Tensor]) -> bool:
+    """Whether one call of the extension may stand for several operations on CPU tensors: it serves them all, and nothing has to look
+    at them separately.
+
+    Args:
+        tensors: of all operations. backend: what the caller asked for.
+        operations: name, folder and leading tensor of each that decides.
+    """
+    if torch.compiler.is_compiling() or not plain(tensors):
+        return False
+    return all(backends.resolve(op, package, backend or "", leading)[0] == "cpu" for op, package, leading in operations)
 
 
 def transforms_or_modes() -> bool:

@@ -60,6 +60,11 @@ class Linear(nn.Linear):
         return type(self) is Linear and not watched(self)
 
 
+def all_plain(*layers: nn.Module) -> bool:
+    """Whether all are linear layers that may be called by their weights: see :attr:`Linear.is_plain`."""
+    return all(isinstance(layer, Linear) and layer.is_plain for layer in layers)
+
+
 def watched(module: nn.Module) -> bool:
     """Whether calling a module does something besides its class's ``forward``: hooks, or another ``forward``."""
     everywhere = nn.modules.module
@@ -162,13 +167,7 @@ def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, token
 
     On a GPU one call serves both, where nobody watches the modules.
     """
-    if (
-        x.is_cuda
-        and isinstance(layer, Linear)
-        and layer.is_plain
-        and norm.is_plain
-        and not torch.is_autocast_enabled("cuda")
-    ):
+    if x.is_cuda and all_plain(layer) and norm.is_plain and not torch.is_autocast_enabled("cuda"):
         weight, bias = layer.affine
         if kernels_serve(x, weight, tokens):
             return linear(x, weight, bias, tokens.cu_seqlens, residual=residual, norm=norm.affine)
@@ -186,7 +185,7 @@ def mlp(
     norm: nn.LayerNorm | None = None,
 ) -> Tensor:
     """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``; with ``norm`` its LayerNorm."""
-    if not x.is_cuda and all(isinstance(layer, Linear) and layer.is_plain for layer in (first, second)):
+    if not x.is_cuda and all_plain(first, second):
         affine = *first.affine, *second.affine
         if cpu_serves(x, *affine, residual):
             out = native.load().mlp(x, *affine, _bounds(tokens), activation, residual)

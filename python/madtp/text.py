@@ -27,7 +27,7 @@ from .layers import (
     self_attention,
     single_attention,
 )
-from .linear import Linear, check_device, mlp, normed, reads_as, through, touched
+from .linear import Linear, all_plain, check_device, mlp, normed, reads_as, through, touched
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of, ids_of
 from .vision import Encoded, reading, run_blocks
@@ -134,8 +134,7 @@ class TwinCrossAttention(nn.Module):
     def is_plain(self) -> bool:
         """Whether the layers that both images have are called as they are, so that both can be served at once."""
         cross = (self.self0, self.self1)
-        layers = (*(c.query for c in cross), *(c.kv for c in cross), self.output.dense0, self.output.dense1)
-        return all(isinstance(layer, Linear) and layer.is_plain for layer in layers)
+        return all_plain(*(c.query for c in cross), *(c.kv for c in cross), self.output.dense0, self.output.dense1)
 
 
 def _pair_of(first: Linear, second: Linear) -> tuple:

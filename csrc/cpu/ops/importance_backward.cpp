@@ -37,9 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_importance_backward
   if (biased) std::fill_n(d_bias.mutable_data_ptr<float>() + total, capacity - total, 0.0f);
 
   const std::vector<int64_t> order = offsets.longest_first();
-  const int64_t longest = order.empty() ? 0 : offsets.length(order[0]);
   share_items(static_cast<int64_t>(order.size()), [&](const auto& next) {
-    const Buffer scratch(kernels.importance_gradient_bytes(heads, longest, queries.head_dim));
+    const Buffer scratch(kernels.importance_gradient_bytes(heads, offsets.longest(), queries.head_dim));
     for (size_t item = next(); item < order.size(); item = next()) {
       const int64_t start = offsets.start(order[item]), length = offsets.length(order[item]);
       if (length == 0) continue;

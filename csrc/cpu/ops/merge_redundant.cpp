@@ -11,16 +11,6 @@
 
 namespace madtp::cpu {
 
-namespace {
-
-int64_t longest_of(const Offsets& offsets) {
-  int64_t longest = 0;
-  for (int64_t b = 0; b < offsets.samples; ++b) longest = std::max(longest, offsets.length(b));
-  return longest;
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, int64_t, int64_t> merge_redundant(
     const Tensor& x, const Tensor& keys, const Tensor& order, const OptionalTensor& weight, const OptionalTensor& sizes,
     const Tensor& free, const OptionalTensor& count, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> threshold,
@@ -31,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   const Tensor rows = with_rows(keys.flatten(1));
   TORCH_CHECK_VALUE(rows.size(1) > 0, "keys: expected at least one feature, got ", keys.sizes());
   const Offsets before("cu_seqlens", cu_seqlens, x.size(0));
-  TORCH_CHECK_VALUE(longest_of(before) <= max_seqlen, "max_seqlen: ", max_seqlen, " is below ", longest_of(before));
+  TORCH_CHECK_VALUE(before.longest() <= max_seqlen, "max_seqlen: ", max_seqlen, " is below ", before.longest());
   check_operand("order", order, {x.size(0)}, at::kFloat);
   check_operand("weight", weight, {x.size(0)}, at::kFloat);
   check_operand("count", count, {before.samples}, at::kInt);
@@ -52,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   auto [values, cu_out, sizes_out, row_of, source, carried] =
       merge_tokens(with_rows(x), into, stands_for, stands_for, cu_seqlens, max_seqlen, "", exact, carry);
   const Offsets after("cu_seqlens", cu_out, x.size(0));
-  return {values, cu_out, sizes_out, row_of, source, carried, scores, after.total(), longest_of(after)};
+  return {values, cu_out, sizes_out, row_of, source, carried, scores, after.total(), after.longest()};
 }
 
 }  // namespace madtp::cpu

@@ -90,6 +90,12 @@ Offsets::Offsets(const char* name, const Tensor& cu_seqlens, int64_t rows) : dat
   TORCH_CHECK_VALUE(total() <= rows, name, ": offsets end at ", total(), ", beyond the ", rows, " rows they describe");
 }
 
+int64_t Offsets::longest() const {
+  int64_t most = 0;
+  for (int64_t b = 0; b < samples; ++b) most = std::max(most, length(b));
+  return most;
+}
+
 std::vector<int64_t> Offsets::longest_first() const {
   std::vector<int64_t> order(samples);
   std::iota(order.begin(), order.end(), 0);

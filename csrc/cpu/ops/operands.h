@@ -53,6 +53,7 @@ struct Offsets {
   int64_t length(int64_t b) const { return data[b + 1] - data[b]; }
   int64_t total() const { return data[samples]; }
 
+  int64_t longest() const;  // length of the longest sample, 0 without any
   // Samples from the longest to the shortest: long work items first leave no thread waiting at the end.
   std::vector<int64_t> longest_first() const;
 

@@ -21,9 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, int6
       compact(x, importance, threshold, {}, cu_seqlens, max_seqlen, is_protected, groups, min_keep, ids, sizes, merged_id,
               norm_weight, norm_bias, norm_eps, exact);
   const Offsets after("cu_seqlens", cu_out, x.size(0));
-  int64_t longest = 0;
-  for (int64_t b = 0; b < after.samples; ++b) longest = std::max(longest, after.length(b));
-  return {values, cu_out, ids_out, sizes_out, normed, importance, threshold, after.total(), longest};
+  return {values, cu_out, ids_out, sizes_out, normed, importance, threshold, after.total(), after.longest()};
 }
 
 }  // namespace madtp::cpu
