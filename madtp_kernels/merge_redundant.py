@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, native, repeats
+from .beside import late
 from .merging import Merged, check_choice, lowest_tokens, merge_tokens
 from .ragged import RaggedBatch
 from .registration import in_one_call
@@ -66,12 +68,13 @@ def merge_redundant(
     """
     key, exponents = None, (weight_exponent, novelty_exponent, size_exponent)
     if isinstance(x, RaggedBatch) and isinstance(carry, tuple):
+        values, join = late(x)
         tensors, choice = (
-            (x.values, keys, order, weight, sizes, free, count, x.cu_seqlens),
+            (values, keys, order, weight, sizes, free, count, x.cu_seqlens),
             (threshold, share, uncounted),
         )
-        deciding = ("merge_tokens", "merging", x.values), ("merge_scores", "similarity", keys)
-        on_cpu = x.values.device.type == "cpu" and isinstance(keys, Tensor)
+        deciding = ("merge_tokens", "merging", values), ("merge_scores", "similarity", keys)
+        on_cpu = values.device.type == "cpu" and isinstance(keys, Tensor)
         if on_cpu and in_one_call((*tensors, *carry), backend, *deciding):
             check_choice(*choice)
             check_exponents(exponents)
@@ -82,7 +85,7 @@ def merge_redundant(
             merge_redundant, (*tensors, *carry), (x.max_seqlen, choice, exponents, exact, len(carry), backend)
         )
         if repeat := repeats.find(key):
-            return repeat(tensors, x.max_seqlen, choice, exponents, bool(exact), carry)
+            return repeat(tensors, x.max_seqlen, choice, exponents, bool(exact), carry, join)
     if not isinstance(x, RaggedBatch):
         raise ValueError(f"x: expected a RaggedBatch of tokens [T, D], got {checks.describe(x)}")
     scores, _, inverse_norms = merge_scores(
@@ -115,6 +118,7 @@ def _on_gpu(
     exponents: tuple,
     exact: bool,
     carry: tuple,
+    join: Callable[[], None] | None,
 ) -> MergedRedundant:
     x, keys, order, weight, sizes, free, count, cu_seqlens = tensors
     threshold, share, uncounted = choice
@@ -124,6 +128,8 @@ def _on_gpu(
         scores, count, cu_seqlens, free, None if threshold is None else float(threshold), float(share), uncounted
     )
     into = search(keys, free > goes, cu_seqlens, longest, goes, inverse_norms)
+    if join is not None:
+        join()
     stands_for = x.new_ones(x.shape[0], dtype=torch.float32) if sizes is None else sizes
     values, cu_out, sizes_out, rows, source, carried = merge(
         x, into, stands_for, stands_for, cu_seqlens, longest, "", exact, carry

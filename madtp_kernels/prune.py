@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
 from . import checks, native, repeats
+from .beside import late
 from .compaction import Compacted, compact, compacted
 from .ragged import RaggedBatch
 from .registration import in_one_call
@@ -64,7 +66,7 @@ def prune(
     """
     weight, shift, eps = norm if isinstance(norm, tuple) and len(norm) == 3 else (None, None, 0.0)
     if isinstance(x, RaggedBatch) and (norm is None or weight is not None):
-        values, cu_seqlens, longest = x.values, x.cu_seqlens, x.max_seqlen
+        (values, join), cu_seqlens, longest = late(x), x.cu_seqlens, x.max_seqlen
         tensors = (
             values,
             entering,
@@ -87,7 +89,7 @@ def prune(
                 return pruned
         key = repeats.signature(prune, tensors, (longest, temperature, merged_id, eps, exact, backend))
         if repeat := repeats.find(key):
-            return repeat(tensors, longest, temperature, merged_id, eps, bool(exact))
+            return repeat(tensors, longest, temperature, merged_id, eps, bool(exact), join)
     else:
         key = None
     if not isinstance(x, RaggedBatch):
@@ -106,7 +108,15 @@ def prune(
 
 
 def _on_gpu(
-    score, compact, tensors: tuple, longest: int, temperature: float, merged_id: int, eps: float, exact: bool
+    score,
+    compact,
+    tensors: tuple,
+    longest: int,
+    temperature: float,
+    merged_id: int,
+    eps: float,
+    exact: bool,
+    join: Callable[[], None] | None,
 ) -> Pruned:
     x, entering, dictionary, bias, received, cls, cu_seqlens, protected, groups, min_keep, ids, sizes, weight, shift = (
         tensors
@@ -118,6 +128,8 @@ def _on_gpu(
         )
     else:
         importance, threshold = score(entering, dictionary, received, cls, cu_seqlens, longest, temperature, bias)
+    if join is not None:
+        join()
     result = compact(
         x, importance, threshold, None, cu_seqlens, longest, protected, groups, min_keep, ids, sizes, merged_id, weight, shift,
         eps, exact, chosen,

@@ -4,18 +4,28 @@ modality."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch, attention, attention_received, attention_with_importance, layer_norm, native
+from madtp_kernels import (
+    RaggedBatch,
+    attention,
+    attention_importance,
+    attention_received,
+    attention_with_importance,
+    layer_norm,
+    native,
+)
+from madtp_kernels.beside import beside, recorded
 from madtp_kernels.segments import sample_of
 
 from .linear import Linear, cpu_serves, kernels_serve, project, watched
 from .pruning import Pruning, Tokens
+from .pruning.base import LateTokens
 
 
 class LayerNorm(nn.LayerNorm):
@@ -108,20 +118,42 @@ def split_heads(x: Tensor, *parts: int) -> Tensor:
     return x.view(rows, *parts, width // math.prod(parts))
 
 
-def self_attention(qkv: Tensor, tokens: Tokens, heads: int, pruning: Pruning, *, causal: bool = False) -> Attention:
-    """Attention of every sample over itself from ``qkv [T, 3 * H * d]``, with the importance that the rule wants."""
+def self_attention(
+    qkv: Tensor,
+    tokens: Tokens,
+    heads: int,
+    pruning: Pruning,
+    project: Callable[[Tensor], Tokens],
+    *,
+    causal: bool = False,
+) -> tuple[Tokens, Attention]:
+    """Attention of every sample over itself, with the importance that the rule wants, and the output projection.
+
+    Args:
+        qkv: ``[T, 3 * H * d]``.
+        tokens: whose queries, keys and values they are.
+        heads: H.
+        pruning: the rule that follows.
+        project: from the result ``[T, H * d]``, the heads concatenated, to the tokens that the rule gets.
+        causal: tokens attend to themselves and to earlier ones only.
+    """
     q, k, v = split_heads(qkv, 3, heads).unbind(1)
     cu_seqlens, most, backend = tokens.cu_seqlens, tokens.max_seqlen, pruning.backend
+    options = {"causal": causal, "key_bias": tokens.key_bias, "backend": backend}
+    wants_importance = pruning.active and pruning.importance
     received = cls = None
-    if pruning.importance and pruning.active:
-        out, lse, received, cls = attention_with_importance(
-            q, k, v, cu_seqlens, most, causal=causal, key_bias=tokens.key_bias, backend=backend
-        )
+    if pruning.active and type(tokens) is Tokens and recorded(qkv):
+        out, lse = attention(q, k, v, cu_seqlens, cu_seqlens, most, most, **options)
+        y = LateTokens.of(*beside(qkv.device, lambda: project(out.flatten(1))))
+        if wants_importance:
+            received, cls = attention_importance(q, k, out, lse, cu_seqlens, most, **options)
     else:
-        out, lse = attention(
-            q, k, v, cu_seqlens, cu_seqlens, most, most, causal=causal, key_bias=tokens.key_bias, backend=backend
-        )
-    return Attention(out.flatten(1), tokens, q, k, lse, received, cls, causal, backend)
+        if wants_importance:
+            out, lse, received, cls = attention_with_importance(q, k, v, cu_seqlens, most, **options)
+        else:
+            out, lse = attention(q, k, v, cu_seqlens, cu_seqlens, most, most, **options)
+        y = project(out.flatten(1))
+    return y, Attention(out.flatten(1), tokens, q, k, lse, received, cls, causal, backend)
 
 
 def single_attention(

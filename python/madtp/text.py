@@ -174,11 +174,12 @@ class Layer(nn.Module):
         """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of
         it, for which ``visible`` is as in :func:`madtp.layers.cached_attention`."""
         qkv = self.attention.self.qkv(x.values, tokens=x)
+        project = partial(self.attention.output, residual=x)
         if cache is None:
-            attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
+            y, attention = self_attention(qkv, x, self.num_heads, pruning, project, causal=self.causal)
         else:
             attention = cached_attention(qkv, x.batch_size, self.num_heads, cache, layer, visible)
-        y = self.attention.output(attention.out, x)
+            y = project(attention.out)
         y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer)
         if others:
             y = self.crossattention(y, others, pruning.backend, query_groups)

@@ -63,8 +63,11 @@ class Block(nn.Module):
         """Tokens ``[T, D]`` through the block; ``dictionary`` as the rule sees it
         (:meth:`madtp.guidance.QueryModel.fold`)."""
         qkv = self.attn.qkv(self.norm1(x), tokens=x)
-        attention = self_attention(qkv, x, self.num_heads, pruning, causal=self.causal)
-        y = x.with_values(self.attn.proj(attention.out, residual=x.values, tokens=x))
+
+        def project(out: Tensor) -> Tokens:
+            return x.with_values(self.attn.proj(out, residual=x.values, tokens=x))
+
+        y, attention = self_attention(qkv, x, self.num_heads, pruning, project, causal=self.causal)
         y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2)
         out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
         return y.with_values(out), trace

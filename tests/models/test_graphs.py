@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import madtp
-from madtp import graphs, predict
+from madtp import graphs, layers, predict
 from madtp.graphs import Graphs, batch_bucket, text_bucket
 from madtp.pruning import LayerTrace, Pruning, Tokens
 from madtp.pruning.base import STREAMS
@@ -297,6 +297,39 @@ def test_rows_beyond_the_last_token_decide_nothing(name, method, rule):
         )
         check_same(ours, theirs)
     assert len(model.graphs) == 1
+
+
+class Unfinished:
+    """Work beside other work that is done when somebody waits for it: before, its result is NaN."""
+
+    def __init__(self, work):
+        tokens = work()
+        self.done, self.missing = tokens.values, torch.full_like(tokens.values, float("nan"))
+        self.tokens, self.joins = tokens.with_values(self.missing), 0
+
+    def join(self):
+        self.joins += 1
+        self.missing.copy_(self.done)
+
+
+@pytest.mark.parametrize("name, method, rule", RULED, ids=lambda part: part.replace(", ", "-"))
+@torch.inference_mode()
+def test_projections_of_a_recording_run_beside_the_choice_of_tokens(name, method, rule, data, monkeypatch):
+    model, works = make(name), []
+    model.pruning = dataclasses.replace(FORMS[rule], streams=STREAMS)
+    call, inputs = bound(model, method), inputs_of(name, method, data, range(3))
+    theirs = call(*inputs)
+
+    def beside(device, work):
+        works.append(Unfinished(work))
+        return works[-1].tokens, works[-1]
+
+    monkeypatch.setattr(layers, "recorded", lambda x: True)
+    monkeypatch.setattr(layers, "beside", beside)
+    check_same(call(*inputs), theirs)
+    assert all(work.joins for work in works)
+    if method == "forward" or not model.pruning.active:  # of some models one tower alone is not pruned
+        assert bool(works) == model.pruning.active
 
 
 def in_a_larger_buffer(texts):

@@ -156,9 +156,9 @@ def test_attention_with_sizes_is_attention_over_the_unmerged_duplicates(backend,
     qkv = merged.values
     for temperature in (0.0, 1.0):
         pruning = MADTP(temperature, proportional_attention=True, backend=backend)
-        ours = self_attention(qkv, merged, 2, pruning)
-        theirs = self_attention(repeat_rows(qkv, sizes), repeated, 2, pruning)
-        torch.testing.assert_close(repeat_rows(ours.out, sizes), theirs.out, atol=1e-5, rtol=1e-5)
+        ours, _ = self_attention(qkv, merged, 2, pruning, merged.with_values)
+        theirs, _ = self_attention(repeat_rows(qkv, sizes), repeated, 2, pruning, repeated.with_values)
+        torch.testing.assert_close(repeat_rows(ours.values, sizes), theirs.values, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", backends_here())

@@ -67,7 +67,7 @@ def case(generator, dtype=torch.float64, lengths=LENGTHS, prefix=1, sizes=True):
 
 
 def run(rule, tokens, entering, qkv, dictionary, layer=0):
-    attention = self_attention(qkv.flatten(1), entering, HEADS, rule)
+    _, attention = self_attention(qkv.flatten(1), entering, HEADS, rule, entering.with_values)
     return rule(tokens, block_input=entering, attention=attention, dictionary=dictionary, layer=layer)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import Compacted, Merged, RaggedBatch, compact, merge_tokens, unmerge
+from madtp_kernels.beside import Pending
 from madtp_kernels.segments import sample_of
 
 if TYPE_CHECKING:
@@ -123,6 +124,47 @@ class Tokens(RaggedBatch):
                 return self.ids != 0  # a fraction of the time
             return (self.ids & 0x7FFFFFFF) >= self.prefix  # a negative one, of no token, is far above
         return ~self.protected
+
+
+class LateTokens(Tokens):
+    """Tokens whose values are being computed beside the work that comes next (:mod:`madtp_kernels.beside`): whoever asks for them
+    has the device wait. The rest may be read at any time."""
+
+    def __new__(cls, *args: Any, **fields: Any) -> Tokens:  # type: ignore[misc]
+        """What `dataclasses.replace` makes of them are tokens as others know them."""
+        return Tokens(*args, **fields)
+
+    @classmethod
+    def of(cls, tokens: Tokens, pending: Pending) -> LateTokens:
+        """The tokens, whose values are there once ``pending`` was joined."""
+        late = object.__new__(cls)
+        late.__dict__.update(tokens.__dict__, pending=pending)
+        return late
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """``[C, D]``: the device waits for them."""
+        self.__dict__["pending"].join()
+        return self.__dict__["values"]
+
+    @property
+    def device(self) -> torch.device:
+        return self.__dict__["values"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.__dict__["values"].dtype
+
+    def joined(self) -> Tokens:
+        """The tokens as others know them."""
+        fields = {name: value for name, value in self.__dict__.items() if name != "pending"}
+        return Tokens.unchecked(**fields | {"values": self.values})
+
+    def with_values(self, values: Tensor) -> Tokens:
+        return self.joined().with_values(values)
+
+    def survivors(self, batch: RaggedBatch, ids: Tensor, sizes: Tensor | None, **options: Any) -> Tokens:
+        return self.joined().survivors(batch, ids, sizes, **options)
 
 
 _NOTHING = {
