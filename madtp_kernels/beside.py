@@ -26,14 +26,18 @@ class Pending:
 
     __slots__ = ("stream",)
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream: torch.cuda.Stream | None = stream
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
 
     def join(self) -> None:
         """Have what comes next on the current stream wait for it. Only the first call does something."""
         stream, self.stream = self.stream, None
         if stream is not None:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+DONE = Pending(None)
+"""Work that nobody has to wait for."""
 
 
 @functools.cache
@@ -52,13 +56,16 @@ def recorded(x: Tensor) -> bool:
     )
 
 
-def beside(device: torch.device, work: Callable[[], _Result]) -> tuple[_Result, Pending]:
-    """Record ``work`` on a second stream, after all that was recorded so far and beside what comes next.
+def beside(x: Tensor, work: Callable[[], _Result]) -> tuple[_Result, Pending]:
+    """Record ``work`` on a second stream, after all that was recorded so far and beside what comes next; or do it now, where what
+    is launched for ``x`` is not being recorded.
 
     Whoever reads its result calls ``join`` first. Tensors that the work reads have to live until then.
     """
-    current = torch.cuda.current_stream(device)
-    second = _stream_beside(device, current.cuda_stream)
+    if not recorded(x):
+        return work(), DONE
+    current = torch.cuda.current_stream(x.device)
+    second = _stream_beside(x.device, current.cuda_stream)
     second.wait_stream(current)
     with torch.cuda.stream(second):
         result = work()

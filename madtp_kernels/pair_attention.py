@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import repeats
 from .attention import attention
+from .beside import beside
 from .linear import linear_pair
 from .ragged import RaggedBatch
 
@@ -76,8 +77,9 @@ def _repeated(
 ) -> Tensor:
     """By implementations that know the arguments of an earlier call."""
     x, cu_seqlens, others, cu_others, key_bias, *layers = tensors
+    (kv,), pending = beside(x, lambda: look(others, *layers[4:8], cu_others, "halves"))
     q, cu_both = ask(x, *layers[:4], cu_seqlens, "both")
-    (kv,) = look(others, *layers[4:8], cu_others, "halves")
+    pending.join()
     rows, width = q.shape
     head_dim = width // heads
     k, v = kv.view(kv.shape[0], 2, heads, head_dim).unbind(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from madtp_kernels import (
     layer_norm,
     native,
 )
-from madtp_kernels.beside import beside, recorded
+from madtp_kernels.beside import DONE, beside, recorded
 from madtp_kernels.segments import sample_of
 
 from .linear import Linear, cpu_serves, kernels_serve, project, watched
@@ -144,7 +145,7 @@ def self_attention(
     received = cls = None
     if pruning.active and type(tokens) is Tokens and recorded(qkv):
         out, lse = attention(q, k, v, cu_seqlens, cu_seqlens, most, most, **options)
-        y = LateTokens.of(*beside(qkv.device, lambda: project(out.flatten(1))))
+        y = LateTokens.of(*beside(qkv, lambda: project(out.flatten(1))))
         if wants_importance:
             received, cls = attention_importance(q, k, out, lse, cu_seqlens, most, **options)
     else:
@@ -252,8 +253,11 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """``x [T, D]`` attends to ``keys``: ``[T, D]``. Without ``query_groups``, sample b looks at key sample b."""
         if isinstance(keys, Tokens):
-            keys = self.keys(keys)
+            keys, pending = beside(x.values, partial(self.keys, keys))
+        else:
+            pending = DONE
         q = split_heads(self.query(x.values, tokens=x), self.num_heads)
+        pending.join()
         cu_seqlens, max_seqlen = x.cu_seqlens, x.max_seqlen
         if query_groups is not None:  # to the kernel, a group is one sample with the queries of all
             cu_seqlens, max_seqlen = cu_seqlens[query_groups.starts], max_seqlen * query_groups.longest

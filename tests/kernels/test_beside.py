@@ -42,8 +42,11 @@ def said(monkeypatch):
     return said
 
 
-def test_work_beside_begins_after_what_was_recorded_and_is_waited_for_once(said):
-    result, pending = beside.beside("cuda", lambda: said.append(torch.cuda.current_stream("cuda").name) or 5)
+def test_work_beside_begins_after_what_was_recorded_and_is_waited_for_once(said, monkeypatch):
+    x = torch.zeros(1)
+    assert beside.beside(x, lambda: 4) == (4, beside.DONE) and not said
+    monkeypatch.setattr(beside, "recorded", lambda x: True)
+    result, pending = beside.beside(x, lambda: said.append(torch.cuda.current_stream(x.device).name) or 5)
     assert result == 5
     pending.join(), pending.join()
     assert said == ["second waits for current", "second", "current waits for second"]
