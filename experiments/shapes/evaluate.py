@@ -39,9 +39,11 @@ def objects_left(batch: Batch, trace: list[LayerTrace]) -> torch.Tensor:
     reach = int((batch.patch_shapes > 0).sum() / objects.sum()) ** 0.5  # patches along an object's edge
     shares = []
     for layer in trace:
-        sample, own = sample_of(layer.cu_seqlens, len(layer.ids)), layer.ids > 0
+        cu_seqlens = layer.cu_seqlens.cpu()
+        ids = layer.ids.cpu()[: int(cu_seqlens[-1])]  # a GPU's buffer has room for more
+        sample, own = sample_of(cu_seqlens, len(ids)), ids > 0
         left = torch.zeros_like(objects)
-        left[sample[own], layer.ids[own].long() - 1] = True
+        left[sample[own], ids[own].long() - 1] = True
         # Spread every token up and left, to where the first patch of an object that it belongs to would be.
         grid = F.pad(left.unflatten(1, (side, side)).float()[:, None], (0, int(reach) - 1, 0, int(reach) - 1))
         seen = F.max_pool2d(grid, int(reach), stride=1)[:, 0] > 0
@@ -107,9 +109,10 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=TEST_PAIRS, help=f"of eight statements each (default: {TEST_PAIRS})"
     )
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--record", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    model = madtp.load(args.model, grouping=args.grouping)
+    model = madtp.load(args.model, grouping=args.grouping, device=args.device)
     pruning = model.pruning
     if args.streams:
         pruning = dataclasses.replace(pruning, streams=tuple(args.streams))
@@ -120,7 +123,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if args.record:
         settings, metrics = history(Path(args.model))
-        chosen = {name: getattr(args, name) for name in ("strength", "streams", "grouping")}
+        chosen = {name: getattr(args, name) for name in ("strength", "streams", "grouping", "device")}
         settings |= {"row": args.row or pruning.name, **chosen}
         args.record.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(line) for line in [*metrics, {"test": result}])
