@@ -9,116 +9,86 @@ failure an error. CUDA kernels, which take minutes, are compiled where there is 
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Command, find_packages, setup
+from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
-BUILD_SCRIPT = ROOT / "madtp_kernels" / "build.py"
 
-# Arguments of both: a path, then folders that may hold torch. They print {"library": path} or {"reason": text}.
-COMPILE_FOR_WHEEL = """
-import runpy, sys
-sys.path += sys.argv[3:]
-sys.argv = sys.argv[1:3]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-COMPILE_INTO_CACHE = """
+# Arguments: this folder, the one to compile into, those that may hold torch. Prints the library's path, or why there is none.
+CHILD = """
 import json, sys
-sys.path = [sys.argv[1], *sys.path[1:], *sys.argv[2:]]
+sys.path = [sys.argv[1], *sys.path[1:], *sys.argv[3:]]
+missing = f"torch cannot be imported in {sys.prefix}: "
 try:
-    from madtp_kernels import native
-    print(json.dumps({"library": native.load().__file__}))
-except (ImportError, RuntimeError) as error:
-    print(json.dumps({"reason": str(error)}))
+    import torch
+    missing = ""
+    from madtp_kernels import build, native
+    library = native.compile_into(sys.argv[2] or native.cache_dir(), anew=True)
+    build.import_library(library)
+    print(json.dumps([str(library), None]))
+except (ImportError, OSError, RuntimeError) as error:
+    print(getattr(error, "output", ""), file=sys.stderr)
+    print(json.dumps([None, missing + str(error)]))
 """
 
 
-def run_outside_isolation(code, *arguments):
-    """What the code prints, in the environment that is installed into.
+def compile_outside_isolation(folder):
+    """Compile for the environment that is installed into; the library's path, or None where that fails and may.
 
     pip isolates through PYTHONPATH: without it the interpreter sees its own environment again, wherever torch comes from there.
     What this process can import comes last, for a torch on PYTHONPATH and no isolation.
     """
+    setting = os.environ.get("MADTP_KERNELS_BUILD", "")
+    if setting == "0":
+        return None
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-    folders = dict.fromkeys([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    command = [sys.executable, "-c", code, *map(str, arguments), *filter(os.path.isdir, folders)]
+    command = [sys.executable, "-B", "-c", CHILD, str(ROOT), str(folder), *filter(os.path.isdir, sys.path)]
     done = subprocess.run(command, env=environment, cwd=os.sep, stdout=subprocess.PIPE)
     try:
-        return json.loads(done.stdout.splitlines()[-1])
+        library, reason = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"reason": f"the build process ended with status {done.returncode}"}
+        library, reason = None, f"the build process ended with status {done.returncode}"
+    if reason and setting:
+        raise ExecError(f"the C++ extension was not compiled: {reason}")
+    if reason:
+        print(f"madtp_kernels: C++ extension not compiled, first use will try again: {reason}")
+    return library and Path(library)
 
 
-class build_native(Command):
-    """Compile the extension into the wheel; for an editable install into the user's cache, where a change is noticed."""
-
-    def initialize_options(self):
-        self.editable_mode, self.build_lib, self.files = False, None, []
-
-    def finalize_options(self):
-        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+class editable_wheel_and_cache(editable_wheel):
+    """The extension is compiled into the user's cache, where a change of the sources is noticed."""
 
     def run(self):
-        setting = runpy.run_path(str(BUILD_SCRIPT))["setting"]()
-        if setting == "0":
-            return
-        if self.editable_mode:
-            outcome = run_outside_isolation(COMPILE_INTO_CACHE, ROOT)
-        else:
-            outcome = run_outside_isolation(COMPILE_FOR_WHEEL, BUILD_SCRIPT, ROOT / "build" / "native")
-        if "reason" in outcome and setting == "1":
-            raise ExecError(f"the C++ extension was not compiled: {outcome['reason']}")
-        if "reason" in outcome:
-            print(f"madtp_kernels: C++ extension not compiled, first use will try again: {outcome['reason']}")
-        elif not self.editable_mode:
-            library = Path(outcome["library"])
-            for path in (library, library.with_name("_C.json")):
-                self.files.append(str(Path(self.build_lib) / "madtp_kernels" / path.name))
-                self.copy_file(str(path), self.files[-1])
-
-    def get_outputs(self):
-        return self.files
-
-    def get_output_mapping(self):
-        return {}
-
-    def get_source_files(self):
-        return []
+        compile_outside_isolation("")
+        super().run()
 
 
-class build_with_native(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012 (a list in setuptools, too)
-
-
-class bdist_wheel_with_native(bdist_wheel):
+class bdist_wheel_with_extension(bdist_wheel):
     """A wheel is tagged for one platform exactly when it holds a compiled extension."""
 
     def run(self):
-        # What an earlier build left there must not get into this wheel.
-        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        package = Path(self.get_finalized_command("build").build_lib) / "madtp_kernels"
+        shutil.rmtree(package.parent, ignore_errors=True)  # what an earlier build left must not get into this wheel
         self.run_command("build")
-        compiled = bool(self.get_finalized_command("build_native").files)
-        self.root_is_pure = not compiled
-        self.distribution.has_ext_modules = lambda: compiled
+        library = compile_outside_isolation(ROOT / "build" / "native")
+        for path in (library, library.with_name("_C.json")) if library else ():
+            shutil.copy(path, package)
+        self.root_is_pure = library is None
+        self.distribution.has_ext_modules = lambda: library is not None
         super().run()
 
 
 setup(
     packages=[*find_packages(include=["madtp_kernels*"]), "madtp_kernels.csrc", *find_packages("python")],
     package_dir={"madtp_kernels.csrc": "csrc", "madtp": "python/madtp"},
-    package_data={
-        "madtp_kernels.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"],
-        "madtp": ["data/**/*"],
-    },
+    package_data={"madtp_kernels.csrc": ["**/*.cpp", "**/*.h", "**/*.cu", "**/*.cuh"], "madtp": ["data/**/*"]},
     include_package_data=False,
-    cmdclass={"bdist_wheel": bdist_wheel_with_native, "build": build_with_native, "build_native": build_native},
+    cmdclass={"bdist_wheel": bdist_wheel_with_extension, "editable_wheel": editable_wheel_and_cache},
 )

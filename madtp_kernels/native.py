@@ -6,15 +6,14 @@ runs, otherwise one is compiled into the user's cache.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
 import threading
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from . import build
 
@@ -30,8 +29,7 @@ class Unavailable(RuntimeError):
 
 def cache_dir() -> Path:
     """Where extensions compiled at first use live, ``$XDG_CACHE_HOME/madtp_kernels`` or ``~/.cache/...``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "madtp_kernels" / build.environment_tag()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "madtp_kernels"
 
 
 def load() -> types.ModuleType:
@@ -46,9 +44,9 @@ def load() -> types.ModuleType:
     with _lock:
         if _loaded is None and _failure is None:
             try:
-                _loaded = _find_or_compile()
+                _loaded = _find() or build.import_library(compile_into(cache_dir()))
             except OSError as error:
-                _failure = f"{error} (the cache is $XDG_CACHE_HOME/madtp_kernels, or ~/.cache/madtp_kernels)"
+                _failure = f"{error} (the cache is {cache_dir()})"
             except (RuntimeError, ImportError) as error:
                 _failure = str(error)
         if _loaded is None:
@@ -59,58 +57,59 @@ def load() -> types.ModuleType:
 def find() -> types.ModuleType | None:
     """The extension module ``_C`` if it was compiled before, else None: for what only saves time by it."""
     global _loaded
-    if _loaded is None:
-        with _lock:
-            _loaded = _loaded or _find()
-    return _loaded
+    with _lock:
+        _loaded = _loaded or _find()
+        return _loaded
 
 
 def _find() -> types.ModuleType | None:
-    cached = cache_dir() / build.source_hash()
-    for folder in (Path(__file__).resolve().parent, cached):
-        if build.fits(folder):
-            # Where it does not load, a system library has changed under it: compile another.
-            with contextlib.suppress(ImportError):
-                return build.import_library(folder / build.LIBRARY_NAME)
+    cached = _subfolder(cache_dir())
+    for folder in filter(build.fits, (Path(__file__).resolve().parent, cached)):
+        try:
+            return build.import_library(folder / build.LIBRARY_NAME)
+        except ImportError:  # a system library has changed under it: compile another
             if folder == cached:
                 (cached / "_C.json").unlink(missing_ok=True)
     return None
 
 
-def _find_or_compile() -> types.ModuleType:
-    return _find() or build.import_library(_compile(cache_dir() / build.source_hash()))
+def _subfolder(root: str | os.PathLike) -> Path:
+    return Path(root) / build.environment_tag() / build.source_hash()
 
 
-def _compile(folder: Path) -> Path:
-    setting = build.setting()
+def compile_into(root: str | os.PathLike, anew: bool = False) -> Path:
+    """Compile into a subfolder for this environment and these sources; one process at a time.
+
+    Args:
+        root: the folder.
+        anew: even if it is there, or has failed within the last hour: what it was compiled with may have changed.
+
+    Raises:
+        build.BuildError: it is forbidden, something is missing, or the compiler fails.
+    """
+    setting, folder = build.setting(), _subfolder(root)
     if setting == "0":
-        tag = build.environment_tag()
-        raise build.BuildError(
-            f"no extension compiled for {tag} is installed, and {build.SETTING}=0 forbids compiling one"
-        )
+        why = f"{build.SETTING}=0 forbids compiling one"
+        raise build.BuildError(f"no extension compiled for {build.environment_tag()} is installed, and {why}")
     build.check_requirements()
     command, failure = shlex.join(build.compiler()), folder / "failure.json"
-    with _exclusive(folder.parent):
-        if build.fits(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / "lock", "wb") as lock:
+        _acquire(lock)
+        if not anew and build.fits(folder):
             return folder / build.LIBRARY_NAME  # another process compiled it while this one waited
-        if setting != "1" and (earlier := _earlier_failure(failure, command)):
+        if not anew and setting != "1" and (earlier := _earlier_failure(failure, command)):
             raise build.BuildError(f"{earlier} (details in {failure}; {build.SETTING}=1 tries again)")
         build.say(f"compiling the C++ kernels for {build.environment_tag()} with {command}, once: a minute or two")
         start = time.monotonic()
         try:
-            library = build.compile_extension(folder, object_dir=folder.parent / "objects")
+            library = build.compile_extension(folder)
         except build.BuildError as error:
             if error.transient:
                 raise
-            folder.mkdir(parents=True, exist_ok=True)
-            record = {
-                "compiler": command,
-                "reason": str(error),
-                "time": time.time(),
-                "output": error.output.splitlines(),
-            }
+            record = dict(compiler=command, reason=str(error), output=error.output.splitlines())
             failure.write_text(json.dumps(record, indent=2), encoding="utf-8")
-            raise build.BuildError(f"{error} (details in {failure})") from error
+            raise build.BuildError(f"{error} (details in {failure})", error.output) from error
         failure.unlink(missing_ok=True)
         build.say(f"compiled in {time.monotonic() - start:.0f} s, kept in {folder}")
         return library
@@ -118,22 +117,16 @@ def _compile(folder: Path) -> Path:
 
 def _earlier_failure(path: Path, command: str) -> str | None:
     record = build.read_record(path)
-    reason, when = record.get("reason"), record.get("time")
-    if record.get("compiler") != command or not isinstance(reason, str) or not isinstance(when, (int, float)):
+    if record.get("compiler") != command or abs(time.time() - path.stat().st_mtime) > _KEPT:
         return None
-    return reason if 0 <= time.time() - when < _KEPT else None
+    return record.get("reason")
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One process at a time inside, over all that share the folder."""
+def _acquire(lock: BinaryIO) -> None:
     import fcntl  # not on Windows, where the build has already been refused
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            build.say("waiting for another process that compiles the C++ kernels")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        build.say("waiting for another process that compiles the C++ kernels")
+        fcntl.flock(lock, fcntl.LOCK_EX)
