@@ -95,7 +95,7 @@ def _received(
 @triton.jit
 def _cls(
     q, k, out, lse, bias, q_head, k_token, k_head, out_token, out_head, lse_head, scale_log2, tokens, o_n,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the CLS query gives to keys o_n, heads weighted by the norm of their output there.
 
@@ -108,7 +108,8 @@ def _cls(
     out_rows = out + o_n.to(tl.int64)[:, None] * out_token + o_d[None, :]
     weighted = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for i_h in range(HEADS):
+    # What a head needs is fetched some heads before: of products Triton would see to that by itself, these are none.
+    for i_h in tl.range(0, HEADS, num_stages=STAGES):
         head = tl.cast(i_h, tl.int64)
         query = tl.load(q + head * q_head + o_d, mask=m_d, other=0.0).to(tl.float32)
         k_tile = tl.load(k_rows + head * k_head, mask=m_tile, other=0.0).to(tl.float32)
@@ -126,7 +127,7 @@ def _importance_kernel(
     q_token, q_head, k_token, k_head, out_token, out_head, lse_head, capacity, key_blocks, slots,
     scale_log2,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of (sample, key block): the first does the CLS term, the others the received attention.
 
@@ -157,7 +158,7 @@ def _importance_kernel(
         if not CAUSAL:  # a causal CLS query sees only itself
             given = _cls(
                 q, k, out + (bos + 1) * out_token, lse, bias, q_head, k_token, k_head, out_token, out_head, lse_head,
-                scale_log2, tokens, o_n, HEADS, HEAD_DIM, BLOCK_D, BLOCK_N,
+                scale_log2, tokens, o_n, HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, STAGES,
             )  # fmt: skip
         tl.store(cls + bos + 1 + o_n, given, mask=o_n < tokens)
         return
@@ -235,7 +236,8 @@ def attention_importance(
     recompute = Launch(
         _importance_kernel, batch * key_blocks * slots,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
-        FAR=reach_far(max(block_m, block_n), q, k), PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
+        FAR=reach_far(max(block_m, block_n), q, k), PRECISION=dot_precision(q.dtype), STAGES=stages,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     token_blocks = cdiv(max_seqlen - 1, 128)
     add_blocks = Launch(
