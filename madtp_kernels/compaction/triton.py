@@ -42,14 +42,21 @@ def _key(importance, protected, bos, o_j, mask, length):
 
 
 @triton.jit
+def _above(score, threshold, protected, bos, o_j, mask):
+    """Whether tokens o_j of a sample survive by their scores or are protected; False where masked."""
+    kept = score > threshold
+    if protected is not None:
+        kept = kept | (tl.load(protected + bos + o_j, mask=mask, other=0) != 0)
+    return kept & mask
+
+
+@triton.jit
 def _kept(importance, threshold, cut, protected, bos, o_j, mask, length, RANKED: tl.constexpr):
     """Whether tokens o_j >= 1 of a sample survive if it is pruned; False where masked."""
     if RANKED:
         return _key(importance, protected, bos, o_j, mask, length) >= cut
-    kept = tl.load(importance + bos + o_j, mask=mask, other=float("-inf")) > threshold
-    if protected is not None:
-        kept = kept | (tl.load(protected + bos + o_j, mask=mask, other=0) != 0)
-    return kept & mask
+    score = tl.load(importance + bos + o_j, mask=mask, other=float("-inf"))
+    return _above(score, threshold, protected, bos, o_j, mask)
 
 
 @triton.jit
@@ -64,6 +71,28 @@ def count_kept(importance, threshold, protected, bos, length, BLOCK: tl.constexp
 
 
 @triton.jit
+def _pruned(kept, length, min_keep, rows_out, i_b):
+    """Whether a sample of which ``kept`` tokens survive is pruned; stores the number of its rows."""
+    least = 0
+    if min_keep is not None:
+        least = tl.load(min_keep + i_b)
+    pruned = (kept > least) & (length - 1 - kept >= 2)  # must leave more than min_keep tokens and drop at least two
+    tl.store(rows_out + i_b, tl.where(pruned, kept + 2, length))
+    return pruned
+
+
+@triton.jit
+def _place(stays, placed, places, dropped, bos, o_j, mask):
+    """Store the place of each of consecutive tokens o_j, given how many stay before them, and those dropped; returns how many stay
+    up to each. What is not among these is among those dropped: one sum serves both.
+    """
+    staying = placed + tl.cumsum(stays.to(tl.int32), 0)
+    tl.store(places + bos + o_j, tl.where(stays, staying - 1, -1), mask=mask)
+    tl.store(dropped + bos + o_j - staying, o_j, mask=mask & (stays == 0))
+    return staying
+
+
+@triton.jit
 def select(
     importance, threshold, cut, protected, min_keep, places, dropped, rows_out, i_b, bos, length, kept,
     RANKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -71,13 +100,8 @@ def select(
     """Of one sample, of which ``kept`` tokens survive if it is pruned: the place of each token among the rows that it
     keeps (-1: dropped), a list of those dropped, and the number of its rows.
     """
-    least = 0
-    if min_keep is not None:
-        least = tl.load(min_keep + i_b)
-    pruned = (kept > least) & (length - 1 - kept >= 2)  # must leave more than min_keep tokens and drop at least two
-    tl.store(rows_out + i_b, tl.where(pruned, kept + 2, length))
+    pruned = _pruned(kept, length, min_keep, rows_out, i_b)
     placed = 0
-    listed = 0
     for start in range(0, length, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
         mask = o_j < length
@@ -85,13 +109,21 @@ def select(
         stays = _kept(importance, threshold, cut, protected, bos, o_j, prunable, length, RANKED) | (
             mask & (prunable == 0)
         )
-        order = tl.cumsum(stays.to(tl.int32), 0)
-        tl.store(places + bos + o_j, tl.where(stays, placed + order - 1, -1), mask=mask)
-        placed += tl.max(order, 0)
-        drops = mask & (stays == 0)
-        order = tl.cumsum(drops.to(tl.int32), 0)
-        tl.store(dropped + bos + listed + order - 1, o_j, mask=drops)
-        listed += tl.max(order, 0)
+        staying = _place(stays, placed, places, dropped, bos, o_j, mask)
+        placed = tl.max(staying, 0)
+
+
+@triton.jit
+def select_scored(
+    score, threshold, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens, BLOCK: tl.constexpr
+):
+    """:func:`select` by the threshold, of a sample whose scores are at hand: those of all ``tokens`` <= BLOCK after token 0."""
+    o_j = 1 + tl.arange(0, BLOCK)
+    mask = o_j <= tokens
+    kept = _above(score, threshold, protected, bos, o_j, mask)
+    pruned = _pruned(tl.sum(kept.to(tl.int32), 0), tokens + 1, min_keep, rows_out, i_b)
+    tl.store(places + bos, 0)  # token 0 stays
+    _place(mask & (kept | (pruned == 0)), 1, places, dropped, bos, o_j, mask)
 
 
 @triton.jit

@@ -204,10 +204,13 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
     yield "rows"
 
     dictionary = torch.zeros(entries, width, dtype=dtype)
-    for label, one_launch in [("one launch", True), ("two launches", False)]:
+    scoring.capability = attention.capability
+    for label, one_launch, longest in [
+        ("one launch", True, tokens), ("two launches", False, tokens), ("two launches, long samples", False, 2000), ("one tile", True, 20),
+    ]:  # fmt: skip
         scoring._one_launch = lambda *sizes, choice=one_launch: choice
         for selection, words in of([(None, ""), ((flags, cu[:1]), ", selection")]):
-            scoring.score_tokens(x, dictionary, per_token, per_token, cu, tokens, 1.0, None, selection)
+            scoring.score_tokens(x, dictionary, per_token, per_token, cu, longest, 1.0, None, selection)
             yield label + words
 
     group, protected = torch.zeros(1, dtype=torch.int32), torch.zeros(tokens, dtype=torch.bool)
