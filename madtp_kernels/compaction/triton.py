@@ -8,7 +8,7 @@ scores: that turns "the K best" into "not below the cut-off". Groups under the t
 
 In the second every program adds up the rows of the samples before its own (4 bytes a sample, from cache) instead of waiting
 for a scan. Programs take runs of input rows, so nothing has to invert the selection, and move whole rows, so that a row is read
-once and LayerNorm needs no second pass. The merged rows, which take longest, come first.
+once and LayerNorm needs no second pass. The merged rows, which take longest, come first. Few rows get shorter runs (:func:`_few_rows`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_utils import EPS, Launch, after_previous, block, cdiv, prepared, rows_before
+from ..triton_utils import EPS, Launch, after_previous, block, cdiv, multiprocessors, prepared, rows_before
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # scores per step
@@ -189,87 +189,123 @@ def _rank_kernel(
 
 
 @triton.jit
-def _store_normed(normed, rows, tile, mask, o_d, norm_weight, norm_bias, eps, WIDTH, BLOCK_D: tl.constexpr):
+def _norm(norm_weight, norm_bias, o_d, WIDTH):
+    """Scale and shift of LayerNorm as they are stored; what is not there is 0."""
+    scale, shift = 0.0, 0.0
+    if norm_weight is not None:
+        scale = tl.load(norm_weight + o_d, mask=o_d < WIDTH, other=0.0)
+        if norm_bias is not None:
+            shift = tl.load(norm_bias + o_d, mask=o_d < WIDTH, other=0.0)
+    return scale, shift
+
+
+@triton.jit
+def _store_normed(normed, rows, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, SHIFTED: tl.constexpr):
     """LayerNorm of rows of a tile [R, BLOCK_D], given in the precision in which they are stored."""
     wide = tile.to(tl.float32)
     m_d = o_d < WIDTH
     centred = tl.where(m_d[None, :], wide - (tl.sum(wide, 1) / WIDTH)[:, None], 0.0)
     scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / WIDTH + eps)
-    result = centred * scale[:, None] * tl.load(norm_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    if norm_bias is not None:
-        result += tl.load(norm_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    result = centred * scale[:, None] * norm_scale.to(tl.float32)[None, :]
+    if SHIFTED:
+        result += norm_shift.to(tl.float32)[None, :]
     tl.store(normed + rows[:, None] * WIDTH + o_d[None, :], result.to(tile.dtype), mask=mask)
 
 
 @triton.jit
 def _copy_rows(
-    x, places, ids, sizes, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
-    x_token, bos, begin_out, first, last, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, places, rows_out, ids, sizes, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
+    x_token, i_b, bos, first, length, eps, WIDTH, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Move the surviving rows among first:last of a sample, whose rows begin at ``begin_out`` in the result."""
+    """Move the surviving rows among CHUNK of a sample from ``first`` on.
+
+    With a single step nobody is to wait: its rows are read before it is known which of them survive.
+    """
+    ONE_STEP: tl.constexpr = CHUNK == ROWS
     o_d = tl.arange(0, BLOCK_D)
-    for start in range(first, last, ROWS):
-        o_j = start + tl.arange(0, ROWS)
-        place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
+    m_d = (o_d < WIDTH)[None, :]
+    last = tl.minimum(first + CHUNK, length)
+    o_j = first + tl.arange(0, ROWS)
+    place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
+    if ONE_STEP:
+        tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=(o_j < last)[:, None] & m_d, other=0.0)
+        norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
+    begin_out = rows_before(rows_out, i_b).to(tl.int64)
+    for start in range(0 if ONE_STEP else first, 1 if ONE_STEP else last, ROWS):
+        if not ONE_STEP:
+            o_j = start + tl.arange(0, ROWS)
         kept = place >= 0
         target = begin_out + place
-        mask = kept[:, None] & (o_d < WIDTH)[None, :]
-        tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
-        tl.store(values + target[:, None] * WIDTH + o_d[None, :], tile, mask=mask)
+        mask = kept[:, None] & m_d
+        if not ONE_STEP:
+            place = tl.load(places + bos + o_j + ROWS, mask=o_j + ROWS < last, other=-1)
+            tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
         source = o_j
         if ids is not None:
             source = tl.load(ids + bos + o_j, mask=kept, other=0)
-        tl.store(ids_out + target, source, mask=kept)
         if sizes is not None:
             tl.store(sizes_out + target, tl.load(sizes + bos + o_j, mask=kept, other=0.0), mask=kept)
+        tl.store(values + target[:, None] * WIDTH + o_d[None, :], tile, mask=mask)
+        tl.store(ids_out + target, source, mask=kept)
         if norm_weight is not None:
-            _store_normed(normed, target, tile, mask, o_d, norm_weight, norm_bias, eps, WIDTH, BLOCK_D)
+            if not ONE_STEP:
+                norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
+            _store_normed(normed, target, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, norm_bias is not None)
 
 
 @triton.jit
 def _merge_rows(
-    x, importance, sizes, dropped, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
-    x_token, bos, target, count, merged_id, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, importance, sizes, dropped, rows_out, values, cu_out, ids_out, sizes_out, normed, norm_weight, norm_bias,
+    x_token, i_b, bos, length, merged_id, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The weighted mean of the ``count`` rows of a sample that are listed in ``dropped``, stored in row ``target``."""
+    """The offset of a sample, and the weighted mean of those of its rows that are listed in ``dropped``, its last row."""
     o_d = tl.arange(0, BLOCK_D)
     o_r = tl.arange(0, ROWS)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    weights = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    rows = tl.load(rows_out + i_b)
     # The numbers of a step's rows are fetched during the step before: one wait per step, and few steps, for one program has to
-    # read all rows while the others that move some each come and go.
-    number = tl.load(dropped + bos + o_r, mask=o_r < count, other=0)
-    for start in range(0, count, ROWS):
-        m_r = start + o_r < count
-        rows = bos + number
-        number = tl.load(dropped + bos + start + ROWS + o_r, mask=start + ROWS + o_r < count, other=0)
-        mask = m_r[:, None] & (o_d < WIDTH)[None, :]
-        tile = tl.load(x + rows[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
-        weight = tl.load(importance + rows, mask=m_r, other=0.0)
+    # read all rows while the others that move some each come and go. The first come before it is known how many are listed.
+    number = tl.load(dropped + bos + o_r, mask=o_r < length, other=0)
+    before = rows_before(rows_out, i_b)
+    if i_b == 0:
+        tl.store(cu_out, 0)
+    tl.store(cu_out + i_b + 1, before + rows)
+    if rows < length:  # pruning always shortens a sample
+        count = length + 1 - rows
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        weights = tl.zeros((ROWS,), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for start in tl.range(0, count, ROWS, num_stages=STAGES):
+            m_r = start + o_r < count
+            source = bos + number
+            number = tl.load(dropped + bos + start + ROWS + o_r, mask=start + ROWS + o_r < count, other=0)
+            mask = m_r[:, None] & (o_d < WIDTH)[None, :]
+            tile = tl.load(x + source[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
+            weight = tl.load(importance + source, mask=m_r, other=0.0)
+            if sizes is not None:
+                size = tl.load(sizes + source, mask=m_r, other=0.0)
+                weight *= size
+                total += size
+            weights += weight
+            acc += tl.sum(weight[:, None] * tile.to(tl.float32), 0)
+        norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
+        merged = (acc / (tl.sum(weights, 0) + EPS)).to(values.dtype.element_ty)
+        target = (before + rows - 1).to(tl.int64)
+        tl.store(values + target * WIDTH + o_d, merged, mask=o_d < WIDTH)
+        tl.store(ids_out + target, merged_id)
         if sizes is not None:
-            size = tl.load(sizes + rows, mask=m_r, other=0.0)
-            weight *= size
-            total += size
-        weights += weight
-        acc += tl.sum(weight[:, None] * tile.to(tl.float32), 0)
-    merged = (acc / (tl.sum(weights, 0) + EPS)).to(values.dtype.element_ty)
-    tl.store(values + target * WIDTH + o_d, merged, mask=o_d < WIDTH)
-    tl.store(ids_out + target, merged_id)
-    if sizes is not None:
-        tl.store(sizes_out + target, tl.sum(total, 0))
-    if norm_weight is not None:
-        rows = target + tl.arange(0, 1)
-        _store_normed(
-            normed, rows, merged[None, :], (o_d < WIDTH)[None, :], o_d, norm_weight, norm_bias, eps, WIDTH, BLOCK_D
-        )
+            tl.store(sizes_out + target, tl.sum(total, 0))
+        if norm_weight is not None:
+            _store_normed(
+                normed, target + tl.arange(0, 1), merged[None, :], (o_d < WIDTH)[None, :], o_d, norm_scale, norm_shift, eps, WIDTH,
+                norm_bias is not None,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch", "slots", "merged_id"])
 def _compact_kernel(
     x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
     norm_weight, norm_bias, cu_seqlens, x_token, batch, slots, merged_id, eps, WIDTH,
-    CHUNK: tl.constexpr, COPY_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, COPY_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The first programs write the offset and the merged row of a sample each, the others move the survivors of a run of
     CHUNK rows: ``slots`` of them per sample.
@@ -283,22 +319,15 @@ def _compact_kernel(
     length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
     if (first >= length) & (merges == 0):
         return
-    before = rows_before(rows_out, i_b)
-    begin_out = before.to(tl.int64)
     if merges:
-        rows = tl.load(rows_out + i_b)
-        if i_b == 0:
-            tl.store(cu_out, 0)
-        tl.store(cu_out + i_b + 1, before + rows)
-        if rows < length:  # pruning always shortens a sample
-            _merge_rows(
-                x, importance, sizes, dropped, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
-                x_token, bos, begin_out + rows - 1, length + 1 - rows, merged_id, eps, WIDTH, MERGE_ROWS, BLOCK_D,
-            )  # fmt: skip
+        _merge_rows(
+            x, importance, sizes, dropped, rows_out, values, cu_out, ids_out, sizes_out, normed, norm_weight, norm_bias,
+            x_token, i_b, bos, length, merged_id, eps, WIDTH, MERGE_ROWS, BLOCK_D, STAGES,
+        )  # fmt: skip
     else:
         _copy_rows(
-            x, places, ids, sizes, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
-            x_token, bos, begin_out, first, tl.minimum(first + CHUNK, length), eps, WIDTH, COPY_ROWS, BLOCK_D,
+            x, places, rows_out, ids, sizes, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
+            x_token, i_b, bos, first, length, eps, WIDTH, CHUNK, COPY_ROWS, BLOCK_D,
         )  # fmt: skip
 
 
@@ -351,6 +380,13 @@ def _blocks(block_d: int, element_size: int, normed: bool) -> tuple[int, int]:
     return moved, max(moved, min(64, 16384 // block_d))
 
 
+def _few_rows(programs: int, block_d: int, element_size: int, multiprocessors: int) -> bool:
+    """Whether a device holds ``programs`` that move a step of rows each. Then none of them waits for another: what takes time are the
+    waits for memory within one, and merging may fetch two steps of rows in advance, into 64 KiB of shared memory.
+    """
+    return programs <= 3 * multiprocessors and block_d * element_size <= 32768
+
+
 def _merged_at_once(block_d: int, element_size: int) -> int:
     """Rows merged in a step: 16 loads of 16 bytes a thread. The bits of a merged row depend on it: never on the batch."""
     return max(1, min(64, 32768 // element_size // block_d))
@@ -385,13 +421,16 @@ def compact(
     sized, with_norm = sizes is not None, norm_weight is not None
     block_d = block(width)
     copy_rows, chunk = _blocks(block_d, x.element_size(), with_norm)
+    few = _few_rows(batch + batch * cdiv(max_seqlen, copy_rows), block_d, x.element_size(), multiprocessors(x))
+    if few:
+        chunk = copy_rows
     slots = cdiv(max_seqlen, chunk)
     numbers = (x.stride(0), batch, slots, merged_id, norm_eps, width)
     choose = _selection(capacity, batch, max_seqlen, threshold is not None, groups is not None)
     move = Launch(
         _compact_kernel, batch + batch * slots,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
-        num_warps=4,
+        STAGES=3 if few else 1, short=few or None, num_warps=4,
     )  # fmt: skip
 
     def run(

@@ -1,12 +1,15 @@
 """Token scores and pruning threshold on the GPU, in one pass over the tokens: the alignment with the dictionary is never stored.
 
-Tokens go in tiles. For every dictionary entry a tile leaves four numbers: the largest logit, and three sums weighted by the
-exponentials below it: 1, received share + CLS term, alignment. The threshold is linear in the terms of the importance, so
-these are enough, and the tiles of a sample merge as an online softmax does.
+Tokens go in tiles. For every dictionary entry a tile leaves five numbers: the largest logit, and four sums weighted by the
+exponentials below it: 1, received attention, CLS term, alignment. The threshold is linear in the terms of the importance, so
+these and the sums of a tile are enough, and the tiles of a sample merge as those of a softmax do.
 
-Samples of one tile, or about as many as multiprocessors hold programs, take one launch, one program per sample. Other batches would
-leave a part of the device idle that way: there every tile gets a program, and a second, tiny launch merges. Both do the same
-arithmetic in the same order: the bits are the same.
+Samples of one tile leave nothing: one program each ends with the threshold. About as many samples as multiprocessors hold programs
+take one launch, one program per sample, too. Other batches would leave a part of the device idle that way: there every tile gets
+a program, and a second, tiny launch merges. All do the same arithmetic in the same order: the bits are the same.
+
+With one pair a program has nobody to wait beside it, and its time is that of its waits for memory: loads that do not need one another
+stand before what uses the first of them, and what a program has made stays in its registers.
 
 Whoever merges a sample knows its threshold. Where compaction follows (:func:`madtp_kernels.prune`) it goes on and selects: that
 spares compaction a launch.
@@ -38,7 +41,7 @@ from ..triton_utils import (
 )
 
 STATISTICS = tl.constexpr(5)  # numbers that a tile leaves per dictionary entry
-TOTALS = tl.constexpr(16)  # room for two more numbers, the sums over its tokens; what it leaves starts at multiples of 64 bytes
+TOTALS = tl.constexpr(16)  # room for two more, sums over its tokens: tiles start at multiples of 64 bytes
 TOKEN_BLOCK = 1024  # tokens per step where only scores are read
 _NOTHING = (None, None, None)  # where nothing is selected
 
@@ -150,7 +153,8 @@ def _tile(
             )  # fmt: skip
             best = tl.maximum(best, _best(alignment, first_entry, M, BLOCK_M), propagate_nan=tl.PropagateNan.ALL)
     received_total = tl.sum(share, 0)
-    best_total = tl.sum(tl.where(valid, best, 0.0)[None, :], 1)  # [1]
+    # [1]: made of a product, a number would not get through Triton's passes for sm_100 (nor do the results of ONE_TILE).
+    best_total = tl.sum(tl.where(valid, best, 0.0)[None, :], 1)
     lowest = tl.full((BLOCK_M,), float("inf"), tl.float32)
     if not ONE_TILE:
         tl.store(importance + o_j, best, mask=valid)
@@ -162,7 +166,9 @@ def _tile(
                 x, dictionary, bias, x_token, dictionary_entry, tokens, first_entry, WIDTH, M,
                 BLOCK_J, BLOCK_M, BLOCK_K, EVEN, PRECISION,
             )  # fmt: skip
-        peak, mass, by_share, by_given, by_best = _statistics(alignment, best, share, given, tokens, scale_log2, BLOCK_J)
+        peak, mass, by_share, by_given, by_best = _statistics(
+            alignment, best, share, given, tokens, scale_log2, BLOCK_J
+        )
         if ONE_TILE:
             lowest = _lower(
                 lowest, mass, by_share, by_given, by_best, received_total, best_total, first_entry, M, BLOCK_M
@@ -214,7 +220,8 @@ def _merge(
     if ONE_ROUND:
         last_tile = 1
     pitch = STATISTICS * entries + TOTALS
-    share, given, best = _parts(received, cls, importance, begin, 0, tokens, BLOCK)
+    if ONE_STEP:
+        share, given, best = _parts(received, cls, importance, begin, 0, tokens, BLOCK)
     received_total = 0.0
     best_total = 0.0
     for first_tile in range(0, last_tile, TILES):
@@ -249,12 +256,14 @@ def _merge(
     bound = _lowest(lowest)
     tl.store(threshold + i_b, bound)
 
+    # The scores come last: no load may be moved before a store, so that theirs would keep the statistics waiting.
     score = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, last_token, BLOCK):
         o_j = start + tl.arange(0, BLOCK)
+        if not ONE_STEP:
+            share, given, best = _parts(received, cls, importance, begin, start, tokens, BLOCK)
         score = _terms(share, given, best, received_total, best_total) / 3.0
         tl.store(importance + begin + o_j, score, mask=o_j < tokens)
-        share, given, best = _parts(received, cls, importance, begin, start + BLOCK, tokens, BLOCK)
     if places is not None:
         if ONE_STEP:
             select_scored(score, bound, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens, BLOCK)
@@ -344,6 +353,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """One program per sample: the merge and, with ``places``, the selection."""
     after_previous()
+    TILES: tl.constexpr = BLOCK // BLOCK_J if ONE_STEP else 4
     i_b = tl.program_id(0)
     bos = tl.load(cu_seqlens + i_b).to(tl.int64)
     tokens = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32) - 1
@@ -354,7 +364,7 @@ def _merge_kernel(
     left += (bos // BLOCK_J + i_b) * (STATISTICS * entries + TOTALS)
     _merge(
         received, cls, importance, threshold, left, protected, min_keep, places, dropped, rows_out, i_b, bos, tokens,
-        tl.cdiv(tokens, BLOCK_J), M, entries, BLOCK_M, BLOCK, BLOCK // BLOCK_J, ONE_BLOCK, ONE_STEP, ONE_STEP,
+        tl.cdiv(tokens, BLOCK_J), M, entries, BLOCK_M, BLOCK, TILES, ONE_BLOCK, ONE_STEP, ONE_STEP,
     )  # fmt: skip
 
 

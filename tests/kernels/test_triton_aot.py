@@ -215,11 +215,13 @@ def launches(dtype, capability, tokens=577, heads=12, head_dim=64, width=768, en
 
     group, protected = torch.zeros(1, dtype=torch.int32), torch.zeros(tokens, dtype=torch.bool)
     norm = torch.zeros(width, dtype=dtype)
-    for label, *options, weight in of([
-        ("plain", None, None, None, None, None, None),
-        ("LayerNorm", None, None, None, None, None, norm),
-        ("all options", protected, group, group, cu[:1].expand(tokens).contiguous(), per_token, norm),
-    ], 2):  # fmt: skip
+    for label, multiprocessors, *options, weight in of([
+        ("plain", 1, None, None, None, None, None, None),
+        ("LayerNorm", 1, None, None, None, None, None, norm),
+        ("all options", 1, protected, group, group, cu[:1].expand(tokens).contiguous(), per_token, norm),
+        ("all options, few rows", 1000, protected, group, group, cu[:1].expand(tokens).contiguous(), per_token, norm),
+    ], 3):  # fmt: skip
+        compaction.multiprocessors = lambda tensor, count=multiprocessors: count
         compaction.compact(
             x, per_token, torch.zeros(1), None, cu, tokens, *options, -1, weight, weight, 1e-6, False
         )  # fmt: skip
@@ -256,7 +258,7 @@ def variants():
     driver.set_active(Target(90))
     JITFunction.run = note
     linear._copy_engine, linear._architecture = (lambda device: True), (lambda device: 9)
-    for module in (importance, linear, scoring, normalization):
+    for module in (compaction, importance, linear, scoring, normalization):
         module.multiprocessors = lambda tensor: 132
     for batch in (1, 2, 3, 5, 8, 15, 16, 17, 32, 48, 63, 64):
         for dtype, length in [(torch.bfloat16, 577), (torch.float32, 577), (torch.bfloat16, 23)]:

@@ -336,6 +336,23 @@ def test_scoring_has_the_same_bits_in_one_launch_and_in_two(monkeypatch):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("entries", [30, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scoring_has_the_same_bits_beside_longer_samples(dtype, entries, monkeypatch):
+    """Alone, a sample of one tile leaves nothing behind; beside longer ones its sums are merged with those of tiles it has not."""
+    monkeypatch.setattr(scoring_triton, "_one_launch", lambda *sizes: True)
+    *tensors, cu, _, temperature, bias = scoring_inputs([50, 0, 1, 65, 2], dtype, entries, biased=True)
+    capacity, tokens = len(tensors[0]), int(cu[-1])
+    flags = torch.zeros(capacity, dtype=torch.bool, device=DEVICE)
+    selection = (flags, torch.zeros_like(cu[1:]))
+    results = []
+    for longest in (65, 66, 1024, 1025):
+        results.append(scoring_triton.score_tokens(*tensors, cu, longest, temperature, bias, selection))
+    for importance, threshold, (places, _, rows) in results[1:]:
+        assert torch.equal(importance[:tokens], results[0][0][:tokens]) and torch.equal(threshold, results[0][1])
+        assert torch.equal(places[:tokens], results[0][2][0][:tokens]) and torch.equal(rows, results[0][2][2])
+
+
 @pytest.mark.parametrize("one_launch", [True, False], ids=["one-launch", "two-launches"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
@@ -469,6 +486,18 @@ def test_compaction(options):
     dtype, exact = random.choice(DTYPES), random.random() < 0.5
     print(dtype, "exact" if exact else "bound")
     check_compaction(compaction_inputs(LENGTHS, dtype, exact, options))
+
+
+def test_compaction_has_the_same_bits_however_many_rows_a_program_moves(monkeypatch):
+    """A device that holds the programs of a batch all at once gets more of them, which move fewer rows."""
+    dtype = random.choice(DTYPES)
+    arguments = compaction_inputs(LENGTHS, dtype, False, {"ids": True, "sizes": True, "norm": True}, width=1000)
+    rows, results = int(compaction_reference.compact(*arguments)[1][-1]), []
+    for few in (False, True):
+        monkeypatch.setattr(compaction_triton, "_few_rows", lambda *sizes, choice=few: choice)
+        check_compaction(arguments)
+        results.append(compaction_triton.compact(*arguments))
+    assert all(torch.equal(few[:rows], many[:rows]) for few, many in zip(*results, strict=True))
 
 
 def test_compaction_of_many_uneven_samples():
