@@ -200,7 +200,7 @@ def _norm(norm_weight, norm_bias, o_d, WIDTH):
 
 
 @triton.jit
-def _store_normed(normed, rows, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, SHIFTED: tl.constexpr):
+def store_normed(normed, rows, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, SHIFTED: tl.constexpr):
     """LayerNorm of rows of a tile [R, BLOCK_D], given in the precision in which they are stored."""
     wide = tile.to(tl.float32)
     m_d = o_d < WIDTH
@@ -250,7 +250,7 @@ def _copy_rows(
         if norm_weight is not None:
             if not ONE_STEP:
                 norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
-            _store_normed(normed, target, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, norm_bias is not None)
+            store_normed(normed, target, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, norm_bias is not None)
 
 
 @triton.jit
@@ -295,7 +295,7 @@ def _merge_rows(
         if sizes is not None:
             tl.store(sizes_out + target, tl.sum(total, 0))
         if norm_weight is not None:
-            _store_normed(
+            store_normed(
                 normed, target + tl.arange(0, 1), merged[None, :], (o_d < WIDTH)[None, :], o_d, norm_scale, norm_shift, eps, WIDTH,
                 norm_bias is not None,
             )  # fmt: skip

@@ -39,7 +39,7 @@ def _packed(value, row):
 
 
 @triton.jit
-def _unpacked(packed):
+def unpacked(packed):
     """Whether there is one, the value, and its row."""
     ordered = (packed >> 32).to(tl.int32)
     value = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
@@ -47,8 +47,9 @@ def _unpacked(packed):
 
 
 @triton.jit
-def _list_places(kept, places, dropped, cu_seqlens, i_b, BLOCK: tl.constexpr):
-    """Positions in a sample: of the tokens that are not kept from its first place on, of the kept ones from its last backwards."""
+def _list_places(kept, places, counts, cu_seqlens, i_b, BLOCK: tl.constexpr):
+    """Positions in a sample: of the tokens that are not kept from its first place on, of the kept ones from its last backwards;
+    and how many there are of both."""
     bos = tl.load(cu_seqlens + i_b)
     length = tl.load(cu_seqlens + i_b + 1) - bos
     kept += bos
@@ -60,12 +61,13 @@ def _list_places(kept, places, dropped, cu_seqlens, i_b, BLOCK: tl.constexpr):
         earlier = before + tl.cumsum(goes, 0) - goes
         tl.store(places + tl.where(goes != 0, earlier, length - 1 - (o_j - earlier)), o_j, mask=o_j < length)
         before += tl.sum(goes, 0)
-    tl.store(dropped + i_b, before)
+    tl.store(counts + 2 * i_b, before)
+    tl.store(counts + 2 * i_b + 1, length - before)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def _scale_kernel(
-    keys, scale, best, order, free, rank, kept, places, dropped, cu_seqlens, batch, key_row, WIDTH,
+    keys, scale, best, order, free, rank, kept, places, counts, cu_seqlens, batch, key_row, WIDTH,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """1 / |k| of ROWS keys, 0 for one without a direction; and no best candidate yet. Without ``keys`` they are there.
@@ -77,7 +79,7 @@ def _scale_kernel(
     first = tl.program_id(0) * ROWS
     if kept is not None:
         if tl.program_id(0) < batch:
-            _list_places(kept, places, dropped, cu_seqlens, tl.program_id(0), BLOCK)
+            _list_places(kept, places, counts, cu_seqlens, tl.program_id(0), BLOCK)
             return
         first -= batch * ROWS
     tokens = tl.load(cu_seqlens + batch)
@@ -173,15 +175,15 @@ def _compare(acc, best, scale, rank, o_m, m_m, o_n, m_n, SEEN: tl.constexpr, PLA
 
 @triton.jit(do_not_specialize=["tiles", "first_free"])
 def _nearest_kernel(
-    keys, scale, rank, places, dropped, best, cu_seqlens, key_row, tiles, first_free, WIDTH,
+    keys, scale, rank, places, counts, best, cu_seqlens, key_row, tiles, first_free, WIDTH,
     SEEN: tl.constexpr, PLACES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: the products of BLOCK_M queries and BLOCK_N candidates of a sample, of which each query's best is offered.
 
-    Of two tokens that may see each other, the later one is the candidate here, and each is offered to the other. KEPT:
-    candidates are the kept tokens, queries the others. ODD: queries are the even positions from first_free on, candidates the
-    odd ones. WHOLE: BLOCK_K divides the width.
+    Of two tokens that may see each other, the later one is the candidate here, and each is offered to the other. KEPT: queries
+    are the tokens that `places` lists first, candidates those that it lists last. ODD: queries are the even positions from
+    first_free on, candidates the odd ones. WHOLE: BLOCK_K divides the width.
     """
     after_previous()
     i_b = tl.program_id(0) // tiles
@@ -194,8 +196,8 @@ def _nearest_kernel(
         candidates = length
     else:
         if SEEN == KEPT:
-            queries = tl.load(dropped + i_b)
-            candidates = length - queries
+            queries = tl.load(counts + 2 * i_b)
+            candidates = tl.load(counts + 2 * i_b + 1)
         else:
             queries = tl.maximum(length - first_free + 1 - first_free % 2, 0) // 2
             candidates = tl.maximum(length - first_free + first_free % 2, 0) // 2
@@ -248,7 +250,7 @@ def _found_kernel(best, scale, goes, nearest, cosine, cu_seqlens, batch, SEEN: t
     after_previous()
     tokens = tl.load(cu_seqlens + batch)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    found, value, row = _unpacked(tl.load(best + rows, mask=rows < tokens, other=0))
+    found, value, row = unpacked(tl.load(best + rows, mask=rows < tokens, other=0))
     chosen = tl.where(found, row, -1)
     if goes is not None:
         chosen = tl.where(tl.load(goes + rows, mask=rows < tokens, other=0) != 0, chosen, rows)
@@ -317,19 +319,9 @@ def _power(x, exponent, KIND: tl.constexpr):
     return tl.exp2(tl.log2(x) * exponent)
 
 
-@triton.jit(do_not_specialize=["chunks", "weight_exponent", "novelty_exponent", "size_exponent"])
-def _worth_kernel(
-    best, scale, new, weight, sizes, free, scores, cu_seqlens, chunks, weight_exponent, novelty_exponent, size_exponent,
-    WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program: CHUNK tokens of a sample, (a / mean a)^p n^q s^r in float64 as the reference; 0 for what is not a number."""
-    after_previous()
-    i_b = tl.program_id(0) // chunks
-    first = tl.program_id(0) % chunks * CHUNK
-    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
-    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
-    if first >= length:
-        return
+@triton.jit
+def mean_weight(weight, free, bos, length, BLOCK: tl.constexpr):
+    """The mean of the weights of a sample's free tokens, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     number = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, length, BLOCK):
@@ -337,23 +329,56 @@ def _worth_kernel(
         may_go = tl.load(free + bos + o_j, mask=o_j < length, other=0) != 0
         total += tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64)
         number += may_go.to(tl.int32)
-    mean = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1).to(tl.float64)
+    return tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1).to(tl.float64)
 
-    o_j = first + tl.arange(0, CHUNK)
-    m_j = o_j < length
-    found, cosine, _ = _unpacked(tl.load(best + bos + o_j, mask=m_j, other=0))
-    cosine *= tl.load(scale + bos + o_j, mask=m_j, other=0.0)
+
+@triton.jit
+def worth(
+    best, scale, weight, sizes, free, rows, m_j, mean, weight_exponent, novelty_exponent, size_exponent,
+    WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Of tokens: (a / mean a)^p n^q s^r in float64 as the reference, 0 for what is not a number; and the novelty n."""
+    found, cosine, _ = unpacked(tl.load(best + rows, mask=m_j, other=0))
+    cosine *= tl.load(scale + rows, mask=m_j, other=0.0)
     novelty = tl.where(found, 1.0 - tl.minimum(tl.maximum(cosine, -1.0), 1.0), 2.0)
-    tl.store(new + bos + o_j, novelty, mask=m_j)
-    may_go = tl.load(free + bos + o_j, mask=m_j, other=0) != 0
-    share = tl.load(weight + bos + o_j, mask=may_go, other=0.0).to(tl.float64) / mean
+    may_go = tl.load(free + rows, mask=m_j, other=0) != 0
+    share = tl.load(weight + rows, mask=may_go, other=0.0).to(tl.float64) / mean
     score = _power(share, weight_exponent, WEIGHT)
     score *= _power(novelty.to(tl.float64), novelty_exponent, NOVELTY)
     if sizes is not None:
-        size = tl.load(sizes + bos + o_j, mask=m_j, other=1.0).to(tl.float64)
+        size = tl.load(sizes + rows, mask=m_j, other=1.0).to(tl.float64)
         score *= _power(size, size_exponent, SIZE)
     score = tl.where(may_go & (score == score), tl.minimum(score, 3.4028234663852886e38), 0.0)
-    tl.store(scores + bos + o_j, score.to(tl.float32), mask=m_j)
+    return score.to(tl.float32), novelty
+
+
+@triton.jit(do_not_specialize=["chunks", "weight_exponent", "novelty_exponent", "size_exponent"])
+def _worth_kernel(
+    best, scale, new, weight, sizes, free, scores, cu_seqlens, chunks, weight_exponent, novelty_exponent, size_exponent,
+    WEIGHT: tl.constexpr, NOVELTY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of CHUNK tokens of a sample, and their novelty."""
+    after_previous()
+    i_b = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * CHUNK
+    bos = tl.load(cu_seqlens + i_b).to(tl.int64)
+    length = (tl.load(cu_seqlens + i_b + 1) - bos).to(tl.int32)
+    if first >= length:
+        return
+    mean = mean_weight(weight, free, bos, length, BLOCK)
+    o_j = first + tl.arange(0, CHUNK)
+    m_j = o_j < length
+    score, novelty = worth(
+        best, scale, weight, sizes, free, bos + o_j, m_j, mean, weight_exponent, novelty_exponent, size_exponent,
+        WEIGHT, NOVELTY, SIZE,
+    )  # fmt: skip
+    tl.store(new + bos + o_j, novelty, mask=m_j)
+    tl.store(scores + bos + o_j, score, mask=m_j)
+
+
+def as_flags(mask: Tensor) -> Tensor:
+    """A mask as numbers, 0 for False; int32 is one already."""
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
 def _blocks(keys: Tensor, mutual: bool, max_seqlen: int) -> tuple[int, int, int, int, int]:
@@ -403,20 +428,13 @@ def _search(
     """
     (capacity, width), device = keys.shape, keys.device
     batch = cu_seqlens.shape[0] - 1
-    block_m, block_n, block_k, warps, stages = _blocks(keys, seen.value >= OTHERS.value, max_seqlen)
-    tiles = _tiles(max_seqlen, seen, block_m, block_n)
-    sizes = (batch, keys.stride(0), width)
+    compare = _compare_all(keys, cu_seqlens, max_seqlen, seen, first_free, places)
     lists = batch if seen is KEPT else 0
     rows = BLOCK if scaled else NORM_ROWS
     scaling = Launch(
         _scale_kernel, lists + cdiv(capacity, rows), ROWS=rows, COLUMNS=NORM_COLUMNS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    searching = Launch(
-        _nearest_kernel, batch * tiles,
-        SEEN=seen, PLACES=places, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        WHOLE=width % block_k == 0, PRECISION=dot_precision(keys.dtype),
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    sizes = (batch, keys.stride(0), width)
 
     def run(keys, cu_seqlens, *, scale=None, kept=None, rank=None, order=None, free=None):
         best = torch.empty(capacity, dtype=torch.int64, device=device)
@@ -424,19 +442,35 @@ def _search(
         if not scaled:
             scale = torch.empty(capacity, dtype=torch.float32, device=device)
         rank = rank if order is None else torch.empty_like(scale)
-        listed = dropped = None
+        listed = counts = None
         if kept is not None:
-            listed, dropped = (torch.empty(size, dtype=torch.int32, device=device) for size in (capacity, batch))
+            listed, counts = (torch.empty(size, dtype=torch.int32, device=device) for size in (capacity, 2 * batch))
         if capacity and batch:
             new_rank = rank if order is not None else None
-            scaling(unscaled, scale, best, order, free, new_rank, kept, listed, dropped, cu_seqlens, *sizes)
-            if tiles:
-                searching(
-                    keys, scale, rank, listed, dropped, best, cu_seqlens, keys.stride(0), tiles, first_free, width
-                )  # fmt: skip
+            scaling(unscaled, scale, best, order, free, new_rank, kept, listed, counts, cu_seqlens, *sizes)
+            compare(keys, scale, rank, listed, counts, best, cu_seqlens)
         return best, scale
 
     return run
+
+
+def _compare_all(
+    keys: Tensor, cu_seqlens: Tensor, max_seqlen: int, seen: tl.constexpr, first_free: int = 0, places: bool = True
+) -> Callable:
+    """The launch that compares all who may see each other, from keys, scale, rank, listed, counts, best and cu_seqlens."""
+    width, batch = keys.shape[1], cu_seqlens.shape[0] - 1
+    block_m, block_n, block_k, warps, stages = _blocks(keys, seen.value >= OTHERS.value, max_seqlen)
+    tiles = _tiles(max_seqlen, seen, block_m, block_n)
+    if not tiles:
+        return lambda *_: None
+    sizes = (keys.stride(0), tiles, first_free, width)
+    launch = Launch(
+        _nearest_kernel, batch * tiles,
+        SEEN=seen, PLACES=places, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        WHOLE=width % block_k == 0, PRECISION=dot_precision(keys.dtype),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return lambda *tensors: launch(*tensors, *sizes)
 
 
 def _find(
@@ -523,6 +557,31 @@ def merge_scores(
             weight = order if weight is None else weight
             rate(best, scale, new, weight, sizes, free, scores, cu_seqlens, chunks, *exponents)
         return scores, new, scale
+
+    return run
+
+
+@prepared
+def find_redundant(keys: Tensor, order: Tensor, free: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Callable:
+    """In :func:`madtp_kernels.merge_redundant`, what scores are made of: each token's best candidate of higher order, packed
+    int64 ``[C]``, and 1 / |k|. ``free`` may be int32."""
+    search = _search(keys, cu_seqlens, max_seqlen, HIGHER, places=False)
+
+    def run(keys, order, free, cu_seqlens, max_seqlen):
+        return search(keys, cu_seqlens, order=order, free=as_flags(free))
+
+    return run
+
+
+@prepared
+def find_kept(
+    keys: Tensor, scale: Tensor, best: Tensor, listed: Tensor, counts: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Callable:
+    """There, too: have the tokens that are listed last considered for the ``best`` of those that are listed first."""
+    compare = _compare_all(keys, cu_seqlens, max_seqlen, KEPT)
+
+    def run(keys, scale, best, listed, counts, cu_seqlens, max_seqlen):
+        compare(keys, scale, None, listed, counts, best, cu_seqlens)
 
     return run
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from madtp_kernels import RaggedBatch, merge_redundant, repeats
 from madtp_kernels.attention import reference as attention_reference
 from madtp_kernels.attention import triton as attention_triton
 from madtp_kernels.compaction import reference as compaction_reference
@@ -21,6 +22,7 @@ from madtp_kernels.importance import triton as importance_triton
 from madtp_kernels.linear import reference as linear_reference
 from madtp_kernels.linear import tiles as linear_tiles
 from madtp_kernels.linear import triton as linear_triton
+from madtp_kernels.merge_redundant import _on_gpu as merge_on_gpu
 from madtp_kernels.merging import triton as merging_triton
 from madtp_kernels.scoring import reference as scoring_reference
 from madtp_kernels.scoring import triton as scoring_triton
@@ -688,6 +690,84 @@ def test_nothing_beyond_the_last_token_goes_or_stands_for_one(lengths, monkeypat
         assert ((rows[:tokens] == -1) == (goes[:tokens] & (append == ""))).all() and (rows[:tokens] < left).all()
         appended = sum(length > 0 for length in lengths) if append else 0
         assert (source[:left] < 0).sum() == appended
+
+
+def merged_together(x, keys, order, weight, sizes, free, counts, choice, exponents, norm, carry):
+    """What `merge_redundant` does on a GPU from the second call on."""
+    steps = (
+        similarity_triton.find_redundant, merging_triton.choose_redundant, similarity_triton.find_kept,
+        merging_triton.merge_redundant,
+    )  # fmt: skip
+    tensors = (x.values, keys, order, weight, sizes, free, counts, x.cu_seqlens, *norm[:2])
+    options = x.max_seqlen, exponents, choice, norm[2], True, False
+    return merge_on_gpu(*(repeats.Prepared(step.prepare) for step in steps), tensors, carry, *options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "choice",
+    [{"threshold": 0.9}, {"threshold": 1.5, "share": 0.4, "uncounted": 1}, {"count": [3, 0, 1, 0, 2, 60]}, {"count": 2},
+     {"portion": 0.3, "uncounted": 1}, {"portion": 0.5}, {"portion": 1.0}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("sized", [False, True])
+def test_merging_what_is_redundant_gives_the_bits_of_its_steps(sized, choice, dtype, monkeypatch):
+    """Also where a sample is longer than what a program looks at in one step, and where many tokens go into one."""
+    lengths = [9, 0, 1, 5, 17, 70]
+    tokens, capacity, cu = sum(lengths), sum(lengths) + 20, offsets(lengths)
+    values = torch.randn(capacity, 40, device=DEVICE).to(dtype)
+    keys = torch.randint(-2, 3, (capacity, 2, 16), device=DEVICE).to(dtype)  # many like ones
+    order = torch.randint(1, 5, (capacity,), device=DEVICE).float()
+    weight, sizes = (torch.rand(capacity, device=DEVICE) + 0.5, order.flip(0).clone()) if sized else (None, None)
+    ids = torch.cat([torch.arange(length) for length in (*lengths, capacity - tokens)]).int().to(DEVICE)
+    carry = (ids, torch.randn(capacity, 3, 2, device=DEVICE))
+    norm = torch.randn(40, device=DEVICE).to(dtype), torch.randn(40, device=DEVICE).to(dtype), 1e-6
+    x, exponents = RaggedBatch(values, cu, 70), (0.25, 1.0, 0.3)
+    count, portion = choice.get("count"), choice.get("portion")
+    counts = torch.tensor(count, dtype=torch.int32, device=DEVICE) if isinstance(count, list) else None
+    limits = {"threshold": None, "share": 1.0, "uncounted": 0} | choice
+    options = {"weight": weight, "sizes": sizes, "carry": carry, "exact": False, "backend": "triton"} | choice
+    if counts is not None:
+        options["count"] = counts
+    (merged, scores, normed, logs) = merge_redundant(
+        x, keys, order, free=ids, norm=norm, with_log_sizes=True, **options
+    )
+    left = int(merged.tokens.cu_seqlens[-1])
+    assert left < tokens
+    arguments = (
+        x, keys, order, weight, sizes, ids, counts,
+        (limits["threshold"], limits["share"], portion, count if counts is None else None, limits["uncounted"]),
+        exponents, norm, carry,
+    )  # fmt: skip
+    for steps in ({}, {"AT_ONCE": 16, "BLOCK": 16, "MEMBERS": 8, "CHUNK": 16}):
+        for name, size in steps.items():
+            monkeypatch.setattr(merging_triton, name, size)
+        got, found, normed_too, logs_too = merged_together(*arguments)
+        assert torch.equal(found[:tokens], scores[:tokens])
+        assert torch.equal(got.tokens.cu_seqlens, merged.tokens.cu_seqlens) and torch.equal(got.rows, merged.rows)
+        assert (got.source[left:] == -1).all()
+        pairs = [
+            (got.tokens.values, merged.tokens.values), (got.sizes, merged.sizes), (got.source, merged.source),
+            *zip(got.carried, merged.carried, strict=True), (normed_too, normed), (logs_too, logs),
+        ]  # fmt: skip
+        assert all(torch.equal(a[:left], b[:left]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("uncounted", [0, 1])
+def test_a_portion_is_rounded_as_pytorch_rounds(uncounted):
+    """Also where the product in float32 is a half, and the exact one is not."""
+    lengths = [*range(12), 577, 99]
+    cu = offsets(lengths)
+    for portion in (0.0, 0.1, 0.12, 0.25, 0.3, 0.5, 1.0, 1.5 / 11, 2.5 / 7, 3.5 / 9, 0.5 / 3):
+        want = ((cu.diff() - uncounted).clamp(min=0) * portion).round().int()
+        zeros = torch.zeros(sum(lengths), device=DEVICE)
+        best = torch.full(zeros.shape, -(2**63), dtype=torch.int64, device=DEVICE)
+        free = torch.ones(zeros.shape, dtype=torch.bool, device=DEVICE)
+        choice = (None, 1.0, portion, None, uncounted)
+        _, (_, _, counts, *_) = merging_triton.choose_redundant(
+            best, zeros, zeros + 1, None, free, None, cu, 577, (0.25, 1.0, 0.3), *choice
+        )
+        assert torch.equal(counts[::2], want), portion
 
 
 # ---- every operation ------------------------------------------------------------------------------------------------

@@ -79,13 +79,14 @@ class Tokens(RaggedBatch):
         sizes: Tensor | None,
         *,
         proportional: bool = False,
+        key_bias: Tensor | None = None,
         normed: tuple[LayerNorm, Tensor] | None = None,
     ) -> Tokens:
         """What a rule left of these tokens: rows ``batch [C', D]`` with their ids and sizes ``[C']``.
 
-        ``proportional``: their sizes are to count in attention.
+        ``proportional``: their sizes are to count in attention. ``key_bias``: the same, if it is known already.
         """
-        bias = None
+        bias = key_bias
         if proportional and sizes is not None:
             bias = sizes.to(torch.promote_types(batch.dtype, torch.float32)).log()  # the dtype of the logits
         tokens = object.__new__(type(self))

@@ -107,7 +107,8 @@ class RankedNovelty(MergingPruning):
         return 1 / (1 + tokens.ids.clamp(min=0).to(_wide(tokens)))
 
     def _compared(self, tokens, block_input, attention, dictionary):
-        """The keys by which tokens are compared, the order, and the other arguments of :func:`madtp_kernels.merge_scores`."""
+        """The keys by which tokens are compared, the order, and the other arguments of :func:`madtp_kernels.merge_scores` but
+        ``free``."""
         keys = attention.keys
         if self.keys == "averaged":
             keys = keys.mean(1)
@@ -118,7 +119,7 @@ class RankedNovelty(MergingPruning):
         if self.weight not in (None, self.order):
             weight = self._importance(self.weight, tokens, block_input, attention, dictionary)
         return keys, order, {
-            "weight": weight, "sizes": tokens.sizes, "free": tokens.free, "weight_exponent": self.attention_exponent,
+            "weight": weight, "sizes": tokens.sizes, "weight_exponent": self.attention_exponent,
             "novelty_exponent": self.novelty_exponent, "size_exponent": self.size_exponent, "backend": self.backend,
         }  # fmt: skip
 
@@ -127,7 +128,8 @@ class RankedNovelty(MergingPruning):
         if not self.active:
             return False
         kind, limit = self.limit_of(layer)
-        steps = (type(self).score, type(self).choose, type(self).lowest, type(self).into, type(self).merge)
+        own = type(self)
+        steps = (own.score, own.choose, own.chosen, own.prunable, own.lowest, own.into, own.merge)
         return limit > 0 and not (self.second_look and kind == "thresholds") and steps == _STEPS
 
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
@@ -136,19 +138,28 @@ class RankedNovelty(MergingPruning):
                 tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
             )
         keys, order, options = self._compared(tokens, block_input, attention, dictionary)
-        merged, scores = merge_redundant(
-            tokens, keys, order, **options, **self.chosen(tokens, layer), share=self.share,
-            uncounted=number_protected(tokens), carry=(tokens.ids,),
+        kind, limit = self.limit_of(layer)
+        limit = {_ARGUMENTS[kind]: round(limit) if kind == "counts" else limit}
+        # On a GPU position ids serve as a mask: only the first token of a sample has number 0.
+        first_only = tokens.values.is_cuda and tokens.prefix == 1 and tokens.protected_ids is None
+        norm = norm if _follows(norm, tokens) else None
+        merged, scores, normed, log_sizes = merge_redundant(
+            tokens, keys, order, free=tokens.ids if first_only else tokens.free, **options, **limit,
+            share=self.share, uncounted=number_protected(tokens), carry=(tokens.ids,),
+            norm=None if norm is None else norm.affine, with_log_sizes=self.proportional_attention,
         )  # fmt: skip
         left = tokens.survivors(
-            merged.tokens, merged.carried[0], merged.sizes, proportional=self.proportional_attention
-        )
+            merged.tokens, merged.carried[0], merged.sizes, key_bias=log_sizes,
+            normed=None if norm is None else (norm, normed),
+        )  # fmt: skip
         return left, LayerTrace(tokens.cu_seqlens, left.cu_seqlens, left.ids, scores, rows=merged.rows)
 
     def score(self, tokens, block_input, attention, dictionary, layer):
         keys, order, options = self._compared(tokens, block_input, attention, dictionary)
-        free = options["free"]
-        score, new, inverse_norms = merge_scores(keys, order, tokens.cu_seqlens, tokens.max_seqlen, **options)
+        free = tokens.free
+        score, new, inverse_norms = merge_scores(
+            keys, order, tokens.cu_seqlens, tokens.max_seqlen, free=free, **options
+        )
         found = {"keys": keys, "inverse_norms": inverse_norms, "new": new, "total": score, "free": free}
         return score, free, found
 
@@ -178,10 +189,21 @@ class RankedNovelty(MergingPruning):
         return nearest
 
 
+_ARGUMENTS = {"thresholds": "threshold", "shares": "portion", "counts": "count"}
+"""What :func:`madtp_kernels.merge_redundant` calls the limits."""
 _STEPS = (
-    RankedNovelty.score, RankedNovelty.choose, RankedNovelty.lowest, RankedNovelty.into, RankedNovelty.merge,
+    RankedNovelty.score, RankedNovelty.choose, RankedNovelty.chosen, RankedNovelty.prunable, RankedNovelty.lowest,
+    RankedNovelty.into, RankedNovelty.merge,
 )  # fmt: skip
 """What a subclass may have replaced."""
+
+
+def _follows(norm, tokens):
+    """Whether a LayerNorm is to be applied in the kernel that merges: at inference on a GPU, if nobody watches it."""
+    if norm is None or not tokens.values.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    plain = getattr(norm, "is_plain", False) and norm.affine[0] is not None
+    return plain and not torch.is_autocast_enabled("cuda")
 
 
 def _wide(tokens):
