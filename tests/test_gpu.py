@@ -29,6 +29,7 @@ from madtp_kernels import (
     merge_tokens,
     nearest_kept,
     prune,
+    repeats,
     top_tokens,
     unmerge,
 )
@@ -210,6 +211,92 @@ def test_merging_what_is_redundant_gives_the_bits_of_its_steps(dtype, generator,
                 (got.carried[0], want.carried[0]),
             ]
             assert all(torch.equal(a[:number], b[:number]) for a, b in pairs)
+
+
+def redundant_call(generator, lengths, capacity, dtype):
+    """Arguments of `merge_redundant` with all that its last launch can do besides."""
+    case = merging_case(generator, lengths, capacity, dtype)
+    width = case["x"].values.shape[1]
+    return dict(
+        x=case["x"],
+        keys=case["keys"],
+        order=case["scores"].abs(),
+        free=torch.cat([torch.arange(length) for length in (*lengths, capacity - sum(lengths))]).int().cuda(),
+        sizes=case["sizes"],
+        carry=(case["ids"],),
+        norm=(normal(generator, width, dtype=dtype), normal(generator, width, dtype=dtype), 1e-6),
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize("limit", [{"portion": 0.3, "uncounted": 1}, {"count": 5}, {"threshold": 0.7}], ids=str)
+def test_merging_normalises_and_takes_logarithms_in_the_same_pass(limit, dtype, generator, as_in_use):
+    for lengths in ([70, 0, 33, 1, 128], [3, 150, 0, 90, 20]):
+        case = redundant_call(generator, lengths, 300, dtype)
+        repeats.forget()
+        first, *others = (merge_redundant(**case, **limit, with_log_sizes=True) for _ in range(3))
+        left = int(first.merged.tokens.cu_seqlens[-1])
+        assert 0 < left < sum(lengths)
+        for found in others:  # in five launches
+            merged = found.merged
+            assert torch.equal(found.scores[: sum(lengths)], first.scores[: sum(lengths)])
+            assert torch.equal(merged.rows, first.merged.rows)
+            assert torch.equal(merged.tokens.cu_seqlens, first.merged.tokens.cu_seqlens)
+            assert (merged.source[left:] == -1).all()
+            pairs = [
+                (merged.tokens.values, first.merged.tokens.values), (merged.sizes, first.merged.sizes),
+                (merged.source, first.merged.source), (found.normed, first.normed),
+            ]  # fmt: skip
+            assert all(torch.equal(a[:left], b[:left]) for a, b in pairs)
+            torch.testing.assert_close(found.log_sizes[:left], merged.sizes[:left].log(), rtol=2e-7, atol=0)
+
+
+@each_dtype
+def test_what_merges_the_redundant_has_the_same_bits_alone_and_in_a_batch(dtype, generator, as_in_use):
+    lengths = [70, 0, 33, 1, 128]
+    case = redundant_call(generator, lengths, sum(lengths), dtype)
+    merge_redundant(**case, portion=0.3, with_log_sizes=True)
+    whole = merge_redundant(**case, portion=0.3, with_log_sizes=True)
+    begin = 0
+    for b, length in enumerate(lengths):
+        if not length:
+            continue
+        rows = slice(begin, begin + length)
+        part = {name: case[name][rows].clone() for name in ("keys", "order", "free", "sizes")}
+        part |= {"x": RaggedBatch(case["x"].values[rows].clone(), offsets([length]), length), "norm": case["norm"]}
+        merge_redundant(**part, portion=0.3, with_log_sizes=True)
+        alone = merge_redundant(**part, portion=0.3, with_log_sizes=True)
+        first, last = whole.merged.tokens.cu_seqlens[b : b + 2].tolist()
+        for mine, other in [
+            (alone.merged.tokens.values, whole.merged.tokens.values), (alone.merged.sizes, whole.merged.sizes),
+            (alone.normed, whole.normed), (alone.log_sizes, whole.log_sizes),
+        ]:  # fmt: skip
+            assert torch.equal(mine[: last - first], other[first:last])
+        assert torch.equal(alone.scores[:length], whole.scores[rows])
+        begin += length
+
+
+@each_dtype
+def test_merging_the_redundant_waits_for_nothing_and_follows_new_data_in_a_graph(dtype, generator, as_in_use):
+    case = redundant_call(generator, [70, 0, 33, 1, 128], 400, dtype)
+
+    def call(case=case):
+        return merge_redundant(**case, portion=0.3, uncounted=1, with_log_sizes=True)
+
+    call(), call()
+    with no_synchronisation():
+        call()
+    replay = captured(call)
+    for lengths in ([3, 150, 0, 90, 20], [0, 0, 1, 0, 0], [80, 80, 80, 80, 80]):
+        fresh = redundant_call(generator, lengths, 400, dtype) | {"norm": case["norm"]}
+        want = call(fresh)
+        left = int(want.merged.tokens.cu_seqlens[-1])
+        for (_, target), (_, source) in zip(tensors_of(case), tensors_of(fresh), strict=True):
+            target.copy_(source)
+        got = replay()
+        assert torch.equal(got.merged.rows[: sum(lengths)], want.merged.rows[: sum(lengths)]), lengths
+        for mine, other in [(got.merged.tokens.values, want.merged.tokens.values), (got.normed, want.normed)]:
+            assert torch.equal(mine[:left], other[:left]), lengths
 
 
 @each_dtype

@@ -33,7 +33,6 @@ from ..triton_utils import (
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # tokens per step where rows are not read
-AT_ONCE = 2048  # tokens of a sample that a program chooses from without reading them at each step
 TOGETHER = 640  # programs that merge which a device runs at once, five on a multiprocessor
 MEMBERS = 128  # tokens that go into others, per step
 CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
@@ -479,12 +478,12 @@ def choose_redundant(
 ) -> Callable:
     """In :func:`madtp_kernels.merge_redundant`: scores, and what :func:`_place_kernel` says of those that go."""
     batch, capacity = cu_seqlens.shape[0] - 1, best.shape[0]
-    at_once = block(max_seqlen)
+    at_once = min(block(max_seqlen), BLOCK)
     kinds = [int(exponent) if exponent in (0, 1) else -1 for exponent in exponents]
     choose = Launch(
         _choose_kernel, batch,
         WEIGHT=kinds[0], NOVELTY=kinds[1], SIZE=kinds[2], HAS_THRESHOLD=threshold is not None, HAS_PORTION=portion is not None,
-        WHOLE=at_once <= AT_ONCE, BLOCK=min(at_once, AT_ONCE), CHUNK=CHUNK, MEAN_BLOCK=MEAN_BLOCK, num_warps=4,
+        WHOLE=max_seqlen <= at_once, BLOCK=at_once, CHUNK=CHUNK, MEAN_BLOCK=MEAN_BLOCK, num_warps=4,
     )  # fmt: skip
     numbers = (
         *exponents, threshold or 0.0, share, portion or 0.0, ANY_NUMBER if number is None else min(number, ANY_NUMBER), uncounted,

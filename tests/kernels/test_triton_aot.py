@@ -477,7 +477,7 @@ def repeated_calls():
         history.append(str(error))
     before, options = history.copy(), {"free": torch.ones(9, dtype=torch.bool), "carry": (ids,), "exact": False}
     history.clear()
-    for threshold in (0.5, 0.5, 0.5, 0.7, None):
+    for threshold in (0.5, 0.5, 0.5, 0.5, 0.7, None):
         call(merge_redundant, tokens, x.unflatten(1, (2, 32)), scores, threshold=threshold, **options)
     return before, history
 
@@ -585,9 +585,9 @@ def test_repeated_calls_run_the_kernels_of_the_last_time_and_no_others(answers):
     assert message.startswith("received: expected [T]")
     # What follows the scores is one operation after the other at first, which are nine launches. When the call is first repeated,
     # it is five, of which the choice and the merging are other kernels.
-    launched, looked, again, other_threshold, without = redundant
+    launched, looked, again, last, other_threshold, without = redundant
     assert launched[0] > 0 and launched[0] + launched[1] == 9
-    assert looked == [2, 3, 5, True] and again == [0, 5, 0, True]
+    assert looked == [2, 3, 5, True] and again == [0, 5, 2, True] and last == [0, 5, 0, True]
     assert other_threshold[:2] == [0, 9] and without[0] == 1  # the choice without a threshold is another kernel
 
 

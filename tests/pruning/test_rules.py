@@ -14,7 +14,7 @@ from pretended_gpu import PretendedGPU
 
 from madtp import flops
 from madtp.config import VisionConfig
-from madtp.layers import self_attention
+from madtp.layers import LayerNorm, self_attention
 from madtp.pruning import (
     ATM,
     METHODS,
@@ -711,6 +711,42 @@ def test_one_call_and_its_steps_are_the_same_rule(settings, backend, generator):
         assert torch.equal(record.importance, steps.importance) and torch.equal(record.rows, steps.rows)
 
 
+def test_the_layer_norm_that_follows_is_applied_where_tokens_merge(generator):
+    """On a GPU at inference, unless somebody watches the module; and the steps one by one leave it to the module."""
+    norm = LayerNorm(WIDTH, eps=1e-6)
+    with PretendedGPU(), torch.no_grad():
+        operands = case(generator, torch.float32)
+
+        def left(rule):
+            tokens, entering, qkv, dictionary = operands
+            attention = self_attention(qkv.flatten(1), entering, HEADS, rule)
+            return rule(
+                tokens, block_input=entering, attention=attention, dictionary=dictionary, layer=0, norm=norm
+            )[0]  # fmt: skip
+
+        together, apart = (left(rule(shares=(0.4,))) for rule in (RankedNovelty, StepByStep))
+        number = together.num_tokens
+        assert torch.equal(together.cu_seqlens, apart.cu_seqlens)
+        for name in ("values", "ids", "sizes", "key_bias"):
+            assert torch.equal(getattr(together, name)[:number], getattr(apart, name)[:number]), name
+        assert together.normed[0] is norm and norm(together) is together.normed[1] and apart.normed is None
+        torch.testing.assert_close(norm(together)[:number], norm(apart)[:number])
+        handle = norm.register_forward_hook(lambda *_: None)
+        assert left(RankedNovelty(shares=(0.4,))).normed is None
+        handle.remove()
+        with torch.enable_grad():
+            assert left(RankedNovelty(shares=(0.4,))).normed is None
+    assert run(RankedNovelty(shares=(0.4,)), *operands)[0].normed is None
+
+
+class CountsOne(RankedNovelty):
+    def chosen(self, tokens, layer):
+        return {"count": torch.ones_like(self.prunable(tokens))}
+
+
 def test_a_replaced_step_is_heard(generator):
     operands = case(generator, torch.float32)
     assert len(run(KeepsAll(shares=(0.4,)), *operands)[0].values) == len(operands[0].values)
+    one, _ = run(CountsOne(shares=(0.4,)), *operands)
+    before = operands[0].lengths
+    assert torch.equal(one.lengths, before - (before > 2).int())  # two thirds at most
