@@ -33,7 +33,6 @@ from ..triton_utils import (
 
 POSITION_BITS = tl.constexpr(30)
 BLOCK = 1024  # tokens per step where rows are not read
-TOGETHER = 640  # programs that merge which a device runs at once, five on a multiprocessor
 MEMBERS = 128  # tokens that go into others, per step
 CARRY_BLOCK = tl.constexpr(256)  # elements of a carried row per step
 NOBODY = tl.constexpr(2147483647)  # behind the last token of any sample
@@ -526,7 +525,6 @@ def _merging(
         _merge_kernel, programs,
         CARRY_WIDTHS=widths, CARRY_BLOCKS=tuple(min(256, block(width, 1)) for width in widths),
         BLOCK_D=block_d, ROWS=rows, MEMBERS=MEMBERS, SUM=append == "sum", APPEND=append != "", num_warps=4,
-        short=programs <= TOGETHER,
     )  # fmt: skip
     numbers = (x.stride(0), slots, eps, width)
     return lambda *tensors: launch(*tensors, *numbers)

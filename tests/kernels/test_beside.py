@@ -107,10 +107,35 @@ def test_rows_are_waited_for_between_the_choice_and_merging():
 
         return run
 
-    tensors = (torch.randn(5, 4), keys, None, None, None, flags, None, torch.tensor([0, 5], dtype=torch.int32))
-    stages = step("scores", (None, None, None)), step("choice", flags), step("nearest", flags), step("rows", None)
+    tensors = (
+        torch.randn(5, 4),
+        keys,
+        keys[:, 0],
+        None,
+        None,
+        flags,
+        None,
+        torch.tensor([0, 5], dtype=torch.int32),
+        None,
+        None,
+    )
+    stages = (
+        step("pairs", (None, None)),
+        step("choice", (None, (None,) * 6)),
+        step("nearest", flags),
+        step("rows", None),
+    )
     with pytest.raises(StopIteration):
         merge_redundant.__globals__["_on_gpu"](
-            *stages, tensors, 5, (None, 1.0, 0), (1.0,), False, (), lambda: steps.append("wait")
+            *stages,
+            tensors,
+            (),
+            lambda: steps.append("wait"),
+            5,
+            (0.25, 1.0, 0.3),
+            (None, 1.0, None, None, 0),
+            0.0,
+            False,
+            False,
         )
-    assert steps == ["scores", "choice", "nearest", "wait", "rows"]
+    assert steps == ["pairs", "choice", "nearest", "wait", "rows"]

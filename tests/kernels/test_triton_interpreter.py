@@ -700,7 +700,7 @@ def merged_together(x, keys, order, weight, sizes, free, counts, choice, exponen
     )  # fmt: skip
     tensors = (x.values, keys, order, weight, sizes, free, counts, x.cu_seqlens, *norm[:2])
     options = x.max_seqlen, exponents, choice, norm[2], True, False
-    return merge_on_gpu(*(repeats.Prepared(step.prepare) for step in steps), tensors, carry, *options)
+    return merge_on_gpu(*(repeats.Prepared(step.prepare) for step in steps), tensors, carry, None, *options)
 
 
 @pytest.mark.parametrize("sized, dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["ones", "sizes"])

@@ -719,7 +719,7 @@ def test_the_layer_norm_that_follows_is_applied_where_tokens_merge(generator):
 
         def left(rule):
             tokens, entering, qkv, dictionary = operands
-            attention = self_attention(qkv.flatten(1), entering, HEADS, rule)
+            _, attention = self_attention(qkv.flatten(1), entering, HEADS, rule, entering.with_values)
             return rule(
                 tokens, block_input=entering, attention=attention, dictionary=dictionary, layer=0, norm=norm
             )[0]  # fmt: skip

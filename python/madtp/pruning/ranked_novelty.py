@@ -141,8 +141,8 @@ class RankedNovelty(MergingPruning):
         kind, limit = self.limit_of(layer)
         limit = {_ARGUMENTS[kind]: round(limit) if kind == "counts" else limit}
         # On a GPU position ids serve as a mask: only the first token of a sample has number 0.
-        first_only = tokens.values.is_cuda and tokens.prefix == 1 and tokens.protected_ids is None
-        norm = norm if _follows(norm, tokens) else None
+        first_only = keys.is_cuda and tokens.prefix == 1 and tokens.protected_ids is None
+        norm = norm if keys.is_cuda and _follows(norm) else None
         merged, scores, normed, log_sizes = merge_redundant(
             tokens, keys, order, free=tokens.ids if first_only else tokens.free, **options, **limit,
             share=self.share, uncounted=number_protected(tokens), carry=(tokens.ids,),
@@ -198,9 +198,9 @@ _STEPS = (
 """What a subclass may have replaced."""
 
 
-def _follows(norm, tokens):
-    """Whether a LayerNorm is to be applied in the kernel that merges: at inference on a GPU, if nobody watches it."""
-    if norm is None or not tokens.values.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def _follows(norm):
+    """Whether a LayerNorm is to be applied in the GPU's kernel that merges: at inference, if nobody watches it."""
+    if norm is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     plain = getattr(norm, "is_plain", False) and norm.affine[0] is not None
     return plain and not torch.is_autocast_enabled("cuda")
