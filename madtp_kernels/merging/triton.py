@@ -428,7 +428,11 @@ def _merge_kernel(
             element = tl.load(carry[i] + token[:, None] * CARRY_WIDTHS[i] + o_c[None, :], mask=m_c, other=0)
             tl.store(carried[i] + row[:, None] * CARRY_WIDTHS[i] + o_c[None, :], element, mask=m_c)
     if norm_weight is not None:
-        store_normed(normed, row, result, mask, o_d, norm_weight, norm_bias, eps, WIDTH, BLOCK_D)
+        scale = tl.load(norm_weight + o_d, mask=o_d < WIDTH, other=0.0)
+        shift = scale
+        if norm_bias is not None:
+            shift = tl.load(norm_bias + o_d, mask=o_d < WIDTH, other=0.0)
+        store_normed(normed, row, result, mask, o_d, scale, shift, eps, WIDTH, norm_bias is not None)
 
 
 @prepared
