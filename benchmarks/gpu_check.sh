@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds, measures and tests on a machine with one GPU and no network, what is worth most first.
 #
-#   benchmarks/gpu_check.sh first           build tile-tests operations model encoders ranked memcheck racecheck gpu-tests
-#                                           same-sample pairs counters: about 8 minutes on an H200
+#   benchmarks/gpu_check.sh first           build tile-tests operations model encoders ranked variants memcheck racecheck
+#                                           gpu-tests same-sample pairs counters: about 8 minutes on an H200
 #   benchmarks/gpu_check.sh second          build-tiles tune operations model gpu-tests memcheck racecheck conformance
 #                                           operation-tests: about 7 minutes
 #   benchmarks/gpu_check.sh last            build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck
@@ -27,7 +27,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 ENCODERS="encoders-siglip2-b16-512 encoders-clip-l14 encoders-clip-b32"
-FIRST="build tile-tests operations model ${ENCODERS% *} ranked memcheck racecheck gpu-tests same-sample pairs ${ENCODERS##* } counters"
+FIRST="build tile-tests operations model ${ENCODERS% *} ranked variants memcheck racecheck gpu-tests same-sample pairs ${ENCODERS##* } counters"
 SECOND="build-tiles tune operations model gpu-tests memcheck racecheck conformance operation-tests"
 LAST="build-short model operations-short same-bfloat16 gpu-tests memcheck racecheck conformance"
 TESTS="operation-tests model-tests"
@@ -170,6 +170,7 @@ for chosen in $stages; do
         operations-short) measure operations-short 40 ;;
         model) measure model 70 ;;                            # 34 s
         ranked) measure ranked 40 ;;                          # 25 s
+        variants) measure variants 60 ;;                      # 25 s expected
         pairs) measure pairs 15 ;;                            # 7 s
         tile-tests)                                           # the chosen tiles together; 40 s expected, a third of gpu-tests
             run_tests tile-tests 70 tests/test_gpu.py tests/kernels/test_triton_interpreter.py \

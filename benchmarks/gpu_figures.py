@@ -10,6 +10,8 @@ keeps every line before. Stages:
     operations   ceilings and the operations of 64 x 577 tokens in bfloat16; operations-short fewer of them
     model        the real-size BLIP-NLVR: as a CUDA graph, eager, its kernels
     ranked       the rule RankedNovelty: its operations, and the model as a graph and eager
+    variants     the models recorded as they are, on one stream only, and with other launches overlapping, in turn; and what each
+                 launch of one pair adds
     pairs        two linear layers in one launch, beside two launches
     same-sample  how many tokens change when a sample has other neighbours
     launches     one launch of each kernel of interest, for a profiler that starts when it is told to
@@ -35,6 +37,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import inputs
 import measure
@@ -45,9 +48,11 @@ import torch.nn.functional as F
 from blocks import dense_call, dictionary, pruned_call, ruled_call, vision_transformer
 from measure import DTYPES, ON_GPU, relative_error
 
+from madtp import layers
 from madtp.pruning import RankedNovelty
 from madtp_kernels import (
     backends,
+    beside,
     layer_norm,
     linear,
     linear_pair,
@@ -548,6 +553,81 @@ def _kernels_of(log: Log, count: int) -> None:
             )  # fmt: skip
 
 
+# ---- how launches overlap -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recording(one_stream: bool = False, short: int | None = None):
+    """Recordings made here have no second stream, or let launches of up to ``short`` programs overlap."""
+    with contextlib.ExitStack() as stack:
+        if one_stream:
+            for module in (beside, layers):
+                stack.enter_context(mock.patch.object(module, "recorded", lambda x: False))
+        if short is not None:
+            from madtp_kernels import triton_utils
+
+            stack.enter_context(mock.patch.object(triton_utils, "SHORT", short))
+        repeats.forget()  # what was prepared before launches as it was decided then
+        yield
+    repeats.forget()
+
+
+VARIANTS = {
+    "as it is": {}, "one stream": {"one_stream": True}, "nothing overlaps": {"short": 0}, "up to 64 overlap": {"short": 64},
+    "up to 132 overlap": {"short": 132}, "up to 528 overlap": {"short": 528},
+}  # fmt: skip
+
+
+def variants(log: Log) -> None:
+    """Whether a second stream and overlapping launches pay: models recorded in several ways, replayed in turn."""
+    rules = {**TEMPERATURES, **dict(list(RANKED.items())[-1:])}
+    for count in dict.fromkeys((PAIRS[-1], PAIRS[0])):
+        pairs = pairs_of(log, "bfloat16", count)
+        for name, rule in rules.items():
+            facts = {"pairs": count, "rule": name}
+            with log.guarding(f"{name}, variants", **facts):
+                _in_turn(log, functools.partial(nlvr.answer, "bfloat16", pairs, rule), facts)
+
+
+def _in_turn(log: Log, call: Callable[[], object], facts: dict) -> None:
+    replays = {}
+    for variant, options in VARIANTS.items():
+        with recording(**options):
+            call()
+            _wait()
+            if ON_GPU and not log.rehearsal:
+                replays[variant] = measure._captured(call)
+                replays[variant]()
+                _wait()
+    times: dict[str, list[float]] = {variant: [] for variant in replays}
+    for _ in range(30 if facts["pairs"] == 1 else 8):
+        for variant, replay in replays.items():
+            measure._flush()
+            start, end = _between_events(replay)
+            _wait()
+            times[variant].append(start.elapsed_time(end) * 1e3)
+    for variant, found in times.items():
+        log.write(variant, **facts, us=statistics.median(found), us_min=min(found))
+    if replays and facts["pairs"] == 1:
+        log.write("launches in order", **facts, launches=_in_order(replays["as it is"]))
+
+
+def _in_order(replay: Callable[[], object]) -> list[list]:
+    """Of each launch of a replay the kernel, and the microseconds from the end of all before it to its own end."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        replay()
+        _wait()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    order, last = [], events[0].time_range.start if events else 0
+    for event in events:
+        end = event.time_range.end
+        order.append([event.name[:40], round(max(0, end - last), 1)])
+        last = max(last, end)
+    return order
+
+
 # ---- the same sample ------------------------------------------------------------------------------------------------
 
 
@@ -723,6 +803,7 @@ PARTS: dict[str, Callable[[Log], None]] = {
     "pairs": paired,
     "agreement": agreement,
     "kernels": kernels,
+    "variants": variants,
     "same-bfloat16": functools.partial(same_sample, dtype="bfloat16"),
     "same-float32": functools.partial(same_sample, dtype="float32"),
     "launches": launches,

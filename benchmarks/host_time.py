@@ -87,7 +87,6 @@ def pretending(capability: int):
         (torch.cuda, "current_device", lambda: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (triton_utils, "_multiprocessors", lambda device: MULTIPROCESSORS),
-        (triton_utils, "_at_once", lambda compiled, device: 2 * MULTIPROCESSORS),
         (linear, "_copy_engine", lambda device: capability >= 90),
         (linear, "_architecture", lambda device: capability // 10),
         (attention, "capability", lambda device: divmod(capability, 10)),

@@ -82,9 +82,8 @@ _RUN = (
     if getattr(JITFunction.run, "__globals__", None) is vars(sys.modules[JITFunction.__module__])
     else None
 )
-# Compiled kernels by specialisation: what was compiled, the constants that are passed, the device, how it is run, and how many
-# programs of it the device runs at once.
-_compiled: dict[tuple, tuple[object, tuple, int, tuple[Callable, Callable], int]] = {}
+# Compiled kernels by specialisation: what was compiled, the constants that are passed, the device, and how it is run.
+_compiled: dict[tuple, tuple[object, tuple, int, tuple[Callable, Callable]]] = {}
 
 
 def _watched(kernel: JITFunction) -> bool:
@@ -114,19 +113,7 @@ def after_previous():
             gdc_launch_dependents()
 
 
-RESERVED = 1024  # bytes of shared memory that the system takes for each program
-
-
-def _at_once(compiled, device: int) -> int:
-    """How many programs of a compiled kernel the device runs at once, by its threads, registers and shared memory."""
-    properties, limits = torch.cuda.get_device_properties(device), driver.active.utils.get_device_properties(device)
-    threads = compiled.metadata.num_warps * limits["warpSize"]
-    held = min(
-        properties.max_threads_per_multi_processor // threads,
-        limits["max_num_regs"] // (max(8, cdiv(compiled.n_regs, 8) * 8) * threads),
-        (limits["max_shared_mem"] + RESERVED) // (compiled.metadata.shared + RESERVED),
-    )
-    return held * properties.multi_processor_count
+SHORT = 256  # programs that the smallest device of sm_90 runs at once, two on a multiprocessor
 
 
 def _runs(compiled) -> tuple[Callable, Callable]:
@@ -198,12 +185,10 @@ def launch(kernel: JITFunction, programs: int, *args, short: bool | None = None,
         compiled = kernel[(programs,)](*args, **constants)
         if key is not None and compiled is not None:
             rest = kernel.arg_names[len(args) :]
-            device = key[1]
-            constants_passed = tuple(constants[name] for name in rest)
-            _compiled[key] = compiled, constants_passed, device, _runs(compiled), _at_once(compiled, device)
+            _compiled[key] = compiled, tuple(constants[name] for name in rest), key[1], _runs(compiled)
         return None
-    compiled, rest, device, runs, at_once = found
-    run = runs[programs <= at_once if short is None else short]
+    compiled, rest, device, runs = found
+    run = runs[programs <= SHORT if short is None else short]
     stream = driver.active.get_current_stream(device)
     run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest)
     return compiled, rest, device, run

@@ -36,7 +36,6 @@ from .tiles import Tile
 
 QUICK_GELU = tl.constexpr(reference.QUICK_GELU)
 BOTH, HALVES, COLUMNS = (tl.constexpr(form) for form in reference.FORMS)  # of `linear_pair`
-WAVES = 1  # tiles for each program up to which a launch counts as short
 GROUP = 8  # row blocks whose tiles follow one another: what they share stays in the L2 cache
 
 
@@ -324,7 +323,7 @@ def _product(
         _linear_kernel, programs,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP, ACTIVATION=activation,
         DESCRIPTORS=descriptors, STORED=stored, PRECISION=dot_precision(dtype),
-        num_warps=tile.warps, num_stages=tile.stages, short=tiles <= WAVES * programs,
+        num_warps=tile.warps, num_stages=tile.stages, short=tiles <= programs,
     )  # fmt: skip
 
     def run(x, weight, bias, cu_seqlens, activation, residual):
@@ -382,7 +381,7 @@ def _pair(
         _pair_kernel, programs,
         FORM=form, BLOCK_B=256, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, GROUP=GROUP,
         DESCRIPTORS=descriptors, PRECISION=dot_precision(dtype), num_warps=tile.warps, num_stages=tile.stages,
-        short=tiles <= WAVES * programs,
+        short=tiles <= programs,
     )  # fmt: skip
 
     def run(x, weight, other_weight, bias, other_bias, cu_seqlens, form):

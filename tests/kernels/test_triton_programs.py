@@ -138,20 +138,3 @@ def test_only_short_launches_overlap_and_only_where_kernels_wait(arch, overlap):
     assert (long(), short()) == (False, overlap)
     of_another_kind = types.SimpleNamespace(run=len, metadata=metadata)
     assert triton_utils._runs(of_another_kind) == (len, len)
-
-
-@pytest.mark.parametrize(
-    "warps, registers, shared, held",
-    [(4, 32, 0, 16), (4, 72, 64, 7), (4, 188, 98304, 2), (8, 128, 106528, 2), (8, 255, 204832, 1), (16, 65, 0, 1)],
-)
-def test_programs_that_an_h100_runs_at_once(warps, registers, shared, held, monkeypatch):
-    from madtp_kernels import triton_utils
-
-    limits = {"warpSize": 32, "max_num_regs": 65536, "max_shared_mem": 232448}
-    utils = types.SimpleNamespace(get_device_properties=lambda device: limits)
-    monkeypatch.setattr(triton_utils, "driver", types.SimpleNamespace(active=types.SimpleNamespace(utils=utils)))
-    properties = types.SimpleNamespace(max_threads_per_multi_processor=2048, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    metadata = types.SimpleNamespace(num_warps=warps, shared=shared)
-    compiled = types.SimpleNamespace(n_regs=registers, metadata=metadata)
-    assert triton_utils._at_once(compiled, 0) == 132 * held
