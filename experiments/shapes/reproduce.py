@@ -111,6 +111,7 @@ RUNS = (
     *SEEDS, *COMPARED, AS_LONG,
     *(Run("ranked-novelty", reduction, 0) for reduction in (0.5, 0.6, 0.7, 0.8, 0.85)),
     *(Run(method, reduction, 0) for method in ("madtp", "madtp-nearest") for reduction in (0.5, 0.6, 0.7)),
+    Run("madtp-nearest", 0.8, 0),
     *(Run(method, 0.8, 0, own_steps=1000) for method in ("ranked-novelty-importance", "madtp-sizes", "vision-only")),
 )  # fmt: skip
 """In the order of their worth."""
