@@ -11,12 +11,13 @@ import test_graphs
 import torch
 from helpers import CASES, OPERATIONS, backends_here, flat, normal, offsets, run, spare_rows, total, with_spare_rows
 
-from madtp import NLVRConfig, graphs
+from madtp import NLVRConfig, graphs, layers
 from madtp.config import TextConfig, VisionConfig
 from madtp.pruning import MADTP, RankedNovelty, Tokens
 from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize
 from madtp_kernels import (
+    beside,
     RaggedBatch,
     attention,
     backends,
@@ -624,6 +625,20 @@ def test_whole_model_in_a_graph_follows_new_pairs(backend, dtype, generator, as_
         torch.testing.assert_close(output.logits, expected.logits)
         for ours, theirs in zip(output.vision + output.text, expected.vision + expected.text, strict=True):
             assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens)
+
+
+@torch.inference_mode()
+def test_a_recording_runs_beside_itself_and_gives_the_same_bits(generator, monkeypatch, as_in_use):
+    """Projections, keys and values are recorded on a second stream; a recording on one stream writes the same."""
+    model = small_model(torch.bfloat16, None)
+    pixels, words = pictures(generator, torch.bfloat16), statements(generator, [9, 20, 14])
+    works = []
+    monkeypatch.setattr(layers, "beside", lambda x, work: works.append(x) or beside.beside(x, work))
+    both = captured(lambda: model(pixels, words))().logits.clone()
+    assert len(works) > 2, "nothing ran beside anything"
+    for module in (beside, layers):
+        monkeypatch.setattr(module, "recorded", lambda x: False)
+    assert torch.equal(both, captured(lambda: model(pixels, words))().logits)
 
 
 @each_kernel
