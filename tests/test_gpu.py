@@ -17,10 +17,10 @@ from madtp.pruning import MADTP, RankedNovelty, Tokens
 from madtp.tasks.nlvr.model import NLVR
 from madtp.weights import randomize
 from madtp_kernels import (
-    beside,
     RaggedBatch,
     attention,
     backends,
+    beside,
     layer_norm,
     linear,
     linear_pair,
