@@ -380,11 +380,15 @@ def _blocks(block_d: int, element_size: int, normed: bool) -> tuple[int, int]:
     return moved, max(moved, min(64, 16384 // block_d))
 
 
-def _few_rows(programs: int, block_d: int, element_size: int, multiprocessors: int) -> bool:
+def _few_rows(programs: int, x: Tensor, multiprocessors: int) -> bool:
     """Whether a device holds ``programs`` that move a step of rows each. Then none of them waits for another: what takes time are the
     waits for memory within one, and merging may fetch two steps of rows in advance, into 64 KiB of shared memory.
+
+    Only rows that are fetched 16 bytes at a time: number by number, the addresses of three steps would not fit the registers.
     """
-    return programs <= 3 * multiprocessors and block_d * element_size <= 32768
+    width = x.shape[1]
+    fetched_wide = not (x.data_ptr() % 16 or x.stride(0) % 16 or width % 16)  # the multiples that Triton knows of
+    return fetched_wide and programs <= 3 * multiprocessors and block(width) * x.element_size() <= 32768
 
 
 def _merged_at_once(block_d: int, element_size: int) -> int:
@@ -421,7 +425,7 @@ def compact(
     sized, with_norm = sizes is not None, norm_weight is not None
     block_d = block(width)
     copy_rows, chunk = _blocks(block_d, x.element_size(), with_norm)
-    few = _few_rows(batch + batch * cdiv(max_seqlen, copy_rows), block_d, x.element_size(), multiprocessors(x))
+    few = _few_rows(batch + batch * cdiv(max_seqlen, copy_rows), x, multiprocessors(x))
     if few:
         chunk = copy_rows
     slots = cdiv(max_seqlen, chunk)

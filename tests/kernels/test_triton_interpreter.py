@@ -502,6 +502,16 @@ def test_compaction_has_the_same_bits_however_many_rows_a_program_moves(monkeypa
     assert all(torch.equal(few[:rows], many[:rows]) for few, many in zip(*results, strict=True))
 
 
+def test_rows_fetched_number_by_number_are_not_fetched_in_advance():
+    """The addresses would take more registers than a thread has."""
+    x = torch.zeros(8, 1024, device=DEVICE)
+    assert compaction_triton._few_rows(300, x, 100) and not compaction_triton._few_rows(301, x, 100)
+    shifted = torch.zeros(8 * 1024 + 1, device=DEVICE)[1:].view(8, 1024)
+    for rows in (x[:, :1001], torch.zeros(8, 1001, device=DEVICE), shifted):
+        assert not compaction_triton._few_rows(1, rows, 100)
+    assert not compaction_triton._few_rows(1, torch.zeros(1, 8193, device=DEVICE), 100)
+
+
 def test_compaction_of_many_uneven_samples():
     lengths = [random.choice([0, 1, 2, 3, 8]) for _ in range(37)]  # more samples than are counted at once
     lengths[random.randrange(37)] = 200
