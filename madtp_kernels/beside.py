@@ -22,21 +22,25 @@ _Result = TypeVar("_Result")
 
 
 class Pending:
-    """Work on another stream, which some stream has yet to wait for."""
+    """Work on another stream, which some stream has yet to wait for.
 
-    __slots__ = ("stream",)
+    It holds ``work``, and hence the tensors that this reads: the memory of one that is dropped is given to the next that asks, on the
+    stream that made it, which does not wait.
+    """
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self.stream = stream
+    __slots__ = ("stream", "work")
+
+    def __init__(self, stream: torch.cuda.Stream | None, work: Callable | None) -> None:
+        self.stream, self.work = stream, work
 
     def join(self) -> None:
         """Have what comes next on the current stream wait for it. Only the first call does something."""
-        stream, self.stream = self.stream, None
+        stream, self.stream, self.work = self.stream, None, None
         if stream is not None:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
-DONE = Pending(None)
+DONE = Pending(None, None)
 """Work that nobody has to wait for."""
 
 
@@ -60,7 +64,7 @@ def beside(x: Tensor, work: Callable[[], _Result]) -> tuple[_Result, Pending]:
     """Record ``work`` on a second stream, after all that was recorded so far and beside what comes next; or do it now, where what
     is launched for ``x`` is not being recorded.
 
-    Whoever reads its result calls ``join`` first. Tensors that the work reads have to live until then.
+    Whoever reads its result calls ``join`` first.
     """
     if not recorded(x):
         return work(), DONE
@@ -69,7 +73,7 @@ def beside(x: Tensor, work: Callable[[], _Result]) -> tuple[_Result, Pending]:
     second.wait_stream(current)
     with torch.cuda.stream(second):
         result = work()
-    return result, Pending(second)
+    return result, Pending(second, work)
 
 
 def late(x: RaggedBatch) -> tuple[Tensor, Callable[[], None] | None]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +54,18 @@ def test_work_beside_begins_after_what_was_recorded_and_is_waited_for_once(said,
     assert said == ["second waits for current", "second", "current waits for second"]
 
 
+def test_what_the_work_reads_lives_until_it_is_waited_for(said, monkeypatch):
+    """Else its memory would go to the next tensor of the stream that made it, which the work does not wait for."""
+    monkeypatch.setattr(beside, "recorded", lambda x: True)
+    x = torch.zeros(1)
+    alive = weakref.ref(x)
+    _, pending = beside.beside(x, partial(len, x))
+    del x
+    assert alive() is not None
+    pending.join()
+    assert alive() is None
+
+
 def tokens_of(pending):
     batch = RaggedBatch.from_list([torch.randn(3, 4), torch.randn(2, 4)])
     return LateTokens.of(Tokens.start(batch), pending), batch
@@ -74,7 +88,7 @@ def test_only_a_device_is_waited_for_later():
     tokens, batch = tokens_of(SimpleNamespace(join=lambda: joined.append(1)))
     assert late(tokens) == (batch.values, None) and joined
     assert late(batch) == (batch.values, None)
-    assert Pending(None).join() is None
+    assert Pending(None, None).join() is None
 
 
 @pytest.mark.parametrize("groups", [None, torch.zeros(2, dtype=torch.int32)])
