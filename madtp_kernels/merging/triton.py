@@ -519,8 +519,8 @@ def _merging(
 ) -> Callable:
     """The launch that makes the rows, from all that :func:`_merge_kernel` takes up to ``cu_seqlens``."""
     width, block_d = x.shape[1], block(x.shape[1])
-    # Few rows, so that five programs fit a multiprocessor. Of up to 2048 numbers, a row's lie with the threads as in the kernel of
-    # LayerNorm, and add up to the same bits.
+    # Few rows, so that four programs or five fit a multiprocessor. Of up to 2048 numbers, a row's lie with the threads as in the
+    # kernel of LayerNorm, and add up to the same bits.
     rows = max(1, min(16, 2048 // block_d))
     slots = 1 + cdiv(max_seqlen, rows)
     programs = (cu_seqlens.shape[0] - 1) * slots
