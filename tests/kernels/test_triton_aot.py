@@ -93,6 +93,38 @@ def compiling(capability):
         JITFunction.run = launch
 
 
+POINTER = re.compile(
+    r"(?:tt\.(?:addptr|splat|broadcast|expand_dims|reshape)|ttg\.convert_layout|arith\.select) (%\w+).*!tt\.ptr"
+)
+ACCESS = re.compile(r"(load|async_copy_global_to_local|store) (%\w+)|\bbarrier\b")
+
+
+def unordered(ttgir):
+    """Arguments of a kernel from which a program may load what another of its threads stored, with no barrier between. Registers are
+    followed from an argument to where they are used as an address; branches count as one after the other.
+    """
+    argument, stored, found = {}, set(), set()
+    for line in ttgir.splitlines():
+        if "tt.func public" in line:
+            argument = {name: name for name in re.findall(r"(%\w+): !tt\.ptr", line)}
+            continue
+        if "iter_args" in line:
+            argument |= {inner: argument.get(outer) for inner, outer in re.findall(r"(%\w+) = (%\w+)[,)]", line)}
+        made, right = re.match(r"\s*(?:(%\w+)(?::\d+)? = )?(.*)", line).groups()
+        if made:
+            derived = POINTER.match(right)
+            argument[made] = argument.get(derived[1]) if derived else None
+        if access := ACCESS.search(right):
+            what, address = access.groups()
+            if what is None:
+                stored.clear()
+            elif what == "store":
+                stored.add(argument.get(address))
+            elif argument.get(address) in stored - {None}:
+                found.add(argument[address][1:])
+    return sorted(found)
+
+
 def resources(kernel):
     """Registers, stack and shared memory of a compiled kernel, and how often each instruction of interest occurs."""
     from triton import knobs
@@ -116,6 +148,8 @@ def resources(kernel):
         "atomics": order.count("a"),
         "awaited": "sa" not in order,
         "waits_first": first == "griddepcontrol.wait",
+        "unordered": unordered(kernel.asm["ttgir"]),
+        "unordered_without_barriers": unordered(kernel.asm["ttgir"].replace("barrier", "")),
     }
 
 
@@ -665,6 +699,15 @@ def test_counters_are_zero_before_any_thread_counts(reports, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_access_to_memory_is_moved_before_the_wait_for_the_kernel_before(reports, target):
     assert {row["waits_first"] for row in reports[target]} == {target >= 90}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_thread_loads_what_another_one_may_still_have_to_store(reports, target):
+    assert not [describe(row) for row in reports[target] if row["unordered"]]
+    needed = {(row["kernel"], *row["unordered_without_barriers"]) for row in reports[target]}
+    assert {row for row in needed if len(row) > 1} == {
+        ("_choose_kernel", "scores"), ("_score_kernel", "importance", "left"), ("_merge_kernel", "importance"),
+    }  # fmt: skip
 
 
 COMMANDS = {

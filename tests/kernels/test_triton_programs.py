@@ -10,7 +10,17 @@ import pytest
 import torch
 from helpers import CASES, DEVICE, OPERATIONS, flat, normal, offsets, with_spare_rows
 
-from madtp_kernels import RaggedBatch, layer_norm, linear, linear_pair, merge_tokens, unmerge
+from madtp_kernels import (
+    RaggedBatch,
+    layer_norm,
+    linear,
+    linear_pair,
+    merge_tokens,
+    repeats,
+    unmerge,
+)
+from madtp_kernels.merge_redundant import _on_gpu as merge_on_gpu
+from madtp_kernels.prune import _on_gpu as prune_on_gpu
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs programs in its own order")
@@ -67,6 +77,49 @@ def test_forms_of_several_launches(backwards, generator, monkeypatch):
         call = lambda op=op, case=case: defined(flat(op, OPERATIONS[op](**case, backend="triton")))
         for ours, theirs in zip(backwards(call), call(), strict=True):
             assert torch.equal(ours, theirs), op
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["one tile", "more"])
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_what_follows_attention(lengths, multiprocessors, backwards, generator, monkeypatch):
+    """The launches of repeated calls, which hand on what is placed and listed, by the form for few and for many programs."""
+    from madtp_kernels.compaction import triton as compaction
+    from madtp_kernels.merging import triton as merging
+    from madtp_kernels.scoring import triton as scoring
+    from madtp_kernels.similarity import triton as similarity
+
+    for module in (compaction, scoring):
+        monkeypatch.setattr(module, "multiprocessors", lambda tensor: multiprocessors)
+    tokens, capacity, cu, longest = sum(lengths), sum(lengths) + SPARE, offsets(lengths), max(lengths)
+    x, order, received = normal(generator, capacity, 32), *normal(generator, 2, capacity).abs()
+    ids, weight, dictionary = torch.arange(capacity).int(), normal(generator, 32), normal(generator, 6, 32) / 32
+    for tensor in (x, order, received):
+        tensor[tokens:] = float("nan")
+
+    def run(operation, steps, *arguments):
+        return operation(*(repeats.Prepared(step.prepare) for step in steps), *arguments)
+
+    def call():
+        tensors = (x, x, dictionary, None, received, order, cu, None, None, None, ids, order, weight, weight)
+        pruned, importance, threshold = run(
+            prune_on_gpu, (scoring.score_tokens, compaction.compact), tensors, longest, 1.0, -1, 1e-6, False, None
+        )  # fmt: skip
+        steps = (similarity.find_redundant, merging.choose_redundant, similarity.find_kept, merging.merge_redundant)
+        tensors = (x, x, order, None, order, ids, None, cu, weight, weight)
+        choice = (None, 0.5, 0.3, None, 1)
+        merged, scores, *more = run(
+            merge_on_gpu, steps, tensors, (ids,), None, longest, (0.25, 1.0, 0.3), choice, 1e-6, True, False
+        )
+        left = merged.tokens
+        return defined([
+            pruned.tokens.values, pruned.tokens.cu_seqlens, pruned.ids, pruned.sizes, pruned.normed, importance, threshold,
+            left.values, left.cu_seqlens, merged.sizes, merged.rows, merged.source, *merged.carried, scores, *more,
+        ])  # fmt: skip
+
+    ours, theirs = backwards(call), call()
+    assert theirs[1][-1] < tokens and theirs[8][-1] < tokens
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_linear_that_ends_with_halves_of_tiles(backwards, generator, monkeypatch):
