@@ -125,6 +125,19 @@ def unordered(ttgir):
     return sorted(found)
 
 
+def sums(ttgir):
+    """How what is added up along an axis lies with the threads, for each sum of float32: that and the order of threads make its bits."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", ttgir, re.MULTILINE))
+    pattern = (
+        r'"tt\.reduce"\([^)]*\) <\{(axis = \d+)[^}]*\}> \(\{((?:(?!tt\.reduce").)*?)\}\) : \((tensor<\w+xf32, [^)]*)\)'
+    )
+    return [
+        f"{axis} of {re.sub(r'#[a-z0-9]+(?![.a-z0-9])', lambda name: layouts[name[0]], summed)}"
+        for axis, body, summed in re.findall(pattern, ttgir, re.DOTALL)
+        if "arith.addf" in body
+    ]
+
+
 def resources(kernel):
     """Registers, stack and shared memory of a compiled kernel, and how often each instruction of interest occurs."""
     from triton import knobs
@@ -148,6 +161,7 @@ def resources(kernel):
         "atomics": order.count("a"),
         "awaited": "sa" not in order,
         "waits_first": first == "griddepcontrol.wait",
+        "sums": sums(kernel.asm["ttgir"]),
         "unordered": unordered(kernel.asm["ttgir"]),
         "unordered_without_barriers": unordered(kernel.asm["ttgir"].replace("barrier", "")),
     }
@@ -708,6 +722,17 @@ def test_no_thread_loads_what_another_one_may_still_have_to_store(reports, targe
     assert {row for row in needed if len(row) > 1} == {
         ("_choose_kernel", "scores"), ("_score_kernel", "importance", "left"), ("_merge_kernel", "importance"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sums_have_the_same_bits_in_every_form_that_a_batch_may_choose(reports, target):
+    """As far as layouts decide: of scores, one launch or two, samples of one tile or more; of merged rows, few or many."""
+    found = collections.defaultdict(set)
+    for row in reports[target]:
+        if row["kernel"] == "_score_kernel" or ("all options" in row["case"] and row["kernel"] == "_compact_kernel"):
+            found[row["kernel"], row["dtype"], str(row["shape"])].add(tuple(row["sums"]))
+    assert {kernel for kernel, *_ in found} == {"_score_kernel", "_compact_kernel"}
+    assert all(len(forms) == 1 and min(map(len, forms)) >= 6 for forms in found.values()), found
 
 
 COMMANDS = {
