@@ -428,7 +428,7 @@ def compact(
     few = _few_rows(batch + batch * cdiv(max_seqlen, copy_rows), x, multiprocessors(x))
     if few:
         chunk = copy_rows
-    slots = cdiv(max_seqlen, chunk)
+    slots = max(1, cdiv(max_seqlen, chunk))  # programs are divided by it
     numbers = (x.stride(0), batch, slots, merged_id, norm_eps, width)
     choose = _selection(capacity, batch, max_seqlen, threshold is not None, groups is not None)
     move = Launch(
