@@ -216,28 +216,29 @@ def store_normed(normed, rows, tile, mask, o_d, norm_scale, norm_shift, eps, WID
 def _copy_rows(
     x, places, rows_out, ids, sizes, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
     x_token, i_b, bos, first, length, eps, WIDTH, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    FEW: tl.constexpr,
 ):  # fmt: skip
     """Move the surviving rows among CHUNK of a sample from ``first`` on.
 
-    With a single step nobody is to wait: its rows are read before it is known which of them survive.
+    Of FEW there is a single step, whose rows are read before it is known which of them survive: what counts there is the wait, and
+    elsewhere the bytes.
     """
-    ONE_STEP: tl.constexpr = CHUNK == ROWS
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < WIDTH)[None, :]
     last = tl.minimum(first + CHUNK, length)
     o_j = first + tl.arange(0, ROWS)
     place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
-    if ONE_STEP:
+    if FEW:
         tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=(o_j < last)[:, None] & m_d, other=0.0)
         norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
     begin_out = rows_before(rows_out, i_b).to(tl.int64)
-    for start in range(0 if ONE_STEP else first, 1 if ONE_STEP else last, ROWS):
-        if not ONE_STEP:
+    for start in range(0 if FEW else first, 1 if FEW else last, ROWS):
+        if not FEW:
             o_j = start + tl.arange(0, ROWS)
         kept = place >= 0
         target = begin_out + place
         mask = kept[:, None] & m_d
-        if not ONE_STEP:
+        if not FEW:
             place = tl.load(places + bos + o_j + ROWS, mask=o_j + ROWS < last, other=-1)
             tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
         source = o_j
@@ -248,7 +249,7 @@ def _copy_rows(
         tl.store(values + target[:, None] * WIDTH + o_d[None, :], tile, mask=mask)
         tl.store(ids_out + target, source, mask=kept)
         if norm_weight is not None:
-            if not ONE_STEP:
+            if not FEW:
                 norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
             store_normed(normed, target, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, norm_bias is not None)
 
@@ -256,7 +257,7 @@ def _copy_rows(
 @triton.jit
 def _merge_rows(
     x, importance, sizes, dropped, rows_out, values, cu_out, ids_out, sizes_out, normed, norm_weight, norm_bias,
-    x_token, i_b, bos, length, merged_id, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    x_token, i_b, bos, length, merged_id, eps, WIDTH, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """The offset of a sample, and the weighted mean of those of its rows that are listed in ``dropped``, its last row."""
     o_d = tl.arange(0, BLOCK_D)
@@ -274,7 +275,7 @@ def _merge_rows(
         acc = tl.zeros((BLOCK_D,), tl.float32)
         weights = tl.zeros((ROWS,), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        for start in tl.range(0, count, ROWS, num_stages=STAGES):
+        for start in tl.range(0, count, ROWS, num_stages=3 if FEW else 1):
             m_r = start + o_r < count
             source = bos + number
             number = tl.load(dropped + bos + start + ROWS + o_r, mask=start + ROWS + o_r < count, other=0)
@@ -305,7 +306,7 @@ def _merge_rows(
 def _compact_kernel(
     x, importance, places, dropped, rows_out, ids, sizes, values, cu_out, ids_out, sizes_out, normed,
     norm_weight, norm_bias, cu_seqlens, x_token, batch, slots, merged_id, eps, WIDTH,
-    CHUNK: tl.constexpr, COPY_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, COPY_ROWS: tl.constexpr, MERGE_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """The first programs write the offset and the merged row of a sample each, the others move the survivors of a run of
     CHUNK rows: ``slots`` of them per sample.
@@ -322,12 +323,12 @@ def _compact_kernel(
     if merges:
         _merge_rows(
             x, importance, sizes, dropped, rows_out, values, cu_out, ids_out, sizes_out, normed, norm_weight, norm_bias,
-            x_token, i_b, bos, length, merged_id, eps, WIDTH, MERGE_ROWS, BLOCK_D, STAGES,
+            x_token, i_b, bos, length, merged_id, eps, WIDTH, MERGE_ROWS, BLOCK_D, FEW,
         )  # fmt: skip
     else:
         _copy_rows(
             x, places, rows_out, ids, sizes, values, ids_out, sizes_out, normed, norm_weight, norm_bias,
-            x_token, i_b, bos, first, length, eps, WIDTH, CHUNK, COPY_ROWS, BLOCK_D,
+            x_token, i_b, bos, first, length, eps, WIDTH, CHUNK, COPY_ROWS, BLOCK_D, FEW,
         )  # fmt: skip
 
 
@@ -434,7 +435,7 @@ def compact(
     move = Launch(
         _compact_kernel, batch + batch * slots,
         CHUNK=chunk, COPY_ROWS=copy_rows, MERGE_ROWS=_merged_at_once(block_d, x.element_size()), BLOCK_D=block_d,
-        STAGES=3 if few else 1, short=few or None, num_warps=4,
+        FEW=few, short=few or None, num_warps=4,
     )  # fmt: skip
 
     def run(
