@@ -221,13 +221,14 @@ def _copy_rows(
     """Move the surviving rows among CHUNK of a sample from ``first`` on.
 
     Of FEW there is a single step, whose rows are read before it is known which of them survive: what counts there is the wait, and
-    elsewhere the bytes.
+    elsewhere the bytes. Of several steps each fetches the places of the next.
     """
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < WIDTH)[None, :]
     last = tl.minimum(first + CHUNK, length)
     o_j = first + tl.arange(0, ROWS)
-    place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
+    if FEW or CHUNK > ROWS:
+        place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
     if FEW:
         tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=(o_j < last)[:, None] & m_d, other=0.0)
         norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
@@ -235,11 +236,14 @@ def _copy_rows(
     for start in range(0 if FEW else first, 1 if FEW else last, ROWS):
         if not FEW:
             o_j = start + tl.arange(0, ROWS)
+            if CHUNK == ROWS:
+                place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
         kept = place >= 0
         target = begin_out + place
         mask = kept[:, None] & m_d
-        if not FEW:
+        if CHUNK > ROWS:
             place = tl.load(places + bos + o_j + ROWS, mask=o_j + ROWS < last, other=-1)
+        if not FEW:
             tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=mask, other=0.0)
         source = o_j
         if ids is not None:
