@@ -528,23 +528,27 @@ def kernels(log: Log) -> None:
         _kernels_of(log, count)
 
 
+def _device_events(call: Callable[[], object]) -> list:
+    """What runs on the device during a call, by PyTorch's profiler."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if ON_GPU else [])
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        _wait()
+    return [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def _kernels_of(log: Log, count: int) -> None:
     pairs = pairs_of(log, "bfloat16", count)
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if ON_GPU else [])
     for name, temperature in reversed(TEMPERATURES.items()):
         with log.guarding(f"kernels, {name}"):
             call = functools.partial(nlvr.answer, "bfloat16", pairs, temperature)
             call()
             _wait()
-            with torch.profiler.profile(activities=kinds) as profile:
-                call()
-                _wait()
             table: dict[str, list[float]] = {}
-            for event in profile.events():
-                if event.device_type == torch.autograd.DeviceType.CUDA:
-                    entry = table.setdefault(event.name, [0, 0.0])
-                    entry[0] += 1
-                    entry[1] += event.device_time_total
+            for event in _device_events(call):
+                entry = table.setdefault(event.name, [0, 0.0])
+                entry[0] += 1
+                entry[1] += event.device_time_total
             top = sorted(table.items(), key=lambda item: -item[1][1])
             log.write(
                 f"kernels, {name}", pairs=count, launches=sum(n for n, _ in table.values()),
@@ -614,12 +618,7 @@ def _in_turn(log: Log, call: Callable[[], object], facts: dict) -> None:
 
 def _in_order(replay: Callable[[], object]) -> list[list]:
     """Of each launch of a replay the kernel, and the microseconds from the end of all before it to its own end."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        replay()
-        _wait()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda event: event.time_range.start)
+    events = sorted(_device_events(replay), key=lambda event: event.time_range.start)
     order, last = [], events[0].time_range.start if events else 0
     for event in events:
         end = event.time_range.end

@@ -189,7 +189,7 @@ def _rank_kernel(
 
 
 @triton.jit
-def _norm(norm_weight, norm_bias, o_d, WIDTH):
+def load_norm(norm_weight, norm_bias, o_d, WIDTH):
     """Scale and shift of LayerNorm as they are stored; what is not there is 0."""
     scale, shift = 0.0, 0.0
     if norm_weight is not None:
@@ -231,7 +231,7 @@ def _copy_rows(
         place = tl.load(places + bos + o_j, mask=o_j < last, other=-1)
     if FEW:
         tile = tl.load(x + (bos + o_j)[:, None] * x_token + o_d[None, :], mask=(o_j < last)[:, None] & m_d, other=0.0)
-        norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
+        norm_scale, norm_shift = load_norm(norm_weight, norm_bias, o_d, WIDTH)
     begin_out = rows_before(rows_out, i_b).to(tl.int64)
     for start in range(0 if FEW else first, 1 if FEW else last, ROWS):
         if not FEW:
@@ -254,7 +254,7 @@ def _copy_rows(
         tl.store(ids_out + target, source, mask=kept)
         if norm_weight is not None:
             if not FEW:
-                norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
+                norm_scale, norm_shift = load_norm(norm_weight, norm_bias, o_d, WIDTH)
             store_normed(normed, target, tile, mask, o_d, norm_scale, norm_shift, eps, WIDTH, norm_bias is not None)
 
 
@@ -292,7 +292,7 @@ def _merge_rows(
                 total += size
             weights += weight
             acc += tl.sum(weight[:, None] * tile.to(tl.float32), 0)
-        norm_scale, norm_shift = _norm(norm_weight, norm_bias, o_d, WIDTH)
+        norm_scale, norm_shift = load_norm(norm_weight, norm_bias, o_d, WIDTH)
         merged = (acc / (tl.sum(weights, 0) + EPS)).to(values.dtype.element_ty)
         target = (before + rows - 1).to(tl.int64)
         tl.store(values + target * WIDTH + o_d, merged, mask=o_d < WIDTH)

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ..compaction.triton import store_normed
+from ..compaction.triton import load_norm, store_normed
 from ..similarity.triton import BLOCK as MEAN_BLOCK
-from ..similarity.triton import CHUNK, NONE, as_flags, mean_weight, unpacked, worth
+from ..similarity.triton import CHUNK, NONE, as_flags, mean_weight, power_kinds, unpacked, worth
 from ..triton_utils import (
     EPS,
     INTERPRETED,
@@ -428,10 +428,7 @@ def _merge_kernel(
             element = tl.load(carry[i] + token[:, None] * CARRY_WIDTHS[i] + o_c[None, :], mask=m_c, other=0)
             tl.store(carried[i] + row[:, None] * CARRY_WIDTHS[i] + o_c[None, :], element, mask=m_c)
     if norm_weight is not None:
-        scale = tl.load(norm_weight + o_d, mask=o_d < WIDTH, other=0.0)
-        shift = scale
-        if norm_bias is not None:
-            shift = tl.load(norm_bias + o_d, mask=o_d < WIDTH, other=0.0)
+        scale, shift = load_norm(norm_weight, norm_bias, o_d, WIDTH)
         store_normed(normed, row, result, mask, o_d, scale, shift, eps, WIDTH, norm_bias is not None)
 
 
@@ -482,10 +479,9 @@ def choose_redundant(
     """In :func:`madtp_kernels.merge_redundant`: scores, and what :func:`_place_kernel` says of those that go."""
     batch, capacity = cu_seqlens.shape[0] - 1, best.shape[0]
     at_once = min(block(max_seqlen), BLOCK)
-    kinds = [int(exponent) if exponent in (0, 1) else -1 for exponent in exponents]
     choose = Launch(
         _choose_kernel, batch,
-        WEIGHT=kinds[0], NOVELTY=kinds[1], SIZE=kinds[2], HAS_THRESHOLD=threshold is not None, HAS_PORTION=portion is not None,
+        **power_kinds(*exponents), HAS_THRESHOLD=threshold is not None, HAS_PORTION=portion is not None,
         WHOLE=max_seqlen <= at_once, BLOCK=at_once, CHUNK=CHUNK, MEAN_BLOCK=MEAN_BLOCK, num_warps=4,
     )  # fmt: skip
     numbers = (

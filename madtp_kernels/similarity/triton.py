@@ -376,6 +376,12 @@ def _worth_kernel(
     tl.store(scores + bos + o_j, score, mask=m_j)
 
 
+def power_kinds(weight: float, novelty: float, size: float) -> dict[str, int]:
+    """What :func:`worth` is compiled for: each exponent where it is 0 or 1, else -1."""
+    exponents = {"WEIGHT": weight, "NOVELTY": novelty, "SIZE": size}
+    return {name: int(exponent) if exponent in (0, 1) else -1 for name, exponent in exponents.items()}
+
+
 def as_flags(mask: Tensor) -> Tensor:
     """A mask as numbers, 0 for False; int32 is one already."""
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
@@ -543,10 +549,9 @@ def merge_scores(
     """scores, novelty and 1 / |k|, float32 ``[C]``; see the public operation for the contract."""
     batch, chunks = cu_seqlens.shape[0] - 1, cdiv(max_seqlen, CHUNK)
     search = _search(keys, cu_seqlens, max_seqlen, HIGHER, places=False)
-    kinds = [int(exponent) if exponent in (0, 1) else -1 for exponent in exponents]
     rate = Launch(
         _worth_kernel, batch * chunks,
-        WEIGHT=kinds[0], NOVELTY=kinds[1], SIZE=kinds[2], BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4,
+        **power_kinds(*exponents), BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
 
     def run(keys, order, weight, sizes, free, cu_seqlens, max_seqlen, *exponents):
