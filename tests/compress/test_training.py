@@ -149,10 +149,11 @@ class Killed(Exception):
     """Ends a run without any of its code being asked."""
 
 
-def train(directory, dies_at=None, logs_until=None, save_every=1e9):
+def train(directory, dies_at=None, logs_until=None, saved=6):
     """A run that depends on the sampler's position, random numbers, the optimiser's moments, the schedule.
 
-    It dies before the step after ``dies_at``, or after step ``logs_until``, of which it logs nothing.
+    Every ``saved`` steps there is a checkpoint. It dies before the step after ``dies_at``, or after step ``logs_until``,
+    of which it logs nothing.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
@@ -160,7 +161,7 @@ def train(directory, dies_at=None, logs_until=None, save_every=1e9):
     scheduler = linear_decay(optimizer, 20, warmup=3)
     controller = BracketController(window=4)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "controller": controller}
-    run = Run(directory, parts, {"steps": 20}, save_every)
+    run = Run(directory, parts, {"steps": 20})
     while run.step < 20:
         if run.step == dies_at:
             raise Killed
@@ -175,7 +176,7 @@ def train(directory, dies_at=None, logs_until=None, save_every=1e9):
         if run.step == logs_until:
             raise Killed
         run.log(lr=scheduler.get_last_lr()[0], **(run.averages() if run.step % 5 == 0 else {}))
-        if run.step % 6 == 0 and save_every > 1e6:
+        if run.step % saved == 0:
             run.save()
     run.save()
 
@@ -208,15 +209,15 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
 
 
 def test_a_step_is_in_the_checkpoint_only_if_it_is_in_the_log(tmp_path):
-    """Checkpoints come due at every step, and the run dies between a step and its line."""
+    """There is a checkpoint of every step, and the run dies between a step and its line."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(whole)
     for step in (1, 5, 9, 10):  # steps 5 and 10 log averages over the steps before
         with pytest.raises(Killed):
-            train(killed, logs_until=step, save_every=0)
+            train(killed, logs_until=step, saved=1)
         if step > 1:
             assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] == step - 1
-    train(killed, save_every=0)
+    train(killed, saved=1)
     assert outcome(killed)[0] == outcome(whole)[0]
     torch.testing.assert_close(outcome(killed)[1:], outcome(whole)[1:], rtol=0, atol=0)
 

@@ -46,7 +46,6 @@ class Run:
         parts: whatever has `state_dict` and `load_state_dict`: model, heads, optimiser, scheduler,
             controller.
         settings: what determines the result, as JSON values; a run goes on only under the same ones.
-        save_every: seconds between checkpoints.
         defaults: values of settings that a run which does not name them had.
 
     Attributes:
@@ -61,18 +60,16 @@ class Run:
         directory: str | os.PathLike,
         parts: Mapping[str, object],
         settings: dict,
-        save_every: float = 60,
         defaults: Mapping[str, object] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.parts, self.settings, self.save_every = parts, settings, save_every
+        self.parts, self.settings = parts, settings
         self.defaults = json.loads(json.dumps(defaults or {}))
         self.step, self.seconds = 0, 0.0
         self._sums: dict[str, float] = {}
         self._counted = 0
-        self._taken: dict | None = None  # a checkpoint that is not written yet
-        self._since = self._saved = time.monotonic()
+        self._since = time.monotonic()
         if (self.directory / CHECKPOINT).exists():
             self._resume()
         self._cut_log()
@@ -117,19 +114,11 @@ class Run:
             file.write(b"".join(kept))
 
     def advance(self, **metrics: float) -> None:
-        """Count a step, and its metrics for :meth:`averages`.
-
-        If a checkpoint is due, everything is copied here and written at the next call: by then the lines of this step
-        are in the log, so that a run which goes on from the checkpoint lacks none of them.
-        """
-        if self._taken is not None:
-            self._write(self._taken)
+        """Count a step, and its metrics for :meth:`averages`."""
         self.step += 1
         self._counted += 1
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        if time.monotonic() - self._saved >= self.save_every:
-            self._taken = copy.deepcopy(self._state())
 
     def averages(self) -> dict[str, float]:
         """Means of the steps' metrics since the last call; they are part of the checkpoint too."""
@@ -153,26 +142,21 @@ class Run:
             return [json.loads(line) for line in lines]
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        self._write(self._state())
-
-    def _state(self) -> dict:
-        return {
+        """Write the checkpoint, once the lines of the present step are in the log: a run that goes on adds none of them."""
+        state = {
             "step": self.step,
             "seconds": self.elapsed(),
             "settings": json.dumps(self.settings),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "sums": self._sums,
+            "counted": self._counted,
         }
-
-    def _write(self, state: dict) -> None:
-        """Write a state of the present step, with what has not been logged of the steps so far."""
         with replacing(self.directory / CHECKPOINT) as file:
             try:
-                torch.save({**state, "sums": self._sums, "counted": self._counted}, file)
+                torch.save(state, file)
             except RuntimeError as error:  # "unexpected pos", where a write has found the disk full
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
-        self._taken, self._saved = None, time.monotonic()

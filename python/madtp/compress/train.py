@@ -202,15 +202,12 @@ class Trainer:
             "processes": processes(),
             "steps": self.total,
         }
-        options = {
-            "save_every": math.inf,
-            "defaults": {**Settings.defaults(), "pruning": MADTP(MADTP.bounds[0]).to_dict()},
-        }
+        defaults = {**Settings.defaults(), "pruning": MADTP(MADTP.bounds[0]).to_dict()}
         if rank() == 0:
-            self.run = Run(self.directory, parts, identity, **options)
+            self.run = Run(self.directory, parts, identity, defaults)
         wait()  # the first one tidies up before the others read
         if rank() != 0:
-            self.run = _Follower(self.directory, parts, identity, **options)
+            self.run = _Follower(self.directory, parts, identity, defaults)
         self.board = _Board(self.directory, self.run.step)
 
         if (result := self._logged("result")) is not None:
