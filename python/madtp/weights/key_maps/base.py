@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KeyMap", "Sizes", "renamed", "stacked", "text_sizes"]
+__all__ = ["KeyMap", "Sizes", "refuse", "renamed", "stacked", "text_sizes"]
 
 _log = logging.getLogger("madtp")
 
@@ -78,10 +78,10 @@ class Sizes:
         return side * patch
 
     def tower(self, prefix: str) -> dict[str, Any]:
-        """An image encoder of our names below the prefix, as settings of its configuration; heads are 64 wide."""
+        """An image encoder of our names below the prefix, as settings of its configuration but for the size of images; heads are
+        64 wide."""
         width, _, patch, _ = self.shape(f"{prefix}patch_embed.proj.weight", 4)
         return {
-            "image_size": self.side(f"{prefix}pos_embed", patch),
             "patch_size": patch,
             "embed_dim": width,
             "depth": self.count(f"{prefix}blocks."),
@@ -92,6 +92,14 @@ class Sizes:
     def entries(self, width: int) -> tuple[int, int]:
         """Number and width of the dictionary's entries; 100 of this width where there is no dictionary."""
         return tuple(self.shape("space_dict", 2)) if "space_dict" in self.state else (100, width)
+
+
+def refuse(config: Any, section: str = "", **expected) -> None:
+    """Raise ValueError unless a configuration of transformers says what our layers have built in; what it does not have counts
+    as said."""
+    for name, value in expected.items():
+        if getattr(config, name, value) != value:
+            raise ValueError(f"{section}{name}: expected {value!r}, got {getattr(config, name)!r}")
 
 
 def text_sizes(config: Any) -> dict[str, int]:

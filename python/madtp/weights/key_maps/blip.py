@@ -134,6 +134,7 @@ def infer_config(
     sd_num, sd_dim = sizes.entries(hidden)
     config = {
         "vision": VisionConfig(
+            image_size=sizes.side("visual_encoder.pos_embed", tower["patch_size"]),
             **tower,
             sd_num=sd_num,
             sd_dim=sd_dim,

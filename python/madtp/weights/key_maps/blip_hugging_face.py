@@ -19,17 +19,11 @@ from torch import Tensor
 
 from ...config import Config, TextConfig, VisionConfig
 from ...tasks import TASKS as REGISTRY
+from ...text import EPS
 from . import blip
-from .base import KeyMap, Sizes, renamed, text_sizes
+from .base import KeyMap, Sizes, refuse, renamed, text_sizes
 
 __all__ = ["TASKS", "config_of", "from_ours", "parts_of", "task_of", "to_ours"]
-
-# Task -> modules of its model, beside the dictionary.
-TASKS = {
-    "vqa": {"vision_model", "text_encoder", "text_decoder"},
-    "caption": {"vision_model", "text_decoder"},
-    "retrieval": {"vision_model", "text_encoder", "vision_proj", "text_proj", "itm_head"},
-}
 
 # Their class -> task.
 ARCHITECTURES = {
@@ -37,6 +31,7 @@ ARCHITECTURES = {
     "BlipForConditionalGeneration": "caption",
     "BlipForImageTextRetrieval": "retrieval",
 }
+TASKS = tuple(ARCHITECTURES.values())
 
 # Beginnings of their key names and of ours; {} is the number of a block. All other names are those of the original code.
 NAMES = {
@@ -57,8 +52,6 @@ parts_of = MAP.parts_of
 
 # Of the vision transformer, where no config tells.
 LAYER_NORM_EPS = 1e-5
-# What our text layers have built in.
-_TEXT_EPS = 1e-12
 
 
 def task_of(keys: Iterable[str]) -> str | None:
@@ -108,7 +101,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
         raise ValueError(f"task: transformers' BLIP has models for {', '.join(TASKS)}, not for {task!r}")
     theirs = BlipConfig(**settings)  # fills in what the file leaves to the defaults
     vision, text = theirs.vision_config, theirs.text_config
-    _check(vision, text, decodes_text={"text_encoder", "text_decoder"} <= TASKS[task])
+    _check(vision, text, decodes_text=task == "vqa")
     sd_num, sd_dim = Sizes(state, "a BLIP").entries(text.hidden_size)
     sizes = {
         "vision": VisionConfig(
@@ -138,15 +131,10 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
 
 def _check(vision: Any, text: Any, decodes_text: bool) -> None:
     """Refuse what our layers do not have, by name."""
-    for name, value, expected in (
-        ("vision_config.hidden_act", vision.hidden_act, "gelu"),
-        ("text_config.hidden_act", text.hidden_act, "gelu"),
-        ("text_config.layer_norm_eps", text.layer_norm_eps, _TEXT_EPS),
-        ("text_config.is_decoder", text.is_decoder, True),  # their text encoders too have cross-attention only then
-        ("text_config.bos_token_id", text.bos_token_id, text.vocab_size - 2),
-    ):
-        if value != expected:
-            raise ValueError(f"{name}: expected {expected!r}, got {value!r}")
+    refuse(vision, "vision_config.", hidden_act="gelu")
+    refuse(text, "text_config.", hidden_act="gelu", layer_norm_eps=EPS)
+    # Their text encoders too have cross-attention only as decoders.
+    refuse(text, "text_config.", is_decoder=True, bos_token_id=text.vocab_size - 2)
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
             raise ValueError(f"vision_config.{name}: expected the side of a square, got {getattr(vision, name)!r}")

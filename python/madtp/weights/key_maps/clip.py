@@ -12,8 +12,7 @@ from .base import KeyMap, Sizes
 
 __all__ = ["IGNORED", "MAP", "TASKS", "from_ours", "infer_config", "task_of", "to_ours"]
 
-TASKS = {"clip": {"visual", "text", "logit_scale"}}
-"""Task to the modules that its keys name."""
+TASKS = ("clip",)
 
 # Keys without a counterpart in our model -> what they are.
 IGNORED = {
@@ -107,8 +106,9 @@ def infer_config(state: Mapping[str, Tensor], hidden_act: str = "quick_gelu") ->
     tower = sizes.tower("visual.")
     sd_num, sd_dim = sizes.entries(CLIPVisionConfig.sd_dim)
     vocab, hidden = sizes.shape("text.token_embeddings.weight", 2)
+    image_size = sizes.side("visual.pos_embed", tower["patch_size"])
     return CLIPConfig(
-        vision=CLIPVisionConfig(**tower, sd_num=sd_num, sd_dim=sd_dim, map_func=True),
+        vision=CLIPVisionConfig(image_size, **tower, sd_num=sd_num, sd_dim=sd_dim, map_func=True),
         text=CLIPTextConfig(
             hidden_size=hidden,
             num_hidden_layers=sizes.count("text.blocks."),

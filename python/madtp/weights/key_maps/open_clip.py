@@ -38,7 +38,6 @@ _LINEAR_TEXT = {"text_projection.weight": "text.proj.weight", "text_projection.b
 MAP = replace(
     clip.MAP,
     names=clip.NAMES | _TIMM,
-    # Ours has one matrix where timm has one for the query and one for keys and values.
     scalars=frozenset({"logit_scale", "logit_bias"}),
     own=KeyMap().own,
 )
@@ -68,6 +67,7 @@ def to_ours(state: Mapping[str, Tensor], task: str | None = None) -> dict[str, T
         raise ValueError("the image tower is a ResNet, which has no tokens to prune")
     if "text.token_embedding.weight" in state:
         state = {key.removeprefix("text."): value for key, value in state.items()}
+    # Ours has one matrix where timm has one for the query and one for keys and values.
     state, pool = dict(state), f"{_TRUNK}.attn_pool"
     for kind in ("weight", "bias"):
         query, rest = state.pop(f"{pool}.q.{kind}", None), state.pop(f"{pool}.kv.{kind}", None)
@@ -231,14 +231,10 @@ def _timm_sizes(vision: Mapping, state: Mapping[str, Tensor]) -> dict[str, Any]:
             f"model_cfg.vision_cfg.timm_model_name: of timm only SigLIP's vit_*_patch*_siglip_* with timm_pool 'map' and "
             f"timm_proj 'none' are supported, got {name!r}"
         )
-    sizes = Sizes(state, "timm's vision transformer")
-    width, _, patch, _ = sizes.shape(f"{_TRUNK}.patch_embed.proj.weight", 4)
+    tower = Sizes(state, "timm's vision transformer").tower(f"{_TRUNK}.")
     return {
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": sizes.count(f"{_TRUNK}.blocks."),
-        "num_heads": 16 if "so400m" in name else max(1, width // 64),
-        "mlp_ratio": sizes.shape(f"{_TRUNK}.blocks.0.mlp.fc1.weight", 2)[0] / width,
+        **tower,
+        "num_heads": 16 if "so400m" in name else tower["num_heads"],
         "class_token": False,
         "patch_bias": True,
         "norm_pre": False,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...config import ACTIVATIONS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from .base import KeyMap, Sizes, text_sizes
+from .base import KeyMap, Sizes, refuse, text_sizes
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -126,12 +126,6 @@ VIT = KeyMap(
 # ---- sizes --------------------------------------------------------------------------------------------------------
 
 
-def _refuse(config: Any, **expected) -> None:
-    for name, value in expected.items():
-        if getattr(config, name, value) != value:
-            raise ValueError(f"{name}: expected {value!r}, got {getattr(config, name)!r}")
-
-
 def _activation(config: Any) -> str:
     found = _ACTIVATIONS.get(config.hidden_act)
     if found is None:
@@ -149,7 +143,7 @@ def _side(value: Any, name: str) -> int:
 
 def _vision(vision: Any, state: Mapping[str, Tensor], sd: bool = False, **options) -> CLIPVisionConfig:
     """Sizes of an image tower. Without a dictionary in the state (or ``sd``) entries are as wide as the tokens."""
-    _refuse(vision, num_channels=3)
+    refuse(vision, num_channels=3)
     width, hidden = vision.hidden_size, getattr(vision, "intermediate_size", None)
     if not hidden:
         hidden = int(width * vision.mlp_ratio)
@@ -237,7 +231,7 @@ def _siglip(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig
 
 
 def _dinov2(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig:
-    _refuse(theirs, use_swiglu_ffn=False, qkv_bias=True)
+    refuse(theirs, use_swiglu_ffn=False, qkv_bias=True)
     registers = getattr(theirs, "num_register_tokens", 0)
     vision = _vision(
         theirs,
@@ -253,7 +247,7 @@ def _dinov2(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig
 
 
 def _vit(theirs: Any, state: Mapping[str, Tensor], whole: bool) -> CLIPConfig:
-    _refuse(theirs, qkv_bias=True, pooler_act="tanh", pooler_output_size=theirs.hidden_size)
+    refuse(theirs, qkv_bias=True, pooler_act="tanh", pooler_output_size=theirs.hidden_size)
     pooler = any(key.startswith(("pooler.", "visual.pooler.")) for key in state)
     vision = _vision(theirs, state, patch_bias=True, norm_pre=False, projection=False, pooler=pooler)
     return CLIPConfig(vision, None, theirs.hidden_size, _activation(theirs), norm_eps=theirs.layer_norm_eps)
