@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -168,18 +169,9 @@ class _Generator(PreTrainedModel, GenerationMixin):
     config_class = BertConfig
 
     def __init__(self, decoder: TextDecoder, memory: Tokens, backend: str | None, official_lengths: bool) -> None:
-        sizes = decoder.config
         super().__init__(
-            BertConfig(
-                vocab_size=sizes.vocab_size,
-                hidden_size=sizes.hidden_size,
-                num_hidden_layers=sizes.num_hidden_layers,
-                num_attention_heads=sizes.num_attention_heads,
-                intermediate_size=sizes.intermediate_size,
-                max_position_embeddings=sizes.max_position_embeddings,
-                is_decoder=True,
-            )
-        )
+            BertConfig(**dataclasses.asdict(decoder.config), is_decoder=True)
+        )  # its names of sizes are ours
         self.decoder, self.backend, self.official_lengths = decoder, backend, official_lengths
         self.keys, self.images = decoder.keys(memory), memory.batch_size
 

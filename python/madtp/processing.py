@@ -151,12 +151,6 @@ def _vocabulary(source: str | os.PathLike) -> Path:
         raise ValueError(f"tokenizer {source!r} cannot be loaded: {error}; give a directory that holds one") from error
 
 
-def _settled(tokenizer):
-    """The tokenizer after a first text: what a saved one remembers of truncation and padding is undone by that."""
-    tokenizer("a")
-    return tokenizer
-
-
 # Word pieces come with a space before these (and after a lone apostrophe) that English does not have.
 _JOINED = (".", "?", "!", ",", "' ", "n't", "'m", "'s", "'ve", "'re")
 
@@ -224,7 +218,9 @@ class Processor:
         if self._tokenizer is None:
             with _loading:  # several threads may prepare the first texts
                 if self._tokenizer is None:
-                    self._tokenizer = self._load()
+                    tokenizer = self._load()
+                    tokenizer("a")  # undoes what a saved one remembers of truncation and padding
+                    self._tokenizer = tokenizer
         return self._tokenizer
 
     def _load(self):
@@ -238,7 +234,7 @@ class Processor:
                 f"tokenizer {str(self._source)!r}: {size} entries with [DEC] and [ENC], but the model is "
                 f"made for {self.vocab_size}, of which the last two are [DEC] and [ENC]"
             )
-        return _settled(tokenizer)
+        return tokenizer
 
     def facts(self, texts: bool = True) -> dict:
         """What decides pixels and, unless ``texts`` is false, token ids, as JSON values (see `madtp.fingerprint`)."""
@@ -376,7 +372,7 @@ class CLIPProcessor(Processor):
             raise ValueError(
                 f"tokenizer {str(self._source)!r}: it has no token for padding, which the model was trained with"
             )
-        return _settled(tokenizer)
+        return tokenizer
 
     def _clean(self, text: str, max_words: int) -> str:
         if self.clean == "canonicalize":

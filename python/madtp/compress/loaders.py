@@ -28,26 +28,6 @@ class _Views(Dataset):
         return self.task.instance(self.examples[number], random)
 
 
-def _places(
-    count: int, batch_size: int, accumulate: int, seed: int, steps: range, views: bool, shuffle: bool
-) -> Iterator[list[tuple[int | None, int]]]:
-    """This process's batches of places from a step on."""
-    together = batch_size * processes()  # what all processes take through the model at the same time
-    size = together * accumulate
-    per_epoch = count // size
-    epoch = order = None
-    for step in steps:
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            order = np.arange(count)
-            if shuffle:
-                order = np.random.default_rng((seed, epoch)).permutation(count)
-        first = step % per_epoch * size + rank() * batch_size
-        for start in range(first, first + size, together):
-            numbers = order[start : start + batch_size].tolist()
-            yield [(epoch if views else None, number) for number in numbers]
-
-
 def steps_per_epoch(count: int, batch_size: int, accumulate: int) -> int:
     """Whole steps in an epoch; the examples that are left over differ from epoch to epoch.
 
@@ -77,8 +57,22 @@ def training_batches(
 ) -> Iterator[dict]:
     """The batches of this process, ``accumulate`` for each step of ``steps``; with ``views`` of random views, with
     ``shuffle`` in another random order in each epoch."""
-    places = _places(len(examples), batch_size, accumulate, seed, steps, views, shuffle)
-    return iter(_loader(task, examples, seed, places, workers))
+    together = batch_size * processes()  # what all processes take through the model at the same time
+    size, count = together * accumulate, len(examples)
+    per_epoch = steps_per_epoch(count, batch_size, accumulate)
+
+    def places() -> Iterator[list[tuple[int | None, int]]]:
+        epoch = order = None
+        for step in steps:
+            if epoch != step // per_epoch:
+                epoch = step // per_epoch
+                order = np.random.default_rng((seed, epoch)).permutation(count) if shuffle else np.arange(count)
+            first = step % per_epoch * size + rank() * batch_size
+            for start in range(first, first + size, together):
+                numbers = order[start : start + batch_size].tolist()
+                yield [(epoch if views else None, number) for number in numbers]
+
+    return iter(_loader(task, examples, seed, places(), workers))
 
 
 def evaluation_batches(

@@ -125,8 +125,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        for name, end in (("final_lr", 1.0), ("average", 1.0), ("beta2", 1.0), ("memory", 1.0)):
-            if not 0 <= getattr(self, name) < end:
+        for name in ("final_lr", "average", "beta2", "memory"):
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 0 and below 1, got {getattr(self, name)}")
         object.__setattr__(self, "shares", tuple(self.shares))
         if not all(0 <= share < 1 for share in self.shares):

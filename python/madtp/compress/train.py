@@ -254,8 +254,7 @@ class Trainer:
         any."""
         batches = []
         if isinstance(self.dial, Following):
-            made = evaluation_batches(self.task, self.dev[:count], **self._size())
-            batches = [batch for _, batch in made]
+            batches = [batch for _, batch in evaluation_batches(self.task, self.dev[:count], **self._size())]
         return self.dial.calibrate(self.model, self.task, batches, strength)
 
     # ---- epoch

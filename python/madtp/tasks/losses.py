@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madtp_kernels import RaggedBatch
+from madtp_kernels.segments import sample_of
 
 from ..processes import gathered, mean_over_processes
 
@@ -25,8 +26,7 @@ def token_loss(logits: RaggedBatch, texts: RaggedBatch, ignored: int = 1) -> tup
         ``[T]`` losses, 0 where nothing is predicted, and ``[T]`` bool: which tokens count.
     """
     rows = torch.arange(texts.num_tokens, device=texts.device)
-    sample = torch.searchsorted(texts.cu_seqlens[1:], rows, right=True)
-    counts = rows - texts.cu_seqlens[sample] >= ignored
+    counts = rows - texts.cu_seqlens[sample_of(texts.cu_seqlens, len(rows))] >= ignored
     loss = logits.values.new_zeros(texts.num_tokens, dtype=torch.float32)
     target = rows[counts]
     losses = F.cross_entropy(
@@ -70,9 +70,8 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, identities: T
 def hard_negatives(similarity: Tensor, identities: Tensor, generator: torch.Generator) -> list[int | None]:
     """For each row of ``similarity [B, B]`` (scaled) a column with another identity, drawn by its softmax; None where
     all have the same."""
-    weights = similarity.float().softmax(1).cpu()
-    weights = weights.masked_fill((identities[:, None] == identities).cpu(), 0)
     # A column that rounds to nothing may still be the only one.
-    weights = torch.where((identities[:, None] != identities).cpu(), weights.clamp(min=1e-10), weights)
+    weights = similarity.float().softmax(1).cpu().clamp(min=1e-10)
+    weights = weights.masked_fill((identities[:, None] == identities).cpu(), 0)
     drawn = torch.multinomial(weights + (weights.sum(1, keepdim=True) == 0), 1, generator=generator)[:, 0].tolist()
     return [column if weights[row].any() else None for row, column in enumerate(drawn)]

@@ -157,9 +157,7 @@ class Retrieval(Model):
 
         Args:
             input_ids: C texts of int64 ids with [CLS] at position 0, as a ragged batch ``[T]`` or a list.
-            pruning: for this call instead of the model's own; a number is MADTP at that temperature.
-            alignment_features: also return them (training).
-            pooled: only the features are read: the last layer computes no other token, and ``tokens`` holds no other.
+            pruning, alignment_features, pooled: as of :meth:`encode_image`.
 
         Raises:
             ValueError: ids that do not fit the model, or a temperature that makes no sense.
