@@ -7,7 +7,9 @@ import zlib
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..bulk.callables import ImageTask
 from ..options import UsageError, option
+from ..report.overlay import overlays_of
 from ..tasks import ImageInputs, Task
 from .batch import UNFINISHED, Item, Overlays, check_output, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import RESUMED, BulkOptions, BulkRun, is_bulk
@@ -51,8 +53,6 @@ class Answer(Command):
             answers, output = task.answer(model, [item.inputs.inputs for item in items], **arguments, **seeds)
 
             def picture(place: int, item: Item):
-                from ..report.overlay import overlays_of
-
                 title, samples = task.title(item.inputs, answers[place]), task.samples(place, len(items))
                 return overlays_of(model, item.inputs.images, output.vision, samples, title)
 
@@ -77,8 +77,6 @@ class Answer(Command):
 
     def _many(self, arguments: dict) -> int:
         """Answers to the rows of a folder of shards."""
-        from ..bulk.callables import ImageTask
-
         if self.images and self.input:
             raise UsageError("give either images or --input")
         used, seed = dict(arguments), arguments.pop("seed", None)

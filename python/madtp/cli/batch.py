@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
+from .. import jsonl
+from ..files import STANDARD, is_regular, open_regular, replacing, write_standard
+from ..files import check_output as check_file
+from ..fingerprint import fingerprint
 from ..pruning import MADTP
+from ..report.overlay import overlays_of
 from ..tasks.base import digested
 
 _log = logging.getLogger("madtp")
@@ -48,11 +55,8 @@ def source_of(options) -> tuple[str | list, Path]:
 
 def input_rows(path: str) -> tuple[str | list[bytes], Path]:
     """The rows of `--input`, those of a pipe read already, and the folder that their paths are relative to."""
-    from ..files import is_regular, open_regular
-    from ..jsonl import held
-
     if not is_regular(path):
-        return held(path), Path()
+        return jsonl.held(path), Path()
     open_regular(path).close()  # whatever keeps it from being read is found out now
     return path, Path(path).parent
 
@@ -64,25 +68,20 @@ def truncation(model, text: str) -> dict:
 
 def check_output(args: argparse.Namespace, source: str | Sequence = ()) -> None:
     """Find out before the model is loaded what would keep records from being written."""
-    from .. import files
-    from ..jsonl import require_new
-
-    if args.output == files.STANDARD:
+    if args.output == STANDARD:
         args.output = None
     if args.output is None:
         if sys.stdout is None:
             raise ValueError("standard output is closed; give --output")
     elif not _is_stream(args.output):
-        files.check_output(args.output, option="--output")
+        check_file(args.output, option="--output")
         if not os.path.exists(args.output + ".partial"):
-            require_new(args.output, args.overwrite)
+            jsonl.require_new(args.output, args.overwrite)
         refuse_inputs(args, args.output, source)
 
 
 def _is_stream(path: str) -> bool:
     """Whether records are written to it one after the other, and it is never replaced: a pipe or a device."""
-    from ..files import is_regular
-
     return os.path.exists(path) and not is_regular(path) and not os.path.isdir(path)
 
 
@@ -107,8 +106,6 @@ class Overlays:
     """
 
     def __init__(self, args: argparse.Namespace, source: str | Sequence) -> None:
-        from ..files import check_output as check_file
-
         self.path = None if args.save_overlay is None else Path(args.save_overlay)
         if self.path is None:
             return
@@ -138,8 +135,6 @@ class Overlays:
 
     def draw(self, items: Sequence, picture: Callable[[int, object], object]) -> list[dict]:
         """What to add to the records of a batch of items, of which `picture` draws one, given its place and itself."""
-        from ..files import replacing
-
         if self.path is None:
             return [{}] * len(items)
         added = []
@@ -156,8 +151,6 @@ class Overlays:
         """The same for items whose images are the samples of `traces`, layer by layer."""
 
         def picture(sample: int, item: Item):
-            from ..report.overlay import overlays_of
-
             return overlays_of(model, [item.image], traces, [sample])
 
         return self.draw(items, picture)
@@ -165,16 +158,12 @@ class Overlays:
 
 def _picture_format(suffix: str) -> str | None:
     """Pillow's name of the format that it can write to such files."""
-    from PIL import Image
-
     name = Image.registered_extensions().get(suffix)
     return name if name in Image.SAVE else None
 
 
 def settings_of(args: argparse.Namespace, model, *, texts: bool = True, **more) -> dict:
     """What determines a command's records; with `texts`, the tokenizer too."""
-    from ..fingerprint import fingerprint
-
     pruning = {"temperature": model.pruning.strength}
     if not isinstance(model.pruning, MADTP):
         pruning = {"pruning": json.loads(json.dumps(model.pruning.to_dict()))}  # as it is read again: lists for tuples
@@ -220,8 +209,6 @@ def run_rows(
     Returns:
         The exit code.
     """
-    from .. import jsonl
-
     meter = TokenMeter(tokens)
     options = {"unit": unit, "note": meter.note, "answers": [*answers, *tokens, *COMMON], **options}
     if args.quiet:
@@ -266,9 +253,6 @@ def run_rows(
 
 def _streamed(args: argparse.Namespace, source, prepare, answer, options: dict):
     """Records of all rows as they come, to standard output or to a pipe or device; counts of them."""
-    from .. import jsonl
-    from ..files import write_standard
-
     summary, rows = jsonl.Summary(), list(jsonl.numbered(source))
     # A terminal shows the records themselves.
     options = {"total": len(rows), "progress": False if sys.stdout and sys.stdout.isatty() else None, **options}

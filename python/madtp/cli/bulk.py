@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..bulk.readers import SHARD_SIZE
+import torch
+from tqdm import tqdm
+
+from ..bulk.readers import SHARD_SIZE, Source
+from ..bulk.run import Part, Summary, run
+from ..bulk.workers import default_workers
+from ..bulk.writers import Results, require_pyarrow
 from ..jsonl import split_fields
 from ..options import UsageError, option, positive
 from .batch import COMMON, TokenMeter, complain, settings_of, shortened, truncation
@@ -116,10 +122,6 @@ class BulkRun:
 
     def run(self) -> int:
         """Do the part of this process; returns the exit code."""
-        from ..bulk.readers import Source
-        from ..bulk.run import Part
-        from ..bulk.writers import Results, require_pyarrow
-
         options = self.options
         if not self.sources:
             raise UsageError("give images, tars, tables or --input")
@@ -150,9 +152,6 @@ class BulkRun:
 
     def _answer(self, source, part, place: int, child: _Child | None = None) -> int:
         """Answer the rows of a part in this process, number ``place`` of its machine."""
-        from ..bulk.run import run
-        from ..bulk.workers import default_workers
-
         options, processes = self.options, child.processes if child else 1
         devices = _devices(options.devices)
         options.device = devices[place % len(devices)] if devices else _own_device(options.device, place)
@@ -191,8 +190,6 @@ class BulkRun:
 
     def _results(self, model, source):
         """Where results go, with all that they depend on."""
-        from ..bulk.writers import Results
-
         options = self.options
         facts = settings_of(options, model, texts=self.words, **self.settings)
         facts["device"] = options.device.split(":")[0]
@@ -234,8 +231,6 @@ class BulkRun:
 
     def _in_children(self, part, total: int | None) -> int:
         """Start a process for each device, show what they do together, and report; the exit code."""
-        from ..bulk.run import Summary
-
         summary, processes = Summary(), _Processes(self.options.argv)
         mine = None if total is None else len(range(part.index, total, part.count))
         try:
@@ -275,8 +270,6 @@ class _Bar:
     """
 
     def __init__(self, unit: str, tokens: Sequence[str], *, hidden: bool) -> None:
-        from tqdm import tqdm
-
         self._meter = TokenMeter(tokens)
         self._bar = tqdm(unit=f" {unit}", disable=True if hidden else None)
 
@@ -331,8 +324,6 @@ def _devices(names: str | None) -> list[str]:
         return []
     if names != "all":
         return [name.strip() for name in names.split(",") if name.strip()] or ["cpu"]
-    import torch
-
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
@@ -340,8 +331,6 @@ def _own_device(device: str, place: int) -> str:
     """Of several processes on a machine that all were told "cuda", each takes its own GPU."""
     if device != "cuda":
         return device
-    import torch
-
     count = torch.cuda.device_count()
     return f"cuda:{place % count}" if count > 1 else device
 

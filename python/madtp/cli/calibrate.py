@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+import madtp
+
+from ..compress.calibrate import calibrate_rule, freeze_all_but_dictionary, read_pairs
+from ..compress.loaders import steps_per_epoch
 from ..compress.settings import Settings
+from ..compress.train import train
+from ..files import write_json
 from ..options import UsageError, above_zero, given, option, positive, same, share
+from ..processes import joined
 from ..pruning import METHODS, MergingPruning, rule_named
 from ..tasks import TASKS
 from .options import Command, only_with
@@ -75,13 +84,6 @@ class Calibrate(Command, TrainingOptions):
 
     def run(self) -> int:
         """Learn the dictionary, or go on, and save the model."""
-        import numpy as np
-
-        from ..compress.calibrate import freeze_all_but_dictionary, read_pairs
-        from ..compress.loaders import steps_per_epoch
-        from ..compress.train import train
-        from ..processes import joined
-
         if (self.reduction, self.keep_ratio, self.target_gflops) == (None, None, None):
             raise UsageError("one of --reduction, --keep-ratio, --target-gflops is required")
         if self.method is not None:
@@ -128,11 +130,6 @@ class Calibrate(Command, TrainingOptions):
 
     def _set_limits(self) -> int:
         """Set the limits of a rule, save the model and what is known of the calibration."""
-        import madtp
-
-        from ..compress.calibrate import calibrate_rule, read_pairs
-        from ..files import write_json
-
         model = load_source(self, self.task, self.device)
         rule = rule_named(self.method)
         if self.use_sizes:

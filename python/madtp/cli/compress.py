@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 
+from ..compress.examples import DRAWN, read_examples
 from ..compress.settings import Settings
+from ..compress.train import train
+from ..fingerprint import fingerprint
 from ..options import UsageError, option, positive, same, unset
+from ..processes import joined
 from ..tasks import TASKS
 from .options import Command, only_with
-from .training import DRAWN, TrainingOptions, begin, chosen_rule, load_source, origin, report
+from .training import TrainingOptions, begin, chosen_rule, load_source, origin, report
 
 _EXAMPLES = """\
 examples:
@@ -77,11 +81,6 @@ class Compress(Command, TrainingOptions, unset(Settings)):
 
     def run(self) -> int:
         """Train, or go on, and save the model."""
-        from ..compress.examples import read_examples
-        from ..compress.train import train
-        from ..fingerprint import fingerprint
-        from ..processes import joined
-
         only_with(self, self.controller != "official", "with --controller official", "ramp")
         only_with(self, self.epochs is None, "with --epochs", "steps")
         only_with(self, bool(self.distill), "without --distill", "teacher")

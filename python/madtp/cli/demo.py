@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..data.synthetic import TEMPLATES, Shapes
 from ..files import check_output, replacing
 from ..options import option, positive
+from ..pruning import Pruning
+from ..report.overlay import overlays
 from ..tasks import task_of
 from .options import Command, RunOptions, grouping, load_model
 
@@ -76,8 +83,6 @@ class Demo(Command, RunOptions, _DemoOptions):
     grouping: str = grouping(("instance", "pair", "batch"))
 
     def run(self) -> int:
-        from ..data.synthetic import TEMPLATES, Shapes
-
         directory = Path(self.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         check_output(directory / "pairs.jsonl", option="--output-dir")
@@ -102,8 +107,6 @@ class Demo(Command, RunOptions, _DemoOptions):
 
     def _models(self, trained: bool) -> tuple:
         """The dense model and the pruned one."""
-        from ..pruning import Pruning
-
         pruned = load_model(self, ["nlvr"])
         if not pruned.pruning.active:
             raise ValueError(f"{self.model} comes without pruning: give a temperature, for example --temperature 5")
@@ -119,8 +122,6 @@ class Demo(Command, RunOptions, _DemoOptions):
 
     def _write(self, directory: Path, samples: list[_Question], model, output, answer) -> None:
         """Pictures, statements, the overlay of the first pair; says how to ask again."""
-        from ..report.overlay import overlays
-
         _write(directory, samples)
         picture, pairs = directory / "overlay.png", directory / "pairs.jsonl"
         title = f"{samples[0].sentence}  The model says: {answer.answer}"
@@ -147,8 +148,6 @@ def _ask(model, questions: list[_Question]) -> tuple:
 
 
 def _question(model, split, index: int, templates) -> _Question:
-    from PIL import Image
-
     pair = split.pair(index, 1, templates)
     (statement,) = pair.statements
     images = [Image.fromarray(image) for image in pair.images]
@@ -157,10 +156,6 @@ def _question(model, split, index: int, templates) -> _Question:
 
 def _answer(models, split, pairs: int, quiet: bool) -> tuple[list[_Question], list[list]]:
     """What the models answer to one statement about each of so many pairs, or fewer if it takes too long."""
-    from tqdm import tqdm
-
-    from ..data.synthetic import TEMPLATES
-
     questions, answers = [], [[] for _ in models]
     begin = time.perf_counter()
     with tqdm(total=pairs, desc="held-out pairs", unit=" pairs", leave=False, disable=quiet or None) as bar:
@@ -213,8 +208,6 @@ def _print_costs(questions: list[_Question], answers, *, accuracy: bool) -> None
 
 
 def _print_times(models, instances: list[tuple], dtype: str) -> None:
-    import torch
-
     device, threads = models[0].device, torch.get_num_threads()
     where = f"{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
     _row(f"ms per pair ({dtype}, {where})", "dense", "pruned")
@@ -232,7 +225,6 @@ def _print_times(models, instances: list[tuple], dtype: str) -> None:
 
 def _time(models, instances: list[tuple], size: int) -> list[float]:
     """Median seconds per pair of each model, in alternation so that all see the same machine."""
-    import torch
 
     def seconds(model, batch) -> float:
         begin = time.perf_counter()

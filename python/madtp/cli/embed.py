@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save
+
+from ..bulk.callables import Embedder
+from ..files import check_output as check_file
+from ..files import replacing
+from ..index import from_text, to_text
+from ..inputs import read_texts
+from ..jsonl import require_new, to_line
 from ..options import UsageError, option, same
+from ..predict import embed_images, embed_texts
 from ..tasks import ImageInputs
 from ..tasks.base import image_of
 from .answer import OutputOptions
@@ -56,10 +66,6 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
 
     def _source(self) -> tuple[str | list, Path]:
         """The rows and the folder of their paths, once it is known that features can be written."""
-        from ..files import check_output as check_file
-        from ..inputs import read_texts
-        from ..jsonl import require_new
-
         if Path(self.output).suffix not in (".npy", ".safetensors"):
             raise UsageError(f"--output: expected a name that ends with .npy, .safetensors or /, got {self.output}")
         if self.texts and (self.images or self.input or self.save_overlay):
@@ -75,9 +81,6 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
 
     def _few(self) -> int:
         """Embed into one file."""
-        from ..index import to_text
-        from ..predict import embed_images, embed_texts
-
         source, folder = self._source()
         overlays = Overlays(self, source)
         model = load_model(self, TASKS, words=bool(self.texts))
@@ -122,8 +125,6 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
 
     def _many(self) -> int:
         """Embed into a folder."""
-        from ..bulk.callables import Embedder
-
         if sum(map(bool, (self.images, self.input, self.texts))) > 1:
             raise UsageError("give one of images, --input and --texts")
         texts = bool(self.texts or self.text_key)
@@ -146,13 +147,6 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
 
 def _publish(records: Iterator[dict], output: Path) -> None:
     """Names and features, the latter last: where they are, all is."""
-    import numpy as np
-    from safetensors.numpy import save
-
-    from ..files import replacing
-    from ..index import from_text
-    from ..jsonl import to_line
-
     features = []
     with replacing(output.with_name(output.name + ".jsonl")) as names:
         for record in records:

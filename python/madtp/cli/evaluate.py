@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
+from ..evaluate.run import evaluate
+from ..files import check_output
+from ..jsonl import require_new
 from ..options import UsageError, given, help_of, option, positive
 from ..processes import joined, processes, rank
-from ..tasks import TASKS, Task
+from ..report import results as report
+from ..report.plots import require_matplotlib
+from ..tasks import TASKS, Task, task_of
 from ..tasks.annotations import require_images
 from .batch import refuse_inputs, settings_of, shown
 from .options import (
@@ -100,12 +107,6 @@ class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
             return self._evaluate(parts)
 
     def _evaluate(self, parts: Path | None) -> int:
-        import torch
-
-        from ..evaluate.run import evaluate
-        from ..report import results as report
-        from ..tasks import task_of
-
         device, (_, asked) = self.device, strengths_of(self)
         if device == "cuda" and processes() > 1:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -144,9 +145,6 @@ class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
         What cannot be read or written, or would replace something unasked, is found out here, before the model is
         loaded.
         """
-        from ..files import check_output
-        from ..jsonl import require_new
-
         check_source(self, *filter(None, (self.annotations, self.vqa_annotations)))
         parts = None if self.records is None else Path(self.records + ".parts")
         for name in ("output", "records"):
@@ -158,8 +156,6 @@ class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
             if not (parts and parts.exists()):
                 require_new(path, self.overwrite)
         if self.plots:
-            from ..report.plots import require_matplotlib
-
             require_matplotlib()
             Path(self.plots).mkdir(parents=True, exist_ok=True)
             check_output(Path(self.plots) / "quality.png", option="--plots")

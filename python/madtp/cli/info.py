@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from madtp_kernels import info
+
 from ..options import option
 from .options import Command
 
@@ -19,6 +21,4 @@ class Info(Command):
     json: bool = option("as JSON", False)
 
     def run(self) -> int:
-        from madtp_kernels import info
-
         return info.main(["--json"] if self.json else [])

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
+import madtp
+from madtp_kernels import backends
+
 from ..files import open_regular
 from ..options import UsageError, add_options, given, option, parsed, positive
 from ..pruning import MADTP, METHODS, Pruning, rule_named
@@ -158,8 +163,6 @@ class BatchOptions:
 
 def check_device(name: str) -> None:
     """Raise ValueError for a device that is not there: loading a model onto it would find that out much later."""
-    import torch
-
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -174,8 +177,6 @@ def check_device(name: str) -> None:
 def check_backend(name: str | None, device: str) -> None:
     """Raise ValueError for a backend, forced by ``--backend`` or the environment, that cannot run here: the first batch would find
     that out."""
-    from madtp_kernels import backends
-
     option = "MADTP_KERNELS_BACKEND" if name is None else "--backend"
     try:
         name = name or backends.forced()
@@ -242,10 +243,6 @@ def load_model(options, tasks: Sequence[str], *, words: bool = True):
     """The model that options describe, which has to be for one of ``tasks``. With ``words``, a missing tokenizer is
     found out now.
     """
-    import torch
-
-    import madtp
-
     check_device(options.device)
     check_backend(options.backend, options.device)
     if options.threads:

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from .. import predict
+from ..bulk.vectors import ImageIndex, Vectors, candidates, check_index
 from ..files import check_output as check_file
 from ..files import open_regular
+from ..inputs import read_texts
+from ..jsonl import numbered, row_of
 from ..options import UsageError, option, positive
 from ..tasks import ImageInputs, task_of
 from ..tasks.base import image_of
@@ -75,9 +82,6 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
     )
 
     def run(self) -> int:
-        from ..bulk.vectors import check_index
-        from ..inputs import read_texts
-
         if bool(self.text) == bool(self.texts):
             raise UsageError("give either --text or --texts")
         if self.ann and (not self.index or self.images or self.input or self.direction == "image-to-text"):
@@ -115,8 +119,6 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
         return max(code, report(failed, len(rows), "images could not be searched"))
 
     def _rows(self) -> list[dict]:
-        from ..jsonl import numbered, row_of
-
         source, folder = source_of(self)
         rows = []
         for number, row in numbered(source):
@@ -130,8 +132,6 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
     def _collection(self, model, rows: list[dict] | None):
         """Images, those of the index unless they are given, the vectors of the ones that can be used, and why the others,
         by number from 1, cannot."""
-        from ..bulk.vectors import Vectors
-
         settings = settings_of(self, model, texts=False)
         for name in ("model", "tokenizer", "device", "backend"):  # the fingerprint has what matters
             del settings[name]
@@ -145,16 +145,13 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
 
     def _encoded(self, model, images: list[str], settings: dict):
         """The vectors of the images that can be used, and why the others cannot; the index has them afterwards."""
-        from ..bulk.vectors import ImageIndex, Vectors
-        from ..predict import embed_images
-
         meter = TokenMeter(["image_tokens"])
 
         def embed(pixels: list) -> list[dict]:
             return meter.seen(
                 [
                     {"embedding": embedding.features.numpy(), "image_tokens": embedding.tokens}
-                    for embedding in embed_images(model, pixels)[0]
+                    for embedding in predict.embed_images(model, pixels)[0]
                 ]
             )
 
@@ -177,11 +174,6 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
         return vectors, failed
 
     def _text_to_image(self, model, texts, collection, rerank: int) -> int:
-        import torch
-
-        from ..bulk.vectors import candidates
-        from ..predict import embed_texts
-
         count = max(self.top, rerank)
 
         def prepare(number: int, row: dict) -> Item:
@@ -189,7 +181,7 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
 
         def answer(items: list[Item]) -> list[dict]:
             ids = [item.inputs for item in items]
-            embeddings, _ = embed_texts(model, ids)
+            embeddings, _ = predict.embed_texts(model, ids)
             queries = torch.stack([embedding.features for embedding in embeddings])
             if self.ann:  # more than are asked for, since its own order may be coarser
                 found, scores = collection.scored(queries, candidates(self.ann, queries, max(100, 4 * count)), count)
@@ -216,16 +208,11 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
         )
 
     def _image_to_text(self, model, texts, rows, collection, failed, rerank: int) -> int:
-        import numpy as np
-
-        from ..bulk.vectors import Vectors
-        from ..predict import embed_images, embed_texts, match
-
         ids, embeddings = [model.processor.text(text) for text in texts], []
         if truncated := sum(map(model.processor.cuts, texts)):
             _log.warning("%d texts are not read to their end, since the model reads no more", truncated)
         for start in range(0, len(ids), self.batch_size):
-            embeddings += embed_texts(model, ids[start : start + self.batch_size])[0]
+            embeddings += predict.embed_texts(model, ids[start : start + self.batch_size])[0]
         described = Vectors([np.stack([embedding.features.numpy() for embedding in embeddings])], texts)
         usable = [number for number in range(1, len(rows) + 1) if number not in failed]
         place = dict(zip(usable, np.flatnonzero(collection.usable()).tolist(), strict=True))
@@ -240,9 +227,9 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
             found, scores = described.search(queries, max(self.top, rerank))
             matches = {}
             if rerank:
-                _, output = embed_images(model, [item.inputs for item in items])
+                _, output = predict.embed_images(model, [item.inputs for item in items])
                 pairs = [(image, text) for image, row in enumerate(found) for text in row[:rerank]]
-                matches = dict(zip(pairs, match(model, output.tokens, ids, pairs), strict=True))
+                matches = dict(zip(pairs, predict.match(model, output.tokens, ids, pairs), strict=True))
             logits = [[matches.get((image, text)) for text in row] for image, row in enumerate(found)]
             ranked = map(partial(_ranked, "text", texts, self.top), found, scores, logits)
             return [{"texts": matches} for matches in ranked]
@@ -274,18 +261,16 @@ class Retrieve(TextOptions, RunOptions, PruningOptions, OutputOptions, ImageInpu
 
     def _match(self, model, images: Sequence[str], ids: list, pairs: list[tuple[int, int]]) -> dict:
         """Logits of (image, text) pairs, of images that are read here, each once."""
-        from ..predict import embed_images, match
-
         logits = {}
         needed = sorted({image for image, _ in pairs})
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(needed), self.batch_size):
                 numbers = needed[start : start + self.batch_size]
                 pixels = list(pool.map(model.processor.image, (images[number] for number in numbers)))
-                _, output = embed_images(model, pixels)
+                _, output = predict.embed_images(model, pixels)
                 here = [pair for pair in pairs if pair[0] in numbers]
                 local = [(numbers.index(image), text) for image, text in here]
-                logits |= zip(here, match(model, output.tokens, ids, local), strict=True)
+                logits |= zip(here, predict.match(model, output.tokens, ids, local), strict=True)
         return logits
 
 

@@ -7,13 +7,20 @@ import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+import torch
+
+import madtp
+
+from ..compress.examples import DRAWN, digest
 from ..compress.settings import RUN, Settings
+from ..compress.train import missed
+from ..files import check_output
+from ..fingerprint import fingerprint
 from ..options import not_negative, option, positive, same
+from ..processes import rank
+from ..pruning import MADTP, METHODS, Pruning
 from ..tasks import TASKS
 from .options import ModelSource, RunOptions, check_backend, check_device, check_source
-
-DRAWN = "shapes:"
-"""What examples begin with that are drawn, not read; that of madtp.compress.examples, which is slow to import."""
 
 
 @dataclass(kw_only=True)
@@ -45,8 +52,6 @@ def begin(options: TrainingOptions, *files: str, record: str = "run/settings.jso
         files: annotations that have to be there.
         record: a file in the output by which a model there is known as one of an earlier run: any other is not replaced.
     """
-    from ..files import check_output
-
     check_source(options, *(path for path in files if not path.startswith(DRAWN)))
     if options.workers < 0:
         raise ValueError(f"--workers: expected a number >= 0, got {options.workers}")
@@ -64,10 +69,6 @@ def begin(options: TrainingOptions, *files: str, record: str = "run/settings.jso
 def load_source(options: TrainingOptions, task: str | None, device: str):
     """The model to train, on this process's device, with its own temperature; what it lacks is initialised from the
     seed."""
-    import torch
-
-    import madtp
-
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(Settings.seed if options.seed is None else options.seed)
@@ -85,8 +86,6 @@ def chosen_rule(pruning, options: TrainingOptions):
     Raises:
         ValueError: no such rule, or a setting that it does not have.
     """
-    from ..pruning import MADTP, METHODS, Pruning
-
     own = pruning if pruning.name in METHODS else MADTP(proportional_attention=pruning.proportional_attention)
     if options.method not in (None, *METHODS):
         raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {options.method!r}")
@@ -108,18 +107,12 @@ def chosen_rule(pruning, options: TrainingOptions):
 
 def origin(options: TrainingOptions, model, *files: str) -> dict:
     """What a run depends on beside its settings: it does not go on with another model or other data."""
-    from ..compress.examples import digest
-    from ..fingerprint import fingerprint
-
     data = [digest(path) for path in files]
     return {"task": model.config.task, "model": options.model, "data": data, "fingerprint": fingerprint(model)}
 
 
 def report(result: dict, options: TrainingOptions) -> int:
     """Print the result of a run; the exit code, which is 1 where the target was missed."""
-    from ..compress.train import missed
-    from ..processes import rank
-
     miss = missed(result, options.reduction)
     if rank() == 0:
         print(json.dumps(result, indent=2))

@@ -22,8 +22,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from ..files import replacing
+from ..image_transform import ImageTransform
+from ..options import not_negative_int, positive
 from ..pictures import load_image
 from ..tasks.annotations import NLVRExample
 
@@ -491,8 +494,6 @@ def token_ids(sentence: str) -> list[int]:
 def pixels(images: np.ndarray) -> np.ndarray:
     """Pictures ``[..., S, S, 3]`` uint8 as a model takes them in: ``[..., 3, S, S]`` float32, as
     `ImageTransform.squash` gives them."""
-    from ..image_transform import ImageTransform
-
     levels = ImageTransform.squash(SIZE).levels()
     return np.stack([channel.take(images[..., c]) for c, channel in enumerate(levels)], axis=-3)
 
@@ -628,8 +629,6 @@ def write(directory: str | os.PathLike, split: str, pairs: int, statements: int 
 
 
 def _write_pairs(directory: Path, shapes: Shapes, pairs: int, statements: int) -> Iterator[dict]:
-    from tqdm import tqdm
-
     (directory / shapes.split).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(pairs), unit=" pairs", disable=None):
         pair = shapes.pair(index, statements)
@@ -647,8 +646,6 @@ def _write_pairs(directory: Path, shapes: Shapes, pairs: int, statements: int) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    from ..options import not_negative_int, positive
-
     parser = argparse.ArgumentParser(
         prog="python -m madtp.data.synthetic",
         description="Write image pairs of coloured shapes with true and false statements, in NLVR2's format.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ..files import replacing
+
 __all__ = ["name_of", "quality_plot", "require_matplotlib", "save_png", "strength_of", "tokens_plot"]
 
 
@@ -99,7 +101,5 @@ def tokens_plot(results: Sequence[dict]):
 
 def save_png(figure, path: str | os.PathLike) -> None:
     """Write a figure, complete or not at all. Raises OSError."""
-    from ..files import replacing
-
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
