@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from madtp.report.overlay import kept_patches, overlay, overlays
+from madtp.report.overlay import kept_patches, overlays
 
 GRID = 4
 CONFIG = SimpleNamespace(vision=SimpleNamespace(image_size=GRID * 8, patch_size=8))
@@ -121,8 +121,9 @@ def test_a_title_is_written_above_and_changes_nothing_below(output):
 
 def test_layers_of_a_panorama_are_one_below_the_other(output):
     """Side by side they would be strips."""
-    wide = overlay(Image.new("RGB", (800, 100), "red"), output.vision, CONFIG, sample=1, height=80)
+    wide = overlays([Image.new("RGB", (800, 100), "red")], output.vision, CONFIG, [1], height=80)
     assert wide.size == (320 + 2 * GAP, 3 * (40 + CAPTION + GAP) + GAP)
     assert (patch(tile(wide, 1, 0, 320, 40), 5) == (255, 0, 0)).all()
     assert (patch(tile(wide, 1, 0, 320, 40), 1) < 100).all()
-    assert overlay(Image.new("RGB", (200, 100)), output.vision, CONFIG, height=80).size[0] == 3 * (160 + GAP) + GAP
+    other = overlays([Image.new("RGB", (200, 100))], output.vision, CONFIG, [0], height=80)
+    assert other.width == 3 * (160 + GAP) + GAP

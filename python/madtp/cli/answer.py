@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from ..bulk.callables import ImageTask
 from ..options import UsageError, option
-from ..report.overlay import overlays_of
 from ..tasks import ImageInputs, Task
 from .batch import UNFINISHED, Item, Overlays, check_output, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import RESUMED, BulkOptions, BulkRun, is_bulk
@@ -52,11 +51,10 @@ class Answer(Command):
             seeds = {} if seed is None else {"seeds": [row_seed(seed, item.row) for item in items]}
             answers, output = task.answer(model, [item.inputs.inputs for item in items], **arguments, **seeds)
 
-            def picture(place: int, item: Item):
-                title, samples = task.title(item.inputs, answers[place]), task.samples(place, len(items))
-                return overlays_of(model, item.inputs.images, output.vision, samples, title)
+            def about(place: int, item: Item) -> tuple:
+                return item.inputs.images, task.samples(place, len(items)), task.title(item.inputs, answers[place])
 
-            drawn = overlays.draw(items, picture)
+            drawn = overlays.draw(items, model, output.vision, about)
             return [
                 {**shortened(found.record()), **path, **item.added}
                 for item, found, path in zip(items, answers, drawn, strict=True)

@@ -133,8 +133,13 @@ class Overlays:
             what = "exists already" if self.single else "is not empty"
             raise ValueError(f"{named}: {what}; name another one, or give --overwrite")
 
-    def draw(self, items: Sequence, picture: Callable[[int, object], object]) -> list[dict]:
-        """What to add to the records of a batch of items, of which `picture` draws one, given its place and itself."""
+    def draw(self, items: Sequence[Item], model, traces, about: Callable[[int, Item], tuple]) -> list[dict]:
+        """Draws a batch of items, and says what to add to their records.
+
+        Args:
+            traces: of the batch's vision layers.
+            about: paths of an item's images, their samples in the traces, and a title; of its place and itself.
+        """
         if self.path is None:
             return [{}] * len(items)
         added = []
@@ -143,17 +148,11 @@ class Overlays:
             if path.exists() and os.path.samefile(path, item.image):
                 raise ValueError(f"--save-overlay: {path} is the picture itself")
             with replacing(path) as file:
-                picture(place, item).save(file, self._format if self.single else "PNG")
+                images, samples, title = about(place, item)
+                picture = overlays_of(model, images, traces, samples, title)
+                picture.save(file, self._format if self.single else "PNG")
             added.append({"overlay": str(path)})
         return added
-
-    def patches(self, items: Sequence[Item], traces, model) -> list[dict]:
-        """The same for items whose images are the samples of `traces`, layer by layer."""
-
-        def picture(sample: int, item: Item):
-            return overlays_of(model, [item.image], traces, [sample])
-
-        return self.draw(items, picture)
 
 
 def _picture_format(suffix: str) -> str | None:

@@ -98,7 +98,7 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
                 pictures = [{}] * len(items)
             else:
                 embeddings, output = embed_images(model, [item.inputs for item in items])
-                pictures = overlays.patches(items, output.trace, model)
+                pictures = overlays.draw(items, model, output.trace, lambda place, item: ([item.image], [place], ""))
             return [
                 {
                     f"{kind}_tokens": embedding.tokens,

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..pictures import load_image
 
-__all__ = ["kept_patches", "overlay", "overlays", "overlays_of"]
+__all__ = ["kept_patches", "overlays", "overlays_of"]
 
 _GAP = 6
 _CAPTION = 18
@@ -32,33 +32,6 @@ def kept_patches(trace, sample: int, grid: int) -> np.ndarray:
     return kept.reshape(grid, grid)
 
 
-def overlay(
-    image: Image.Image,
-    traces: Sequence,
-    config,
-    *,
-    sample: int = 0,
-    layers: Sequence[int] | None = None,
-    height: int = 224,
-) -> Image.Image:
-    """A picture with one column per layer (a panorama's layers are one below the other), pruned patches darkened, with
-    counts.
-
-    Args:
-        image: as loaded, of any size; it keeps its aspect ratio here.
-        traces: of the vision layers, for a batch of which `sample` is the one to draw.
-        config: the model's; image and patch size are used.
-        layers: numbers of the layers to show, from 1; by default up to six, spread evenly from first to last.
-        height: in pixels; less where the picture would get more than twice as wide, or a panorama four times.
-
-    Raises:
-        ValueError: a layer that the model has not.
-    """
-    panorama = image.width > 2 * image.height
-    row = _row(image, traces, sample, config, layers, height, widest=4 if panorama else 2)
-    return _sheet([[tile] for tile in row] if panorama else [row])
-
-
 def overlays(
     images: Sequence[Image.Image],
     traces: Sequence,
@@ -69,30 +42,36 @@ def overlays(
     height: int = 224,
     title: str = "",
 ) -> Image.Image:
-    """The same for several images of an instance, one below the other.
+    """A picture with one row per image and one column per layer, pruned patches darkened, with counts. The layers of a
+    panorama that is alone and has no title are one below the other.
 
     Args:
-        images: as loaded, of any size.
-        traces, config, layers, height: as in `overlay`; `height` is that of one image.
-        samples: which samples of the batch they are.
+        images: as loaded, of any size; they keep their aspect ratio here.
+        traces: of the vision layers.
+        config: the model's; image and patch size are used.
+        samples: which samples of the traces' batch the images are.
+        layers: numbers of the layers to show, from 1; by default up to six, spread evenly from first to last.
+        height: of one image, in pixels; less where it would get more than twice as wide, or such a panorama four times.
         title: a line above all, such as the statement.
 
     Raises:
         ValueError: a layer that the model has not.
     """
-    pictures = zip(images, samples, strict=True)
-    return _sheet([_row(image, traces, sample, config, layers, height) for image, sample in pictures], title)
+    panorama = len(images) == 1 and not title and images[0].width > 2 * images[0].height
+    rows = [
+        _row(image, traces, sample, config, layers, height, widest=4 if panorama else 2)
+        for image, sample in zip(images, samples, strict=True)
+    ]
+    return _sheet([[tile] for tile in rows[0]] if panorama else rows, title)
 
 
 def overlays_of(model, paths: Sequence, traces: Sequence, samples: Sequence[int], title: str = "") -> Image.Image:
-    """A picture of an instance, by the paths of its images; as `overlay` where it has one and there is no title."""
+    """The same by the paths of the images, of which the part is drawn that the model sees."""
     images = [model.processor.view(load_image(path)) for path in paths]
-    if len(images) == 1 and not title:
-        return overlay(images[0], traces, model.config, sample=samples[0])
     return overlays(images, traces, model.config, samples, title=title)
 
 
-def _row(image: Image.Image, traces, sample: int, config, layers, height: int, widest: int = 2) -> list[Image.Image]:
+def _row(image: Image.Image, traces, sample: int, config, layers, height: int, widest: int) -> list[Image.Image]:
     depth, grid = len(traces), config.vision.image_size // config.vision.patch_size
     if layers is None:
         columns = min(depth, _MOST_COLUMNS)
