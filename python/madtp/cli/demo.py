@@ -121,8 +121,14 @@ class Demo(Command, RunOptions, _DemoOptions):
         return dense, pruned
 
     def _write(self, directory: Path, samples: list[_Question], model, output, answer) -> None:
-        """Pictures, statements, the overlay of the first pair; says how to ask again."""
-        _write(directory, samples)
+        """Statements and pictures, as `madtp nlvr --input` and `madtp evaluate --annotations` read them, and the overlay of
+        the first pair; says how to ask again."""
+        # First the statements: they tell the folder of a demo, also of one that was stopped.
+        with replacing(directory / "pairs.jsonl") as file:
+            file.write(_lines([(sample.sentence, sample.truth) for sample in samples]))
+        for number, sample in enumerate(samples):
+            for name, image in zip(_names(number), sample.images, strict=True):
+                image.save(directory / name)
         picture, pairs = directory / "overlay.png", directory / "pairs.jsonl"
         title = f"{samples[0].sentence}  The model says: {answer.answer}"
         places = 0, len(samples)
@@ -266,13 +272,3 @@ def _refuse_others(directory: Path, statements: Sequence[tuple[str, bool]]) -> N
     there = next((name for name in names if (directory / name).exists()), None)
     if there is not None:
         raise ValueError(f"--output-dir: {directory / there} is not from this demo; remove it, or name another folder")
-
-
-def _write(directory: Path, samples: list[_Question]) -> None:
-    """Statements and pictures, as `madtp nlvr --input` and `madtp evaluate --annotations` read them."""
-    # First the statements: they tell the folder of a demo, also of one that was stopped.
-    with replacing(directory / "pairs.jsonl") as file:
-        file.write(_lines([(sample.sentence, sample.truth) for sample in samples]))
-    for number, sample in enumerate(samples):
-        for name, image in zip(_names(number), sample.images, strict=True):
-            image.save(directory / name)
