@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import IO
 
-__all__ = ["ResumeError", "differences", "lock", "locked", "read_object", "require_same"]
+__all__ = ["ResumeError", "lock", "locked", "read_object", "require_same"]
 
 
 class ResumeError(ValueError):
@@ -26,14 +26,6 @@ def read_object(content: bytes) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def differences(then: Mapping, now: Mapping) -> str:
-    """Where the settings of a run and those of the one before it disagree, such as "dtype: float32 then, bfloat16 now"; empty
-    if nowhere."""
-    now = json.loads(json.dumps(now))  # as `then` was read: lists for tuples
-    changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
-    return "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed)
-
-
 def require_same(path: str | os.PathLike, then: Mapping | None, now: Mapping, remedy: str) -> None:
     """Raise ResumeError unless the run at ``path`` had these settings.
 
@@ -45,8 +37,11 @@ def require_same(path: str | os.PathLike, then: Mapping | None, now: Mapping, re
     """
     if then is None:
         raise ResumeError(f"{path} was not written by a run like this one; {remedy}")
-    if changed := differences(then, now):
-        raise ResumeError(f"{path} is of another run ({changed}); {remedy}")
+    now = json.loads(json.dumps(now))  # as `then` was read: lists for tuples
+    changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
+    if changed:
+        shown = "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in changed)
+        raise ResumeError(f"{path} is of another run ({shown}); {remedy}")
 
 
 def lock(file: IO, name: object, patience: float = 0.0) -> None:

@@ -11,7 +11,7 @@ from madtp.bulk import vectors as module
 from madtp.bulk.readers import Row, Shard
 from madtp.bulk.vectors import ImageIndex, Vectors, candidates
 from madtp.bulk.workers import Failure
-from madtp.bulk.writers import Results
+from madtp.bulk.writers import Results, ShardFiles
 from madtp.jsonl import ResumeError
 
 
@@ -151,7 +151,7 @@ def test_other_tools_read_our_files(random, tmp_path):
     vectors = random(48, 8)
     results = Results(tmp_path / "out", {}, vectors="img", dtype="float16")
     for number in range(12):  # of which one has no vectors at all, and no files of them
-        with results.files(Shard(number, "", "", lambda: iter(()))) as files:
+        with ShardFiles(results, Shard(number, "", "", lambda: iter(()))) as files:
             for row in range(4):
                 place = 4 * number + row
                 good = number != 5 and place % 7 > 0

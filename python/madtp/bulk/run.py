@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from .callables import answer_all
 from .readers import Row, Shard, Source, Span
 from .workers import Decoders, Failure
-from .writers import Results
+from .writers import Results, ShardFiles
 
 __all__ = ["Part", "Progress", "Summary", "run"]
 
@@ -153,7 +153,7 @@ def run(
         _Ahead(source, results, part, decoders, ahead, retry_failed, summary) as feed,
     ):
         for shard, old, lock in feed.shards():
-            with lock, results.files(shard) as files:
+            with lock, ShardFiles(results, shard) as files:
                 for batch in _batches(feed.rows(), size, most):
                     began = time.perf_counter()
                     found = _answered(batch, answer, done=summary.rows > 0)

@@ -22,7 +22,7 @@ import torch
 from .. import jsonl
 from ..resume import ResumeError, locked, read_object, require_same
 from .readers import Row, Shard
-from .writers import Results, read_records
+from .writers import Results, ShardFiles, read_records
 
 __all__ = ["ImageIndex", "Vectors", "candidates"]
 
@@ -359,7 +359,7 @@ class _Growing(contextlib.AbstractContextManager):
     def add(self, vector: np.ndarray, fields: dict) -> None:
         if self._files is None:
             shard = Shard(self._number, "images", "", lambda: iter(()))
-            self._files = self._results.files(shard).__enter__()
+            self._files = ShardFiles(self._results, shard).__enter__()
         self._files.add(Row(self._rows, fields["image_path"]), {"embedding": vector}, fields)
         self._rows += 1
         if self._rows == _ROWS:

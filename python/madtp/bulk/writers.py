@@ -161,10 +161,6 @@ class Results:
         """Remove the lock of a shard that is done: nobody takes it again."""
         self._lock(shard).unlink(missing_ok=True)
 
-    def files(self, shard: Shard) -> ShardFiles:
-        """Files to write a shard's results to."""
-        return ShardFiles(self, shard)
-
     def failures(self, shard: Shard) -> list[dict]:
         """The rows of a shard that is done that failed; none where the file with them is gone."""
         path = self.folder / f"errors/errors_{shard.number:0{_DIGITS}}.jsonl"
@@ -194,7 +190,7 @@ class Results:
 
 
 class ShardFiles:
-    """Results of one shard on their way to disk. Vectors and lines are written as they come, tables are held until the
+    """A shard's results on their way to disk. Vectors and lines are written as they come, tables are held until the
     end.
     """
 
@@ -272,8 +268,8 @@ class ShardFiles:
             names = {"npy": f"{kind}/{kind}_{stem}.npy", "records": f"metadata/metadata_{stem}.{results.format}"}
         return {**names, "errors": f"errors/errors_{stem}.jsonl"}
 
-    def finish(self) -> dict:
-        """Put everything under its own name, on the disk, and the marker after it; returns the marker.
+    def finish(self) -> None:
+        """Put everything under its own name, on the disk, and the marker after it.
 
         A shard without a single vector has no file of them, since tools that read pairs of files pass over empty ones.
         """
@@ -310,7 +306,6 @@ class ShardFiles:
         }
         with replacing(place) as file:
             file.write(to_line(marker))
-        return marker
 
 
 def _read_marker(path: Path) -> dict:

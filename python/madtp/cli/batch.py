@@ -48,13 +48,10 @@ class Item(NamedTuple):
 
 
 def source_of(options) -> tuple[str | list, Path]:
-    """The rows that the options name, and the folder that their paths are relative to."""
-    rows = options.rows()
-    return input_rows(options.input) if rows is None else (rows, Path())
-
-
-def input_rows(path: str) -> tuple[str | list[bytes], Path]:
-    """The rows of `--input`, those of a pipe read already, and the folder that their paths are relative to."""
+    """The rows that the options name, those of a pipe read already, and the folder that their paths are relative to."""
+    rows, path = options.rows(), options.input
+    if rows is not None:
+        return rows, Path()
     if not is_regular(path):
         return jsonl.held(path), Path()
     open_regular(path).close()  # whatever keeps it from being read is found out now
