@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -296,7 +297,6 @@ class Embedder(Answering):
     def __init__(self, model: str | os.PathLike, *, text: str | None = None, **options) -> None:
         super().__init__(model, **options)
         self._text, self.images = text, text is None
-        self._width: int | None = None
 
     def prepare(self) -> Prepare:
         return Prepare(self.model.processor, self.images, None if self.images else [self._text])
@@ -319,14 +319,12 @@ class Embedder(Answering):
                 vectors[n] = one["embedding"]
         return {"embedding": vectors, self._tokens: _counts(answers, self._tokens)}
 
-    @property
+    @cached_property
     def width(self) -> int:
         """D, of the model's vectors."""
-        if self._width is None:
-            processor = self.model.processor
-            blank = processor.image(Image.new("RGB", (8, 8))) if self.images else processor.text("a")
-            self._width = len(self.answer([blank])[0]["embedding"])
-        return self._width
+        processor = self.model.processor
+        blank = processor.image(Image.new("RGB", (8, 8))) if self.images else processor.text("a")
+        return len(self.answer([blank])[0]["embedding"])
 
 
 class ImageTask(Answering):
