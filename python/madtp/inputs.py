@@ -50,14 +50,14 @@ def find_images(sources: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _files(source: str) -> list[str]:
-    if os.path.isdir(source):
-        paths = list(stream_images([source]))
-        if not paths:
-            raise ValueError(f"{source}: no images in this folder")
-        # Folders behind links, too, are where their name belongs.
-        depth = len(os.path.join(source, ""))
-        return sorted(paths, key=lambda path: _place(path[depth:].split(os.sep)))
-    return [source] if os.path.exists(source) else list(stream_images([source]))
+    paths = list(stream_images([source]))
+    if not os.path.isdir(source):
+        return paths
+    if not paths:
+        raise ValueError(f"{source}: no images in this folder")
+    # Folders behind links, too, are where their name belongs.
+    depth = len(os.path.join(source, ""))
+    return sorted(paths, key=lambda path: _place(path[depth:].split(os.sep)))
 
 
 def _place(parts: Sequence[str]) -> list[tuple[bool, str]]:

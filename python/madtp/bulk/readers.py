@@ -269,9 +269,9 @@ class Source:
             try:
                 for batch in file.iter_batches(batch_size=64, row_groups=[group]):
                     for fields in batch.to_pylist():
-                        yield self._row(
-                            number, f"{name}:{first + number}", _writable(fields, key), os.path.dirname(path)
-                        )
+                        image = {key: fields.pop(key)} if key else {}
+                        fields = _json_value(fields) | image
+                        yield self._row(number, f"{name}:{first + number}", fields, os.path.dirname(path))
                         number += 1
             except (OSError, ValueError) as error:  # a damaged page: its row group is lost, the others are not
                 for lost in range(number, until):
@@ -607,16 +607,8 @@ def _parquet(path: str, image_key: str | None, images: bool):
     return file, key
 
 
-def _writable(fields: dict, image: str | None) -> dict:
-    """The same without bytes, of which only the image's are wanted, in values of JSON."""
-    return {
-        name: value if name == image else _json_value(value)
-        for name, value in fields.items()
-        if name == image or not isinstance(value, bytes)
-    }
-
-
 def _json_value(value):
+    """The same in values of JSON, without bytes."""
     if isinstance(value, dict):
         return {str(name): _json_value(inner) for name, inner in value.items() if not isinstance(inner, bytes)}
     if isinstance(value, list):
