@@ -600,6 +600,7 @@ def test_clip_has_no_classifier(command, photos):
         ["embed", "a.jpg", "--texts", "t.txt", "--output", "a.npy"],
         ["retrieve", "a.jpg"],
         ["retrieve", "a.jpg", "--text", "a", "--texts", "t.txt"],
+        ["retrieve", "a.jpg", "--text", "a", "--save-overlay", "drawn/"],
     ],
 )
 def test_wrong_usage_ends_with_code_2(arguments, photos, capsys):

@@ -20,6 +20,12 @@ class OutputOptions(BatchOptions):
     """Output options."""
 
     output: str | None = option("where the records go (default, or -: standard output)", metavar="JSONL")
+
+
+@dataclass(kw_only=True)
+class OverlayOptions:
+    """Pictures of what was pruned."""
+
     save_overlay: str | None = option(
         "draw the patches that survive each layer over the image; a picture file for a single image, else a folder",
         metavar="PATH",
@@ -109,6 +115,7 @@ def command_of(task: type[Task]) -> type[Command]:
         PruningOptions,
         task.Options,
         *many,
+        OverlayOptions,
         OutputOptions,
         task.Inputs,
         ModelSource,

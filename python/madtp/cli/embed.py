@@ -19,7 +19,7 @@ from ..options import UsageError, option, same
 from ..predict import embed_images, embed_texts
 from ..tasks import ImageInputs
 from ..tasks.base import image_of
-from .answer import OutputOptions
+from .answer import OverlayOptions
 from .batch import UNFINISHED, Item, Overlays, check_output, run_rows, settings_of, shortened, source_of, truncation
 from .bulk import MANY, RESUMED, BulkOptions, BulkRun, is_bulk
 from .options import BatchOptions, Command, ModelSource, PruningOptions, RunOptions, TextOptions, load_model
@@ -58,7 +58,7 @@ class Embed(TextOptions, RunOptions, PruningOptions, BulkOptions, BatchOptions, 
     texts: str | None = option(
         "instead of images: texts, one per line or a JSON list (-: from standard input)", metavar="FILE"
     )
-    save_overlay: str | None = same(OutputOptions, "save_overlay")
+    save_overlay: str | None = same(OverlayOptions, "save_overlay")
     npy_dtype: str | None = option("of vectors (default: float32)", choices=["float32", "float16"], group=MANY)
 
     def run(self) -> int:
