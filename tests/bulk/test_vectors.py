@@ -120,6 +120,24 @@ def test_an_index_has_one_writer_and_one_model(tmp_path):
     assert len(Vectors.open(tmp_path / "i", {"model": 1})) == 0
 
 
+def test_a_damaged_part_of_an_index_is_said_once(random, tmp_path, caplog):
+    picture, folder = tmp_path / "picture", tmp_path / "i"
+    picture.touch()
+
+    def update(index):
+        return index.update(
+            [picture], str, lambda paths: [{"embedding": vector} for vector in random(len(paths), 4)], 1
+        )
+
+    with ImageIndex(folder, {"model": 1}) as index:
+        assert update(index) == (1, {})
+    (part,) = folder.glob("img_emb/*.npy")
+    part.write_bytes(part.read_bytes()[:-1])
+    with ImageIndex(folder, {"model": 1}) as index:
+        assert caplog.text.count(f"{part} is left out") == 1
+        assert update(index) == (1, {}) and len(index.vectors) == 1
+
+
 @pytest.mark.parametrize("kind", ["faiss", "usearch"])
 def test_candidates_of_other_indexes(random, tmp_path, kind):
     array, queries = random(200, 16), random(3, 16)

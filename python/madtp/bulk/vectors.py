@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +73,15 @@ class Vectors:
         if settings is not None and said.exists():
             found = read_object(said.read_bytes())
             require_same(path, found and {key: found.get(key) for key in settings}, settings, "name another index")
-        found = cls._of_folder(path) if path.is_dir() else cls(*_of_file(path))
+        found = cls._of_shards(_shards(path)) if path.is_dir() else cls(*_of_file(path))
         if settings is not None and not said.exists():
             _log.warning("%s does not say which model made it; make sure that it is this one", path)
         return found
 
     @classmethod
-    def _of_folder(cls, folder: Path) -> Vectors:
+    def _of_shards(cls, shards: Iterable[tuple[np.ndarray, list[dict]]]) -> Vectors:
         parts, names, place = [], [], {}
-        for array, records in _shards(folder):
+        for array, records in shards:
             parts.append(array)
             for record in records:
                 name = record.get("image_path") or record.get("image") or record.get("caption") or record.get("text")
@@ -288,10 +288,10 @@ class ImageIndex:
         self._stack.close()
 
     def _read(self) -> None:
-        self.vectors, self._known = Vectors._of_folder(self._results.folder), {}
-        numbers = (record for _, records in _shards(self._results.folder) for record in records)
+        shards = list(_shards(self._results.folder))
+        self.vectors, self._known = Vectors._of_shards(shards), {}
         sound = self.vectors.usable()
-        for number, record in enumerate(numbers):
+        for number, record in enumerate(record for _, records in shards for record in records):
             if sound[number]:
                 self._known[record["image_path"]] = [record.get("size"), record.get("mtime_ns")], number
         if damaged := int((self.vectors.alive & ~sound).sum()):
