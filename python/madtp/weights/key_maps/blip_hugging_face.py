@@ -101,7 +101,7 @@ def config_of(settings: Mapping, state: Mapping[str, Tensor], task: str | None =
         raise ValueError(f"task: transformers' BLIP has models for {', '.join(TASKS)}, not for {task!r}")
     theirs = BlipConfig(**settings)  # fills in what the file leaves to the defaults
     vision, text = theirs.vision_config, theirs.text_config
-    _check(vision, text, decodes_text=task == "vqa")
+    _check(vision, text, decodes_text={"text_encoder", "text_decoder"} <= blip.TASKS[task])
     sd_num, sd_dim = Sizes(state, "a BLIP").entries(text.hidden_size)
     sizes = {
         "vision": VisionConfig(
