@@ -294,8 +294,7 @@ def split(images: Tokens) -> tuple[Tokens, Tokens]:
     """The left images (the first half of the samples) and the right images, without waiting for a device."""
     batch = images.batch_size // 2
     offset, rows = images.cu_seqlens[batch], images.values.shape[0]
-    parts = {name: getattr(images, name) for name in PER_TOKEN}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {name: part for name in PER_TOKEN if (part := getattr(images, name)) is not None}
     if images.device.type == "cpu" or not images.bound:
         # On a GPU only images that were never pruned have an exact buffer, and those are all of one length.
         cut = int(offset) if images.device.type == "cpu" else rows // 2

@@ -71,7 +71,7 @@ class RedTask(Task):
     Config, Processor, Model = RedConfig, CaptionProcessor, Red
     Answer, Inputs, Options, EvaluationOptions = RedAnswer, ImageInputs, RedOptions, RedOptions
     help = "red images"
-    unit, step, headline = "image", "image", "share"
+    unit, headline = "image", "share"
     streams_of_records = {"image": ("image", ("image_tokens",))}  # noqa: RUF012
     recipe = Recipe(1, 2, 1e-3, 0.0)
     score_name = "accuracy"

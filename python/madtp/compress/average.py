@@ -50,11 +50,11 @@ class WeightAverage:
         try:
             yield
         finally:
-            _copy(own, model)
+            model.load_state_dict(own, strict=False)
 
     def put(self, model: nn.Module) -> None:
         """Give the model the averaged weights for good; without an average its weights stay."""
-        _copy(self.values, model)
+        model.load_state_dict(self.values, strict=False)
 
     def state_dict(self) -> dict:
         return {"steps": self.steps, "values": self.values}
@@ -63,10 +63,3 @@ class WeightAverage:
         self.steps = state["steps"]
         for name, value in state["values"].items():
             self.values[name].copy_(value)
-
-
-@torch.no_grad()
-def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if name in values:
-            parameter.copy_(values[name])

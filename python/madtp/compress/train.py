@@ -165,10 +165,9 @@ class Trainer:
 
     def _schedule(self) -> torch.optim.lr_scheduler.LambdaLR:
         settings = self.settings
-        if settings.schedule == "epoch":
-            return cosine(self.optimizer, settings.epochs, final=settings.final_lr)
-        make = cosine if settings.schedule == "step" else linear_decay
-        return make(self.optimizer, self.total, settings.warmup, settings.final_lr)
+        make = linear_decay if settings.schedule == "decay" else cosine
+        steps = settings.epochs if settings.schedule == "epoch" else self.total
+        return make(self.optimizer, steps, settings.warmup, settings.final_lr)
 
     def _controller(self) -> BracketController | RampController | OfficialController:
         settings = self.settings

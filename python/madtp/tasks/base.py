@@ -153,9 +153,7 @@ class Task:
     # ---- evaluation
 
     unit: ClassVar[str]
-    """Noun for one instance."""
-    step: ClassVar[str]
-    """Noun for a row of the evaluation."""
+    """Noun for one instance, and name of the step in which an evaluation asks about all of them."""
     headline: ClassVar[str]
     """The metric to plot."""
     streams_of_records: ClassVar[dict[str, tuple[str, tuple[str, ...]]]]
@@ -242,7 +240,7 @@ class Task:
         def answer(prepared: list[Prepared]) -> list[dict]:
             return [answer.record() for answer in self.answer(model, [row.inputs for row in prepared], **options)[0]]
 
-        return {self.step: run(self.step, self.rows(examples), self.prepare, answer)}
+        return {self.unit: run(self.unit, self.rows(examples), self.prepare, answer)}
 
     def quality(self, steps: dict[str, list[dict]], options: dict) -> dict:
         """Metrics, as {"quality": {metric: value}, ...}, from the records of all steps and the options of the run."""

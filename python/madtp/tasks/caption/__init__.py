@@ -130,7 +130,7 @@ a row of captions.jsonl; row is its number in the input, image_tokens are counts
   {"row": 1, "image": "photos/a.jpg", "caption": "a dog on a beach", "image_tokens": [577, ...], ...}
 """
 
-    unit, step, headline = "image", "image", "CIDEr"
+    unit, headline = "image", "CIDEr"
     streams_of_records: ClassVar = {"image": ("image", ("image_tokens",))}
 
     recipe = Recipe(5, 32, 1e-5, 0.05)

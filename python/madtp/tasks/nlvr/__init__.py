@@ -106,7 +106,7 @@ a row of answers.jsonl; row is the line number in the input, tokens are counts b
 """
     passed_on = ("images", "text", "sentence")
 
-    unit, step, headline = "pair", "pair", "accuracy"
+    unit, headline = "pair", "accuracy"
     streams_of_records: ClassVar = {
         "image": ("pair", ("left_tokens", "right_tokens")),
         "text": ("pair", ("text_tokens",)),

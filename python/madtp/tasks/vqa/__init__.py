@@ -136,7 +136,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
 """
     passed_on = ("image", "question")
 
-    unit, step, headline = "question", "question", "accuracy"
+    unit, headline = "question", "accuracy"
     separate_answers = True
     streams_of_records: ClassVar = {
         "image": ("question", ("image_tokens",)),
