@@ -536,6 +536,7 @@ def test_answers_about_pictures(pictures):
     written = predict.vqa(model, questions, batch_size=2)
     assert [len(answer.question_tokens) for answer in written] == [4] * 3 and written[0].score is None
     assert predict.vqa(model, questions[2:])[0] == written[2]
+    assert predict.vqa(model, questions, num_beams=None) == written, "an option that is not given"
     candidates = ["yes", "no", "two dogs"]
     ranked = predict.vqa(model, questions, candidates=candidates)
     assert all(answer.answer in candidates and answer.score < 0 for answer in ranked)

@@ -135,8 +135,8 @@ class _Record:
     def label(self) -> bool:
         return self.get("label", '"True" or "False"', lambda value: value in ("True", "False")) == "True"
 
-    def image(self, root, key: str = "image") -> Path:
-        return Path(root) / self.get(key, "a path", is_path)
+    def image(self, root) -> Path:
+        return Path(root) / self.get("image", "a path", is_path)
 
 
 def is_path(value) -> bool:

@@ -181,7 +181,7 @@ a row of answers.jsonl; row is its number in the input, tokens are counts before
             if candidates is None:
                 written = model.generate(output.questions, **options)
                 texts, scores = [self.processor.decode(words) for words in written], [None] * len(written)
-                lengths, beams = [1 + len(words) for words in written], options.get("num_beams", 3)
+                lengths, beams = [1 + len(words) for words in written], options.get("num_beams") or 3
             else:
                 answers = _candidate_ids(self.processor, tuple(candidates))
                 ranking = model.rank(output.questions, answers, 128 if k is None else k)

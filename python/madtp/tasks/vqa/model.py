@@ -109,13 +109,19 @@ class VQA(Model):
         )
 
     def generate(
-        self, questions: Tokens, *, num_beams: int = 3, max_length: int | None = None, min_length: int = 1, **options
+        self,
+        questions: Tokens,
+        *,
+        num_beams: int | None = None,
+        max_length: int | None = None,
+        min_length: int = 1,
+        **options,
     ) -> list[Tensor]:
         """Answers in words.
 
         Args:
             questions: ``output.questions`` of a forward.
-            num_beams: of the beam search; 1 is greedy.
+            num_beams: of the beam search; 1 is greedy, and 3 is the default.
             max_length, min_length: in tokens, [DEC] included; at most 10 by default, unless ``max_new_tokens`` is
                 given.
             options: see :func:`madtp.generation.generate`.
@@ -132,8 +138,8 @@ class VQA(Model):
             max_length = 10
         start = torch.full((questions.batch_size, 1), self.config.text.dec_token_id, device=self.device)
         return generate(
-            self.text_decoder, questions, start, backend=self.backend, num_beams=num_beams, max_length=max_length,
-            min_length=min_length, **options,
+            self.text_decoder, questions, start, backend=self.backend, num_beams=3 if num_beams is None else num_beams,
+            max_length=max_length, min_length=min_length, **options,
         )  # fmt: skip
 
     def rank(self, questions: Tokens, answers: RaggedBatch | Sequence[Tensor], k: int = 128) -> Ranking:
