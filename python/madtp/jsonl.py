@@ -42,7 +42,7 @@ __all__ = [
     "to_line",
 ]
 
-_READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
+READERS = 8  # threads that prepare rows; image decoding releases the interpreter's lock
 
 _REMEDY = "remove it, or give --overwrite"
 _DEEPEST = 100  # levels of a row's lists and objects; Python's reader and writer give up at different depths
@@ -192,7 +192,7 @@ def answered(
     """
     hidden = None if progress is None else not progress
     with (
-        ThreadPoolExecutor(_READERS) as pool,
+        ThreadPoolExecutor(READERS) as pool,
         tqdm(total=total, initial=initial, unit=f" {unit}", disable=hidden) as bar,
     ):
         try:

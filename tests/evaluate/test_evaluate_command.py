@@ -18,7 +18,6 @@ from small_models import configs
 
 import madtp
 from madtp import cli, flops, jsonl, predict
-from madtp.evaluate.run import _Gate
 from madtp.index import from_text
 from madtp.processing import clean_sentence
 from madtp.pruning import TopK
@@ -420,32 +419,26 @@ def test_an_interrupted_run_goes_on_where_it_stopped(command, tmp_path, monkeypa
     assert len(read(tmp_path / "b.jsonl")) == 4
 
 
-def test_nothing_is_prepared_while_the_model_works_on_the_same_processor():
-    gate, inside, seen = _Gate(True), threading.Event(), []
+def test_nothing_is_prepared_while_the_model_works_on_the_same_processor(command, monkeypatch):
+    prepare, answer, working, seen = NLVRTask.prepare, NLVRTask.answer, threading.Event(), []
 
-    def prepare():
-        for _ in range(50):
-            with gate.preparing():
-                seen.append(working.is_set())
-                inside.set()
-                time.sleep(0.0005)
+    def prepared(*arguments):
+        seen.append(working.is_set())
+        return prepare(*arguments)
 
-    working = threading.Event()
-    threads = [threading.Thread(target=prepare) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    inside.wait()
-    for _ in range(10):
-        with gate.alone():
-            working.set()
-            before = len(seen)
-            time.sleep(0.002)
-            assert len(seen) == before
-            working.clear()
-        time.sleep(0.001)
-    for thread in threads:
-        thread.join()
-    assert len(seen) == 150 and not any(seen)
+    def answered(task, model, instances):
+        working.set()
+        before = len(seen)
+        time.sleep(0.01)
+        found = answer(task, model, instances)
+        assert len(seen) == before
+        working.clear()
+        return found
+
+    monkeypatch.setattr(NLVRTask, "prepare", prepared)
+    monkeypatch.setattr(NLVRTask, "answer", answered)
+    assert command("nlvr", "--batch-size", 3)[0] == 0
+    assert len(seen) > 20 and not any(seen)
 
 
 # ---- files and options

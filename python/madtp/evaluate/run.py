@@ -11,9 +11,9 @@ import contextlib
 import json
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -151,75 +151,43 @@ class _Steps:
 
     def _answer(self, path: Path, name: str, rows: list[dict], prepare, answer) -> None:
         # On a GPU images are decoded while it works; on a CPU that would be measured as the model's time.
-        gate, warm = _Gate(self.model.device.type == "cpu"), False
+        ahead, warm = self.model.device.type != "cpu", False
         wait = torch.cuda.synchronize if self.model.device.type == "cuda" else lambda: None
 
-        def prepared(_: int, row: dict) -> tuple:
-            with gate.preparing():
-                try:
-                    return prepare(row), None
-                except Exception as error:  # ends the run, from the thread that the run is in
-                    return None, ValueError(f"{name} {row['sample']}: {error}")
+        def prepared(row: dict) -> tuple:
+            try:
+                return prepare(row), None
+            except Exception as error:  # ends the run, from the thread that the run is in
+                return None, ValueError(f"{name} {row['sample']}: {error}")
 
-        def timed(instances: list[tuple]) -> list[dict]:
+        def timed(batch: list) -> list[dict]:
             nonlocal warm
-            for _, error in instances:
+            inputs = []
+            for instance, error in batch if ahead else pool.map(prepared, batch):
                 if error:
                     raise error
-            inputs = [instance for instance, _ in instances]
-            with gate.alone():
-                if not warm:
-                    answer(inputs)
-                    warm = True
-                wait()
-                start = time.perf_counter()
-                answers = answer(inputs)
-                wait()
-                seconds = (time.perf_counter() - start) / len(inputs)
+                inputs.append(instance)
+            if not warm:
+                answer(inputs)
+                warm = True
+            wait()
+            start = time.perf_counter()
+            answers = answer(inputs)
+            wait()
+            seconds = (time.perf_counter() - start) / len(inputs)
             return [{**given, "seconds": seconds} for given in answers]
 
         mine = rows[rank() :: processes()]
-        jsonl.run(
-            mine,
-            path,
-            prepared,
-            timed,
-            settings={},
-            batch_size=self.batch_size,
-            keep=list(rows[0]),
-            unit=f"{name}s",
-            note=lambda: f"{dial_of(self.model.pruning)} {self.model.pruning.strength:g}",
-            progress=self.progress,
-        )
-
-
-class _Gate:
-    """Lets either several threads prepare, or one work alone; lets both where it is not `closed` for that."""
-
-    def __init__(self, closes: bool) -> None:
-        self._closes, self._closed, self._inside = closes, False, 0
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def preparing(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._closed = self._closes
-            self._changed.wait_for(lambda: not (self._closed and self._inside))
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._closed = False
-                self._changed.notify_all()
+        with ThreadPoolExecutor(jsonl.READERS) as pool:
+            jsonl.run(
+                mine,
+                path,
+                lambda _, row: prepared(row) if ahead else row,
+                timed,
+                settings={},
+                batch_size=self.batch_size,
+                keep=list(rows[0]),
+                unit=f"{name}s",
+                note=lambda: f"{dial_of(self.model.pruning)} {self.model.pruning.strength:g}",
+                progress=self.progress,
+            )
