@@ -1,6 +1,7 @@
 """Embeddings on disk: searched exactly, by true cosine, whatever their number and whoever wrote them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,38 @@ def test_a_damaged_part_of_an_index_is_said_once(random, tmp_path, caplog):
     with ImageIndex(folder, {"model": 1}) as index:
         assert caplog.text.count(f"{part} is left out") == 1
         assert update(index) == (1, {}) and len(index.vectors) == 1
+
+
+def test_an_index_grows_by_shards_and_keeps_what_was_added_before_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", 3)
+    images = [tmp_path / f"{n}.jpg" for n in range(8)]
+    for n, image in enumerate(images):
+        image.write_bytes(bytes(n))
+    calls = []
+
+    def prepare(path):
+        if path.stem == "2":
+            raise ValueError("damaged")
+        return path
+
+    def embed(paths):
+        calls.append(len(paths))
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return [{"embedding": np.eye(8, dtype=np.float32)[int(path.stem)]} for path in paths]
+
+    stop_at = 3
+    with ImageIndex(tmp_path / "i", {}) as index, pytest.raises(KeyboardInterrupt):
+        index.update(images, prepare, embed, 2)
+    stop_at = None
+    with ImageIndex(tmp_path / "i", {}) as index:
+        assert [Path(name).stem for name in index.vectors.names] == ["0", "1", "3"]
+        assert index.update(images, prepare, embed, 2) == (4, {3: "damaged"})
+        parts = {path.stem[-1]: len(np.load(path)) for path in (tmp_path / "i" / "img_emb").iterdir()}
+        assert parts == {"0": 3, "1": 3, "2": 1}
+        usable = [image for image in images if image.stem != "2"]
+        found = index.vectors.rows(index.numbers(usable)).argmax(1).tolist()
+        assert found == [int(image.stem) for image in usable]
 
 
 @pytest.mark.parametrize("kind", ["faiss", "usearch"])

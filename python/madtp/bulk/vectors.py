@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -316,7 +317,7 @@ class ImageIndex:
         Returns:
             How many were added, and the reason for each image that cannot be used, by its place in `images`, from 1.
         """
-        rows, states, failed, added = [], {}, {}, 0
+        rows, states, failed = [], {}, {}
         for n, image in enumerate(images, 1):
             states[n] = _state(image)  # before the file is read: a later change will be noticed the next time
             if self._known.get(os.path.abspath(image), (None,))[0] != states[n]:
@@ -325,54 +326,32 @@ class ImageIndex:
         def prepared(_: int, row: dict):
             return prepare(Path(row["image"]))
 
-        with (
-            contextlib.closing(
-                jsonl.answered(rows, prepared, embed, batch_size, total=len(rows), **options)
-            ) as batches,
-            _Growing(self._results) as files,
-        ):
-            for records in batches:
-                for record in records:
-                    if "error" in record:
-                        failed[record["row"]] = record["error"]
-                        continue
-                    size, time = states[record["row"]]
-                    image = os.path.abspath(images[record["row"] - 1])
-                    files.add(record["embedding"], {"image_path": image, "size": size, "mtime_ns": time})
-                    added += 1
+        def added() -> Iterator[tuple[np.ndarray, dict]]:
+            for record in itertools.chain.from_iterable(batches):
+                if "error" in record:
+                    failed[record["row"]] = record["error"]
+                    continue
+                size, time = states[record["row"]]
+                image = os.path.abspath(images[record["row"] - 1])
+                yield record["embedding"], {"image_path": image, "size": size, "mtime_ns": time}
+
+        before = [int(path.stem) for path in (self._results.folder / "stats").glob("*.json")]
+        answered = jsonl.answered(rows, prepared, embed, batch_size, total=len(rows), **options)
+        with contextlib.closing(answered) as batches:
+            for number, found in itertools.groupby(enumerate(added()), lambda row: row[0] // _ROWS):
+                shard = Shard(max(before, default=-1) + 1 + number, "images", "", lambda: iter(()))
+                with ShardFiles(self._results, shard) as files:
+                    try:
+                        for place, (vector, fields) in found:
+                            files.add(Row(place % _ROWS, fields["image_path"]), {"embedding": vector}, fields)
+                    finally:  # whatever ends it, the vectors that were added so far are kept
+                        files.finish()
         self._read()
-        return added, failed
+        return len(rows) - len(failed), failed
 
     def numbers(self, images: Sequence[str | os.PathLike]) -> list[int]:
         """Rows of images in :attr:`vectors`. Raises KeyError for one that is not in the index."""
         return [self._known[os.path.abspath(image)][1] for image in images]
-
-
-class _Growing(contextlib.AbstractContextManager):
-    """New shards of an index; whatever ends the block, the vectors that were added so far are kept."""
-
-    def __init__(self, results: Results) -> None:
-        self._results = results
-        numbers = [int(path.stem) for path in (results.folder / "stats").glob("*.json")]
-        self._number, self._files, self._rows = max(numbers, default=-1) + 1, None, 0
-
-    def add(self, vector: np.ndarray, fields: dict) -> None:
-        if self._files is None:
-            shard = Shard(self._number, "images", "", lambda: iter(()))
-            self._files = ShardFiles(self._results, shard).__enter__()
-        self._files.add(Row(self._rows, fields["image_path"]), {"embedding": vector}, fields)
-        self._rows += 1
-        if self._rows == _ROWS:
-            self._finish()
-
-    def _finish(self) -> None:
-        self._files.finish()
-        self._files.__exit__()
-        self._number, self._files, self._rows = self._number + 1, None, 0
-
-    def __exit__(self, *_) -> None:
-        if self._files is not None:
-            self._finish()
 
 
 def _state(path: str | os.PathLike) -> list[int]:

@@ -207,7 +207,7 @@ class ShardFiles:
             left.unlink()
         return self
 
-    def __exit__(self, kind=None, error=None, traceback=None) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         name_full(error, self._results.folder)
         if self._npy is not None:
             with contextlib.suppress(OSError):  # what is done is on the disk
