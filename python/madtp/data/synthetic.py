@@ -209,14 +209,8 @@ class Shapes:
         ids = [[token_ids(statement.sentence) for statement in pair.statements] for pair in pairs]
         padded = [[row + [0] * (MAX_TOKENS - len(row)) for row in rows] for rows in ids]
         # [P, 2, ...] to [2P, ...] with the left ones first, as the model takes them.
-        images, shapes, colours = (
-            np.stack([getattr(pair, name) for pair in pairs], 1).reshape(2 * len(pairs), *rest)
-            for name, rest in (
-                ("images", (SIZE * self.scale, SIZE * self.scale, 3)),
-                ("shapes", (GRID, GRID)),
-                ("colours", (GRID, GRID)),
-            )
-        )
+        stacked = (np.stack([getattr(pair, name) for pair in pairs], 1) for name in ("images", "shapes", "colours"))
+        images, shapes, colours = (both.reshape(-1, *both.shape[2:]) for both in stacked)
         spread = np.ones((1, CELL * self.scale // PATCH, CELL * self.scale // PATCH), np.int64)
         corner = np.zeros_like(spread)
         corner[:, 0, 0] = 1
