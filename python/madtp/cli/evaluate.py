@@ -78,20 +78,18 @@ class Evaluate(TextOptions, RunOptions, BatchOptions, ModelSource, Command):
     limit: int | None = option("only the first N of the annotations", type=positive, metavar="N")
     method: str | None = method()
     grouping: str = grouping(("instance", "pair", "batch"))
-    strengths: list[float] | None = option(
+    strength: list[float] | None = option(
         "how much the rule prunes, 0 is dense (default: 0 and the model's)",
         type=float,
         nargs="+",
         metavar="S",
-        flag="--strength",
         exclusive="strength",
     )
-    temperatures: list[float] | None = option(
+    temperature: list[float] | None = option(
         "MADTP's temperatures, which are its strengths (default: 0 and the checkpoint's)",
         type=float,
         nargs="+",
         metavar="T",
-        flag="--temperature",
         exclusive="strength",
     )
     output: str | None = option("all figures, with settings and versions", metavar="JSON", group=_RESULTS)

@@ -212,7 +212,7 @@ def strengths_of(options) -> tuple[str, list[float | None]]:
     if getattr(options, "dense", False):
         return "temperature", [0.0]
     for dial in ("temperature", "strength"):
-        found = getattr(options, f"{dial}s", None) or getattr(options, dial, None)
+        found = getattr(options, dial, None)
         if found is not None:
             found = found if isinstance(found, list) else [found]
             for value in found:
@@ -231,7 +231,7 @@ def rule_of(options) -> Pruning | None:
     name = getattr(options, "method", None)
     if name is None:
         return None
-    if name != MADTP.name and (getattr(options, "temperature", None) or getattr(options, "temperatures", None)):
+    if name != MADTP.name and getattr(options, "temperature", None):
         raise UsageError(f"--temperature: of no use with --method {name}; give --strength")
     try:
         return rule_named(name, "--method")
