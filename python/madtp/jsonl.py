@@ -210,11 +210,12 @@ def answered(
 
 def numbered(source: Rows) -> Iterator[tuple[int, dict | bytes]]:
     """Rows with their numbers; those of a file as lines, blank ones left out."""
-    with contextlib.ExitStack() as stack:
-        rows = held(source)
-        if isinstance(rows, (str, os.PathLike)):
-            rows = stack.enter_context(open_regular(rows))
+    with _opened(held(source)) as rows:
         yield from ((n, row) for n, row in enumerate(rows, 1) if not isinstance(row, bytes) or row.strip())
+
+
+def _opened(source: Rows) -> contextlib.AbstractContextManager[Iterable]:
+    return open_regular(source) if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source)
 
 
 def to_line(record: dict) -> bytes:
@@ -225,10 +226,8 @@ def to_line(record: dict) -> bytes:
 def _scan(source: Rows) -> tuple[str, int]:
     """SHA-256 of the rows and their number."""
     digest, rows = hashlib.sha256(), 0
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, (str, os.PathLike)):
-            source = stack.enter_context(open_regular(source))
-        for row in source:
+    with _opened(source) as lines:
+        for row in lines:
             line = row if isinstance(row, bytes) else to_line(row)
             digest.update(line)
             rows += bool(line.strip())
