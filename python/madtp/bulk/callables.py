@@ -25,6 +25,7 @@ from PIL import Image
 from .. import predict
 from ..pruning import Pruning, rule_named
 from ..tasks import TASKS, task_of
+from ..weights import load
 from .readers import IMAGE_KEYS, Row, Span
 from .workers import Failure, attempt
 
@@ -179,8 +180,6 @@ class Answering:
             ValueError: a device that is not there, or a model for another task.
         """
         if self._model is None:
-            from .. import load
-
             if self._device.startswith("cuda") and not torch.cuda.is_available():
                 raise ValueError(
                     f"device: {self._device!r}, but this process sees no GPU (an actor of Ray's does with num_gpus=1)"

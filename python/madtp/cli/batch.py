@@ -108,7 +108,7 @@ class Overlays:
             return
         named, suffix = f"--save-overlay {args.save_overlay}", self.path.suffix.lower()
         self.single = not self.path.is_dir() and not args.save_overlay.endswith("/") and bool(suffix)
-        resumes = getattr(args, "output", None) and os.path.exists(f"{args.output}.partial")
+        resumes = args.output and os.path.exists(f"{args.output}.partial")
         if self.single:
             self._format = _picture_format(suffix)
             if self._format is None:
