@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, EARLIER, LARGE, LEVERED, LEVERS, RUNS, SEEDS
+from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, LARGE, LEVERED, LEVERS, RUNS, SEEDS, WHOLE_TEXT
 
 SHAPES = Path(__file__).parent
 ROOT = SHAPES.parents[1]
@@ -29,12 +29,12 @@ from benchmarks.report import markdown  # noqa: E402
 from madtp.data.synthetic import KINDS, TEMPLATES  # noqa: E402
 from madtp.report.plots import save_png  # noqa: E402
 
-NAMED = EARLIER | {run.name: run for run in RUNS}
+NAMED = {run.name: run for run in RUNS}
 """Runs by the names of their records."""
-SAID = ("method", "reduction", "seed", "steps")
+SAID = ("row", "reduction", "seed", "steps")
 """Settings in which the runs of a table may differ, because it says so."""
-BUDGET = ("pairs", "texts", "lr", "warmup", "distill", "weight_decay", "clip", "beta2", "precision", "average")
-"""Settings in which runs of one trainer, of the same reduction and number of steps may not differ."""
+BUDGET = ("batch_size", "texts", "lr", "warmup", "distill", "weight_decay", "clip", "beta2", "precision", "average")
+"""Settings in which runs of the same reduction and number of steps may not differ."""
 BEST, PLAIN = "ranked-novelty", "madtp"
 """The method that others are compared with, and the paper's."""
 
@@ -54,18 +54,15 @@ METHODS = {
     "madtp": Method("MADTP", "as in the paper", "#d55e00", "s"),
     "madtp-nearest": Method("MADTP, nearest survivor", "merged into the most similar token that stays", "#8b3a00", "p"),
     "madtp-sizes": Method("MADTP with sizes", "merged tokens weigh what they stand for", "#56b4e9", "o"),
-    "no-alignment": Method("without alignment", "importance without the alignment term", "#cc79a7", "D"),
     "tome": Method("ToMe", "bipartite matching, every picture keeps as many", "#44aa99", "v"),
     "cls": Method("CLS attention", "top-k by the attention of CLS, as EViT", "#009e73", "^"),
     "random": Method("random", "tokens are kept at random", "#777777", "X"),
-    "vision-only": Method("vision only", "MADTP with sizes, the text is not pruned", "#b8860b", "P"),
 }
 CALIBRATED_STYLE = Method("calibrated", "dictionary and temperature only, no labels", "#999933", "v")
 MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
 DENSE = "#000000"
-EARLIER_TRAINER = ", earlier trainer"
 SHOWN_LAYERS = (1, 2, 3, 6, 12)  # of the twelve that see images
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 """Behind labels that a line may cross."""
@@ -149,11 +146,6 @@ class Record(NamedTuple):
         return self.settings.get("steps", 0)
 
     @property
-    def earlier(self) -> bool:
-        """Whether the run was made before `madtp compress` made the runs, which the tables say."""
-        return "texts" not in self.settings
-
-    @property
     def cost(self) -> float | None:
         """Official GFLOPs; the training of the dense model does not record them."""
         return self.test.get("gflops")
@@ -172,7 +164,8 @@ def read(folder: Path) -> dict[str, Record]:
         OSError, ValueError: a file that cannot be read.
     """
     named = NAMED | {f"large-{run.name}": run for run in LARGE}
-    evaluated = ["dense", "dense-test", "large-dense", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    evaluated = ["dense-test", "large-dense", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    evaluated.append(f"whole-text-{WHOLE_TEXT.reduction}")
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     evaluated += [f"lever-{name}" for name in LEVERS]
     records = {}
@@ -184,28 +177,20 @@ def read(folder: Path) -> dict[str, Record]:
         tests = [line["test"] for line in content["metrics"] if "test" in line]
         if len(tests) != 1:
             raise Refused(f"{path}: expected one test result, got {len(tests)}")
-        settings = uniform(content["settings"])
+        settings = content["settings"]
         if name in named and tuple(settings.get(key) for key in SAID[:3]) != named[name][:3]:
             raise Refused(f"{path}: records {' '.join(str(settings.get(key)) for key in SAID[:3])}")
         records[name] = Record(settings, content["torch"], tests[0])
     runs: dict[tuple, list] = defaultdict(list)
     for name, run in named.items():
         if name in records and not name.startswith("large-"):
-            runs[run.reduction, records[name].steps, records[name].earlier].append((name, records[name].settings))
+            runs[run.reduction, records[name].steps].append((name, records[name].settings))
     for some in runs.values():
         budget(some)
     counts = {name: record.test["statements"] for name, record in records.items()}
     if len(set(counts.values())) > 1:
         raise Refused(f"runs with different numbers of test statements: {counts}")
     return records
-
-
-def uniform(settings: dict) -> dict:
-    """Settings under the names of this module, whichever way a record was made."""
-    settings = dict(settings)
-    if "row" in settings:  # what `madtp compress` calls a method is the rule
-        settings |= {"method": settings.pop("row"), "pairs": settings.pop("batch_size", None)}
-    return settings
 
 
 def budget(settings: Sequence[tuple[str, dict]]) -> dict:
@@ -245,11 +230,6 @@ class Group(NamedTuple):
         return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
     @property
-    def earlier(self) -> bool:
-        """Whether any of them was made by the earlier trainer."""
-        return any(record.earlier for record in self.records)
-
-    @property
     def accuracies(self) -> list[float]:
         return [record.accuracy for record in self.records]
 
@@ -276,11 +256,15 @@ class Results(NamedTuple):
 
     @property
     def dense(self) -> Record | None:
-        return self.records.get("dense-test", self.records.get("dense"))
+        return self.records.get("dense-test")
 
     @property
     def maximum(self) -> Record | None:
         return self.records.get(f"batch-maximum-{BATCH_MAXIMUM.reduction}")
+
+    @property
+    def whole_text(self) -> Record | None:
+        return self.records.get(f"whole-text-{WHOLE_TEXT.reduction}")
 
     @property
     def calibrated(self) -> list[Group]:
@@ -328,11 +312,9 @@ def loss(results: Results, accuracy: float) -> str:
 def made_by(results: Results, groups: Iterable[Group], *others: str) -> str:
     """The commands and settings behind a table."""
     commands, records = list(others), [record for group in groups for record in group.records]
-    if any(named(group) != METHODS[group.method].name for group in groups):
-        commands.insert(0, "a loop that is no longer here (earlier trainer)")
-    if any("texts" in record.settings for record in records):
+    if records:
         commands.insert(0, "`madtp compress ...`")
-    shared = [{key: record.settings.get(key) for key in BUDGET} for record in records if "texts" in record.settings]
+    shared = [{key: record.settings.get(key) for key in BUDGET} for record in records]
     settings = "".join(
         f", {key} {shared[0][key]}"
         for key in BUDGET
@@ -340,11 +322,6 @@ def made_by(results: Results, groups: Iterable[Group], *others: str) -> str:
     )
     versions = ", ".join(sorted({record.torch for record in (records or results.records.values())}))
     return f"Made by {' and '.join(commands)}{settings}; torch {versions}. `make reproduce ARGS=--dry-run` prints each."
-
-
-def named(group: Group) -> str:
-    """What tables call a group."""
-    return METHODS[group.method].name + (EARLIER_TRAINER if group.earlier else "")
 
 
 EVALUATE = "`python experiments/shapes/evaluate.py --model DIR ...`"
@@ -362,7 +339,7 @@ def overall(results: Results) -> str:
         low, high = min(group.accuracies), max(group.accuracies)
         rows.append(
             [
-                named(group),
+                METHODS[group.method].name,
                 str(group.steps),
                 whole(group.reduction),
                 f"{percent(group.reached)} %",
@@ -390,21 +367,22 @@ def baselines(results: Results) -> str:
             continue
         used += groups
         for group in groups:
-            made = group.steps, group.earlier
-            same = [one for one in groups if one.method == BEST and (one.steps, one.earlier) == made]
+            same = [one for one in groups if one.method == BEST and one.steps == group.steps]
             behind = percent(same[0].accuracy - group.accuracy) if same and group is not same[0] else ""
-            row = [named(group), METHODS[group.method].note, str(group.steps), f"{group.cost:.3f}"]
+            row = [METHODS[group.method].name, METHODS[group.method].note, str(group.steps), f"{group.cost:.3f}"]
             row += [f"{percent(group.reached)} %", str(len(group.records)), f"**{percent(group.accuracy)}**"]
             rows.append([*row, loss(results, group.accuracy), behind, error(group.records[0])])
-        maximum = results.maximum
-        if maximum and reduction == BATCH_MAXIMUM.reduction:
-            note = "the same model; all pictures of a batch keep as many tokens as any of them"
-            row = ["batch maximum", note, "", f"{maximum.cost:.3f}"]
-            row += [f"{percent(maximum.test['reduction'])} %", "1", f"**{percent(maximum.accuracy)}**"]
-            rows.append([*row, loss(results, maximum.accuracy), "", error(maximum)])
+        for name, note, run, record in (
+            ("batch maximum", "as many tokens as any picture of the batch", BATCH_MAXIMUM, results.maximum),
+            ("whole text", "the text is not pruned", WHOLE_TEXT, results.whole_text),
+        ):
+            if record and reduction == run.reduction:
+                row = [name, f"{METHODS[run.method].name}, {run.steps} steps, but {note}", "", f"{record.cost:.3f}"]
+                row += [f"{percent(record.test['reduction'])} %", "1", f"**{percent(record.accuracy)}**"]
+                rows.append([*row, loss(results, record.accuracy), "", error(record)])
     header = ["method", "", "steps", "GFLOPs", "saved", "seeds", "accuracy, %", "points below dense"]
     header += [f"below {METHODS[BEST].name} of as many steps", "standard error"]
-    return table(header, rows, made_by(results, used, *([EVALUATE] if results.maximum else [])))
+    return table(header, rows, made_by(results, used, EVALUATE))
 
 
 def levers(results: Results) -> str:
@@ -429,7 +407,7 @@ def large(results: Results) -> str:
     rows, dense = [], results.records.get("large-dense")
     for name in ("large-dense", *(f"large-{run.name}" for run in LARGE)):
         if record := results.records.get(name):
-            method = record.settings["method"]
+            method = record.settings["row"]
             row = ["dense" if method == "dense" else METHODS[method].name, f"{percent(record.test['reduction'])} %"]
             row += [f"{record.cost:.3f}", f"{record.test['gflops_full']:.3f}", f"**{percent(record.accuracy)}**"]
             rows.append([*row, percent(dense.accuracy - record.accuracy) if dense else "", error(record)])
@@ -440,7 +418,8 @@ def large(results: Results) -> str:
 def labelled(results: Results) -> list[tuple[str, Group]]:
     """Every model there is, with a name: dense, the groups, the calibrated ones, batch maximum."""
     found = [("dense", Group("dense", 0.0, 0, [results.dense]))] if results.dense else []
-    found += [(f"{named(group)}, {whole(group.reduction)}, {group.steps} steps", group) for group in results.groups]
+    for group in results.groups:
+        found.append((f"{METHODS[group.method].name}, {whole(group.reduction)}, {group.steps} steps", group))
     found += [(f"calibrated, {whole(group.reduction)}", group) for group in results.calibrated]
     if results.maximum:
         group = Group(BATCH_MAXIMUM.method, BATCH_MAXIMUM.reduction, 0, [results.maximum])
@@ -480,14 +459,11 @@ def calibrated(results: Results) -> str:
     for group in results.calibrated:
         row = [whole(group.reduction), f"{percent(group.reached)} %", f"**{percent(group.accuracy)}**"]
         row.append(loss(results, group.accuracy))
-        for method in ("madtp-sizes", PLAIN):
-            tuned = next((one for one in results.at(group.reduction) if one.method == method), None)
-            row.append(percent(tuned.accuracy) if tuned else "")
-        rows.append(row)
+        tuned = next((one for one in results.at(group.reduction) if one.method == PLAIN), None)
+        rows.append([*row, percent(tuned.accuracy) if tuned else ""])
     header = ["fewer GFLOPs: target", "reached", "calibrated, %", "points below dense"]
-    header += ["fine-tuned with sizes, %", "fine-tuned as in the paper, %"]
-    beside = [group for group in results.groups if group.reduction in CALIBRATED]
-    beside = [group for group in beside if group.method in ("madtp-sizes", PLAIN)]
+    header += ["fine-tuned as in the paper, %"]
+    beside = [group for group in results.groups if group.reduction in CALIBRATED and group.method == PLAIN]
     return table(header, rows, made_by(results, beside, "`madtp calibrate ...`", EVALUATE))
 
 
@@ -594,9 +570,11 @@ def accuracy_plot(results: Results):
     axes = drawn.subplots()
     by_name: dict[str, list[Group]] = defaultdict(list)
     for group in [*results.groups, *results.calibrated]:
-        name = named(group) if group.method in METHODS else CALIBRATED_STYLE.name
+        name = METHODS.get(group.method, CALIBRATED_STYLE).name
         # Of a method's groups at the same reduction, the longer ones stand alone.
-        shortest = min((one.steps for one in results.at(group.reduction) if named(one) == name), default=group.steps)
+        shortest = min(
+            (one.steps for one in results.at(group.reduction) if one.method == group.method), default=group.steps
+        )
         by_name[name if group.steps == shortest else f"{name}, {group.steps} steps"].append(group)
     names = []  # (x, y, text, colour) of each line's left end
     for name, groups in by_name.items():
@@ -638,8 +616,6 @@ def accuracy_plot(results: Results):
     name_lines(axes, names)
     axes.set_xlabel("GFLOPs per statement, official count")
     axes.set_ylabel("test accuracy, %")
-    if any(group.earlier for group in results.groups):
-        axes.annotate("* earlier trainer", (1, 0), (-4, 4), "axes fraction", "offset points", ha="right", fontsize=8)
     tidy(axes)
     return drawn
 
@@ -654,13 +630,13 @@ def name_lines(axes, names: list[tuple[float, float, str, str]]) -> None:
     heights = apart([y for _, y, _, _ in left], 0.045 * span)
     for (x, y, text, colour), height in zip(left, heights, strict=True):
         axes.annotate(
-            text.replace(EARLIER_TRAINER, "*"), (x, y), (0.9 * leftmost, height), ha="right", va="center", fontsize=8, color=colour,
+            text, (x, y), (0.9 * leftmost, height), ha="right", va="center", fontsize=8, color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 4},
         )  # fmt: skip
     for x, y, text, colour in names:
         if x >= 1.2 * leftmost:
             axes.annotate(
-                text.replace(EARLIER_TRAINER, "*"), (x, y), (0, -9), textcoords="offset points", ha="center", va="top",
+                text, (x, y), (0, -9), textcoords="offset points", ha="center", va="top",
                 fontsize=8, color=colour,
             )  # fmt: skip
 
@@ -703,7 +679,7 @@ def time_plot(results: Results):
                 markersize=10 if key == "dense" else 6,
             )  # fmt: skip
             for place, height, model in zip(x, y, models, strict=True):
-                if key in (BEST, "madtp-sizes"):
+                if key in (BEST, PLAIN):
                     axes.annotate(
                         whole(model.reduction), (place, height), (-5, 4), textcoords="offset points",
                         ha="right", fontsize=8, color=colour,
@@ -746,7 +722,7 @@ def template_plot(results: Results):
         options = {"mfc": "white"} if group.reduction != strongest else {}
         axes.plot(
             values, rows.values(), style.marker, color=style.colour, markersize=7, zorder=4,
-            label=f"{named(group)}, {whole(group.reduction)}", **options,
+            label=f"{METHODS[group.method].name}, {whole(group.reduction)}", **options,
         )  # fmt: skip
     axes.set_yticks(list(rows.values()), keys)
     axes.set_xlim(None, 101)

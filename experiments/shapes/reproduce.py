@@ -65,7 +65,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "madtp-sizes": ("--method", "madtp", "--use-sizes"),
     "madtp": ("--method", "madtp"),
     "madtp-nearest": ("--method", "madtp_nearest"),
-    "vision-only": ("--method", "madtp", "--use-sizes", "--streams", "vision"),
     "tome": ("--method", "tome", "--ramp", "0"),
     "cls": ("--method", "evit", "--ramp", "0"),
     "random": ("--method", "random", "--use-sizes", "--streams", "vision"),
@@ -112,19 +111,9 @@ RUNS = (
     *(Run("ranked-novelty", reduction, 0) for reduction in (0.5, 0.6, 0.7, 0.8, 0.85)),
     *(Run(method, reduction, 0) for method in ("madtp", "madtp-nearest") for reduction in (0.5, 0.6, 0.7)),
     Run("madtp-nearest", 0.8, 0),
-    *(Run(method, 0.8, 0, own_steps=1000) for method in ("ranked-novelty-importance", "madtp-sizes", "vision-only")),
+    *(Run(method, 0.8, 0, own_steps=1000) for method in ("ranked-novelty-importance", "madtp-sizes")),
 )  # fmt: skip
 """In the order of their worth."""
-EARLIER = {
-    run.name: run
-    for run in (
-        *(Run("madtp-sizes", reduction, seed) for reduction in (0.8, 0.5) for seed in (0, 1, 2)),
-        *(Run("madtp-sizes", reduction, 0) for reduction in (0.7, 0.6, 0.3)),
-        *(Run(method, 0.8, 0) for method in ("no-alignment", "vision-only")),
-    )
-} | {"madtp-sizes-0.8-0-longer": Run("madtp-sizes", 0.8, 0)}
-"""Recorded before `madtp compress` made the runs, by a loop of this folder's own, with 500 steps each, the longer one with
-1600: a record of that age counts under these names only, and a new run of the same name replaces it."""
 SHORT = (Run("ranked-novelty", 0.8, 0),)
 """Of `--short`: the best method at 80 %, for half as many steps as the model of the package."""
 CALIBRATED = (0.3, 0.5)
@@ -137,11 +126,13 @@ ANATOMY = {
 """The same model under other conditions: where its errors come from."""
 BATCH_MAXIMUM = Run("madtp", 0.8, 0, own_steps=1000)
 """The model that is also evaluated with equally many tokens for all samples of a batch."""
+WHOLE_TEXT = Run("madtp-sizes", 0.8, 0, own_steps=1000)
+"""The model that is also evaluated without pruning its text."""
 LARGE, LARGE_STEPS, LARGE_RATE = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 500, 2e-4
 """Runs at 577 tokens: pictures are drawn at twice the size. RankedNovelty begins so well there that a higher rate does harm."""
-LARGE_DENSE = {"large-dense-begun": (600, 3e-4), "large-dense": (1200, 5e-4)}
-"""Steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the package's,
-from interpolated positions."""
+LARGE_BEGUN, LARGE_DENSE = (2800, 7e-4), (300, 3e-4)
+"""Steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the package's, from
+interpolated positions. The first prunes by RankedNovelty, whose steps take a quarter of the time; the second does not prune."""
 TIMED = sorted(
     (
         run
@@ -151,7 +142,7 @@ TIMED = sorted(
     key=lambda run: (run.method, run.reduction, run.steps),
     reverse=True,
 )
-SECONDS = {"pruned": 0.9, "dense": 0.6, "large": 5.0}
+SECONDS = {"pruned": 0.9, "large": 5.0, "large-pruned": 1.2}
 """Of a step on one thread of an Emerald Rapids core whose neighbour is busy; the other figures are minutes."""
 MINUTES = {
     "dense": 30, "pairs": 0.2, "calibrate": 4, "evaluate": 1, "timing": 5, "report": 0.2,
@@ -210,8 +201,13 @@ def compression(run: Run, model: object, output: Path, steps: int, scale: int = 
     """The command of a run."""
     rate = RATE[run.reduction] if scale == 1 else LARGE_RATE
     command = training(model, output, steps, rate, scale, reduction=run.reduction, seed=run.seed, distill=1)
+    return (*command, *rule(run))
+
+
+def rule(run: Run) -> tuple[str, ...]:
+    """Options of a run's way to prune."""
     shares = ("--shares", *map(str, SHARES[run.reduction])) if METHODS[run.method][1] in LIMITED else ()
-    return (*command, *METHODS[run.method], *shares)
+    return (*METHODS[run.method], *shares)
 
 
 def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[list[Job]]:
@@ -255,12 +251,12 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         return [[*(trained(run, "demo-dense") for run in SHORT), dense_test("demo-dense")], tested(SHORT), [report]]
 
     dense, large = model("dense"), model("large-dense")
-    large_dense, source = [], "demo-dense"
-    for seed, (name, (steps, rate)) in enumerate(LARGE_DENSE.items()):
-        command = training(source, model(name), steps, rate, 2, reduction=0, seed=seed)
-        minutes = steps * SECONDS["large"] / 60
-        large_dense.append(Job("compress", f"train-{name}", command, model(name) / "result.json", minutes))
-        source = model(name)
+    begun = model("large-dense-begun")
+    (steps, rate), (more, lower) = LARGE_BEGUN, LARGE_DENSE
+    command = (*training("demo-dense", begun, steps, rate, 2, reduction=0.8, seed=0), *rule(LARGE[0]))
+    begin = Job("compress", f"train-{begun.name}", command, begun / "result.json", steps * SECONDS["large-pruned"] / 60)
+    command = training(begun, large, more, lower, 2, reduction=0, seed=1)
+    finish = Job("compress", f"train-{large.name}", command, large / "result.json", more * SECONDS["large"] / 60)
     pairs = directory / "pairs" / "train.jsonl"
     drawn = ("-m", "madtp.data.synthetic", "--output", str(pairs.parent), "--split", "train", "--pairs", "600")
     calibrated = []
@@ -282,9 +278,9 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         [
             Job("dense", "train-dense", script("train_dense.py", output=dense), dense / "result.json"),
             Job("pairs", "pairs", drawn, pairs),
-            large_dense[0],
+            begin,
         ],
-        large_dense[1:],
+        [finish],
         [
             *(trained(run, dense) for run in RUNS),
             *(trained(run, large, 2) for run in LARGE),
@@ -301,6 +297,9 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
             evaluated(
                 f"batch-maximum-{BATCH_MAXIMUM.reduction}", model(BATCH_MAXIMUM.name), grouping="batch",
                 row=BATCH_MAXIMUM.method,
+            ),
+            evaluated(
+                f"whole-text-{WHOLE_TEXT.reduction}", model(WHOLE_TEXT.name), streams="vision", row=WHOLE_TEXT.method
             ),
             *(
                 evaluated(f"calibrated-{reduction}", model(f"calibrated-{reduction}"), row="calibrated")

@@ -119,7 +119,7 @@ def test_seeds_are_averaged_and_compared_with_dense(report, tmp_path):
     assert found["standard error"] == "1.36"
     assert row(text, "overall", "dense")["standard error"] == "0.85"
     assert row(text, "templates", "ranked novelty, 80 %, 90 steps")["count"] == "93.0"
-    assert found["steps"] == "90" and "pairs 8, texts 4; torch 2.13.0" in text
+    assert found["steps"] == "90" and "batch_size 8, texts 4; torch 2.13.0" in text
 
 
 def test_methods_stand_beside_the_best_one_of_as_many_steps(report, tmp_path):
@@ -129,22 +129,16 @@ def test_methods_stand_beside_the_best_one_of_as_many_steps(report, tmp_path):
     run(tmp_path, "random", 0.8, 0, 0.6, "-1000")
     run(tmp_path, "tome", 0.8, 0, 0.9, "-1000", steps=30)
     write(tmp_path, "batch-maximum-0.8", 0.945, reduction=0.6, gflops=0.2)
+    write(tmp_path, "whole-text-0.8", 0.935, reduction=0.79)
     text = made(report, tmp_path)
-    assert [cells[0] for cells in rows(text, "baselines")[2:]] == ["ranked novelty", "ToMe", "random", "batch maximum"]
+    names = [cells[0] for cells in rows(text, "baselines")[2:]]
+    assert names == ["ranked novelty", "ToMe", "random", "batch maximum", "whole text"]
     behind = "below ranked novelty of as many steps"
     assert row(text, "baselines", "random")[behind] == "34.0" and row(text, "baselines", "ToMe")[behind] == ""
     assert row(text, "baselines", "random")["points below dense"] == "37.0"
     maximum = row(text, "baselines", "batch maximum")
     assert (maximum["saved"], maximum["accuracy, %"]) == ("60.0 %", "**94.5**")
-
-
-def test_records_of_the_trainer_before_are_named_as_such(report, tmp_path):
-    settings = {"method": "vision-only", "reduction": 0.8, "seed": 0, "steps": 90, "pairs": 16, "lr": 0.1}
-    write(tmp_path, "vision-only-0.8-0", 0.6, settings)
-    run(tmp_path, "madtp", 0.8, 0, 0.9, "-1000", steps=91)
-    text = made(report, tmp_path)
-    assert row(text, "overall", "vision only, earlier trainer")["steps"] == "90"
-    assert "`madtp compress ...` and a loop that is no longer here" in text
+    assert row(text, "baselines", "whole text")["points below dense"] == "3.5"
 
 
 def test_calibrated_stands_beside_fine_tuned_of_the_same_reduction(report, tmp_path):
@@ -166,12 +160,10 @@ def test_the_shipped_model_under_other_conditions(report, tmp_path):
 
 def test_longer_runs_of_a_method_stand_beside_the_shorter_ones(report, tmp_path):
     write(tmp_path, "dense-test", 0.97, gflops=0.5, reduction=0.0)
-    for name, steps, accuracy in (("madtp-sizes-0.8-0", 500, 0.88), ("madtp-sizes-0.8-0-longer", 1600, 0.93)):
-        settings = {"method": "madtp-sizes", "reduction": 0.8, "seed": 0, "steps": steps, "pairs": 8}
-        write(tmp_path, name, accuracy, settings)
+    run(tmp_path, "madtp", 0.8, 0, 0.88, "-1000")
+    run(tmp_path, "madtp", 0.8, 0, 0.93, "-5600", steps=180)
     shown = [cells[:2] + cells[9:10] for cells in rows(made(report, tmp_path), "overall")[3:]]
-    name = "MADTP with sizes, earlier trainer"
-    assert shown == [[name, "500", "9.0"], [name, "1600", "4.0"]]
+    assert shown == [["MADTP", "90", "9.0"], ["MADTP", "180", "4.0"]]
 
 
 def test_large_models_are_compared_with_the_large_dense_one(report, tmp_path):
@@ -214,17 +206,17 @@ def test_what_was_not_recorded_is_left_out(report, tmp_path):
 def test_mixed_budgets_are_refused(report, tmp_path, difference):
     run(tmp_path, "madtp", 0.8, 0, 0.94, "-1000")
     run(tmp_path, "random", 0.8, 0, 0.6, "-1000", **difference)
-    with pytest.raises(report.Refused, match="pairs|lr|texts|statements"):
+    with pytest.raises(report.Refused, match="batch_size|lr|texts|statements"):
         report.collect(tmp_path)
 
 
 def test_a_record_under_a_wrong_name_or_without_a_result_is_refused(report, tmp_path):
     run(tmp_path, "madtp", 0.8, 0, 0.9, "-1000")
-    (tmp_path / "madtp-0.8-0-1000.json").rename(tmp_path / "madtp-sizes-0.8-0.json")
+    (tmp_path / "madtp-0.8-0-1000.json").rename(tmp_path / "madtp-sizes-0.8-0-1000.json")
     with pytest.raises(report.Refused, match="records madtp 0.8 0"):
         report.collect(tmp_path)
     content = {"settings": {}, "torch": "", "metrics": [{"step": 1, "train": {}}]}
-    (tmp_path / "madtp-sizes-0.8-0.json").write_text(json.dumps(content))
+    (tmp_path / "madtp-sizes-0.8-0-1000.json").write_text(json.dumps(content))
     with pytest.raises(report.Refused, match="one test result, got 0"):
         report.collect(tmp_path)
 
@@ -235,7 +227,7 @@ def test_a_record_under_a_wrong_name_or_without_a_result_is_refused(report, tmp_
 def test_only_tables_are_replaced_and_plots_are_drawn(report, tmp_path):
     pytest.importorskip("matplotlib")
     write(tmp_path, "dense-test", 0.97, gflops=0.5)
-    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94)
+    run(tmp_path, "madtp-sizes", 0.8, 0, 0.94, "-1000")
     run(tmp_path, "random", 0.8, 0, 0.6, "-1000")
     write(tmp_path, "batch-maximum-0.8", 0.945, reduction=0.6, gflops=0.2)
     output = tmp_path / "docs" / "results.md"
@@ -304,14 +296,13 @@ def test_every_command_parses(reproduce, tmp_path, monkeypatch):
             runpy.run_path(program, run_name="__main__")
 
     assert seen == {
-        *((0, seed, None) for seed, _ in enumerate(reproduce.LARGE_DENSE)),
+        (0, 1, None),  # the dense model at 577 tokens
         *((run.reduction, run.seed, reproduce.METHODS[run.method][1]) for run in reproduce.RUNS),
     }
 
 
 def test_runs_have_methods_that_the_report_knows_and_names_of_their_own(reproduce, report, tmp_path):
-    assert {run.method for run in (*reproduce.RUNS, *reproduce.EARLIER.values())} == set(report.METHODS)
-    assert set(reproduce.METHODS) <= set(report.METHODS)
+    assert {run.method for run in reproduce.RUNS} == set(report.METHODS) == set(reproduce.METHODS)
     names = [job.name for job in jobs(reproduce, tmp_path)]
     assert len(set(names)) == len(names)
     assert {job.kind for job in jobs(reproduce, tmp_path)} == {"compress", *reproduce.MINUTES}
