@@ -31,7 +31,7 @@ ARCHITECTURES = {
     "BlipForConditionalGeneration": "caption",
     "BlipForImageTextRetrieval": "retrieval",
 }
-TASKS = tuple(ARCHITECTURES.values())
+TASKS = tuple(ARCHITECTURES.values())  # whose models have these names
 
 # Beginnings of their key names and of ours; {} is the number of a block. All other names are those of the original code.
 NAMES = {

@@ -12,7 +12,7 @@ from .base import KeyMap, Sizes
 
 __all__ = ["IGNORED", "MAP", "TASKS", "from_ours", "infer_config", "task_of", "to_ours"]
 
-TASKS = ("clip",)
+TASKS = ("clip",)  # whose models have these names
 
 # Keys without a counterpart in our model -> what they are.
 IGNORED = {
