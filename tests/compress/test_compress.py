@@ -252,6 +252,25 @@ def test_a_run_begins_with_tokens_and_a_teacher_that_sees_what_it_sees(data, tas
         assert torch.equal(saved, before) == (dictionary != "tokens")
 
 
+def test_what_moves_by_epoch_does_however_often_the_dev_split_is_scored(data, tmp_path):
+    rates, epochs = [], []
+    for every in (None, 1):
+        model, root = madtp.load(data / "clip"), data / "pictures"
+        task = TASKS["clip"](model)
+        examples, dev = (task.split(root / f"clip-{n}.json", root, training=not n) for n in (0, 1))
+        settings = Settings(reduction=0, epochs=2, batch_size=6, lr=1e-3, weight_decay=0.0, evaluate_every=every)
+        train(model, task, examples, dev, settings, tmp_path / str(every), log_every=1)
+        records = outcome(tmp_path / str(every))[0]
+        rates.append([r["lr"] for r in records if "lr" in r])
+        epochs.append([(r["step"], r["epoch"]) for r in records if "dev" in r])
+    assert rates[0] == rates[1] and rates[0] == [1e-3] * 2 + [5e-4] * 2
+    assert epochs == [[(2, 1), (4, 2)], [(1, 1), (2, 1), (3, 2), (4, 2)]]
+    with pytest.raises(
+        ValueError, match="controller: official moves once per epoch, by its evaluation; evaluate_every"
+    ):
+        dataclasses.replace(settings, reduction=0.3, controller="official")
+
+
 def test_half_precision_official_controller_and_a_schedule_by_step(data, tmp_path, capsys):
     options = "--precision bfloat16 --controller official --schedule step --no-augment --batch-size 6 --dictionary keep".split()
     arguments = compress(data, "caption", tmp_path, *options)

@@ -135,6 +135,10 @@ class Settings:
             raise ValueError("schedule: steps and warmup need a schedule by step, got 'epoch'")
         if self.controller == "official" and self.steps is not None:
             raise ValueError("controller: official moves once per epoch; with steps there are none")
+        if self.controller == "official" and self.evaluate_every is not None:
+            raise ValueError(
+                "controller: official moves once per epoch, by its evaluation; evaluate_every asks for others"
+            )
 
     def to_dict(self) -> dict:
         """As JSON values."""

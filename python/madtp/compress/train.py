@@ -138,9 +138,9 @@ class Trainer:
         self.directory = self.output / "run"
         self.save_every, self.log_every, self.progress = save_every, log_every, progress
 
-        per_epoch = steps_per_epoch(len(examples), settings.batch_size, settings.accumulate)
-        self.total = settings.steps or settings.epochs * per_epoch
-        self.per_epoch = settings.evaluate_every or per_epoch
+        self.per_epoch = steps_per_epoch(len(examples), settings.batch_size, settings.accumulate)
+        self.total = settings.steps or settings.epochs * self.per_epoch
+        self.interval = settings.evaluate_every or self.per_epoch
         self.prunes, self.goal = settings.reduction > 0, 1 - settings.reduction
         self.brackets = self.prunes and settings.controller == "bracket"
         rule = model.pruning if model.pruning.name in METHODS else MADTP()
@@ -271,7 +271,7 @@ class Trainer:
     def epoch(self) -> None:
         """Train until the dev split is due, and evaluate it."""
         quiet = None if self.progress is None else not self.progress
-        end = min((self.run.step // self.per_epoch + 1) * self.per_epoch, self.total)
+        end = min((self.run.step // self.interval + 1) * self.interval, self.total)
         with (
             tqdm(
                 total=self.total, initial=self.run.step, unit=" steps", desc="training",
@@ -300,12 +300,11 @@ class Trainer:
             target = self.start.share + share * (self.goal - self.start.share)
             self.controller.update(means["gflops"] / means["dense_gflops"], target)
         lr = self.optimizer.param_groups[0]["lr"]
-        epoch_ends = (step + 1) % self.per_epoch == 0
-        if settings.schedule != "epoch" or epoch_ends:
+        if settings.schedule != "epoch" or (step + 1) % self.per_epoch == 0:
             self.scheduler.step()
         self.average.update(self.model)
         self.run.advance(**means, **({self.dial_name: used} if self.prunes else {}))
-        if self.run.step % self.log_every == 0 or epoch_ends:
+        if self.run.step % self.log_every == 0 or self.run.step % self.interval == 0:
             self._log(train=self.run.averages(), lr=lr)
         return means
 
