@@ -17,9 +17,9 @@ from .tensors import integers, padded, pixels_of, ragged_ids, tokens_of
 
 @can_return_tuple
 @torch.no_grad()
-def vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
+def vision(self, pixel_values=None, **kwargs):
     """`BlipVisionModel.forward`."""
-    engine = ready(self, kwargs, interpolate_pos_encoding=interpolate_pos_encoding)
+    engine = ready(self, kwargs)
     tokens, _ = engine.images(pixels_of(pixel_values))
     # BLIP's tokens have passed this LayerNorm already; transformers applies it to the pooled one twice.
     return BaseModelOutputWithPooling(padded(tokens), self.post_layernorm(first_rows(tokens)))
@@ -28,15 +28,11 @@ def vision(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
 @can_return_tuple
 @torch.no_grad()
 def encoder(
-    self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, encoder_embeds=None,
-    encoder_hidden_states=None, encoder_attention_mask=None, cache=None, past_key_values=None, use_cache=None, is_decoder=False,
-    **kwargs,
+    self, input_ids=None, attention_mask=None, position_ids=None, encoder_hidden_states=None, encoder_attention_mask=None,
+    use_cache=None, **kwargs,
 ):  # fmt: skip
     """`BlipTextModel.forward` of an encoder."""
-    engine = ready(
-        self, kwargs, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds, cache=cache, past_key_values=past_key_values,
-        is_decoder=is_decoder,
-    )  # fmt: skip
+    engine = ready(self, kwargs)
     texts, positions = ragged_ids(input_ids, attention_mask, position_ids)
     images = (
         None
@@ -50,13 +46,12 @@ def encoder(
 @can_return_tuple
 @torch.no_grad()
 def decoder(
-    self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, encoder_embeds=None,
-    encoder_hidden_states=None, encoder_attention_mask=None, cache=None, past_key_values=None, use_cache=None, is_decoder=False,
-    **kwargs,
+    self, input_ids=None, attention_mask=None, position_ids=None, encoder_hidden_states=None, encoder_attention_mask=None,
+    cache=None, past_key_values=None, use_cache=None, is_decoder=False, **kwargs,
 ):  # fmt: skip
     """`BlipTextModel.forward` of a decoder. A cache is returned where one was given (by either name) or asked for."""
     generating = isinstance(encoder_hidden_states, Memory)
-    engine = ready(self, kwargs, sync=not generating, inputs_embeds=inputs_embeds, encoder_embeds=encoder_embeds)
+    engine = ready(self, kwargs, sync=not generating)
     if not is_decoder:
         raise ValueError("is_decoder: the decoder of a patched model is always causal, got False")
     input_ids = integers(input_ids)

@@ -16,14 +16,12 @@ from .tensors import padded, pixels_of, texts_of
 
 @can_return_tuple
 @torch.no_grad()
-def image_encoder(
-    self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, interpolate_pos_encoding=False, **kwargs
-):
+def image_encoder(self, pixel_values=None, pixel_attention_mask=None, spatial_shapes=None, **kwargs):
     """`forward` of the image towers of CLIP, SigLIP, SigLIP 2, DINOv2 and ViT.
 
     Its states are whole: a row for each token that there was at first, that of the token it was merged into.
     """
-    engine = ready(self, kwargs, states=True, interpolate_pos_encoding=interpolate_pos_encoding)
+    engine = ready(self, kwargs, states=True)
     model, tower, pixels = engine.model, engine.model.visual, pixels_of(pixel_values)
     vision, states = model.config.vision, None
     if vision.patches_last and spatial_shapes is None:
@@ -48,9 +46,9 @@ def image_encoder(
 
 @can_return_tuple
 @torch.no_grad()
-def text_encoder(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+def text_encoder(self, input_ids=None, attention_mask=None, **kwargs):
     """`CLIPTextModel.forward`."""
-    engine = ready(self, kwargs, position_ids=position_ids)
+    engine = ready(self, kwargs)
     texts, eot = texts_of(engine.model, input_ids, attention_mask)
     stream = no_longer(graphs.run(engine.model.encode_text, texts).tokens, texts.max_seqlen)
     stream = stream.with_values(self.final_layer_norm(stream.values))

@@ -460,9 +460,9 @@ def asked_for(module: nn.Module, kwargs: Mapping, name: str) -> Any:
     return getattr(module.config, name, None) if value is None else value
 
 
-def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool = False, **unsupported) -> Engine:
-    """The engine of a patched tower, for a call that it can serve, with the weights of now; ``states`` says whether it returns
-    those of its layers."""
+def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool = False) -> Engine:
+    """The engine of a patched tower, with the weights of now. ``kwargs`` are arguments that it does not take: one that is given is
+    refused. ``states`` says whether it returns those of its layers."""
     engine = getattr(module, "_madtp", None)
     if engine is None:
         raise ValueError("model: a tower was replaced after apply_patch; call remove_patch first")
@@ -471,7 +471,7 @@ def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
     served = (*_HARMLESS, "output_hidden_states") if states else _HARMLESS
     outputs = {name: asked_for(module, kwargs, name) for name in ("output_attentions", "output_hidden_states")}
-    for name, value in (outputs | dict(kwargs) | unsupported).items():
+    for name, value in (outputs | dict(kwargs)).items():
         if name in served or value is None or value is False:
             continue
         if name.startswith("output_"):
