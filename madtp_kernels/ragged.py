@@ -8,11 +8,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checks
+
+_Batch = TypeVar("_Batch", bound="RaggedBatch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +48,13 @@ class RaggedBatch:
         checks.offsets("cu_seqlens", self.cu_seqlens, "max_seqlen", self.max_seqlen, self.values, "values")
 
     @classmethod
-    def unchecked(cls, values: Tensor, cu_seqlens: Tensor, max_seqlen: int, bound: bool) -> RaggedBatch:
-        """A batch whose parts are known to fit, because an operation made them or another batch has the same offsets."""
+    def unchecked(
+        cls: type[_Batch], values: Tensor, cu_seqlens: Tensor, max_seqlen: int, bound: bool, **fields: Any
+    ) -> _Batch:
+        """A batch whose parts are known to fit, because an operation made them or another batch has the same offsets;
+        ``fields`` are those that a subclass adds."""
         batch = object.__new__(cls)
-        batch.__dict__.update(values=values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bound=bound)
+        batch.__dict__.update(values=values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bound=bound, **fields)
         return batch
 
     # ---- sizes ------------------------------------------------------------------------------------------------

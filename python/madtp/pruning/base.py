@@ -55,15 +55,6 @@ class Tokens(RaggedBatch):
             rows = rows - batch.cu_seqlens[sample.clamp_(max=batch.batch_size - 1)]
         return cls.unchecked(batch.values, batch.cu_seqlens, batch.max_seqlen, batch.bound, ids=rows, **fields)
 
-    @classmethod
-    def unchecked(cls, values: Tensor, cu_seqlens: Tensor, max_seqlen: int, bound: bool, **fields: Any) -> Tokens:
-        """Tokens whose parts are known to fit, because an operation made them."""
-        tokens = object.__new__(cls)
-        tokens.__dict__.update(
-            _NOTHING, values=values, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bound=bound, **fields
-        )
-        return tokens
-
     def with_values(self, values: Tensor) -> Tokens:
         """The same tokens with other values ``[C, ...]``."""
         if values.shape[0] != self.values.shape[0]:
@@ -166,11 +157,6 @@ class LateTokens(Tokens):
 
     def survivors(self, batch: RaggedBatch, ids: Tensor, sizes: Tensor | None, **options: Any) -> Tokens:
         return self.joined().survivors(batch, ids, sizes, **options)
-
-
-_NOTHING = {
-    field.name: field.default for field in dataclasses.fields(Tokens) if field.default is not dataclasses.MISSING
-}
 
 
 @dataclass(frozen=True)
