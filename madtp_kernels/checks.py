@@ -193,6 +193,25 @@ def number(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a finite number, got {describe(value)}")
 
 
+def is_integer(value: object, least: int) -> bool:
+    """Whether it is an int of at least so much; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def counts(count: Tensor | int | None, cu_seqlens: Tensor) -> Tensor | None:
+    """A number of each sample ``[B]`` int32, from that of all or from itself, checked; None stays None."""
+    batch, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
+    if isinstance(count, Tensor):
+        tensor("count", count, (batch,), "[B]", torch.int32, device)
+        if may_read(count) and batch and count.min() < 0:
+            raise ValueError(f"count: expected >= 0, got {count.min()}")
+    elif count is not None:
+        if not is_integer(count, 0):
+            raise ValueError(f"count: expected an int >= 0 or int32 [B], got {describe(count)}")
+        return torch.full((batch,), min(count, 2**31 - 1), dtype=torch.int32, device=device)
+    return count
+
+
 def flag(name: str, value: bool) -> None:
     """Check a switch: a word such as "no" would be taken for True."""
     if not isinstance(value, bool):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, checks, native, repeats
 from .beside import late
-from .merging import Merged, check_choice, lowest_tokens, merge_tokens
+from .merging import Merged, check_choice, counts_of, lowest_tokens, merge_tokens
 from .normalization import layer_norm
 from .ragged import RaggedBatch
 from .registration import in_one_call
@@ -100,7 +100,7 @@ def merge_redundant(
         if repeat := repeats.find(key):
             return repeat(tensors, carry, join, *options)
     free = free != 0 if isinstance(free, Tensor) and free.dtype == torch.int32 else free
-    counts = _counts(count, portion, uncounted, cu_seqlens)
+    counts = counts_of(cu_seqlens, count=count, portion=portion, uncounted=uncounted)
     found = None
     deciding = ("merge_tokens", "merging", values), ("merge_scores", "similarity", keys)
     if values.device.type == "cpu" and isinstance(keys, Tensor) and isinstance(carry, tuple):
@@ -146,21 +146,6 @@ def merge_redundant(
             )  # fmt: skip
             repeats.remember(key, backend, keys, *steps, run=_on_gpu)
     return found
-
-
-def _counts(count: Tensor | int | None, portion: float | None, uncounted: int, cu_seqlens: Tensor) -> Tensor | None:
-    """How many may go at most of each sample ``[B]``, of a count or a portion."""
-    if portion is not None:
-        if count is not None:
-            raise ValueError("count, portion: expected at most one of them, got both")
-        if isinstance(portion, bool) or not isinstance(portion, (int, float)) or not 0 <= portion <= 1:
-            raise ValueError(f"portion: expected a share from 0 to 1, got {checks.describe(portion)}")
-        return ((cu_seqlens.diff() - uncounted).clamp(min=0) * float(portion)).round().int()
-    if count is None or isinstance(count, Tensor):
-        return count
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
-    return torch.full((len(cu_seqlens) - 1,), min(count, 2**31 - 1), dtype=torch.int32, device=cu_seqlens.device)
 
 
 def _on_gpu(

@@ -165,12 +165,7 @@ def top_tokens(
     checks.offsets("cu_seqlens", cu_seqlens, "T", 2**31 - 1, scores, "scores")
     checks.finite("scores", scores, cu_seqlens)
     batch, capacity, device = cu_seqlens.shape[0] - 1, scores.shape[0], scores.device
-    if isinstance(count, Tensor):
-        checks.tensor("count", count, (batch,), "[B]", torch.int32, device)
-        if checks.may_read(count) and batch and count.min() < 0:
-            raise ValueError(f"count: expected >= 0, got {count.min()}")
-    elif count is not None and not _is_number(count, 0):
-        raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
+    count = checks.counts(count, cu_seqlens)
     if isinstance(threshold, Tensor):
         checks.tensor("threshold", threshold, (batch,), "[B]", scores.dtype, device)
         if checks.may_read(threshold) and threshold.isnan().any():
@@ -181,9 +176,9 @@ def top_tokens(
         raise ValueError("count, threshold: expected at least one of them, got neither")
     if isinstance(protected, Tensor):
         checks.tensor("protected", protected, (capacity,), "[T]", torch.bool, device)
-    elif not _is_number(protected, 0):
+    elif not checks.is_integer(protected, 0):
         raise ValueError(f"protected: expected an int >= 0 or bool [T], got {checks.describe(protected)}")
-    if not _is_number(unit, 1):
+    if not checks.is_integer(unit, 1):
         raise ValueError(f"unit: expected an int >= 1, got {checks.describe(unit)}")
     row = torch.arange(capacity, device=device)
     valid = row < cu_seqlens[-1]
@@ -208,8 +203,7 @@ def top_tokens(
     order = scores.where(ranked, float("-inf")).argsort(descending=True, stable=True)
     order = order[sample.where(valid, batch)[order].argsort(stable=True)]
     place = torch.empty_like(order).index_copy_(0, order, row) - cu_seqlens[sample]
-    limit = count[sample] if isinstance(count, Tensor) else count
-    return ranked & (place < limit) | guarded
+    return ranked & (place < count[sample]) | guarded
 
 
 def lowest_tokens(
@@ -270,12 +264,21 @@ def check_choice(threshold: float | None, share: float, uncounted: int) -> None:
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"share: expected a number from 0 to 1, got {checks.describe(share)}")
-    if not _is_number(uncounted, 0):
+    if not checks.is_integer(uncounted, 0):
         raise ValueError(f"uncounted: expected an int >= 0, got {checks.describe(uncounted)}")
 
 
-def _is_number(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def counts_of(
+    cu_seqlens: Tensor, *, count: Tensor | int | None = None, portion: float | None = None, uncounted: int = 0
+) -> Tensor | None:
+    """The count of :func:`lowest_tokens` for that of :func:`~madtp_kernels.merge_redundant`, or its portion."""
+    if portion is None:
+        return count if isinstance(count, Tensor) else checks.counts(count, cu_seqlens)  # a tensor is looked at later
+    if count is not None:
+        raise ValueError("count, portion: expected at most one of them, got both")
+    if isinstance(portion, bool) or not isinstance(portion, (int, float)) or not 0 <= portion <= 1:
+        raise ValueError(f"portion: expected a share from 0 to 1, got {checks.describe(portion)}")
+    return ((cu_seqlens.diff() - uncounted).clamp(min=0) * float(portion)).round().int()
 
 
 def _fake(x, into, weights, sizes, cu_seqlens, max_seqlen, append, exact, carry, backend):

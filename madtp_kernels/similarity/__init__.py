@@ -217,20 +217,12 @@ def match_tokens(
     """
     rows = _rows(keys)
     checks.offsets("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, keys, "keys")
-    batch = cu_seqlens.shape[0] - 1
     if count is None and threshold is None:
         raise ValueError("count, threshold: expected at least one of them, got neither")
-    if isinstance(count, Tensor):
-        checks.tensor("count", count, (batch,), "[B]", torch.int32, keys.device)
-        if checks.may_read(count) and batch and count.min() < 0:
-            raise ValueError(f"count: expected >= 0, got {count.min()}")
-    elif count is not None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"count: expected an int >= 0 or int32 [B], got {checks.describe(count)}")
-        count = torch.full((batch,), min(count, 2**31 - 1), dtype=torch.int32, device=keys.device)
+    count = checks.counts(count, cu_seqlens)
     if threshold is not None and (not isinstance(threshold, (int, float)) or threshold != threshold):
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
-    if isinstance(protected, bool) or not isinstance(protected, int) or protected < 0:
+    if not checks.is_integer(protected, 0):
         raise ValueError(f"protected: expected an int >= 0, got {checks.describe(protected)}")
     return call(
         "match_tokens", rows.detach(), checks.unit_stride(cu_seqlens), max_seqlen, checks.unit_stride(count),

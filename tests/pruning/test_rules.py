@@ -496,6 +496,13 @@ def test_counts_are_whole_numbers():
         ToMe(counts=(4, 2.5))
 
 
+@pytest.mark.parametrize("make", [ToMe, RankedNovelty])
+def test_a_count_beyond_int32_is_all_that_may_go(make, generator):
+    operands = case(generator, torch.float32)
+    got, want = (run(make(counts=(count,)), *operands)[0].values for count in (2**40, 1000))
+    assert len(got) < len(operands[0].values) and torch.equal(got, want)
+
+
 def test_pitome_knows_the_depth_of_its_model(vision, generator):
     model, pixels = vision
     rule = PiToMe(counts=(9,), margin=0.6)

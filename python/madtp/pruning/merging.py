@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from madtp_kernels import lowest_tokens
+from madtp_kernels.merging import counts_of
 
 from .base import LayerTrace, Pruning, Tokens, is_number
 
@@ -170,14 +171,19 @@ class MergingPruning(Pruning):
         """``[C]`` bool: the tokens that go, of those that are free to."""
         return self.lowest(tokens, score, free, **self.chosen(tokens, layer))
 
-    def chosen(self, tokens: Tokens, layer: int) -> dict[str, Tensor | float]:
-        """The limit of a layer, as :meth:`lowest` takes it."""
+    def argument(self, layer: int) -> dict[str, Any]:
+        """The limit of a layer, as :func:`madtp_kernels.merge_redundant` takes it."""
         kind, limit = self.limit_of(layer)
-        if kind == "thresholds":
-            return {"threshold": limit}
-        number = self.prunable(tokens)
-        count = (number * limit).round() if kind == "shares" else torch.full_like(number, round(limit))
-        return {"count": count.int()}
+        if kind == "counts":
+            return {"count": round(limit)}
+        return {"portion" if kind == "shares" else "threshold": limit}
+
+    def chosen(self, tokens: Tokens, layer: int) -> dict[str, Any]:
+        """The limit of a layer, as :meth:`lowest` takes it."""
+        limit = self.argument(layer)
+        if "threshold" in limit:
+            return limit
+        return {"count": counts_of(tokens.cu_seqlens, uncounted=number_protected(tokens), **limit)}
 
     @property
     def share(self) -> float:

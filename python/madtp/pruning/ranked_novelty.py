@@ -138,13 +138,11 @@ class RankedNovelty(MergingPruning):
                 tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
             )
         keys, order, options = self._compared(tokens, block_input, attention, dictionary)
-        kind, limit = self.limit_of(layer)
-        limit = {_ARGUMENTS[kind]: round(limit) if kind == "counts" else limit}
         # On a GPU position ids serve as a mask: only the first token of a sample has number 0.
         first_only = keys.is_cuda and tokens.prefix == 1 and tokens.protected_ids is None
         norm = norm if keys.is_cuda and _follows(norm) else None
         merged, scores, normed, log_sizes = merge_redundant(
-            tokens, keys, order, free=tokens.ids if first_only else tokens.free, **options, **limit,
+            tokens, keys, order, free=tokens.ids if first_only else tokens.free, **options, **self.argument(layer),
             share=self.share, uncounted=number_protected(tokens), carry=(tokens.ids,),
             norm=None if norm is None else norm.affine, with_log_sizes=self.proportional_attention,
         )  # fmt: skip
@@ -189,8 +187,6 @@ class RankedNovelty(MergingPruning):
         return nearest
 
 
-_ARGUMENTS = {"thresholds": "threshold", "shares": "portion", "counts": "count"}
-"""What :func:`madtp_kernels.merge_redundant` calls the limits."""
 _STEPS = (
     RankedNovelty.score, RankedNovelty.choose, RankedNovelty.chosen, RankedNovelty.prunable, RankedNovelty.lowest,
     RankedNovelty.into, RankedNovelty.merge,
