@@ -96,7 +96,8 @@ def merge_redundant(
         options = (
             x.max_seqlen, exponents, (threshold, share, portion, number, uncounted), eps, with_log_sizes, bool(exact),
         )  # fmt: skip
-        key = repeats.signature(merge_redundant, (*tensors, *carry), (*options, exact, len(carry), backend))
+        kinds = type(count), type(portion), type(share), type(uncounted)  # True equals 1, and is refused
+        key = repeats.signature(merge_redundant, (*tensors, *carry), (*options, *kinds, exact, len(carry), backend))
         if repeat := repeats.find(key):
             return repeat(tensors, carry, join, *options)
     free = free != 0 if isinstance(free, Tensor) and free.dtype == torch.int32 else free

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from madtp_kernels import native, registration, repeats
+from madtp_kernels import RaggedBatch, checks, merge_redundant, native, registration, repeats
 
 
 class Subclass(torch.Tensor):
@@ -55,6 +55,24 @@ def test_calls_that_somebody_has_to_look_at():
     torch.func.vmap(lambda y: seen.append(described(torch.zeros(2))) or y)(x)
     torch.func.grad(lambda y: seen.append(described(torch.zeros(2))) or y.sum())(x)
     assert seen == [None, None] and described(x) is not None
+
+
+@pytest.mark.parametrize("name", ["count", "portion", "share", "uncounted"])
+def test_true_is_refused_where_a_one_has_passed(name, monkeypatch):
+    """As numbers they are equal."""
+    x, cu_seqlens = torch.rand(5, 16), torch.tensor([0, 5], dtype=torch.int32)
+    asked = []
+    with monkeypatch.context() as patch:  # a repeat of a call on a GPU
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(torch.cuda, "current_device", lambda: None)
+        patch.setattr(checks, "may_read", lambda _: False)
+        patch.setattr(repeats, "find", lambda key: asked.append(key) or (lambda *_: "repeated"))
+        for value in (1, 1, True):
+            batch, free = RaggedBatch(x, cu_seqlens, 5), torch.ones(5, dtype=torch.bool)
+            assert merge_redundant(batch, x, x[:, 0].contiguous(), free=free, **{name: value}) == "repeated"
+    assert None not in asked and asked[0] == asked[1] != asked[2]
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got bool True"):
+        merge_redundant(RaggedBatch(x, cu_seqlens, 5), x, x[:, 0].contiguous(), free=x[:, 0] >= 0, **{name: True})
 
 
 def plain(*args):
