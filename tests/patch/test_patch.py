@@ -657,6 +657,11 @@ def test_calls_that_a_patched_model_does_not_serve(make, generator):
     for name in ("output_attentions", "output_hidden_states", "interpolate_pos_encoding"):
         with pytest.raises(ValueError, match=f"{name}: a patched model"):
             model.vision_model(pixels, **{name: True})
+    model.vision_model.config.output_hidden_states = True
+    for asked in ({}, {"output_hidden_states": None}):  # None is what the configuration says
+        with pytest.raises(ValueError, match="output_hidden_states: a patched model"):
+            model.vision_model(pixels, **asked)
+    model.vision_model.config.output_hidden_states = False
     with pytest.raises(ValueError, match="pixels: expected .B, 3, 64, 64."):
         model.vision_model(pixels[..., :32])
     with pytest.raises(ValueError, match="encoder_hidden_states: expected what the decoder is to look at"):

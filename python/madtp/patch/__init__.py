@@ -159,9 +159,7 @@ def apply_patch(
         raise ValueError(f"samples: {target} is sought on a few inputs of the model, got none")
     if not given and not rule.active:
         _log.warning("%s prunes nothing as it comes: give a keep_ratio, target_gflops or pruning", rule.name)
-    methods = [
-        Method(model.get_submodule(place), base.__name__, number) for number, (place, _, _) in enumerate(kind.methods)
-    ]
+    methods = [Method(model.get_submodule(place), place, *replaced) for place, *replaced in kind.methods]
     for replaced in methods:
         if replaced.name in vars(replaced.module):
             raise ValueError(f"model: {replaced.place} is replaced already, by a hook of accelerate or another patch")

@@ -314,11 +314,11 @@ class Engine:
         model = self.model
         if spatial_shapes is not None:
             features = model.encode_image(patches_of(pixel_values, pixel_attention_mask, spatial_shapes))
-            return features.tokens, features.trace
-        if isinstance(model.config, CLIPConfig):
+        elif isinstance(model.config, CLIPConfig):
             features = graphs.run(model.encode_image, pixel_values)
-            return features.tokens, features.trace
-        return graphs.run(types.MethodType(_encode_images, model), pixel_values)
+        else:
+            return graphs.run(types.MethodType(_encode_images, model), pixel_values)
+        return features.tokens, features.trace
 
     def states(
         self, pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor | None, length: int
@@ -471,7 +471,7 @@ def ready(module: nn.Module, kwargs: Mapping, *, sync: bool = True, states: bool
         raise ValueError("a patched model is for inference: call its eval() first, or remove_patch to train it")
     served = (*_HARMLESS, "output_hidden_states") if states else _HARMLESS
     outputs = {name: asked_for(module, kwargs, name) for name in ("output_attentions", "output_hidden_states")}
-    for name, value in (outputs | dict(kwargs)).items():
+    for name, value in (dict(kwargs) | outputs).items():
         if name in served or value is None or value is False:
             continue
         if name.startswith("output_"):

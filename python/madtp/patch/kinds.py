@@ -87,8 +87,9 @@ def base_of(model: nn.Module) -> type | None:
 class Method:
     """What stands in the place of a method of a module. Unlike a bound function it can be pickled and copied with the model."""
 
-    def __init__(self, module: nn.Module, kind: str, number: int) -> None:
-        self.module, self.kind, self.number = module, kind, number
+    def __init__(self, module: nn.Module, place: str, name: str, stand_in: Callable) -> None:
+        self.module, self.name, self.stand_in = module, name, stand_in
+        self.place = f"{place or type(module).__name__}.{name}"  # for messages
         # Arguments go on by their names: what stands in for several classes cannot have the order of each.
         parameters = self.__signature__.parameters.values()
         unnamed = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}
@@ -99,24 +100,13 @@ class Method:
         )
 
     @property
-    def name(self) -> str:
-        """Of the method that is replaced."""
-        return KINDS[self.kind].methods[self.number][1]
-
-    @property
-    def place(self) -> str:
-        """Where it is in the model, for messages."""
-        return f"{KINDS[self.kind].methods[self.number][0] or type(self.module).__name__}.{self.name}"
-
-    @property
     def __signature__(self) -> inspect.Signature:
         """That of the method itself: transformers and others look at it to learn which arguments there are."""
         return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
 
     def __call__(self, *args, **kwargs):
-        stand_in = KINDS[self.kind].methods[self.number][2]
         if self.order is None:
-            return stand_in(self.module, *args, **kwargs)
+            return self.stand_in(self.module, *args, **kwargs)
         if len(args) > len(self.order):
             raise TypeError(f"{self.place}: expected at most {len(self.order)} positional arguments, got {len(args)}")
-        return stand_in(self.module, **dict(zip(self.order, args, strict=False)), **kwargs)
+        return self.stand_in(self.module, **dict(zip(self.order, args, strict=False)), **kwargs)
