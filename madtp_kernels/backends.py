@@ -140,10 +140,6 @@ def _log_once(message: str) -> None:
     _log.warning(message)
 
 
-# dtypes an implementation cannot take; the reference takes all.
-_REFUSED_DTYPES = {"cpu": (torch.float64,), "cuda": (torch.float64,), "triton": (torch.float64,)}
-
-
 @functools.cache
 def _resolve(
     op: str, package: str, name: str | None, device_type: str, dtype: torch.dtype, cuda_lacks: str | None = None
@@ -153,8 +149,8 @@ def _resolve(
         reason = availability(candidate, device_type)
         if reason is None and candidate == "cuda":
             reason = cuda_lacks or (_NO_SOURCE if op in _WITHOUT_CUDA else None)
-        if reason is None and dtype in _REFUSED_DTYPES.get(candidate, ()):
-            reason = f"{str(dtype).removeprefix('torch.')} is left to the reference"
+        if reason is None and dtype == torch.float64 and candidate != "reference":
+            reason = "float64 is left to the reference"
         if reason is None:
             return candidate, _implementation(op, package, candidate)
         if name:

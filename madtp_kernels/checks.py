@@ -128,20 +128,15 @@ def _known_offsets(name: str, cu_seqlens: Tensor) -> tuple[int, int]:
             if stop < start:
                 raise ValueError(f"{name}: offsets decrease from {start} to {stop} at sample {b}")
             longest = max(longest, stop - start)
-        return _note(cu_seqlens, version, bounds[-1], longest)
+        return know_offsets(cu_seqlens, bounds[-1], longest)
     return known[2:]
 
 
-def know_offsets(cu_seqlens: Tensor, rows: int, longest: int) -> None:
+def know_offsets(cu_seqlens: Tensor, rows: int, longest: int) -> tuple[int, int]:
     """Note what an operation has found out of offsets that it made itself, so that nobody reads them again."""
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    _note(cu_seqlens, version, rows, longest)
-
-
-def _note(cu_seqlens: Tensor, version: int, *found: int) -> tuple[int, ...]:
-    key = id(cu_seqlens)
-    _known[key] = (weakref.ref(cu_seqlens, lambda _, known=_known: known.pop(key, None)), version, *found)
-    return found
+    key, version = id(cu_seqlens), 0 if cu_seqlens.is_inference() else cu_seqlens._version
+    _known[key] = (weakref.ref(cu_seqlens, lambda _, known=_known: known.pop(key, None)), version, rows, longest)
+    return rows, longest
 
 
 def longest_sample(cu_seqlens: Tensor) -> int:
@@ -179,9 +174,7 @@ _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 def positive(name: str, value: float) -> None:
     """Check a host-side number that has to be > 0 and, like its inverse, within the range of float32, in which kernels use it."""
-    if (
-        not isinstance(value, (int, float)) or not 0 < value < math.inf
-    ):  # false for NaN too, and torch.compile can trace it
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:  # for NaN too, and torch.compile can trace it
         raise ValueError(f"{name}: expected a finite number > 0, got {describe(value)}")
     if not _LEAST <= value <= _MOST:
         raise ValueError(f"{name}: expected a number within the range of float32, {_LEAST} to {_MOST}, got {value!r}")

@@ -64,7 +64,7 @@ def attention(
         scale = q.shape[2] ** -0.5 if scale is None else float(scale)
         out, lse = repeat(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias, with_lse)
     else:
-        arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias, True)
+        arguments = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, key_bias)
         out, lse = call("attention", *arguments, backend or "")
         repeats.remember(key, backend, q, ("attention", "attention"))
     return out, lse if with_lse else None
@@ -81,19 +81,17 @@ def checked(
     scale: float | None,
     causal: bool,
     key_bias: Tensor | None,
-    grouped: bool = False,
     with_offsets: bool = True,
 ) -> tuple:
     """The arguments of an attention as the implementations rely on them, or the ValueError that :func:`attention` describes.
 
-    ``grouped``: there may be fewer key heads than query heads. ``with_offsets``: False where the caller has checked offsets, and
-    lengths, of queries and keys.
+    ``with_offsets``: False where the caller has checked offsets, and lengths, of queries and keys.
     """
     checks.floats("q", q, 3, "[Tq, H, d]")
     heads, head_dim = q.shape[1:]
     if not 1 <= head_dim <= 256 or heads < 1:
         raise ValueError(f"q: expected [Tq, H, d] with H >= 1 and 1 <= d <= 256, got {checks.describe(q)}")
-    key_heads = key_head_count("k", k, heads) if grouped else heads
+    key_heads = key_head_count("k", k, heads)
     checks.tensor("k", k, (None, key_heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
     checks.tensor("v", v, (k.shape[0], key_heads, head_dim), "[Tk, H, d]", q.dtype, q.device)
     if with_offsets:
@@ -133,10 +131,8 @@ def _run(*args):
     if groups == 1 or name != "cpu":
         return implementation(*args)
     # The C++ kernel pairs head with head: every first query head of a group, every second one, ... on the same keys.
-    out, lse = (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        q.new_empty(q.shape[1::-1], dtype=torch.float32),
-    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1::-1], dtype=torch.float32)
     for i in range(groups):
         out[:, i::groups], lse[i::groups] = implementation(q[:, i::groups], k, v, *rest)
     return out, lse

@@ -391,9 +391,7 @@ class ScoredPruning(Pruning):
 
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
         if not self.active:
-            return super().__call__(
-                tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
-            )
+            return tokens, LayerTrace(tokens.cu_seqlens, tokens.cu_seqlens, tokens.ids)
         importance, limit = self.decide(block_input, attention, dictionary, layer)
         return self.compact(tokens, importance, limit, layer, norm)
 

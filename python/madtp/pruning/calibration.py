@@ -253,11 +253,8 @@ def _whole(counts: Sequence[float]) -> tuple[float, ...]:
 
 def _cosines(features: Tensor, dense: Tensor) -> Tensor:
     """``[N]``: of features ``[N, D]``, or the mean over tokens of ``[N, T, D]``."""
-    return (
-        F.cosine_similarity(features, dense, dim=-1).flatten(1).mean(1)
-        if features.dim() > 2
-        else F.cosine_similarity(features, dense)
-    )
+    cosines = F.cosine_similarity(features, dense, dim=-1)
+    return cosines if cosines.dim() == 1 else cosines.mean(1)
 
 
 def _at_cost(

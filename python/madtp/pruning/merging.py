@@ -244,18 +244,6 @@ def number_protected(tokens: Tokens) -> int:
     return tokens.prefix + (tokens.protected_ids is not None)
 
 
-def counts(tokens: Tokens, chosen: Tensor) -> Tensor:
-    """``[B]`` int32: how many of ``chosen [C]`` each sample has."""
-    bounds = tokens.cu_seqlens.long()
-    total = torch.cat([chosen.new_zeros(1, dtype=torch.int32), chosen.cumsum(0, dtype=torch.int32)])
-    return total[bounds].diff()
-
-
-def sizes_of(tokens: Tokens) -> Tensor:
-    """``[C]`` float32: how many original tokens each stands for."""
-    return torch.ones_like(tokens.ids, dtype=torch.float32) if tokens.sizes is None else tokens.sizes
-
-
 def own_rows(tokens: Tokens) -> Tensor:
     """``[C]`` int32: every row's own number."""
     return torch.arange(tokens.ids.shape[0], dtype=torch.int32, device=tokens.device)
