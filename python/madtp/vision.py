@@ -150,39 +150,6 @@ def project_patches(rows: Tensor, proj: nn.Module, kind: type[nn.Module], tokens
     return proj(rows if kind is nn.Linear else rows.unflatten(1, (3, size, size))).flatten(1)
 
 
-def embed_patches(
-    pixels: Tensor | RaggedBatch, proj: nn.Conv2d, cls_token: Tensor, pos_embed: Tensor, image_size: int
-) -> Tokens:
-    """``pixels [B, 3, S, S]`` to tokens ``[B * (P + 1), D]``: CLS, then the patches row by row, with positions.
-
-    ``proj`` is the convolution over patches, ``cls_token [1, 1, D]``, ``pos_embed [1, P + 1, D]``.
-    ``pixels`` may be a ragged batch of such images, of which a sample has one or none.
-
-    Raises:
-        ValueError: pixels of another size.
-    """
-    images = pixels.values if isinstance(pixels, RaggedBatch) else pixels
-    if images.dim() != 4 or images.shape[1:] != (3, image_size, image_size):
-        raise ValueError(f"pixels: expected [B, 3, {image_size}, {image_size}], got {list(images.shape)}")
-    if isinstance(pixels, RaggedBatch):
-        starts, bound = pixels.cu_seqlens, True
-    else:
-        starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
-    number = pos_embed.shape[1] - 1
-    rows = cut_patches(images, image_size // math.isqrt(number))
-    patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
-    x = project_patches(rows, proj, nn.Conv2d, patches).unflatten(0, (len(images), number))
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda" if images.is_cuda else "cpu"):
-        x = torch.cat(of_one_dtype(cls_token.expand(len(x), -1, -1), x), 1) + pos_embed
-    else:  # the same sums, written once
-        embedded, x = x, x.new_empty(len(x), number + 1, x.shape[2])
-        x[:, :1] = cls_token + pos_embed[:, :1]
-        torch.add(embedded, pos_embed[:, 1:], out=x[:, 1:])
-    length = x.shape[1]
-    ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
-    return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
-
-
 def of_one_dtype(*parts: Tensor) -> list[Tensor]:
     """Tensors in the dtype that holds all their numbers: under autocast `torch.cat` takes no half but autocast's own."""
     dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
@@ -233,9 +200,40 @@ class VisionTransformer(nn.Module):
         self.norm = LayerNorm(width, eps=eps)
         self.img_query_model = QueryModel(width, config.sd_dim, config.map_func)
 
-    def embed(self, pixels: Tensor) -> Tokens:
-        """``pixels [B, 3, S, S]`` to the tokens that enter the first block; see :func:`embed_patches`."""
-        return embed_patches(pixels, self.patch_embed.proj, self.cls_token, self.pos_embed, self.config.image_size)
+    def embed(self, pixels: Tensor | RaggedBatch) -> Tokens:
+        """Images to the tokens ``[B * (P + 1), D]`` that enter the first block: CLS, then the patches row by row, with positions.
+
+        Args:
+            pixels: ``[B, 3, S, S]``, or a ragged batch of such images, of which a sample has one or none.
+
+        Raises:
+            ValueError: pixels of another size.
+        """
+        size, number, cls_token, pos_embed = (
+            self.config.image_size,
+            self.config.num_patches,
+            self.cls_token,
+            self.pos_embed,
+        )
+        images = pixels.values if isinstance(pixels, RaggedBatch) else pixels
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels: expected [B, 3, {size}, {size}], got {list(images.shape)}")
+        if isinstance(pixels, RaggedBatch):
+            starts, bound = pixels.cu_seqlens, True
+        else:
+            starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
+        rows = cut_patches(images, self.config.patch_size)
+        patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
+        x = project_patches(rows, self.patch_embed.proj, nn.Conv2d, patches).unflatten(0, (len(images), number))
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda" if images.is_cuda else "cpu"):
+            x = torch.cat(of_one_dtype(cls_token.expand(len(x), -1, -1), x), 1) + pos_embed
+        else:  # the same sums, written once
+            embedded, x = x, x.new_empty(len(x), number + 1, x.shape[2])
+            x[:, :1] = cls_token + pos_embed[:, :1]
+            torch.add(embedded, pos_embed[:, 1:], out=x[:, 1:])
+        length = number + 1
+        ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
+        return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
 
     def forward(
         self,

@@ -293,13 +293,15 @@ def test_traces_tell_where_every_token_came_from(proportional, batch):
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 4e-6), (torch.bfloat16, 0.03)], ids=str)
 def test_patches_are_embedded_as_by_a_convolution(dtype, error, training, generator):
     """In double precision; in bfloat16 the product of up to 2 is rounded, and the sum of up to 4."""
-    proj = torch.nn.Conv2d(3, 32, 8, 8).to(DEVICE, dtype)
+    config = VisionConfig(image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, sd_dim=32)
+    encoder = vision.VisionTransformer(config).to(DEVICE, dtype)
     cls_token, pos_embed = normal(generator, 1, 1, 32).to(dtype), normal(generator, 1, 17, 32).to(dtype)
+    encoder.cls_token.data, encoder.pos_embed.data = cls_token, pos_embed
     images = normal(generator, 2, 3, 32, 32).to(dtype)
     with torch.set_grad_enabled(training):
-        got = vision.embed_patches(images, proj, cls_token, pos_embed, 32)
+        got = encoder.embed(images)
     with torch.no_grad():
-        patches = proj.double()(images.double()).flatten(2).mT
+        patches = encoder.patch_embed.proj.double()(images.double()).flatten(2).mT
         want = torch.cat([cls_token.double().expand(2, -1, -1), patches], 1) + pos_embed.double()
     torch.testing.assert_close(got.values.detach().double(), want.flatten(0, 1), atol=error, rtol=0)
     assert got.cu_seqlens.tolist() == [0, 17, 34] and got.ids.tolist() == [*range(17), *range(17)]
