@@ -316,10 +316,8 @@ class _Results:
             return self._offsets
         return self._per_sample if field in ("threshold", "protected_ids") else None
 
-    def _tensor(self, value: Tensor | None, part: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+    def _tensor(self, value: Tensor, part: Callable[[Tensor], Tensor] | None) -> Tensor:
         """A tensor or a part of it. A tensor that occurs several times in the results does so again."""
-        if value is None:
-            return None
         key = (id(value), part and part.__name__)
         if key not in self.seen:
             self.seen[key] = value if part is None or self.samples == self.batch else part(value)

@@ -54,15 +54,10 @@ class Linear(nn.Linear):
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         return weight, bias
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether calling it does what :func:`project` does with :attr:`affine`, and nobody watches."""
-        return type(self) is Linear and not watched(self)
-
 
 def all_plain(*layers: nn.Module) -> bool:
-    """Whether all are linear layers that may be called by their weights: see :attr:`Linear.is_plain`."""
-    return all(isinstance(layer, Linear) and layer.is_plain for layer in layers)
+    """Whether calling each does what :func:`project` does with :attr:`Linear.affine`, and nobody watches."""
+    return all(type(layer) is Linear and not watched(layer) for layer in layers)
 
 
 def watched(module: nn.Module) -> bool:

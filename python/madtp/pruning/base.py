@@ -423,9 +423,8 @@ class ScoredPruning(Pruning):
             sizes = torch.ones_like(tokens.ids, dtype=torch.float32)
         if "protected" not in options and (tokens.prefix > 1 or tokens.protected_ids is not None):
             options["protected"] = tokens.protected
-        weights = None if norm is None else (norm.weight, norm.bias, norm.eps)
         return {
-            "ids": tokens.ids, "sizes": sizes, "merged_id": -(1 + layer), "norm": weights,
+            "ids": tokens.ids, "sizes": sizes, "merged_id": -(1 + layer), "norm": None if norm is None else norm.affine,
             "backend": self.backend, **options,
         }  # fmt: skip
 
