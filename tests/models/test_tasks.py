@@ -409,7 +409,7 @@ def test_masks_after_pruning(spare, generator):
             gone = [i for i in range(len(ids)) if i not in kept]
             if len(gone) < 2:
                 kept, gone = list(range(len(ids))), []
-            after, mask = [ids[i] for i in kept], [masked[i] for i in kept]
+            after, mask = [len(importance) + i for i in kept], [masked[i] for i in kept]
             if gone:
                 after.append(-3)
                 mask.append(masked[max(gone, key=lambda i: scores[i])])
@@ -430,9 +430,9 @@ def test_masks_after_pruning(spare, generator):
             return Tokens(*fields) if masked is None else PaddedTokens(*fields, padding=masked)
 
         before = stream([ids for ids, _ in before_rows], [m for _, masked in before_rows for m in masked])
-        after = stream(after_rows)
+        after = stream(after_rows)  # its ids are the rows that its tokens come from
         scores = torch.cat([torch.tensor(importance), torch.full((spare,), 9.0)]).to(DEVICE)
-        ours = mask_after_pruning(before, after, scores, layer=2)[: len(expected)]
+        ours = mask_after_pruning(before, after.ids, after.cu_seqlens, scores)[: len(expected)]
         assert ours.tolist() == expected
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from madtp_kernels import RaggedBatch
 from madtp_kernels.segments import sample_of
 
-from .base import Pruning, ScoredPruning, Tokens
+from .base import PER_TOKEN, Pruning, ScoredPruning, Tokens
+from .merging import own_rows
 
 
 def official(rule: Pruning, reason: str, **settings: Tensor | bool | None) -> Pruning:
@@ -76,29 +77,23 @@ class Official(Pruning):
     def __call__(self, tokens, *, block_input, attention, dictionary, layer, norm=None):
         importance, limit = self.rule.decide(block_input, attention, dictionary, layer)
         options = {"groups": self.groups, "min_keep": self.min_keep}
-        if not self.weakest_last:
-            left, trace = self.rule.compact(tokens, importance, limit, layer, norm, **options)
-        else:  # the rows' numbers are carried along, from which their scores are found again
-            numbered = torch.arange(len(tokens.ids), dtype=torch.int32, device=tokens.device)
-            left, trace = self.rule.compact(
-                dataclasses.replace(tokens, ids=numbered), importance, limit, layer, None, **options
-            )
-            if len(left.ids):
-                left = _reordered(
-                    left, weakest_last(left.ids, importance, tokens.cu_seqlens, left.cu_seqlens), tokens.ids
-                )
-            trace = dataclasses.replace(trace, ids=left.ids)
-        if isinstance(tokens, PaddedTokens):
-            left = left.hiding(mask_after_pruning(tokens, left, importance, layer), importance.dtype)
+        padded = isinstance(tokens, PaddedTokens)
+        if not self.weakest_last and not padded:
+            return self.rule.compact(tokens, importance, limit, layer, norm, **options)
+        # The rows' numbers are carried along: by them scores, ids and padding of what is left are found again.
+        numbered = dataclasses.replace(tokens, ids=own_rows(tokens))
+        norm = None if self.weakest_last else norm
+        left, trace = self.rule.compact(numbered, importance, limit, layer, norm, **options)
+        if self.weakest_last and len(left.ids):
+            order = weakest_last(left.ids, importance, tokens.cu_seqlens, left.cu_seqlens)
+            parts = {name: part[order] for name in PER_TOKEN if (part := getattr(left, name)) is not None}
+            left = dataclasses.replace(left, **parts)
+        source = left.ids
+        ids = torch.where(source < 0, source, tokens.ids[source.clamp(0, len(tokens.ids) - 1)])
+        left, trace = dataclasses.replace(left, ids=ids), dataclasses.replace(trace, ids=ids)
+        if padded:
+            left = left.hiding(mask_after_pruning(tokens, source, left.cu_seqlens, importance), importance.dtype)
         return left, trace
-
-
-def _reordered(left: Tokens, order: Tensor, ids: Tensor) -> Tokens:
-    """Rows in another order; their ids, which are rows of ``ids`` until now, become those."""
-    source = left.ids[order]
-    ids = torch.where(source < 0, source, ids[source.clamp(0, len(ids) - 1)])
-    sizes, bias = (None if part is None else part[order] for part in (left.sizes, left.key_bias))
-    return dataclasses.replace(left, values=left.values[order], ids=ids, sizes=sizes, key_bias=bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,30 +156,28 @@ def weakest_last(source: Tensor, importance: Tensor, cu_seqlens_in: Tensor, cu_s
     return (sample * 3 + rank).argsort(stable=True)
 
 
-def mask_after_pruning(before: PaddedTokens, after: Tokens, importance: Tensor, layer: int) -> Tensor:
+def mask_after_pruning(before: PaddedTokens, source: Tensor, cu_seqlens: Tensor, importance: Tensor) -> Tensor:
     """Which tokens are padding after a layer pruned: kept ones stay what they are, and the merged token is hidden if
     the most important of the tokens that went into it was, which is what the official text encoder makes of its mask.
+
+    Args:
+        before: the tokens that entered.
+        source, cu_seqlens: of the result, as :func:`weakest_last` takes them.
+        importance: ``[T]`` float32 of the rows that entered.
 
     Returns:
         ``[T']`` bool. Nothing waits for a device.
     """
-    if not len(before.ids):
+    rows, batch = len(before.ids), before.batch_size
+    if not rows:
         return before.padding
-    old_sample, new_sample = (sample_of(t.cu_seqlens, t.values.shape[0]) for t in (before, after))
-
-    def key(tokens: Tokens, sample: Tensor) -> Tensor:
-        """Ascends along the rows: tokens stay in order, and merged ones follow in the order of their layers."""
-        ids = tokens.ids.long()
-        keys = (sample << 32) + torch.where(ids < 0, (1 << 31) - 1 - ids, ids)
-        row = torch.arange(len(keys), device=keys.device)
-        return keys.where(row < tokens.cu_seqlens[-1], torch.iinfo(torch.int64).max)  # rows beyond the last token
-
-    old_key, new_key = key(before, old_sample), key(after, new_sample)
-    source = torch.searchsorted(old_key, new_key).clamp(max=len(old_key) - 1)
-    found = torch.searchsorted(new_key, old_key).clamp(max=len(new_key) - 1)
-    stays = (new_key[found] == old_key) | (old_key == torch.iinfo(torch.int64).max)
-    score = importance.detach().masked_fill(stays, -torch.inf)
-    best = score.new_full((before.batch_size,), -torch.inf).scatter_reduce(0, old_sample, score, "amax")
-    hidden = (before.padding & (score == best[old_sample])).float()
-    merged = hidden.new_zeros(before.batch_size).scatter_reduce(0, old_sample, hidden, "amax") > 0
-    return torch.where(after.ids == -(1 + layer), merged[new_sample], before.padding[source])
+    real = torch.arange(len(source), device=source.device) < cu_seqlens[-1]
+    kept = source.long().where(real & (source >= 0), rows)  # of what was not kept: a spare row
+    beyond = torch.arange(rows + 1, device=source.device) >= before.cu_seqlens[-1]
+    score = importance.detach().masked_fill(beyond.index_fill(0, kept, True)[:-1], -torch.inf)
+    sample = sample_of(before.cu_seqlens, rows)
+    best = score.new_full((batch,), -torch.inf).scatter_reduce(0, sample, score, "amax")
+    hidden = (before.padding & (score == best[sample])).float()
+    merged = hidden.new_zeros(batch).scatter_reduce(0, sample, hidden, "amax") > 0
+    stays = before.padding[source.clamp(0, rows - 1)]
+    return torch.where(source < 0, merged[sample_of(cu_seqlens, len(source))], stays)
