@@ -134,24 +134,20 @@ class RaggedBatch:
         samples = list(samples)
         if not samples:
             raise ValueError("samples: expected at least one tensor, got an empty sequence")
+        first = samples[0]
         for b, sample in enumerate(samples):
             if not isinstance(sample, Tensor) or sample.dim() < 1:
                 raise ValueError(f"samples[{b}]: expected a tensor [L, ...], got {checks.describe(sample)}")
-            if (sample.shape[1:], sample.dtype, sample.device) != (
-                samples[0].shape[1:],
-                samples[0].dtype,
-                samples[0].device,
-            ):
+            if (sample.shape[1:], sample.dtype, sample.device) != (first.shape[1:], first.dtype, first.device):
                 raise ValueError(
                     f"samples[{b}]: {checks.describe(sample)} does not match samples[0]: "
-                    f"{checks.describe(samples[0])} in trailing shape, dtype and device"
+                    f"{checks.describe(first)} in trailing shape, dtype and device"
                 )
         return cls.from_lengths(torch.cat(samples), [sample.shape[0] for sample in samples])
 
     def to_list(self) -> list[Tensor]:
         """The samples as views ``[L_b, ...]``. Reads the offsets on the host."""
-        bounds = self.cu_seqlens.tolist()
-        return [self.values[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [self.values[start:stop] for start, stop in spans(self.cu_seqlens)]
 
     @classmethod
     def from_padded(cls, padded: Tensor, mask: Tensor) -> RaggedBatch:

@@ -66,10 +66,8 @@ def attention_importance(
     scale = shape[2] ** -0.5 if scale is None else scale
     checks.positive("scale", scale)
     checks.flag("causal", causal)
-    result = call(
-        "attention_importance", checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(out), checks.unit_stride(lse),
-        checks.unit_stride(cu_seqlens), max_seqlen, float(scale), causal, checks.unit_stride(key_bias), backend or "",
-    )  # fmt: skip
+    *tensors, key_bias = map(checks.unit_stride, (q, k, out, lse, cu_seqlens, key_bias))
+    result = call("attention_importance", *tensors, max_seqlen, float(scale), causal, key_bias, backend or "")
     repeats.remember(key, backend, q, ("attention_importance", "importance"))
     return result
 

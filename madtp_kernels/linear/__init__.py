@@ -94,10 +94,8 @@ def linear(
         if shift is not None:
             checks.tensor("norm bias", shift, (weight.shape[0],), "[out]", checks.FLOATS, x.device)
         checks.positive("norm eps", eps)
-    result = call(
-        "linear", checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
-        activation or "", checks.unit_stride(residual), backend or "",
-    )  # fmt: skip
+    *tensors, residual = map(checks.unit_stride, (x, weight, bias, cu_seqlens, residual))
+    result = call("linear", *tensors, activation or "", residual, backend or "")
     if norm is None:
         repeats.remember(key, backend, x, ("linear", "linear"))
         return result

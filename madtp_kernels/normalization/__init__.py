@@ -46,10 +46,8 @@ def layer_norm(
         checks.tensor("bias", bias, (x.shape[1],), "[D]", checks.FLOATS, x.device)
     checks.offsets("cu_seqlens", cu_seqlens, "T", _MOST_TOKENS, x, "x")
     checks.positive("eps", eps)
-    result = call(
-        "layer_norm", checks.unit_stride(x), checks.unit_stride(weight), checks.unit_stride(bias), checks.unit_stride(cu_seqlens),
-        float(eps), backend or "",
-    )  # fmt: skip
+    tensors = map(checks.unit_stride, (x, weight, bias, cu_seqlens))
+    result = call("layer_norm", *tensors, float(eps), backend or "")
     repeats.remember(key, backend, x, ("layer_norm", "normalization"))
     return result
 

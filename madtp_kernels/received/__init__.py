@@ -89,10 +89,8 @@ def attention_received(
         checks.tensor("queries", queries, (tokens,), "[T]", torch.bool, q.device)
         mask = checks.unit_stride(queries)
     received = call(
-        "attention_received",
-        checks.unit_stride(q), checks.unit_stride(k), checks.unit_stride(lse), checks.unit_stride(cu_seqlens), max_seqlen,
-        float(scale), causal, checks.unit_stride(key_bias), heads, key_heads if per_key_head else 1, first, last, mask,
-        backend or "",
+        "attention_received", *map(checks.unit_stride, (q, k, lse, cu_seqlens)), max_seqlen, float(scale), causal,
+        checks.unit_stride(key_bias), heads, key_heads if per_key_head else 1, first, last, mask, backend or "",
     )  # fmt: skip
     return received if per_key_head else received[0]
 

@@ -69,10 +69,8 @@ def score_tokens(
         checks.tensor("bias", bias, (dictionary.shape[0],), "[M]", score_dtype, x.device)
     checks.finite("received", received, cu_seqlens)
     checks.finite("cls", cls, cu_seqlens)
-    result = call(
-        "score_tokens", checks.unit_stride(x), checks.unit_stride(dictionary), checks.unit_stride(received), checks.unit_stride(cls),
-        checks.unit_stride(cu_seqlens), max_seqlen, float(temperature), checks.unit_stride(bias), backend or "",
-    )  # fmt: skip
+    *tensors, bias = map(checks.unit_stride, (x, dictionary, received, cls, cu_seqlens, bias))
+    result = call("score_tokens", *tensors, max_seqlen, float(temperature), bias, backend or "")
     repeats.remember(key, backend, x, ("score_tokens", "scoring"))
     return result
 

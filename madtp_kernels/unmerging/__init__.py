@@ -40,9 +40,7 @@ def unmerge(x: Tensor, rows: Tensor, cu_seqlens: Tensor, *, backend: str | None 
         defined = rows[: int(cu_seqlens[-1])]
         if len(defined) and (defined.max() >= x.shape[0] or defined.min() < -1):
             raise ValueError(f"rows: expected -1..{x.shape[0] - 1}, got {defined.min()}..{defined.max()}")
-    return call(
-        "unmerge", checks.unit_stride(x), checks.unit_stride(rows), checks.unit_stride(cu_seqlens), backend or "",
-    )  # fmt: skip
+    return call("unmerge", *map(checks.unit_stride, (x, rows, cu_seqlens)), backend or "")
 
 
 define(
