@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from madtp_kernels import RaggedBatch, merge_tokens
+from madtp_kernels import merge_tokens
 from madtp_kernels.segments import sample_of, sums
 
 from .base import LayerTrace, register
@@ -41,9 +41,8 @@ class EViT(MergingPruning):
         # One token alone would not become fewer.
         goes = goes & (sums(goes.float(), tokens.cu_seqlens) > 1)[sample_of(tokens.cu_seqlens, len(goes))]
         into = torch.where(goes, -1, own_rows(tokens))
-        batch = RaggedBatch.unchecked(tokens.values, tokens.cu_seqlens, tokens.max_seqlen, tokens.bound)
         merged = merge_tokens(
-            batch, into, weights=score, sizes=tokens.sizes, append="sum", carry=(tokens.ids,), backend=self.backend
+            tokens, into, weights=score, sizes=tokens.sizes, append="sum", carry=(tokens.ids,), backend=self.backend
         )
         ids = torch.where(merged.source < 0, -(1 + layer), merged.carried[0])
         left = tokens.survivors(merged.tokens, ids, merged.sizes, proportional=self.proportional_attention)

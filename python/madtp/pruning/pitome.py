@@ -109,10 +109,9 @@ class PiToMe(MergingPruning):
     def into(self, tokens, goes, threshold, partner=None, place=None, keys=None, second=None):
         own = own_rows(tokens)
         if partner is None:  # the sources are the first, third, ... of the 2 r first; the others of these are targets
-            rows = torch.arange(len(own), device=own.device)
             sample = sample_of(tokens.cu_seqlens, len(own))
             last = place.new_zeros(tokens.batch_size).scatter_reduce(
-                0, sample, torch.where(goes & (rows < tokens.cu_seqlens[-1]), place + 1, 0), "amax"
+                0, sample, torch.where(goes & (own < tokens.cu_seqlens[-1]), place + 1, 0), "amax"
             )
             targets = second & (place <= last[sample]) & tokens.free
             partner = nearest_kept(keys, targets, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend)
