@@ -192,7 +192,7 @@ def is_integer(value: object, least: int) -> bool:
 
 
 def counts(count: Tensor | int | None, cu_seqlens: Tensor) -> Tensor | None:
-    """A number of each sample ``[B]`` int32, from that of all or from itself, checked; None stays None."""
+    """How many of each sample, ``[B]`` int32: such a tensor itself, or one full of a number; None stays None."""
     batch, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
     if isinstance(count, Tensor):
         tensor("count", count, (batch,), "[B]", torch.int32, device)

@@ -271,7 +271,7 @@ def check_choice(threshold: float | None, share: float, uncounted: int) -> None:
 def counts_of(
     cu_seqlens: Tensor, *, count: Tensor | int | None = None, portion: float | None = None, uncounted: int = 0
 ) -> Tensor | None:
-    """The count of :func:`lowest_tokens` for that of :func:`~madtp_kernels.merge_redundant`, or its portion."""
+    """What :func:`lowest_tokens` takes as count, from the count or the portion of :func:`~madtp_kernels.merge_redundant`."""
     if portion is None:
         return count if isinstance(count, Tensor) else checks.counts(count, cu_seqlens)  # a tensor is looked at later
     if count is not None:
