@@ -341,6 +341,16 @@ def test_pixels_without_a_file_are_the_familys_usual_ones(name, saved):
         assert transform.output == (32, 32) and isinstance(transform.resize, int) == (name == "CLIPVisionModel")
 
 
+@pytest.mark.parametrize("name", [name for name in IMAGES if not name.startswith("CLIP")])
+def test_pixels_of_a_state_dict_are_the_familys_too(name, saved):
+    """They were those of CLIP. (Our CLIP's are those of MADTP, unless a file says otherwise.)"""
+    model, place = saved(name)
+    ours = madtp.load(place)
+    states = [ours.state_dict(), *([model.state_dict()] if name in ("SiglipModel", "Siglip2Model") else [])]
+    for state in states:
+        assert madtp.load(state, config=ours.config).processor.transform == ours.processor.transform
+
+
 @torch.inference_mode()
 def test_another_size_of_pictures(saved, generator):
     """Positions are interpolated at loading where a tower has one size, and with every picture where it takes any."""

@@ -70,7 +70,7 @@ def locate(
         return _of_state("the state dict", dict(source), task, config, hidden_act)
     if source == "random:base":
         config = config or TASKS[task or next(iter(TASKS))].Config()
-        return Source(source, None, _activated(config, hidden_act), _usual(config, "clip", centred=True))
+        return Source(source, None, _activated(config, hidden_act), _usual(config))
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         hint = "; give its state_dict()" if hasattr(source, "state_dict") else ""
         raise ValueError(
@@ -165,7 +165,7 @@ def _of_state(
             config = key_maps.blip.infer_config(state, kind, eps)
     # MADTP trains its CLIP, which has a dictionary, with squashed pictures.
     centred = layout is key_maps.FAMILIES["clip"] or "space_dict" not in state
-    return Source(origin, state, config, _usual(config, "clip", centred), settings or {})
+    return Source(origin, state, config, _usual(config, centred), settings or {})
 
 
 def _of_transformers(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
@@ -183,7 +183,7 @@ def _of_transformers(origin: str, place: Path, settings: dict, task: str | None,
         state = layout.to_ours(state, config.task)
     beside = {"temperature": settings.get("temperature")} if "space_dict" in state else {}
     transform = _read_transform(place, family) if config.vision is not None else None
-    return Source(origin, state, config, transform or _usual(config, family, centred=True), beside)
+    return Source(origin, state, config, transform or _usual(config), beside)
 
 
 def _of_open_clip(origin: str, place: Path, settings: dict, task: str | None, config: Config | None) -> Source:
@@ -251,14 +251,15 @@ def _activated(config: Config, hidden_act: str | None, source: Source | None = N
 # ---- sizes and pixels ---------------------------------------------------------------------------------------------
 
 
-def _usual(config: Config, family: str, centred: bool) -> ImageTransform | None:
-    """How pictures become pixels where no file tells: as models of its kind were trained."""
+def _usual(config: Config, centred: bool = True) -> ImageTransform | None:
+    """How pictures become pixels where no file tells: as models of its kind were trained; for a CLIP ``centred``, or squashed
+    as MADTP's."""
     if config.vision is None:
         return None
-    size = config.vision.image_size
-    if not isinstance(config, CLIPConfig) or not centred:
+    size, family = config.vision.image_size, _family(config)
+    if family == "blip" or (family == "clip" and not centred):
         return ImageTransform.squash(size)
-    if family in ("clip", "blip"):
+    if family == "clip":
         return ImageTransform.centre(size)
     transform = ImageTransform.from_settings({}, family)
     if family == "siglip" and config.text is not None and config.text.clean == "lower":
@@ -266,6 +267,16 @@ def _usual(config: Config, family: str, centred: bool) -> ImageTransform | None:
     if transform.max_patches is not None:
         return replace(transform, patch=config.vision.patch_size)
     return transform.at(size) if config.vision.positions == "fixed" else transform
+
+
+def _family(config: Config) -> str:
+    """Whose image tower it is, by what only that one has; see :meth:`ImageTransform.from_settings`."""
+    if not isinstance(config, CLIPConfig):
+        return "blip"
+    vision = config.vision
+    if not vision.class_token:
+        return "siglip2" if vision.patches_last else "siglip"
+    return "dinov2" if vision.layer_scale else "vit" if vision.patch_bias else "clip"
 
 
 def _read_transform(directory: Path, family: str) -> ImageTransform | None:
