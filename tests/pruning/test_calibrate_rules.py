@@ -70,7 +70,7 @@ def test_sizes_count_if_asked_for(tmp_path, monkeypatch):
         raise ValueError("enough")
 
     write(tmp_path, "train", 1, 1)
-    monkeypatch.setattr("madtp.compress.calibrate.calibrate_rule", calibrated)
+    monkeypatch.setattr("madtp.cli.calibrate.calibrate_rule", calibrated)
     words = ["--pairs", str(tmp_path / "train.jsonl"), "--reduction", "0.4", "--output", str(tmp_path / "out")]
     for more in ([], ["--use-sizes"]):
         main(["calibrate", "--model", "demo-dense", *words, "--method", "evit", *more])
