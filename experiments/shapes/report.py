@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, LARGE, LEVERED, LEVERS, RUNS, SEEDS, WHOLE_TEXT
+from reproduce import ANATOMY, BATCH_MAXIMUM, CALIBRATED, LARGE, LARGE_STEPS, LEVERED, LEVERS, RUNS, SEEDS, WHOLE_TEXT
 
 SHAPES = Path(__file__).parent
 ROOT = SHAPES.parents[1]
@@ -62,6 +62,10 @@ CALIBRATED_STYLE = Method("calibrated", "dictionary and temperature only, no lab
 MAXIMUM_STYLE = Method(
     f"{100 * BATCH_MAXIMUM.reduction:.0f} %, batch maximum", "", METHODS[BATCH_MAXIMUM.method].colour, "o"
 )
+LARGE_ROWS = {
+    "large-dense": "dense",
+    "large-dense-begun": f"{METHODS[BEST].name}, from which the dense model was trained on",
+} | {f"large-{run.name}": f"{METHODS[run.method].name}, {LARGE_STEPS} steps from the dense model" for run in LARGE}
 DENSE = "#000000"
 SHOWN_LAYERS = (1, 2, 3, 6, 12)  # of the twelve that see images
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
@@ -164,7 +168,7 @@ def read(folder: Path) -> dict[str, Record]:
         OSError, ValueError: a file that cannot be read.
     """
     named = NAMED | {f"large-{run.name}": run for run in LARGE}
-    evaluated = ["dense-test", "large-dense", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    evaluated = ["dense-test", "large-dense", "large-dense-begun", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated.append(f"whole-text-{WHOLE_TEXT.reduction}")
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     evaluated += [f"lever-{name}" for name in LEVERS]
@@ -405,11 +409,10 @@ def levers(results: Results) -> str:
 def large(results: Results) -> str:
     """Models of 577 tokens."""
     rows, dense = [], results.records.get("large-dense")
-    for name in ("large-dense", *(f"large-{run.name}" for run in LARGE)):
+    for name, said in LARGE_ROWS.items():
         if record := results.records.get(name):
-            method = record.settings["row"]
-            row = ["dense" if method == "dense" else METHODS[method].name, f"{percent(record.test['reduction'])} %"]
-            row += [f"{record.cost:.3f}", f"{record.test['gflops_full']:.3f}", f"**{percent(record.accuracy)}**"]
+            row = [said, f"{percent(record.test['reduction'])} %", f"{record.cost:.3f}"]
+            row += [f"{record.test['gflops_full']:.3f}", f"**{percent(record.accuracy)}**"]
             rows.append([*row, percent(dense.accuracy - record.accuracy) if dense else "", error(record)])
     header = ["method", "saved", "GFLOPs", "full", "accuracy, %", "points below dense", "standard error"]
     return table(header, rows, f"Made by `madtp compress ... --image-size 192` and {EVALUATE}.")

@@ -128,11 +128,17 @@ BATCH_MAXIMUM = Run("madtp", 0.8, 0, own_steps=1000)
 """The model that is also evaluated with equally many tokens for all samples of a batch."""
 WHOLE_TEXT = Run("madtp-sizes", 0.8, 0, own_steps=1000)
 """The model that is also evaluated without pruning its text."""
-LARGE, LARGE_STEPS, LARGE_RATE = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 500, 2e-4
-"""Runs at 577 tokens: pictures are drawn at twice the size. RankedNovelty begins so well there that a higher rate does harm."""
-LARGE_BEGUN, LARGE_DENSE = (2800, 7e-4), (300, 3e-4)
-"""Steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the package's, from
-interpolated positions. The first prunes by RankedNovelty, whose steps take a quarter of the time; the second does not prune."""
+LARGE, LARGE_STEPS = tuple(Run(method, 0.8, 0) for method in ("ranked-novelty", "madtp")), 500
+"""Runs at 577 tokens: pictures are drawn at twice the size."""
+LARGE_RATE = {"ranked-novelty": 2e-4, "madtp": 5e-4}
+"""RankedNovelty begins so well there that a higher rate does harm."""
+LARGE_DENSE = {
+    "large-dense-begun": (0.8, 2800, 7e-4),
+    "large-dense-further": (0.6, 1000, 5e-4),
+    "large-dense": (0, 200, 3e-4),
+}
+"""Reduction, steps and highest rate of the trainings, one after the other, that make the dense model at 577 tokens of the
+package's, from interpolated positions. RankedNovelty prunes all but the last: a step at 80 % takes a quarter of the time."""
 TIMED = sorted(
     (
         run
@@ -142,7 +148,7 @@ TIMED = sorted(
     key=lambda run: (run.method, run.reduction, run.steps),
     reverse=True,
 )
-SECONDS = {"pruned": 0.9, "large": 5.0, "large-pruned": 1.2}
+SECONDS = {"pruned": 0.9, "large": 5.0}
 """Of a step on one thread of an Emerald Rapids core whose neighbour is busy; the other figures are minutes."""
 MINUTES = {
     "dense": 30, "pairs": 0.2, "calibrate": 4, "evaluate": 1, "timing": 5, "report": 0.2,
@@ -199,15 +205,15 @@ def training(
 
 def compression(run: Run, model: object, output: Path, steps: int, scale: int = 1) -> tuple[str, ...]:
     """The command of a run."""
-    rate = RATE[run.reduction] if scale == 1 else LARGE_RATE
+    rate = RATE[run.reduction] if scale == 1 else LARGE_RATE[run.method]
     command = training(model, output, steps, rate, scale, reduction=run.reduction, seed=run.seed, distill=1)
-    return (*command, *rule(run))
+    return (*command, *rule(run.method, run.reduction))
 
 
-def rule(run: Run) -> tuple[str, ...]:
-    """Options of a run's way to prune."""
-    shares = ("--shares", *map(str, SHARES[run.reduction])) if METHODS[run.method][1] in LIMITED else ()
-    return (*METHODS[run.method], *shares)
+def rule(method: str, reduction: float) -> tuple[str, ...]:
+    """Options of a way to prune."""
+    shares = ("--shares", *map(str, SHARES[reduction])) if METHODS[method][1] in LIMITED else ()
+    return (*METHODS[method], *shares)
 
 
 def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[list[Job]]:
@@ -251,12 +257,13 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         return [[*(trained(run, "demo-dense") for run in SHORT), dense_test("demo-dense")], tested(SHORT), [report]]
 
     dense, large = model("dense"), model("large-dense")
-    begun = model("large-dense-begun")
-    (steps, rate), (more, lower) = LARGE_BEGUN, LARGE_DENSE
-    command = (*training("demo-dense", begun, steps, rate, 2, reduction=0.8, seed=0), *rule(LARGE[0]))
-    begin = Job("compress", f"train-{begun.name}", command, begun / "result.json", steps * SECONDS["large-pruned"] / 60)
-    command = training(begun, large, more, lower, 2, reduction=0, seed=1)
-    finish = Job("compress", f"train-{large.name}", command, large / "result.json", more * SECONDS["large"] / 60)
+    large_dense, source = [], "demo-dense"
+    for seed, (name, (reduction, steps, rate)) in enumerate(LARGE_DENSE.items()):
+        command = training(source, model(name), steps, rate, 2, reduction=reduction, seed=seed)
+        command += rule("ranked-novelty", reduction) if reduction else ()
+        minutes = steps * SECONDS["large"] * (1 - reduction) / 60
+        large_dense.append(Job("compress", f"train-{name}", command, model(name) / "result.json", minutes))
+        source = model(name)
     pairs = directory / "pairs" / "train.jsonl"
     drawn = ("-m", "madtp.data.synthetic", "--output", str(pairs.parent), "--split", "train", "--pairs", "600")
     calibrated = []
@@ -278,9 +285,9 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         [
             Job("dense", "train-dense", script("train_dense.py", output=dense), dense / "result.json"),
             Job("pairs", "pairs", drawn, pairs),
-            begin,
+            large_dense[0],
         ],
-        [finish],
+        *([job] for job in large_dense[1:]),
         [
             *(trained(run, dense) for run in RUNS),
             *(trained(run, large, 2) for run in LARGE),
@@ -288,6 +295,7 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
             *calibrated,
             dense_test(dense),
             evaluated("large-dense", large, strength=0, row="dense"),
+            evaluated("large-dense-begun", model("large-dense-begun"), row="ranked-novelty"),
             *(evaluated(name, "demo", row=SHIPPED.method, **options) for name, options in ANATOMY.items()),
         ],
         [

@@ -171,7 +171,7 @@ def test_large_models_are_compared_with_the_large_dense_one(report, tmp_path):
     settings = {"row": "madtp", "reduction": 0.8, "seed": 0, "steps": 10, "texts": 8, "batch_size": 16}
     write(tmp_path, "large-madtp-0.8-0", 0.95, settings, gflops=0.5)
     text = made(report, tmp_path)
-    assert row(text, "large", "MADTP")["points below dense"] == "3.0"
+    assert row(text, "large", "MADTP, 500 steps from the dense model")["points below dense"] == "3.0"
     assert rows(text, "overall") == []
 
 
@@ -296,7 +296,10 @@ def test_every_command_parses(reproduce, tmp_path, monkeypatch):
             runpy.run_path(program, run_name="__main__")
 
     assert seen == {
-        (0, 1, None),  # the dense model at 577 tokens
+        *(
+            (reduction, seed, "ranked_novelty" if reduction else None)
+            for seed, (reduction, _, _) in enumerate(reproduce.LARGE_DENSE.values())
+        ),
         *((run.reduction, run.seed, reproduce.METHODS[run.method][1]) for run in reproduce.RUNS),
     }
 
