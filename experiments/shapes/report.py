@@ -64,6 +64,7 @@ MAXIMUM_STYLE = Method(
 )
 LARGE_ROWS = {
     "large-dense": "dense",
+    "large-dense-longer": "dense, 350 steps more",
     "large-dense-begun": f"{METHODS[BEST].name}, from which the dense model was trained on",
 } | {f"large-{run.name}": f"{METHODS[run.method].name}, {LARGE_STEPS} steps from the dense model" for run in LARGE}
 DENSE = "#000000"
@@ -168,7 +169,14 @@ def read(folder: Path) -> dict[str, Record]:
         OSError, ValueError: a file that cannot be read.
     """
     named = NAMED | {f"large-{run.name}": run for run in LARGE}
-    evaluated = ["dense-test", "large-dense", "large-dense-begun", *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
+    evaluated = [
+        "dense-test",
+        "large-dense",
+        "large-dense-longer",
+        "large-dense-begun",
+        *ANATOMY,
+        f"batch-maximum-{BATCH_MAXIMUM.reduction}",
+    ]
     evaluated.append(f"whole-text-{WHOLE_TEXT.reduction}")
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     evaluated += [f"lever-{name}" for name in LEVERS]
