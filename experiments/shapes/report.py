@@ -620,7 +620,7 @@ def accuracy_plot(results: Results):
             above.set_xlabel("fewer GFLOPs than dense, %")
             above.spines["top"].set_visible(False)
     # Room for the names on the left, where there are no GFLOPs.
-    axes.set_xlim(-min((x for x, *_ in names), default=0.0), None)
+    axes.set_xlim(-2 * min((x for x, *_ in names), default=0.0), None)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick < axes.get_xlim()[1]])
     low = min(100 * record.accuracy for record in results.records.values())
     axes.set_ylim(max(0, min(low - 4, 90)), 100.5)
@@ -636,7 +636,7 @@ def name_lines(axes, names: list[tuple[float, float, str, str]]) -> None:
     if not names:
         return
     leftmost = min(x for x, *_ in names)
-    left = sorted((name for name in names if name[0] < 1.2 * leftmost), key=lambda name: name[1])
+    left = sorted((name for name in names if name[0] < 1.4 * leftmost), key=lambda name: name[1])
     span = axes.get_ylim()[1] - axes.get_ylim()[0]
     heights = apart([y for _, y, _, _ in left], 0.045 * span)
     for (x, y, text, colour), height in zip(left, heights, strict=True):
@@ -645,7 +645,7 @@ def name_lines(axes, names: list[tuple[float, float, str, str]]) -> None:
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 4},
         )  # fmt: skip
     for x, y, text, colour in names:
-        if x >= 1.2 * leftmost:
+        if x >= 1.4 * leftmost:
             axes.annotate(
                 text, (x, y), (0, -9), textcoords="offset points", ha="center", va="top",
                 fontsize=8, color=colour,
