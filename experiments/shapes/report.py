@@ -503,7 +503,8 @@ def timing(results: Results) -> str:
             for name, value in record["milliseconds"].items():
                 each = [1 / record["statements"] * time for time in record["quartile_milliseconds"][name]]
                 model, *maximum = name.split(", ")
-                row = [", ".join([runs.get(model, model), *maximum]), record["dtype"], str(record["batch"])]
+                called = "dense" if name == record["subject"] else ", ".join([runs.get(model, model), *maximum])
+                row = [called, record["dtype"], str(record["batch"])]
                 row += [f"{record['gflops_per_statement'][name]:.3f}", f"{value / record['statements']:.2f}"]
                 rows.append([*row, f"{each[0]:.2f} to {each[1]:.2f}", f"{dense / value:.2f}x"])
         header = ["model", "dtype", "batch", "GFLOPs per statement", "ms per statement", "middle half"]
