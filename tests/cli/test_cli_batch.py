@@ -595,6 +595,7 @@ def test_clip_has_no_classifier(command, photos):
         ["vqa", "a.jpg", "--question", "?", "--answers", "a.txt", "--max-length", "10"],
         ["caption", "a.jpg", "--grouping", "pair"],
         ["vqa", "a.jpg"],
+        ["vqa", "a.jpg", "--input", "rows.jsonl"],
         ["embed", "a.jpg"],
         ["embed", "a.jpg", "--output", "a.txt"],
         ["embed", "a.jpg", "--texts", "t.txt", "--output", "a.npy"],

@@ -48,9 +48,9 @@ class VQAInputs(ImageInputs):
     question: str | None = option("the question about all images that have none", metavar="TEXT")
 
     def rows(self):
-        if self.images and self.question is None:
-            raise UsageError("--question is missing")
         rows = super().rows()
+        if rows is not None and self.question is None:
+            raise UsageError("--question is missing")
         return rows and [{**row, **self.defaults()} for row in rows]
 
     def defaults(self):
