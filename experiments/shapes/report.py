@@ -169,19 +169,12 @@ def read(folder: Path) -> dict[str, Record]:
         OSError, ValueError: a file that cannot be read.
     """
     named = NAMED | {f"large-{run.name}": run for run in LARGE}
-    evaluated = [
-        "dense-test",
-        "large-dense",
-        "large-dense-longer",
-        "large-dense-begun",
-        *ANATOMY,
-        f"batch-maximum-{BATCH_MAXIMUM.reduction}",
-    ]
+    evaluated = ["dense-test", *LARGE_ROWS, *ANATOMY, f"batch-maximum-{BATCH_MAXIMUM.reduction}"]
     evaluated.append(f"whole-text-{WHOLE_TEXT.reduction}")
     evaluated += [f"calibrated-{reduction}" for reduction in CALIBRATED]
     evaluated += [f"lever-{name}" for name in LEVERS]
     records = {}
-    for name in [*evaluated, *named]:
+    for name in dict.fromkeys([*evaluated, *named]):
         path = folder / f"{name}.json"
         if not path.exists():
             continue
