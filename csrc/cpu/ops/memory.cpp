@@ -2,6 +2,7 @@
 
 #include <mutex>
 #include <new>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -14,7 +15,8 @@ namespace madtp::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kLeastKept = size_t{256} << 10;  // smaller blocks are left to malloc
+constexpr size_t kLeastShared = size_t{256} << 10;  // smaller blocks are kept by the thread that frees them
+constexpr size_t kSmallBlocks = 8;                  // so many
 constexpr int64_t kLeastAdvised = int64_t{32} << 20;  // what the C library always gets from the system, and gives back at once
 constexpr size_t kMostKept = size_t{64} << 20;
 
@@ -41,19 +43,27 @@ Block allocate(size_t capacity) {
 
 void release(const Block& block) { ::operator delete(block.data, std::align_val_t{alignment_of(block.capacity)}); }
 
-class Kept {
+// Takes a block that fits without wasting more than half of it, if there is one.
+std::optional<Block> take_from(std::vector<Block>& blocks, size_t capacity) {
+  for (Block& each : blocks) {
+    if (each.capacity < capacity || each.capacity > 2 * capacity) continue;
+    const Block block = each;
+    each = blocks.back();
+    blocks.pop_back();
+    return block;
+  }
+  return {};
+}
+
+// Large blocks, of all threads.
+class Shared {
  public:
-  // A kept block that fits without wasting more than half of it.
   Block take(size_t capacity) {
     {
       const std::lock_guard<std::mutex> guard(mutex_);
-      for (size_t i = 0; i < blocks_.size(); ++i) {
-        if (blocks_[i].capacity < capacity || blocks_[i].capacity > 2 * capacity) continue;
-        const Block block = blocks_[i];
-        blocks_[i] = blocks_.back();
-        blocks_.pop_back();
-        bytes_ -= block.capacity;
-        return block;
+      if (const auto block = take_from(blocks_, capacity)) {
+        bytes_ -= block->capacity;
+        return *block;
       }
     }
     return allocate(capacity);
@@ -84,27 +94,51 @@ class Kept {
 };
 
 // Never destroyed: threads may outlive static objects.
-Kept& kept() {
-  static Kept* const instance = new Kept;
+Shared& shared() {
+  static Shared* const instance = new Shared;
   return *instance;
 }
+
+// Small blocks, of one thread: malloc takes as long for them as the work on a small sample.
+class Own {
+ public:
+  ~Own() {
+    for (const Block& each : blocks_) release(each);
+  }
+  Block take(size_t capacity) {
+    const auto block = take_from(blocks_, capacity);
+    return block ? *block : allocate(capacity);
+  }
+  void give(const Block& block) {
+    if (blocks_.size() == kSmallBlocks) {
+      release(blocks_.front());
+      blocks_.erase(blocks_.begin());
+    }
+    blocks_.push_back(block);
+  }
+
+ private:
+  std::vector<Block> blocks_;
+};
+
+thread_local Own own;
 
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) : data_(nullptr), capacity_(0) {
   if (bytes == 0) return;
   const size_t capacity = capacity_for(static_cast<size_t>(bytes));
-  const Block block = capacity < kLeastKept ? allocate(capacity) : kept().take(capacity);
+  const Block block = capacity < kLeastShared ? own.take(capacity) : shared().take(capacity);
   data_ = block.data;
   capacity_ = block.capacity;
 }
 
 Buffer::~Buffer() {
   if (data_ == nullptr) return;
-  if (capacity_ < kLeastKept) {
-    release({data_, capacity_});
+  if (capacity_ < kLeastShared) {
+    own.give({data_, capacity_});
   } else {
-    kept().give({data_, capacity_});
+    shared().give({data_, capacity_});
   }
 }
 

@@ -6,8 +6,8 @@
 
 namespace madtp::cpu {
 
-// Uninitialised memory, aligned to a cache line. Large blocks ask for huge pages, and when freed are kept for the next call,
-// up to 64 MiB: fresh pages from the system cost as much as packing into them.
+// Uninitialised memory, aligned to a cache line. Freed blocks are kept for the next call: up to 64 MiB of large ones, which ask for
+// huge pages, since fresh pages from the system cost as much as packing into them; and a few small ones in every thread.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes);

@@ -1,13 +1,13 @@
 // What a layer of ranked novelty does to its tokens, in one call: scores, the choice of what goes, where it goes, and merging.
 // Formulas: similarity.cpp, merging.cpp.
 #include <ATen/ops/all.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/ge.h>
 #include <ATen/ops/item.h>
 #include <ATen/ops/ones.h>
 
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
+#include "cpu/ops/similarity.h"
 
 namespace madtp::cpu {
 
@@ -29,15 +29,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   const auto refused = std::make_tuple(Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), std::vector<Tensor>(), Tensor(), int64_t{0},
                                        int64_t{0});
   if (!all_finite(order, before.total()) || (weight.has_value() && !all_finite(*weight, before.total()))) return refused;
-  const auto [scores, novelty, inverse_norms] = merge_scores(rows, order, weight, sizes, free, cu_seqlens, max_seqlen, weight_exponent,
-                                                             novelty_exponent, size_exponent);
+  const Choice choice(count, before.samples, threshold, share, uncounted);
+  const auto [scores, into] = find_redundant(rows, order, weight, sizes, free, cu_seqlens,
+                                             {weight_exponent, novelty_exponent, size_exponent}, choice);
   if (!all_finite(scores, before.total())) return refused;  // of orders below 0
-  const Tensor goes = lowest_tokens(scores, count, cu_seqlens, free, threshold, share, uncounted);
-  const Tensor stays = at::empty({x.size(0)}, goes.options()), free_dense = free.contiguous();
-  const bool *const may = free_dense.const_data_ptr<bool>(), *const leaves = goes.const_data_ptr<bool>();
-  bool* const kept = stays.mutable_data_ptr<bool>();
-  for (int64_t row = 0; row < before.total(); ++row) kept[row] = may[row] && !leaves[row];
-  const Tensor into = nearest_kept(rows, stays, cu_seqlens, max_seqlen, goes, inverse_norms);
   const Tensor stands_for = sizes.has_value() ? *sizes : at::ones({x.size(0)}, scores.options());
   auto [values, cu_out, sizes_out, row_of, source, carried] =
       merge_tokens(with_rows(x), into, stands_for, stands_for, cu_seqlens, max_seqlen, "", exact, carry);

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/ops/merging.h"
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
 
@@ -28,34 +29,44 @@ constexpr float kEps = 1e-8f;
 
 }  // namespace
 
+Choice::Choice(const OptionalTensor& count, int64_t samples, std::optional<double> threshold, double share, int64_t uncounted)
+    : counts_(count.has_value() ? count->contiguous() : Tensor()),
+      most_(threshold.has_value() ? static_cast<float>(*threshold) : std::numeric_limits<float>::infinity()),
+      share_(static_cast<float>(share)),
+      uncounted_(uncounted) {
+  check_operand("count", count, {samples}, at::kInt);
+}
+
+void Choice::choose(int64_t b, int64_t first, int64_t last, const float* score, const bool* may, bool* goes) const {
+  std::vector<int64_t> rows;
+  for (int64_t row = first; row < last; ++row) {
+    goes[row] = false;
+    if (may[row] && score[row] <= most_) rows.push_back(row);
+  }
+  const auto counted = static_cast<float>(std::max<int64_t>(last - first - uncounted_, 0));
+  auto number = static_cast<size_t>(counted * share_);  // in the precision of every backend
+  if (counts_.defined()) number = std::min(number, static_cast<size_t>(std::max(counts_.const_data_ptr<int32_t>()[b], 0)));
+  if (number < rows.size()) {
+    const auto before = [score](int64_t a, int64_t c) { return score[a] != score[c] ? score[a] < score[c] : a > c; };
+    std::nth_element(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(number), rows.end(), before);
+    rows.resize(number);
+  }
+  for (const int64_t row : rows) goes[row] = true;
+}
+
 Tensor lowest_tokens(const Tensor& scores, const OptionalTensor& count, const Tensor& cu_seqlens, const Tensor& free,
                      std::optional<double> threshold, double share, int64_t uncounted) {
   check_operand("scores", scores, {scores.numel()}, at::kFloat);
   const Offsets offsets("cu_seqlens", cu_seqlens, scores.size(0));
-  check_operand("count", count, {offsets.samples}, at::kInt);
+  const Choice choice(count, offsets.samples, threshold, share, uncounted);
   check_operand("free", free, {scores.size(0)}, at::kBool);
   const Tensor scores_dense = scores.contiguous(), free_dense = free.contiguous();
   const float* const score = scores_dense.const_data_ptr<float>();
-  const Tensor count_dense = count.has_value() ? count->contiguous() : Tensor();
-  const int32_t* const counts = count.has_value() ? count_dense.const_data_ptr<int32_t>() : nullptr;
   const bool* const may = free_dense.const_data_ptr<bool>();
-  const float most = threshold.has_value() ? static_cast<float>(*threshold) : std::numeric_limits<float>::infinity();
   Tensor chosen = at::zeros({scores.size(0)}, free.options());
   bool* const goes = chosen.mutable_data_ptr<bool>();
   for_each_item(offsets.samples, [&](int64_t b) {
-    std::vector<int64_t> rows;
-    for (int64_t row = offsets.start(b); row < offsets.start(b) + offsets.length(b); ++row) {
-      if (may[row] && score[row] <= most) rows.push_back(row);
-    }
-    const auto counted = static_cast<float>(std::max<int64_t>(offsets.length(b) - uncounted, 0));
-    auto number = static_cast<size_t>(counted * static_cast<float>(share));  // in the precision of every backend
-    if (counts != nullptr) number = std::min(number, static_cast<size_t>(std::max(counts[b], 0)));
-    if (number < rows.size()) {
-      const auto before = [score](int64_t a, int64_t c) { return score[a] != score[c] ? score[a] < score[c] : a > c; };
-      std::nth_element(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(number), rows.end(), before);
-      rows.resize(number);
-    }
-    for (const int64_t row : rows) goes[row] = true;
+    choice.choose(b, offsets.start(b), offsets.start(b) + offsets.length(b), score, may, goes);
   });
   return chosen;
 }
