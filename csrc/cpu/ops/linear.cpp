@@ -23,6 +23,8 @@ namespace {
 // is used again, instead of fresh pages for every call. 512 to 1024 measured best.
 constexpr int64_t kHiddenRows = 1024;
 constexpr int64_t kPackedBytes = int64_t{1} << 20, kMostTokens = 1024;  // of tokens, per pass over the weights
+constexpr int64_t kOwnWeights = int64_t{384} << 10;  // bytes that a core's cache holds beside the rows that pass
+constexpr int64_t kOwnRows = 128, kVector = 16;  // of a thread at a time, in whole vectors of any instruction set
 
 Activation activation_of(std::string_view name) {
   constexpr std::pair<std::string_view, Activation> kNames[] = {{"", Activation::none},
@@ -61,55 +63,110 @@ struct Rows {
       : data(static_cast<std::byte*>(const_cast<void*>(tensor.const_data_ptr())) + first * tensor.stride(0) * tensor.element_size()),
         stride(tensor.stride(0)),
         count(count) {}
+  Rows(std::byte* data, int64_t stride, int64_t count) : data(data), stride(stride), count(count) {}
   std::byte* data;
   int64_t stride, count;
 };
 
-// to = activation(weights * from) + added
-void multiply(const Rows& from, Type type, const Weights& by, Activation activation, const std::optional<Rows>& added, const Rows& to) {
-  const CpuKernels& kernels = cpu_kernels();
-  const Factor factor = factor_of(kernels, type);
-  const Layout& layout = layout_of(kernels, factor);
-  const int64_t features = by.weight.size(0), depth = by.weight.size(1), element = by.weight.element_size();
-  const auto* const weights = static_cast<const std::byte*>(by.weight.const_data_ptr());
+// to = activation(weights * from) + added, of any rows.
+class Layer {
+ public:
+  Layer(const Weights& by, Type type, Activation activation)
+      : kernels_(cpu_kernels()),
+        factor_(factor_of(kernels_, type)),
+        layout_(layout_of(kernels_, factor_)),
+        type_(type),
+        activation_(activation),
+        by_(by),
+        weights_(static_cast<const std::byte*>(by.weight.const_data_ptr())),
+        features_(by.weight.size(0)),
+        depth_(by.weight.size(1)),
+        element_(by.weight.element_size()),
+        weight_row_(by.weight.stride(0) * element_),
+        padded_depth_(round_up(depth_, layout_.depth)),
+        blocks_((features_ + layout_.block_features - 1) / layout_.block_features),
+        panel_bytes_(packed_size(layout_, kernels_.linear_panel, depth_) * factor_bytes(factor_)),
+        in_place_((type == Type::f32 || factor_ == Factor::bf16) && depth_ == padded_depth_) {}
 
-  // Weights that are stored as the products want them are read in place, others through a copy of one block.
-  const int64_t block = layout.block_features, blocks = (features + block - 1) / block;
-  const int64_t padded_depth = round_up(depth, layout.depth), weight_row = by.weight.stride(0) * element;
-  const bool in_place = (type == Type::f32 || factor == Factor::bf16) && depth == padded_depth;
-  const int64_t panel_bytes = packed_size(layout, kernels.linear_panel, depth) * factor_bytes(factor);
-  const int64_t panels_most = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(panel_bytes, 1), 1, kMostTokens / kernels.linear_panel);
-  const int64_t panels_all = (from.count + kernels.linear_panel - 1) / kernels.linear_panel;
+  int64_t weight_bytes() const { return features_ * padded_depth_ * factor_bytes(factor_); }
 
-  const Buffer packed(std::min(panels_all, panels_most) * panel_bytes);
-  for (int64_t first_panel = 0; first_panel < panels_all; first_panel += panels_most) {
-    const int64_t first = first_panel * kernels.linear_panel, panels = std::min(panels_most, panels_all - first_panel);
-    const int64_t tokens = std::min(from.count - first, panels * kernels.linear_panel);
-    for_each_item(panels, [&](int64_t panel) {
-      const int64_t row = first + panel * kernels.linear_panel, count = std::min(kernels.linear_panel, from.count - row);
-      kernels.pack_transposed(factor, {from.data + row * from.stride * element, type, from.stride, count, depth}, 0, count,
-                              packed.at(panel * panel_bytes));
-    });
-    share_items(blocks, [&](const auto& next) {
-      std::optional<Buffer> copy;
-      for (int64_t item = next(); item < blocks; item = next()) {
-        const int64_t feature = item * block, count = std::min(block, features - feature);
-        const RowsToLoad stored{weights + feature * weight_row, type, by.weight.stride(0), count, depth};
-        const bool copied = !in_place || count % layout.rows != 0;
-        if (copied) {
-          if (!copy) copy.emplace(round_up(block, layout.rows) * padded_depth * factor_bytes(factor));
-          kernels.load_rows(factor, stored, copy->at(), padded_depth);
+  // All threads take part: a pass over the weights for as many tokens as stay in the cache of one.
+  void share(const Rows& from, const std::optional<Rows>& added, const Rows& to) const {
+    const int64_t most = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(panel_bytes_, 1), 1, kMostTokens / kernels_.linear_panel);
+    const Buffer packed(std::min(most, panels(from.count)) * panel_bytes_);
+    for (int64_t first = 0; first < from.count; first += most * kernels_.linear_panel) {
+      const int64_t tokens = std::min(from.count - first, most * kernels_.linear_panel);
+      for_each_item(panels(tokens), [&](int64_t panel) { pack(from, first, tokens, panel, packed); });
+      share_items(blocks_, [&](const auto& next) {
+        Buffer copy(0);
+        for (int64_t item = next(); item < blocks_; item = next()) {
+          multiply(item, packed, first, tokens, added, to, copy, item + at::get_num_threads());
         }
-        const int64_t ahead = item + at::get_num_threads();  // the block that this thread will probably take next
-        kernels.linear(factor, {copied ? copy->at() : stored.source, copied ? padded_depth : by.weight.stride(0), count, packed.at(),
-                                tokens, depth, by.wide_bias == nullptr ? nullptr : by.wide_bias + feature, activation, type,
-                                added ? added->data + (first * added->stride + feature) * element : nullptr,
-                                added ? added->stride : 0, to.data + (first * to.stride + feature) * element, to.stride,
-                                in_place && (ahead + 1) * block <= features ? weights + ahead * block * weight_row : nullptr});
-      }
-    });
+      });
+    }
   }
-}
+
+  // One thread does it all.
+  void run(const Rows& from, const std::optional<Rows>& added, const Rows& to, const Buffer& packed, Buffer& copy) const {
+    for (int64_t panel = 0; panel < panels(from.count); ++panel) pack(from, 0, from.count, panel, packed);
+    for (int64_t item = 0; item < blocks_; ++item) multiply(item, packed, 0, from.count, added, to, copy, item + 1);
+  }
+  Buffer memory_for(int64_t tokens) const { return Buffer(panels(tokens) * panel_bytes_); }
+
+ private:
+  int64_t panels(int64_t tokens) const { return (tokens + kernels_.linear_panel - 1) / kernels_.linear_panel; }
+
+  // A panel of the rows [first, first + tokens).
+  void pack(const Rows& from, int64_t first, int64_t tokens, int64_t panel, const Buffer& packed) const {
+    const int64_t row = panel * kernels_.linear_panel, count = std::min(kernels_.linear_panel, tokens - row);
+    kernels_.pack_transposed(factor_, {from.data + (first + row) * from.stride * element_, type_, from.stride, count, depth_}, 0, count,
+                             packed.at(panel * panel_bytes_));
+  }
+
+  // A block of features of packed rows. `next`: the block that this thread will probably take then. Weights that are stored as the
+  // products want them are read in place, others through a copy of one block.
+  void multiply(int64_t item, const Buffer& packed, int64_t first, int64_t tokens, const std::optional<Rows>& added, const Rows& to,
+                Buffer& copy, int64_t next) const {
+    const int64_t block = layout_.block_features, feature = item * block, count = std::min(block, features_ - feature);
+    const RowsToLoad stored{weights_ + feature * weight_row_, type_, by_.weight.stride(0), count, depth_};
+    const bool copied = !in_place_ || count % layout_.rows != 0;
+    if (copied) {
+      if (copy.at() == nullptr) copy = Buffer(round_up(block, layout_.rows) * padded_depth_ * factor_bytes(factor_));
+      kernels_.load_rows(factor_, stored, copy.at(), padded_depth_);
+    }
+    kernels_.linear(factor_, {copied ? copy.at() : stored.source, copied ? padded_depth_ : by_.weight.stride(0), count, packed.at(), tokens,
+                              depth_, by_.wide_bias == nullptr ? nullptr : by_.wide_bias + feature, activation_, type_,
+                              added ? added->data + (first * added->stride + feature) * element_ : nullptr, added ? added->stride : 0,
+                              to.data + (first * to.stride + feature) * element_, to.stride,
+                              in_place_ && (next + 1) * block <= features_ ? weights_ + next * block * weight_row_ : nullptr});
+  }
+
+  const CpuKernels& kernels_;
+  Factor factor_;
+  const Layout& layout_;
+  Type type_;
+  Activation activation_;
+  const Weights& by_;
+  const std::byte* weights_;
+  int64_t features_, depth_, element_;
+  int64_t weight_row_;  // in bytes
+  int64_t padded_depth_, blocks_, panel_bytes_;
+  bool in_place_;
+};
+
+// Where a core's cache holds the weights, each thread takes rows of its own through all of them, and waits for no other.
+bool own_rows(int64_t weight_bytes) { return weight_bytes <= kOwnWeights; }
+
+// Rows in equal shares, as many for each thread: whole vectors but for the last, and no more than kOwnRows.
+struct Shares {
+  explicit Shares(int64_t rows) : rows(rows), vectors((rows + kVector - 1) / kVector) {
+    const int64_t threads = at::get_num_threads(), most = kOwnRows / kVector * threads;
+    items = std::min(vectors, (vectors + most - 1) / most * threads);
+  }
+  int64_t first(int64_t item) const { return std::min(rows, item * vectors / items * kVector); }
+
+  int64_t rows, vectors, items;
+};
 
 int64_t checked_rows(const Tensor& x, const OptionalTensor& cu_seqlens) {
   check_rows("x", x, 2);
@@ -130,7 +187,23 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
   expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
-  multiply({x, 0, rows}, type, weights, kind, added ? std::optional<Rows>({*added, 0, rows}) : std::nullopt, {out, 0, rows});
+  const Layer layer(weights, type, kind);
+  const auto residual_of = [&](int64_t first, int64_t count) {
+    return added ? std::optional<Rows>({*added, first, count}) : std::nullopt;
+  };
+  if (!own_rows(layer.weight_bytes())) {
+    layer.share({x, 0, rows}, residual_of(0, rows), {out, 0, rows});
+    return out;
+  }
+  const Shares shares(rows);
+  share_items(shares.items, [&](const auto& next) {
+    const Buffer packed = layer.memory_for(kOwnRows);
+    Buffer copy(0);
+    for (int64_t item = next(); item < shares.items; item = next()) {
+      const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
+      layer.run({x, row, count}, residual_of(row, count), {out, row, count}, packed, copy);
+    }
+  });
   return out;
 }
 
@@ -146,12 +219,28 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
   expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
-  const Tensor hidden = at::empty({std::min(rows, kHiddenRows), hidden_features}, x.options());
-  for (int64_t row = 0; row < rows; row += kHiddenRows) {
-    const int64_t count = std::min(kHiddenRows, rows - row);
-    multiply({x, row, count}, type, first, kind, std::nullopt, {hidden, 0, count});
-    multiply({hidden, 0, count}, type, second, Activation::none, Rows(added, row, count), {out, row, count});
+  const Layer in(first, type, kind), back(second, type, Activation::none);
+  if (!own_rows(in.weight_bytes() + back.weight_bytes())) {
+    const Tensor hidden = at::empty({std::min(rows, kHiddenRows), hidden_features}, x.options());
+    for (int64_t row = 0; row < rows; row += kHiddenRows) {
+      const int64_t count = std::min(kHiddenRows, rows - row);
+      in.share({x, row, count}, std::nullopt, {hidden, 0, count});
+      back.share({hidden, 0, count}, Rows(added, row, count), {out, row, count});
+    }
+    return out;
   }
+  const Shares shares(rows);
+  share_items(shares.items, [&](const auto& next) {
+    const Buffer packed = in.memory_for(kOwnRows), packed_hidden = back.memory_for(kOwnRows);
+    const Buffer hidden(kOwnRows * hidden_features * x.element_size());
+    Buffer copy(0), back_copy(0);
+    for (int64_t item = next(); item < shares.items; item = next()) {
+      const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
+      const Rows activated(hidden.at<std::byte>(), hidden_features, count);
+      in.run({x, row, count}, std::nullopt, activated, packed, copy);
+      back.run(activated, Rows(added, row, count), {out, row, count}, packed_hidden, back_copy);
+    }
+  });
   return out;
 }
 
