@@ -1,7 +1,7 @@
 """Rules without training on an NLVR model of pictures of shapes: right answers on held-out statements.
 
   python experiments/real/statements.py --record experiments/real/results/shapes.jsonl
-  python experiments/real/statements.py --model reproduction/large-dense-longer --record experiments/real/results/shapes-577.jsonl
+  python experiments/real/statements.py --model reproduction/large-dense-final --record experiments/real/results/shapes-577.jsonl
 
 Limits are set on pairs of the training split, without their labels; the texts are not pruned. Resumable.
 """

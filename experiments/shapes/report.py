@@ -64,8 +64,7 @@ MAXIMUM_STYLE = Method(
 )
 LARGE_ROWS = {
     "large-dense": "dense",
-    "large-dense-longer": "dense, 350 steps more",
-    "large-dense-last": "dense, 1,300 steps more",
+    "large-dense-final": "dense, trained further",
     "large-dense-begun": f"{METHODS[BEST].name}, from which the dense model was trained on",
 } | {f"large-{run.name}": f"{METHODS[run.method].name}, {LARGE_STEPS} steps from the dense model" for run in LARGE}
 DENSE = "#000000"

@@ -298,7 +298,7 @@ def test_every_command_parses(reproduce, tmp_path, monkeypatch):
     assert seen == {
         *(
             (reduction, seed, "ranked_novelty" if reduction else None)
-            for seed, (reduction, _, _) in enumerate(reproduce.LARGE_DENSE.values())
+            for seed, (reduction, *_) in enumerate(reproduce.LARGE_DENSE.values())
         ),
         *((run.reduction, run.seed, reproduce.METHODS[run.method][1]) for run in reproduce.RUNS),
     }

@@ -144,7 +144,11 @@ def test_undefined_rows_reach_no_result(backend, generator):
     tokens = tokens_of(case)
     expected = linear(**case, backend=backend)
     wide = case | {name: spare_rows(case[name], 9) for name in ("x", "residual")}
-    assert torch.equal(linear(**wide, backend=backend)[:tokens], expected)
+    got = linear(**wide, backend=backend)[:tokens]
+    if backend == "reference":  # of a library, whose threads may divide other numbers of rows otherwise
+        torch.testing.assert_close(got, expected)
+    else:
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("lengths, spare", [([], 0), ([], 4), ([0, 0], 0), ([0], 5), ([1], 0)], ids=str)
