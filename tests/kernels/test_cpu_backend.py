@@ -442,11 +442,13 @@ def test_gradients_go_the_long_way(generator):
 
 @every_dtype
 @pytest.mark.parametrize("lengths", [[1], LENGTHS, [1500, 700]], ids=str)
-def test_an_mlp_gives_the_bits_of_two_layers(dtype, lengths, generator):
+@pytest.mark.parametrize("width, hidden_width", [(33, 130), (160, 640)])  # a thread takes rows alone; threads share features
+def test_an_mlp_gives_the_bits_of_two_layers(dtype, lengths, width, hidden_width, threads, generator):
+    threads(2)
     rows, extension = sum(lengths) + 3, native.load()
-    x, residual = (normal(generator, rows, 33).to(dtype) for _ in range(2))
-    first, second = (normal(generator, *shape).to(dtype) for shape in ((130, 33), (33, 130)))
-    bias = normal(generator, 130).to(dtype)
+    x, residual = (normal(generator, rows, width).to(dtype) for _ in range(2))
+    first, second = (normal(generator, *shape).to(dtype) for shape in ((hidden_width, width), (width, hidden_width)))
+    bias = normal(generator, hidden_width).to(dtype)
     for cu_seqlens in (None, offsets(lengths)):
         hidden = extension.linear(x, first, bias, cu_seqlens, "gelu", None)
         want = extension.linear(hidden, second, None, cu_seqlens, "", residual)

@@ -3,7 +3,8 @@
 //   out[i] = activation(W x[i] + b) + residual[i]          W [N, K] as it is stored
 //
 // Weights are not packed: they are the left operand of the block products, whose rows may lie anywhere, and the tokens are
-// packed instead, some hundred at a time so that they stay in the second-level cache. So nothing derived from a weight is kept,
+// packed instead, some hundred at a time so that they stay in the second-level cache. Where the weights do, too, each thread takes
+// tokens of its own through all of them; else the threads share the features. So nothing derived from a weight is kept,
 // and a weight that somebody changes is changed. Each sum runs over the depth in one order, whatever the number of rows or
 // threads: a row's result has the same bits in any batch.
 #include <ATen/ops/empty.h>
@@ -19,12 +20,13 @@ namespace madtp::cpu {
 
 namespace {
 
-// Of an MLP, through both layers at a time: the hidden activations (four times as wide) then stay in the cache and in memory that
-// is used again, instead of fresh pages for every call. 512 to 1024 measured best.
+// Of an MLP whose features the threads share, through both layers at a time: the hidden activations (four times as wide) then stay in
+// the cache and in memory that is used again, instead of fresh pages for every call. 512 to 1024 measured best.
 constexpr int64_t kHiddenRows = 1024;
 constexpr int64_t kPackedBytes = int64_t{1} << 20, kMostTokens = 1024;  // of tokens, per pass over the weights
-constexpr int64_t kOwnWeights = int64_t{384} << 10;  // bytes that a core's cache holds beside the rows that pass
-constexpr int64_t kOwnRows = 128, kVector = 16;  // of a thread at a time, in whole vectors of any instruction set
+// Of a thread that works alone: bytes of weights and of packed rows that its cache holds, and rows at a time, in whole vectors of
+// any instruction set.
+constexpr int64_t kOwnWeights = int64_t{384} << 10, kOwnPacked = int64_t{512} << 10, kOwnRows = 128, kVector = 16;
 
 Activation activation_of(std::string_view name) {
   constexpr std::pair<std::string_view, Activation> kNames[] = {{"", Activation::none},
@@ -88,7 +90,11 @@ class Layer {
         panel_bytes_(packed_size(layout_, kernels_.linear_panel, depth_) * factor_bytes(factor_)),
         in_place_((type == Type::f32 || factor_ == Factor::bf16) && depth_ == padded_depth_) {}
 
+  // What one thread works on.
   int64_t weight_bytes() const { return features_ * padded_depth_ * factor_bytes(factor_); }
+  int64_t memory_bytes() const { return panels(kOwnRows) * panel_bytes_; }
+  // Whether the weights serve as they are: a copy for every thread and some rows would take longer than the threads wait.
+  bool in_place() const { return in_place_; }
 
   // All threads take part: a pass over the weights for as many tokens as stay in the cache of one.
   void share(const Rows& from, const std::optional<Rows>& added, const Rows& to) const {
@@ -111,7 +117,6 @@ class Layer {
     for (int64_t panel = 0; panel < panels(from.count); ++panel) pack(from, 0, from.count, panel, packed);
     for (int64_t item = 0; item < blocks_; ++item) multiply(item, packed, 0, from.count, added, to, copy, item + 1);
   }
-  Buffer memory_for(int64_t tokens) const { return Buffer(panels(tokens) * panel_bytes_); }
 
  private:
   int64_t panels(int64_t tokens) const { return (tokens + kernels_.linear_panel - 1) / kernels_.linear_panel; }
@@ -154,18 +159,17 @@ class Layer {
   bool in_place_;
 };
 
-// Where a core's cache holds the weights, each thread takes rows of its own through all of them, and waits for no other.
-bool own_rows(int64_t weight_bytes) { return weight_bytes <= kOwnWeights; }
-
 // Rows in equal shares, as many for each thread: whole vectors but for the last, and no more than kOwnRows.
 struct Shares {
   explicit Shares(int64_t rows) : rows(rows), vectors((rows + kVector - 1) / kVector) {
     const int64_t threads = at::get_num_threads(), most = kOwnRows / kVector * threads;
     items = std::min(vectors, (vectors + most - 1) / most * threads);
+    for_all = items >= threads;
   }
   int64_t first(int64_t item) const { return std::min(rows, item * vectors / items * kVector); }
 
   int64_t rows, vectors, items;
+  bool for_all;  // every thread has one
 };
 
 int64_t checked_rows(const Tensor& x, const OptionalTensor& cu_seqlens) {
@@ -191,13 +195,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const auto residual_of = [&](int64_t first, int64_t count) {
     return added ? std::optional<Rows>({*added, first, count}) : std::nullopt;
   };
-  if (!own_rows(layer.weight_bytes())) {
+  const Shares shares(rows);
+  if (!shares.for_all || !layer.in_place() || layer.weight_bytes() > kOwnWeights || layer.memory_bytes() > kOwnPacked) {
     layer.share({x, 0, rows}, residual_of(0, rows), {out, 0, rows});
     return out;
   }
-  const Shares shares(rows);
   share_items(shares.items, [&](const auto& next) {
-    const Buffer packed = layer.memory_for(kOwnRows);
+    const Buffer packed(layer.memory_bytes());
     Buffer copy(0);
     for (int64_t item = next(); item < shares.items; item = next()) {
       const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
@@ -219,26 +223,28 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
   expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
-  const Layer in(first, type, kind), back(second, type, Activation::none);
-  if (!own_rows(in.weight_bytes() + back.weight_bytes())) {
+  const Layer to_hidden(first, type, kind), to_out(second, type, Activation::none);
+  const Shares shares(rows);
+  if (!shares.for_all || !to_hidden.in_place() || !to_out.in_place() ||
+      to_hidden.weight_bytes() + to_out.weight_bytes() > kOwnWeights ||
+      std::max(to_hidden.memory_bytes(), to_out.memory_bytes()) > kOwnPacked) {
     const Tensor hidden = at::empty({std::min(rows, kHiddenRows), hidden_features}, x.options());
     for (int64_t row = 0; row < rows; row += kHiddenRows) {
       const int64_t count = std::min(kHiddenRows, rows - row);
-      in.share({x, row, count}, std::nullopt, {hidden, 0, count});
-      back.share({hidden, 0, count}, Rows(added, row, count), {out, row, count});
+      to_hidden.share({x, row, count}, std::nullopt, {hidden, 0, count});
+      to_out.share({hidden, 0, count}, Rows(added, row, count), {out, row, count});
     }
     return out;
   }
-  const Shares shares(rows);
   share_items(shares.items, [&](const auto& next) {
-    const Buffer packed = in.memory_for(kOwnRows), packed_hidden = back.memory_for(kOwnRows);
+    const Buffer packed(to_hidden.memory_bytes()), packed_hidden(to_out.memory_bytes());
     const Buffer hidden(kOwnRows * hidden_features * x.element_size());
-    Buffer copy(0), back_copy(0);
+    Buffer copy(0), copy_to_out(0);
     for (int64_t item = next(); item < shares.items; item = next()) {
       const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
       const Rows activated(hidden.at<std::byte>(), hidden_features, count);
-      in.run({x, row, count}, std::nullopt, activated, packed, copy);
-      back.run(activated, Rows(added, row, count), {out, row, count}, packed_hidden, back_copy);
+      to_hidden.run({x, row, count}, std::nullopt, activated, packed, copy);
+      to_out.run(activated, Rows(added, row, count), {out, row, count}, packed_hidden, copy_to_out);
     }
   });
   return out;

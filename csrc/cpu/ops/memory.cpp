@@ -1,8 +1,8 @@
 #include "cpu/ops/memory.h"
 
+#include <algorithm>
 #include <mutex>
 #include <new>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLeastShared = size_t{256} << 10;  // smaller blocks are kept by the thread that frees them
-constexpr size_t kSmallBlocks = 8;                  // so many
+constexpr int kSmallBlocks = 8;                     // so many
 constexpr int64_t kLeastAdvised = int64_t{32} << 20;  // what the C library always gets from the system, and gives back at once
 constexpr size_t kMostKept = size_t{64} << 20;
 
@@ -43,27 +43,21 @@ Block allocate(size_t capacity) {
 
 void release(const Block& block) { ::operator delete(block.data, std::align_val_t{alignment_of(block.capacity)}); }
 
-// Takes a block that fits without wasting more than half of it, if there is one.
-std::optional<Block> take_from(std::vector<Block>& blocks, size_t capacity) {
-  for (Block& each : blocks) {
-    if (each.capacity < capacity || each.capacity > 2 * capacity) continue;
-    const Block block = each;
-    each = blocks.back();
-    blocks.pop_back();
-    return block;
-  }
-  return {};
-}
+bool fits(const Block& block, size_t capacity) { return block.capacity >= capacity && block.capacity <= 2 * capacity; }
 
 // Large blocks, of all threads.
 class Shared {
  public:
+  // One that fits without wasting more than half of it.
   Block take(size_t capacity) {
     {
       const std::lock_guard<std::mutex> guard(mutex_);
-      if (const auto block = take_from(blocks_, capacity)) {
-        bytes_ -= block->capacity;
-        return *block;
+      for (size_t i = 0; i < blocks_.size(); ++i) {
+        if (!fits(blocks_[i], capacity)) continue;
+        const Block block = blocks_[i];
+        blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
+        bytes_ -= block.capacity;
+        return block;
       }
     }
     return allocate(capacity);
@@ -102,23 +96,36 @@ Shared& shared() {
 // Small blocks, of one thread: malloc takes as long for them as the work on a small sample.
 class Own {
  public:
-  ~Own() {
-    for (const Block& each : blocks_) release(each);
-  }
+  ~Own() { std::for_each(blocks_, blocks_ + count_, release); }
+
+  // The last one given that fits: it is the likeliest to be in the cache.
   Block take(size_t capacity) {
-    const auto block = take_from(blocks_, capacity);
-    return block ? *block : allocate(capacity);
-  }
-  void give(const Block& block) {
-    if (blocks_.size() == kSmallBlocks) {
-      release(blocks_.front());
-      blocks_.erase(blocks_.begin());
+    for (int i = count_ - 1; i >= 0; --i) {
+      if (!fits(blocks_[i], capacity)) continue;
+      const Block block = blocks_[i];
+      remove(i);
+      return block;
     }
-    blocks_.push_back(block);
+    return allocate(capacity);
+  }
+
+  // Keeps the block in place of the oldest one.
+  void give(const Block& block) {
+    if (count_ == kSmallBlocks) {
+      release(blocks_[0]);
+      remove(0);
+    }
+    blocks_[count_++] = block;
   }
 
  private:
-  std::vector<Block> blocks_;
+  void remove(int i) {
+    std::copy(blocks_ + i + 1, blocks_ + count_, blocks_ + i);
+    --count_;
+  }
+
+  Block blocks_[kSmallBlocks];
+  int count_ = 0;
 };
 
 thread_local Own own;

@@ -6,8 +6,9 @@
 
 namespace madtp::cpu {
 
-// Uninitialised memory, aligned to a cache line. Freed blocks are kept for the next call: up to 64 MiB of large ones, which ask for
-// huge pages, since fresh pages from the system cost as much as packing into them; and a few small ones in every thread.
+// Uninitialised memory, aligned to a cache line. Freed blocks are kept for the next call: up to 64 MiB of those of 256 KiB and more
+// (from 2 MiB on in huge pages), since fresh pages from the system cost as much as packing into them; and a few smaller ones in
+// every thread.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes);

@@ -24,12 +24,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   TORCH_CHECK_VALUE(before.longest() <= max_seqlen, "max_seqlen: ", max_seqlen, " is below ", before.longest());
   check_operand("order", order, {x.size(0)}, at::kFloat);
   check_operand("weight", weight, {x.size(0)}, at::kFloat);
-  check_operand("count", count, {before.samples}, at::kInt);
+  const Choice choice(count, before.samples, threshold, share, uncounted);
   TORCH_CHECK_VALUE(!count.has_value() || count->ge(0).all().item<bool>(), "count: expected >= 0");
   const auto refused = std::make_tuple(Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), std::vector<Tensor>(), Tensor(), int64_t{0},
                                        int64_t{0});
   if (!all_finite(order, before.total()) || (weight.has_value() && !all_finite(*weight, before.total()))) return refused;
-  const Choice choice(count, before.samples, threshold, share, uncounted);
   const auto [scores, into] = find_redundant(rows, order, weight, sizes, free, cu_seqlens,
                                              {weight_exponent, novelty_exponent, size_exponent}, choice);
   if (!all_finite(scores, before.total())) return refused;  // of orders below 0

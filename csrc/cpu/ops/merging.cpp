@@ -30,11 +30,11 @@ constexpr float kEps = 1e-8f;
 }  // namespace
 
 Choice::Choice(const OptionalTensor& count, int64_t samples, std::optional<double> threshold, double share, int64_t uncounted)
-    : counts_(count.has_value() ? count->contiguous() : Tensor()),
-      most_(threshold.has_value() ? static_cast<float>(*threshold) : std::numeric_limits<float>::infinity()),
+    : most_(threshold.has_value() ? static_cast<float>(*threshold) : std::numeric_limits<float>::infinity()),
       share_(static_cast<float>(share)),
       uncounted_(uncounted) {
   check_operand("count", count, {samples}, at::kInt);
+  if (count.has_value()) counts_ = count->contiguous();
 }
 
 void Choice::choose(int64_t b, int64_t first, int64_t last, const float* score, const bool* may, bool* goes) const {

@@ -62,25 +62,6 @@ struct Offsets {
   int64_t samples;
 };
 
-// Calls run(b) for every sample, whose work is taken to grow as the square of its length. The longest are done one after the other,
-// by all threads between which `run` shares them, as long as one of them is much of what a thread has to do; each of the others by
-// one thread.
-template <class Run>
-void for_each_sample(const Offsets& offsets, const Run& run) {
-  constexpr int64_t kShort = 192;  // not worth sharing
-  int64_t work = 0;
-  for (int64_t b = 0; b < offsets.samples; ++b) work += offsets.length(b) * offsets.length(b);
-  const int64_t much = work / (4 * at::get_num_threads());
-  const std::vector<int64_t> order = offsets.longest_first();
-  int64_t shared = 0;
-  for (; shared < offsets.samples; ++shared) {
-    const int64_t n = offsets.length(order[shared]);
-    if (n <= kShort || n * n <= much) break;
-    run(order[shared]);
-  }
-  for_each_item(offsets.samples - shared, [&](int64_t i) { run(order[shared + i]); });
-}
-
 // A [C, H, d] tensor.
 struct HeadRows {
   HeadRows(const char* name, const Tensor& tensor)

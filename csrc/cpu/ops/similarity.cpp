@@ -30,6 +30,7 @@ constexpr int64_t kBlock = 48;        // queries in a product, at most
 constexpr int64_t kCandidates = 192;  // in a product: whole panels of every instruction set
 constexpr int64_t kPackedRows = 64;   // candidates packed by a work item
 constexpr int64_t kNormRows = 64;
+constexpr int64_t kOwnBytes = int64_t{4} << 20;  // that a thread packs for itself at most
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Which candidates a query sees, by their places in the lists.
@@ -49,17 +50,38 @@ class Alike {
         row_bytes_(keys.size(1) * keys.element_size()),
         row_stride_(keys.stride(0) * keys.element_size()),
         inverse_norms_(inverse_norms.has_value() ? *inverse_norms : at::empty({keys.size(0)}, keys.options().dtype(at::kFloat))),
-        scale_(inverse_norms_.mutable_data_ptr<float>()) {}
+        scale_(inverse_norms_.const_data_ptr<float>()) {}
 
   const Tensor& inverse_norms() const { return inverse_norms_; }
 
+  // Calls run(b) for every sample, whose work is taken to grow as the square of its length. The longest are done one after the other,
+  // by all threads between which a search is shared, as long as that is sooner done or they would pack much; each of the others by
+  // one thread.
+  template <class Run>
+  void for_each_sample(const Offsets& offsets, const Run& run) const {
+    const std::vector<int64_t> order = offsets.longest_first();
+    const int64_t threads = at::get_num_threads();
+    int64_t rest = 0, shared = 0;
+    for (const int64_t b : order) rest += offsets.length(b) * offsets.length(b);
+    for (; shared < offsets.samples; ++shared) {
+      const int64_t n = offsets.length(order[shared]), alone = n * n, takers = std::min(threads, (n + kQueries - 1) / kQueries);
+      if (n == 0) break;
+      const int64_t rounds = (rest + alone * threads - 1) / (alone * threads);
+      if (rest >= alone * rounds * takers && packed_bytes(n) <= kOwnBytes) break;
+      run(order[shared]);
+      rest -= alone;
+    }
+    for_each_item(offsets.samples - shared, [&](int64_t i) { run(order[shared + i]); });
+  }
+
   // The inverse norms of rows [first, last).
   void measure(int64_t first, int64_t last) const {
+    float* const scale = inverse_norms_.mutable_data_ptr<float>();
     for_each_item((last - first + kNormRows - 1) / kNormRows, [&](int64_t item) {
       const int64_t from = first + item * kNormRows, to = std::min(from + kNormRows, last);
       for (int64_t row = from; row < to; ++row) {
         const float square = kernels_.sum_of_squares(type_, data_ + row * row_stride_, width_);
-        scale_[row] = square > 0.0f && square < kInfinity ? 1.0f / std::sqrt(square) : 0.0f;
+        scale[row] = square > 0.0f && square < kInfinity ? 1.0f / std::sqrt(square) : 0.0f;
       }
     });
   }
@@ -75,7 +97,7 @@ class Alike {
     share_items((packing + kPackedRows - 1) / kPackedRows, [&](const auto& next) {
       const Buffer rows(kPackedRows * row_bytes_);
       for (int64_t c = next() * kPackedRows; c < packing; c = next() * kPackedRows) {
-        pack(lists, c, std::min(c + kPackedRows, packing), rows);
+        pack_candidates(lists, c, std::min(c + kPackedRows, packing), rows);
       }
     });
     const int64_t items = (searching + kQueries - 1) / kQueries;
@@ -84,7 +106,7 @@ class Alike {
       for (int64_t i = next(); i < items; i = next()) {
         // Of a sorted sample the last queries see most: first, so that no thread waits for them at the end.
         const int64_t q = (seen == Seen::earlier ? items - 1 - i : i) * kQueries;
-        search(lists, q, std::min(q + kQueries, searching), scratch, seen, nearest, cosine);
+        search_queries(lists, q, std::min(q + kQueries, searching), scratch, seen, nearest, cosine);
       }
     });
   }
@@ -126,8 +148,8 @@ class Alike {
     return {rows.at(), type_, width_, count, width_};
   }
 
-  // The candidates of places [first, last).
-  void pack(const Lists& lists, int64_t first, int64_t last, const Buffer& rows) const {
+  // Those of places [first, last).
+  void pack_candidates(const Lists& lists, int64_t first, int64_t last, const Buffer& rows) const {
     const auto& list = lists.candidates;
     const auto candidates = static_cast<int64_t>(list.size());
     kernels_.pack_transposed(factor_, gather(rows, &list[first], last - first), first, candidates, lists.packed);
@@ -135,9 +157,9 @@ class Alike {
     for (int64_t c = first; c < last; ++c) scales[c] = scale_[list[c]];
   }
 
-  // The queries of places [first, last).
-  void search(const Lists& lists, int64_t first, int64_t last, const Scratch& scratch, Seen seen, int32_t* nearest,
-              float* cosine) const {
+  // For those of places [first, last).
+  void search_queries(const Lists& lists, int64_t first, int64_t last, const Scratch& scratch, Seen seen, int32_t* nearest,
+                      float* cosine) const {
     float best[kQueries];
     int64_t place[kQueries];
     std::fill_n(best, kQueries, -kInfinity);
@@ -189,7 +211,7 @@ class Alike {
   int64_t block_;  // queries in a product: whole pairs of the kernel's tiles
   int64_t row_bytes_, row_stride_;
   Tensor inverse_norms_;  // 1 / |k|, 0 for a key without a direction; undefined beyond the last token
-  float* scale_;
+  const float* scale_;
 };
 
 // A number that is larger the smaller `value` is.
@@ -231,8 +253,8 @@ void find_kept(const Alike& alike, int64_t first, int64_t last, const bool* stay
   alike.search(queries, candidates, Seen::all, into, cosine);
 }
 
-Tensor values_of(const char* name, const Tensor& values, int64_t capacity) {
-  check_operand(name, values, {capacity}, at::kFloat);
+Tensor values_of(const char* name, const Tensor& values, int64_t capacity, at::ScalarType dtype = at::kFloat) {
+  check_operand(name, values, {capacity}, dtype);
   return values.contiguous();
 }
 
@@ -251,7 +273,7 @@ struct MergeScores {
         order(values_of("order", order, keys.size(0))),
         weight(weight.has_value() ? values_of("weight", *weight, keys.size(0)) : this->order),
         sizes(sizes.has_value() ? values_of("sizes", *sizes, keys.size(0)) : Tensor()),
-        free((check_operand("free", free, {keys.size(0)}, at::kBool), free.contiguous())),
+        free(values_of("free", free, keys.size(0), at::kBool)),
         exponents(exponents),
         alike(keys),
         rank(at::empty_like(this->order)),
@@ -260,13 +282,13 @@ struct MergeScores {
         novelty(at::empty_like(this->order)) {}
 
   // The scores of sample b.
-  void find(int64_t b) const {
+  void score(int64_t b) const {
     const int64_t start = offsets.start(b), end = start + offsets.length(b);
     const bool* const may = free.const_data_ptr<bool>();
     const float *const orders = order.const_data_ptr<float>(), *const weights = weight.const_data_ptr<float>();
     const float* const size = sizes.defined() && exponents.size != 0.0 ? sizes.const_data_ptr<float>() : nullptr;
     float *const ranks = rank.mutable_data_ptr<float>(), *const novelties = novelty.mutable_data_ptr<float>();
-    float* const score = scores.mutable_data_ptr<float>();
+    float* const worths = scores.mutable_data_ptr<float>();
     double total = 0.0;
     int64_t number = 0;
     for (int64_t row = start; row < end; ++row) {
@@ -278,11 +300,11 @@ struct MergeScores {
     const double mean = total / static_cast<double>(number);
     find_novelty(alike, start, end, ranks, novelties, nearest.mutable_data_ptr<int32_t>());
     for (int64_t row = start; row < end; ++row) {
-      score[row] = 0.0f;
+      worths[row] = 0.0f;
       if (!may[row]) continue;
       double worth = power(weights[row] / mean, exponents.weight) * power(novelties[row], exponents.novelty);
       if (size != nullptr) worth *= power(size[row], exponents.size);
-      if (!std::isnan(worth)) score[row] = static_cast<float>(std::min<double>(worth, std::numeric_limits<float>::max()));
+      if (!std::isnan(worth)) worths[row] = static_cast<float>(std::min<double>(worth, std::numeric_limits<float>::max()));
     }
   }
 
@@ -290,7 +312,8 @@ struct MergeScores {
   Tensor order, weight, sizes, free;
   MergeExponents exponents;
   Alike alike;
-  Tensor rank, nearest, scores, novelty;
+  Tensor rank, nearest;  // memory of the search
+  Tensor scores, novelty;
 };
 
 }  // namespace
@@ -312,7 +335,7 @@ Tensor nearest_kept(const Tensor& keys, const Tensor& kept, const Tensor& cu_seq
   int32_t* const rows = into.mutable_data_ptr<int32_t>();
   std::vector<float> cosine(offsets.total());
   const Alike alike(keys, norms_dense);
-  for_each_sample(offsets, [&](int64_t b) {
+  alike.for_each_sample(offsets, [&](int64_t b) {
     const int64_t first = offsets.start(b), last = first + offsets.length(b);
     if (!inverse_norms.has_value()) alike.measure(first, last);
     find_kept(alike, first, last, stays, looks, rows, cosine.data());
@@ -331,7 +354,7 @@ std::tuple<Tensor, Tensor> novelty(const Tensor& keys, const OptionalTensor& ran
   float* const novelties = result.mutable_data_ptr<float>();
   int32_t* const rows = nearest.mutable_data_ptr<int32_t>();
   const Alike alike(keys);
-  for_each_sample(offsets, [&](int64_t b) {
+  alike.for_each_sample(offsets, [&](int64_t b) {
     find_novelty(alike, offsets.start(b), offsets.start(b) + offsets.length(b), ranks, novelties, rows);
   });
   return {result, nearest};
@@ -342,7 +365,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_scores(const Tensor& keys, const Tensor
                                                 int64_t, double weight_exponent, double novelty_exponent, double size_exponent) {
   check_rows("keys", keys, 2);
   const MergeScores costs(keys, order, weight, sizes, free, cu_seqlens, {weight_exponent, novelty_exponent, size_exponent});
-  for_each_sample(costs.offsets, [&](int64_t b) { costs.find(b); });
+  costs.alike.for_each_sample(costs.offsets, [&](int64_t b) { costs.score(b); });
   return {costs.scores, costs.novelty, costs.alike.inverse_norms()};
 }
 
@@ -358,9 +381,9 @@ std::tuple<Tensor, Tensor> find_redundant(const Tensor& keys, const Tensor& orde
   const bool* const may = costs.free.const_data_ptr<bool>();
   const float* const score = costs.scores.const_data_ptr<float>();
   std::vector<float> cosine(costs.offsets.total());
-  for_each_sample(costs.offsets, [&](int64_t b) {
+  costs.alike.for_each_sample(costs.offsets, [&](int64_t b) {
     const int64_t first = costs.offsets.start(b), last = first + costs.offsets.length(b);
-    costs.find(b);
+    costs.score(b);
     choice.choose(b, first, last, score, may, leaves);
     for (int64_t row = first; row < last; ++row) kept[row] = may[row] && !leaves[row];
     find_kept(costs.alike, first, last, kept, leaves, rows, cosine.data());
@@ -381,7 +404,7 @@ std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seq
   int32_t* const rows = into.mutable_data_ptr<int32_t>();
   float* const cosine = similarity.mutable_data_ptr<float>();
   const Alike alike(keys);
-  for_each_sample(offsets, [&](int64_t b) {
+  alike.for_each_sample(offsets, [&](int64_t b) {
     const int64_t start = offsets.start(b), end = start + offsets.length(b);
     std::vector<int64_t> sources, targets;
     for (int64_t j = first_free; j < offsets.length(b); ++j) (j % 2 == 0 ? sources : targets).push_back(start + j);
@@ -399,7 +422,7 @@ std::tuple<Tensor, Tensor> match_tokens(const Tensor& keys, const Tensor& cu_seq
     }
     const auto stay = [&](int64_t row) { rows[row] = static_cast<int32_t>(row); };
     for (const int64_t row : targets) stay(row);
-    for (int64_t row = start; row < std::min(start + first_free, end); ++row) stay(row);
+    for (int64_t row = start; row < start + std::min(first_free, end - start); ++row) stay(row);
   });
   return {into, similarity};
 }
