@@ -32,7 +32,7 @@ epoch is chosen on the dev split, and the temperature is set there so that the t
 goes on after an interruption and gives the same model (to the bit on a CPU). With torchrun a step takes
 --batch-size x --accumulate instances of each process; several machines have to share the output folder.
 
---method names the rule that prunes: madtp (default), ranked_novelty, tome, atm, pitome, evit, topk or random. For
+--method names the rule that prunes: madtp (default), madtp_nearest, ranked_novelty, tome, atm, pitome, evit, topk or random. For
 rules with a limit per layer --shares says what share of the tokens each vision layer drops, and thresholds follow the
 batch; at the end they are taken anew from the dev split, without its labels.
 --texts 8 trains on up to eight statements about a pair of pictures at a time (nlvr), whose pictures are then encoded
