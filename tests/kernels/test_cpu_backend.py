@@ -442,8 +442,9 @@ def test_gradients_go_the_long_way(generator):
 
 @every_dtype
 @pytest.mark.parametrize("lengths", [[1], LENGTHS, [1500, 700]], ids=str)
-@pytest.mark.parametrize("width, hidden_width", [(33, 130), (160, 640)])  # a thread takes rows alone; threads share features
+@pytest.mark.parametrize("width, hidden_width", [(33, 130), (160, 640)])
 def test_an_mlp_gives_the_bits_of_two_layers(dtype, lengths, width, hidden_width, threads, generator):
+    """Of small layers each thread takes rows of its own, of large ones the threads share the features."""
     threads(2)
     rows, extension = sum(lengths) + 3, native.load()
     x, residual = (normal(generator, rows, width).to(dtype) for _ in range(2))
