@@ -319,6 +319,7 @@ def test_matching_refuses(options, message, generator):
 def test_more_than_there_are_is_all(generator):
     case = keys_case(generator, [4, 3])
     assert torch.equal(match_tokens(**case, count=2**40)[0], match_tokens(**case, count=4)[0])
+    assert match_tokens(**case, count=4, protected=2**63 - 1)[0].tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("name", ["weight_exponent", "novelty_exponent", "size_exponent"])
