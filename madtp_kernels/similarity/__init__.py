@@ -224,6 +224,7 @@ def match_tokens(
         raise ValueError(f"threshold: expected a number, got {checks.describe(threshold)}")
     if not checks.is_integer(protected, 0):
         raise ValueError(f"protected: expected an int >= 0, got {checks.describe(protected)}")
+    protected = min(protected, 2**30)  # longer than any sample, and kernels add to it in 32 bits
     return call(
         "match_tokens", rows.detach(), checks.unit_stride(cu_seqlens), max_seqlen, checks.unit_stride(count),
         None if threshold is None else float(threshold), protected, backend or "",

@@ -316,10 +316,12 @@ def test_matching_refuses(options, message, generator):
         match_tokens(**keys_case(generator, [4, 3]), **options)
 
 
-def test_more_than_there_are_is_all(generator):
-    case = keys_case(generator, [4, 3])
+@every_backend
+def test_more_than_there_are_is_all(backend, generator):
+    case = keys_case(generator, [4, 3]) | {"backend": backend}
     assert torch.equal(match_tokens(**case, count=2**40)[0], match_tokens(**case, count=4)[0])
-    assert match_tokens(**case, count=4, protected=2**63 - 1)[0].tolist() == list(range(7))
+    for protected in (2**31 - 1, 2**63 - 1, 2**80):
+        assert match_tokens(**case, count=4, protected=protected)[0].tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("name", ["weight_exponent", "novelty_exponent", "size_exponent"])
