@@ -1,9 +1,9 @@
-"""Time saved models against the dense one: one statement about two pictures at a time, and 64 at once.
+"""Time saved models against the dense one: one statement about two pictures at a time, 32, and 64 at once.
 
   python experiments/shapes/measure.py --models DENSE PRUNED... --output results/timing-cpu.json
 
 All models answer the same 64 statements of the test split, each about a pair of its own, through their
-ordinary forward; the dense one uses fused attention. They take turns in one process. At batch 64 models pruned by MADTP
+ordinary forward; the dense one uses fused attention. They take turns in one process. In batches, models pruned by MADTP
 also run as batch-maximum execution, where all samples keep as many tokens as the one that needs most.
 Before anything is timed, a batch has to give the answers that its statements get alone. The record says on
 which device, with how many threads, and at which revision. benchmarks/ has the clocks.
@@ -54,56 +54,57 @@ def draw(dtype: torch.dtype, side: int) -> Pairs:
     return batch.pixels.to(DEVICE, dtype), ids
 
 
-def one(pairs: Pairs, number: int) -> Pairs:
-    """A batch of a single statement."""
+def split(pairs: Pairs, size: int) -> list[Pairs]:
+    """Batches of so many statements, in order."""
     pixels, ids = pairs
-    return pixels[number :: len(ids)], ids[number : number + 1]
+    left, right = pixels.split(size), pixels[len(ids) :].split(size)
+    starts = range(0, len(ids), size)
+    return [(torch.cat([left[n], right[n]]), ids[start : start + size]) for n, start in enumerate(starts)]
 
 
-def gflops(model: NLVR, output: NLVROutput) -> float:
+def gflops(model: NLVR, outputs: list[NLVROutput]) -> float:
     """Mean official GFLOPs of a statement."""
-    costs = flops.from_output(model.config, output, pruning=model.pruning)
+    costs = [cost for output in outputs for cost in flops.from_output(model.config, output, pruning=model.pruning)]
     return sum(cost.official for cost in costs) / len(costs)
 
 
-def check(name: str, model: NLVR, pairs: Pairs, dtype: str) -> float:
+def check(name: str, model: NLVR, batches: list[Pairs], singles: list[Pairs], dtype: str) -> float:
     """GFLOPs of a statement.
 
     Raises:
-        WrongAnswer: a batch differs from its statements alone, or batch-maximum execution from its name.
+        WrongAnswer: a batch differs from its statements alone.
     """
-    together = model(*pairs)
-    alone = torch.cat([model(*one(pairs, number)).logits for number in range(STATEMENTS)])
-    require(together.logits, alone, AGREE[dtype], name)
+    together = [model(*batch) for batch in batches]
+    alone = torch.cat([model(*single).logits for single in singles])
+    require(torch.cat([output.logits for output in together]), alone, AGREE[dtype], name)
     return gflops(model, together)
 
 
-def check_maximum(name: str, model: NLVR, pairs: Pairs) -> float:
-    """The same for batch-maximum execution: pictures keep equally many tokens, and its answers are finite."""
-    output = model(*pairs)
-    if len(set(map(tuple, flops.stream_lengths(output.vision)))) != 1 or not output.logits.isfinite().all():
-        raise WrongAnswer(f"{name}: pictures keep different numbers of tokens, or answers are not finite")
-    return gflops(model, output)
+def check_maximum(name: str, model: NLVR, batches: list[Pairs]) -> float:
+    """The same for batch-maximum execution: pictures of a batch keep equally many tokens, and answers are finite.
+
+    Raises:
+        WrongAnswer: they do not.
+    """
+    outputs = [model(*batch) for batch in batches]
+    for output in outputs:
+        if len(set(map(tuple, flops.stream_lengths(output.vision)))) != 1 or not output.logits.isfinite().all():
+            raise WrongAnswer(f"{name}: pictures keep different numbers of tokens, or answers are not finite")
+    return gflops(model, outputs)
 
 
-def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Callable) -> list[Comparison]:
-    """One statement at a time, and all at once. `progress` is called after each timed call."""
+def comparisons(
+    models: dict[str, NLVR], dtype: str, sizes: list[int], rounds: int, progress: Callable
+) -> list[Comparison]:
+    """All statements in batches of each of `sizes`. `progress` is called after each timed call."""
     pairs = draw(DTYPES[dtype], next(iter(models.values())).config.vision.image_size)
-    singles = [one(pairs, number) for number in range(STATEMENTS)]
+    singles = split(pairs, 1)
 
-    def single(model: NLVR) -> Callable:
-        def call() -> None:
-            model.grouping = "instance"
-            for pair in singles:
-                model(*pair)
-            progress()
-
-        return call
-
-    def batch(model: NLVR, grouping: str) -> Callable:
+    def answer(model: NLVR, batches: list[Pairs], grouping: str) -> Callable:
         def call() -> None:
             model.grouping = grouping
-            model(*pairs)
+            for batch in batches:
+                model(*batch)
             progress()
 
         return call
@@ -112,26 +113,27 @@ def comparisons(models: dict[str, NLVR], dtype: str, rounds: int, progress: Call
     pruned = {
         name: model for name, model in models.items() if model.pruning.active and isinstance(model.pruning, MADTP)
     }
-    alone = {name: single(model) for name, model in models.items()}
-    together = {name: batch(model, "instance") for name, model in models.items()}
-    together |= {name + MAXIMUM: batch(model, "batch") for name, model in pruned.items()}
     strengths = {name: model.pruning.strength for name, model in models.items()}
 
-    def comparison(size: int, candidates: dict[str, Callable]) -> Comparison:
+    def comparison(size: int) -> Comparison:
+        batches = split(pairs, size)
+        candidates = {name: answer(model, batches, "instance") for name, model in models.items()}
+        if size > 1:
+            candidates |= {name + MAXIMUM: answer(model, batches, "batch") for name, model in pruned.items()}
         facts = {"dtype": dtype, "batch": size, "statements": STATEMENTS, "strength": strengths}
 
         def check_all() -> None:
             cost = facts["gflops_per_statement"] = {}
             for name, model in models.items():
                 model.grouping = "instance"
-                cost[name] = check(name, model, pairs, dtype)
+                cost[name] = check(name, model, batches, singles, dtype)
             for name, model in pruned.items() if size > 1 else ():
                 model.grouping = "batch"
-                cost[name + MAXIMUM] = check_maximum(name, model, pairs)
+                cost[name + MAXIMUM] = check_maximum(name, model, batches)
 
         return Comparison("shapes", candidates, check_all, facts, capture=False, min_rounds=rounds, warm_up=False)
 
-    return [comparison(1, alone), comparison(STATEMENTS, together)]
+    return [comparison(size) for size in sizes]
 
 
 def name_of(folder: Path) -> str:
@@ -146,12 +148,18 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file of times")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[1, 32, STATEMENTS], metavar="N",
+        help=f"statements at a time, a divisor of {STATEMENTS} (default: 1 32 {STATEMENTS})",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="times that each model answers (default: 15)")
     parser.add_argument("--device-name", metavar="NAME", help="what to call this machine")
     args = parser.parse_args()
     names = [name_of(Path(source).resolve()) for source in args.models]
     if len(set(names)) < len(names) or args.rounds < 1:
         parser.error("--models: expected folders of different names; --rounds: expected a number >= 1")
+    if wrong := [size for size in args.batches if size < 1 or STATEMENTS % size]:
+        parser.error(f"--batches: expected divisors of {STATEMENTS}, got {' '.join(map(str, wrong))}")
 
     records = []
     with tqdm(unit=" calls") as bar:
@@ -163,7 +171,7 @@ def main() -> int:
             models[names[0]].pruning = Pruning()
             if dense := [name for name in names[1:] if not models[name].pruning.active]:
                 parser.error(f"--models: {', '.join(dense)}: no strength, so not pruned")
-            todo = comparisons(models, dtype, args.rounds, bar.update)
+            todo = comparisons(models, dtype, args.batches, args.rounds, bar.update)
             bar.reset(sum(len(comparison.candidates) for comparison in todo) * args.rounds)
             for comparison in todo:
                 bar.set_description(f"{dtype}, batch {comparison.facts['batch']}")

@@ -91,6 +91,7 @@ LEVERS = {
     "early": ("more in the first layer, less in the others", ("--shares", "0.6", "0.4", "0.15", "0.08")),
     "late": ("less in the first layer, more in the others", ("--shares", "0.4", "0.4", "0.3", "0.14")),
     "annealed": ("thresholds that rise over 0.4 of the steps", ("--ramp", "0.4")),
+    "texts-24": ("24 statements about a pair instead of 8", ("--texts", "24")),
 }
 """One thing that a run changes, in words, and its options. The strength is set so that shares meet the same cost."""
 LEVERED = Run("ranked-novelty", 0.8, 0, own_steps=1000)

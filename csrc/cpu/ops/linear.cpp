@@ -9,6 +9,7 @@
 // threads: a row's result has the same bits in any batch.
 #include <ATen/ops/empty.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -172,6 +173,16 @@ struct Shares {
   bool for_all;  // every thread has one
 };
 
+// Whether each thread takes rows of its own through all these layers, which its cache then has to hold; else they share the features.
+bool each_takes_rows(const Shares& shares, std::initializer_list<const Layer*> layers) {
+  int64_t weights = 0;
+  for (const Layer* layer : layers) {
+    if (!layer->in_place() || layer->memory_bytes() > kOwnPacked) return false;
+    weights += layer->weight_bytes();
+  }
+  return shares.for_all && weights <= kOwnWeights;
+}
+
 int64_t checked_rows(const Tensor& x, const OptionalTensor& cu_seqlens) {
   check_rows("x", x, 2);
   return cu_seqlens.has_value() ? Offsets("cu_seqlens", *cu_seqlens, x.size(0)).total() : x.size(0);
@@ -196,7 +207,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     return added ? std::optional<Rows>({*added, first, count}) : std::nullopt;
   };
   const Shares shares(rows);
-  if (!shares.for_all || !layer.in_place() || layer.weight_bytes() > kOwnWeights || layer.memory_bytes() > kOwnPacked) {
+  if (!each_takes_rows(shares, {&layer})) {
     layer.share({x, 0, rows}, residual_of(0, rows), {out, 0, rows});
     return out;
   }
@@ -225,9 +236,7 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
   expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
   const Layer to_hidden(first, type, kind), to_out(second, type, Activation::none);
   const Shares shares(rows);
-  if (!shares.for_all || !to_hidden.in_place() || !to_out.in_place() ||
-      to_hidden.weight_bytes() + to_out.weight_bytes() > kOwnWeights ||
-      std::max(to_hidden.memory_bytes(), to_out.memory_bytes()) > kOwnPacked) {
+  if (!each_takes_rows(shares, {&to_hidden, &to_out})) {
     const Tensor hidden = at::empty({std::min(rows, kHiddenRows), hidden_features}, x.options());
     for (int64_t row = 0; row < rows; row += kHiddenRows) {
       const int64_t count = std::min(kHiddenRows, rows - row);
