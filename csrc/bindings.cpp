@@ -115,7 +115,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("match_tokens", &madtp::cpu::match_tokens, release());
   m.def("layer_norm", &madtp::cpu::layer_norm, release());
   m.def("linear", &madtp::cpu::linear, release());
-  m.def("mlp", &madtp::cpu::mlp, release());
+  m.def("mlp", &madtp::cpu::mlp, release(), py::arg("x"), py::arg("weight1"), py::arg("bias1"), py::arg("weight2"), py::arg("bias2"),
+        py::arg("cu_seqlens"), py::arg("activation"), py::arg("residual"), py::arg("norm_weight") = py::none(),
+        py::arg("norm_bias") = py::none(), py::arg("norm_eps") = 0.0, py::arg("norm_first") = false);
+  m.def("self_attention", &madtp::cpu::self_attention, release());
+  m.def("cross_attention", &madtp::cpu::cross_attention, release());
+  m.def("embed_patches", &madtp::cpu::embed_patches, release());
   m.def("attention_received", &madtp::cpu::attention_received, release());
   m.def("merge_tokens", &madtp::cpu::merge_tokens, release());
   m.def("merge_redundant", &madtp::cpu::merge_redundant, release());

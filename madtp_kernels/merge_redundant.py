@@ -100,7 +100,6 @@ def merge_redundant(
         key = repeats.signature(merge_redundant, (*tensors, *carry), (*options, *kinds, exact, len(carry), backend))
         if repeat := repeats.find(key):
             return repeat(tensors, carry, join, *options)
-    free = free != 0 if isinstance(free, Tensor) and free.dtype == torch.int32 else free
     counts = counts_of(cu_seqlens, count=count, portion=portion, uncounted=uncounted)
     found = None
     deciding = ("merge_tokens", "merging", values), ("merge_scores", "similarity", keys)
@@ -110,8 +109,9 @@ def merge_redundant(
         if in_one_call((*tensors, *carry), backend, *deciding):
             check_choice(*choice)
             check_exponents(exponents)
-            found = _on_cpu(tensors, x.max_seqlen, choice, exponents, exact, carry)
+            found = _on_cpu(tensors, x.max_seqlen, choice, exponents, with_log_sizes, exact, carry)
     if found is None:
+        free = free != 0 if isinstance(free, Tensor) and free.dtype == torch.int32 else free
         scores, _, inverse_norms = merge_scores(
             keys, order, cu_seqlens, x.max_seqlen, weight=weight, sizes=sizes, free=free, weight_exponent=weight_exponent,
             novelty_exponent=novelty_exponent, size_exponent=size_exponent, backend=backend,
@@ -136,7 +136,7 @@ def merge_redundant(
         norm_weight, norm_bias, eps = norm
         normed = layer_norm(left.tokens.values, norm_weight, norm_bias, left.tokens.cu_seqlens, eps, backend=backend)
         found = found._replace(normed=normed)
-    if with_log_sizes:
+    if with_log_sizes and found.log_sizes is None:
         found = found._replace(log_sizes=left.sizes.to(torch.promote_types(x.dtype, torch.float32)).log())
     if key is not None and x.max_seqlen and len(values) and len(cu_seqlens) > 1:
         served = [backends.resolve(op, package, backend or "", leading)[0] for op, package, leading in deciding]
@@ -182,19 +182,27 @@ def _on_gpu(
 
 
 def _on_cpu(
-    tensors: tuple, max_seqlen: int, choice: tuple, exponents: tuple, exact: bool | None, carry: tuple
+    tensors: tuple,
+    max_seqlen: int,
+    choice: tuple,
+    exponents: tuple,
+    with_log_sizes: bool,
+    exact: bool | None,
+    carry: tuple,
 ) -> MergedRedundant | None:
     """None where something does not fit: the operations one by one say what."""
     exact = True if exact is None else exact
     checks.flag("exact", exact)
     try:
         (
-            values, cu_out, sizes, rows, source, carried, scores, total, longest
-        ) = native.load().merge_redundant(*tensors, max_seqlen, *choice, *exponents, exact, carry)  # fmt: skip
+            values, cu_out, sizes, rows, source, carried, scores, log_sizes, total, longest
+        ) = native.load().merge_redundant(
+            *tensors, max_seqlen, *choice, *exponents, with_log_sizes, exact, carry
+        )  # fmt: skip
     except (TypeError, ValueError, RuntimeError):
         return None
     if values is None:
         return None
     checks.know_offsets(cu_out, total, longest)
     batch = RaggedBatch.unchecked(values, cu_out, longest if exact else max_seqlen, not exact)
-    return MergedRedundant(Merged(batch, sizes, rows, source, tuple(carried)), scores)
+    return MergedRedundant(Merged(batch, sizes, rows, source, tuple(carried)), scores, log_sizes=log_sizes)

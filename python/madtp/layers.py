@@ -18,13 +18,14 @@ from madtp_kernels import (
     attention_importance,
     attention_received,
     attention_with_importance,
+    backends,
     layer_norm,
     native,
 )
 from madtp_kernels.beside import DONE, beside, recorded
 from madtp_kernels.segments import sample_of
 
-from .linear import Linear, cpu_serves, kernels_serve, project, watched
+from .linear import Linear, all_plain, cpu_serves, fused_norm, kernels_serve, normed, project, watched
 from .pruning import Pruning, Tokens
 from .pruning.base import LateTokens
 
@@ -157,6 +158,42 @@ def self_attention(
     return y, Attention(out.flatten(1), tokens, q, k, lse, received, cls, causal, backend)
 
 
+def attention_sublayer(
+    x: Tokens,
+    norm: LayerNorm,
+    qkv: Linear,
+    out: Linear,
+    heads: int,
+    pruning: Pruning,
+    *,
+    norm_first: bool,
+    causal: bool = False,
+) -> tuple[Tokens, Attention]:
+    """x + out(attention(qkv(norm(x)))), or norm(x + out(attention(qkv(x)))): :func:`self_attention` with all that is around it.
+
+    On a CPU at inference the extension does it in one call, where nobody watches the modules.
+    """
+    values = x.values
+    if not (values.is_cuda or recorded(values)) and all_plain(qkv, out) and (inside := fused_norm(norm, x.dtype)):
+        weights = (*qkv.affine, *out.affine)
+        serves = cpu_serves(values, *weights, *inside[:2], x.key_bias)
+        if serves and backends.resolve("attention", "attention", pruning.backend or "", values)[0] == "cpu":
+            wants_importance = bool(pruning.active and pruning.importance)
+            y, q, k, attended, lse, received, cls = native.load().self_attention(
+                values, *inside, norm_first, *weights, heads, x.cu_seqlens, x.max_seqlen, causal, x.key_bias, wants_importance
+            )  # fmt: skip
+            attention = Attention(attended.flatten(1), x, q, k, lse, received, cls, causal, pruning.backend)
+            return x.with_values(y), attention
+
+    def project(attended: Tensor) -> Tokens:
+        if norm_first:
+            return x.with_values(out(attended, residual=values, tokens=x))
+        return x.with_values(normed(attended, out, norm, values, x))
+
+    entering = norm(x) if norm_first else values
+    return self_attention(qkv(entering, tokens=x), x, heads, pruning, project, causal=causal)
+
+
 def single_attention(
     values: Tensor, qkv: Linear, tokens: Tokens, rows: Tensor, heads: int, backend: str | None, causal: bool = False
 ) -> Tensor:
@@ -266,3 +303,23 @@ class CrossAttention(nn.Module):
             key_bias=keys.key_bias, with_lse=False, backend=backend,
         )  # fmt: skip
         return out.flatten(1)
+
+    def through(
+        self,
+        out: Linear,
+        x: Tokens,
+        keys: Tokens | Keys,
+        backend: str | None = None,
+        query_groups: QueryGroups | None = None,
+    ) -> Tensor:
+        """out(:meth:`forward`), ``[T, N]``. On a CPU at inference one call of the extension does it, where nobody watches the layers."""
+        alone = query_groups is None and isinstance(keys, Tokens) and type(self) is CrossAttention and not watched(self)
+        if alone and not (x.values.is_cuda or recorded(x.values)) and all_plain(self.query, self.kv, out):
+            query, kv, last = self.query.affine, self.kv.affine, out.affine
+            serves = cpu_serves(x.values, *query, keys.values, *kv, *last, keys.key_bias)
+            if serves and backends.resolve("attention", "attention", backend or "", x.values)[0] == "cpu":
+                return native.load().cross_attention(
+                    x.values, *query, keys.values, *kv, *last, self.num_heads, x.cu_seqlens, keys.cu_seqlens,
+                    x.max_seqlen, keys.max_seqlen, keys.key_bias,
+                )  # fmt: skip
+        return out(self(x, keys, backend, query_groups), tokens=x)

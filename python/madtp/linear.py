@@ -178,13 +178,19 @@ def mlp(
     *,
     tokens: RaggedBatch,
     norm: nn.LayerNorm | None = None,
+    norm_first: bool = False,
 ) -> Tensor:
-    """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``; with ``norm`` its LayerNorm."""
+    """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``.
+
+    With ``norm``, a :class:`madtp.layers.LayerNorm`, that of the sum; ``norm_first``: instead that of x goes in.
+    """
     if not x.is_cuda and all_plain(first, second):
-        affine = *first.affine, *second.affine
-        if cpu_serves(x, *affine, residual):
-            out = native.load().mlp(x, *affine, _bounds(tokens), activation, residual)
-            return out if norm is None else norm(out, tokens)
+        inside = fused_norm(norm, x.dtype)
+        if inside is not None and cpu_serves(x, *first.affine, *second.affine, residual, *inside[:2]):
+            weights = (*first.affine, *second.affine)
+            return native.load().mlp(x, *weights, _bounds(tokens), activation, residual, *inside, norm_first)
+    if norm_first:
+        x, norm = norm(x, tokens), None
     hidden = through(first, x, activation=activation, tokens=tokens)
     if norm is not None:
         return normed(hidden, second, norm, residual, tokens)
@@ -212,9 +218,23 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.pad(x, (0, 0, 0, spare)), weight, bias)[: x.shape[0]] if spare else F.linear(x, weight, bias)
 
 
+def fused_norm(norm: nn.LayerNorm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float] | None:
+    """Weight, bias and eps with which another operation of the extension applies a :class:`madtp.layers.LayerNorm`; no weight if there
+    is none to apply, None where the module has to be called."""
+    if norm is None:
+        return None, None, 0.0
+    affine = norm.affine
+    return affine if norm.is_plain and affine[0] is not None and affine[0].dtype == dtype else None
+
+
 def cpu_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether the CPU kernels, which check their operands themselves, serve a call with these tensors."""
-    if not (x.device.type == "cpu" and x.dtype == weight.dtype and x.dim() == 2 and x.stride(1) == 1):
+    """Whether the CPU kernels, which check their operands themselves, serve a call with rows ``x`` and these tensors."""
+    return x.dim() == 2 and x.stride(1) == 1 and extension_serves(x, weight, *others)
+
+
+def extension_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call with these tensors is one for the CPU kernels: at inference, without autocast or torch.compile."""
+    if not (x.device.type == "cpu" and x.dtype == weight.dtype):
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not plain((x, weight, *others)):
         return False

@@ -18,11 +18,13 @@ from madtp_kernels import RaggedBatch, pair_attention
 from .config import TextConfig
 from .guidance import QueryModel
 from .layers import (
+    Attention,
     CrossAttention,
     Embedding,
     Keys,
     LayerNorm,
     QueryGroups,
+    attention_sublayer,
     cached_attention,
     self_attention,
     single_attention,
@@ -114,8 +116,8 @@ class TwinCrossAttention(nn.Module):
             seen = self._seen_in_both(x, others[0], backend)
             left, right = seen.tensor_split(2, 1) if merge is None else (None, None)
         else:
-            left = output.dense0(self.self0(x, others[0], backend, query_groups), tokens=x)
-            right = output.dense1(self.self1(x, others[1], backend, query_groups), tokens=x)
+            left = self.self0.through(output.dense0, x, others[0], backend, query_groups)
+            right = self.self1.through(output.dense1, x, others[1], backend, query_groups)
             seen = None if merge is None else torch.cat([left, right], -1)
         if merge is None:
             return x.with_values(norm(torch.add(x.values, left + right, alpha=0.5), x))
@@ -173,17 +175,24 @@ class Layer(nn.Module):
     ) -> tuple[Tokens, LayerTrace]:
         """Tokens through the layer. With no ``others`` cross-attention is left out; ``cache`` makes a decoding step of
         it, for which ``visible`` is as in :func:`madtp.layers.cached_attention`."""
-        qkv = self.attention.self.qkv(x.values, tokens=x)
-        project = partial(self.attention.output, residual=x)
         if cache is None:
-            y, attention = self_attention(qkv, x, self.num_heads, pruning, project, causal=self.causal)
+            y, attention = self._attend(x, pruning)
         else:
+            qkv = self.attention.self.qkv(x.values, tokens=x)
             attention = cached_attention(qkv, x.batch_size, self.num_heads, cache, layer, visible)
-            y = project(attention.out)
+            y = self.attention.output(attention.out, x)
         y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer)
         if others:
             y = self.crossattention(y, others, pruning.backend, query_groups)
         return self._feed_forward(y), trace
+
+    def _attend(self, x: Tokens, pruning: Pruning) -> tuple[Tokens, Attention]:
+        qkv, output, heads, causal = self.attention.self.qkv, self.attention.output, self.num_heads, self.causal
+        if reads_as(output, Output):
+            norm = output.LayerNorm
+            return attention_sublayer(x, norm, qkv, output.dense, heads, pruning, norm_first=False, causal=causal)
+        project = partial(output, residual=x)
+        return self_attention(qkv(x.values, tokens=x), x, heads, pruning, project, causal=causal)
 
     def _feed_forward(self, y: Tokens) -> Tokens:
         first, out = self.intermediate.dense, self.output

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from madtp_kernels import RaggedBatch
+from madtp_kernels import RaggedBatch, native
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_features
-from .layers import LayerNorm, self_attention, single_attention
-from .linear import Linear, mlp, project, reads_as, touched
+from .layers import LayerNorm, attention_sublayer, single_attention
+from .linear import Linear, extension_serves, mlp, project, reads_as, touched
 from .pruning import LayerTrace, Pruning, Tokens
 from .rows import first_of
 
@@ -62,15 +62,18 @@ class Block(nn.Module):
     ) -> tuple[Tokens, LayerTrace]:
         """Tokens ``[T, D]`` through the block; ``dictionary`` as the rule sees it
         (:meth:`madtp.guidance.QueryModel.fold`)."""
-        qkv = self.attn.qkv(self.norm1(x), tokens=x)
-
-        def project(out: Tensor) -> Tokens:
-            return x.with_values(self.attn.proj(out, residual=x.values, tokens=x))
-
-        y, attention = self_attention(qkv, x, self.num_heads, pruning, project, causal=self.causal)
+        y, attention = attention_sublayer(
+            x, self.norm1, self.attn.qkv, self.attn.proj, self.num_heads, pruning, norm_first=True, causal=self.causal
+        )
         y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2)
-        out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
-        return y.with_values(out), trace
+        return self._feed_forward(y), trace
+
+    def _feed_forward(self, y: Tokens) -> Tokens:
+        first, second = self.mlp.fc1, self.mlp.fc2
+        if y.normed is not None:
+            return y.with_values(mlp(self.norm2(y), first, second, y.values, self.activation, tokens=y))
+        norm, values = self.norm2, y.values
+        return y.with_values(mlp(values, first, second, values, self.activation, tokens=y, norm=norm, norm_first=True))
 
     def read(
         self, x: Tokens, dictionary: object, pruning: Pruning, layer: int, *, rows: Callable[[Tokens], Tensor]
@@ -89,8 +92,7 @@ class Block(nn.Module):
         out = single_attention(self.norm1(x), self.attn.qkv, x, read, self.num_heads, pruning.backend, self.causal)
         y = x.single(read)
         y = y.with_values(self.attn.proj(out, residual=y.values, tokens=y))
-        out = mlp(self.norm2(y), self.mlp.fc1, self.mlp.fc2, y.values, self.activation, tokens=y)
-        return y.with_values(out), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
+        return self._feed_forward(y), LayerTrace(x.cu_seqlens, x.cu_seqlens, x.ids)
 
     @property
     def is_plain(self) -> bool:
@@ -222,6 +224,11 @@ class VisionTransformer(nn.Module):
             starts, bound = pixels.cu_seqlens, True
         else:
             starts, bound = torch.arange(len(images) + 1, dtype=torch.int32, device=images.device), False
+        length = number + 1
+        ids = torch.arange(length, dtype=torch.int32, device=images.device).repeat(len(images))
+        x = self._embedded(images)
+        if x is not None:
+            return Tokens.unchecked(x, starts * length, length, bound, ids=ids)
         rows = cut_patches(images, self.config.patch_size)
         patches = RaggedBatch.unchecked(rows, starts * number, number, bound)
         x = project_patches(rows, self.patch_embed.proj, nn.Conv2d, patches).unflatten(0, (len(images), number))
@@ -231,9 +238,15 @@ class VisionTransformer(nn.Module):
             embedded, x = x, x.new_empty(len(x), number + 1, x.shape[2])
             x[:, :1] = cls_token + pos_embed[:, :1]
             torch.add(embedded, pos_embed[:, 1:], out=x[:, 1:])
-        length = number + 1
-        ids = torch.arange(length, dtype=torch.int32, device=x.device).repeat(len(x))
         return Tokens.unchecked(x.flatten(0, 1), starts * length, length, bound, ids=ids)
+
+    def _embedded(self, images: Tensor) -> Tensor | None:
+        """The tokens in one pass over the pixels; None where the extension has none for them."""
+        proj = self.patch_embed.proj
+        if images.is_cuda or not reads_as(proj, nn.Conv2d):
+            return None
+        operands = (images.contiguous(), proj.weight, proj.bias, self.cls_token.flatten(), self.pos_embed[0])
+        return native.load().embed_patches(*operands) if extension_serves(*operands) else None
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from helpers import (
     spare_rows,
 )
 
+from madtp.vision import cut_patches
 from madtp_kernels import (
     RaggedBatch,
     attention,
@@ -465,6 +466,99 @@ def test_an_mlp_whose_layers_do_not_fit(generator):
         native.load().mlp(x, first, None, second, None, None, "gelu", x)
     with pytest.raises(ValueError, match="^residual: expected"):
         native.load().mlp(x, first, None, normal(generator, 8, 32), None, None, "gelu", x[:-1])
+
+
+@every_dtype
+@pytest.mark.parametrize("width, hidden_width", [(33, 130), (160, 640)])
+@pytest.mark.parametrize("first", [True, False], ids=["norm first", "norm last"])
+def test_a_layer_norm_inside_gives_the_bits_of_one_apart(dtype, width, hidden_width, first, threads, generator):
+    threads(2)
+    extension, lengths = native.load(), [1, 700, 0, 41]
+    cu_seqlens, tokens = offsets(lengths), sum(lengths)
+    x, residual = (normal(generator, tokens + 3, width).to(dtype) for _ in range(2))
+    weights = [
+        normal(generator, *shape).to(dtype) for shape in ((hidden_width, width), (hidden_width,), (width, hidden_width))
+    ]
+    for bias in (normal(generator, width).to(dtype), None):
+        norm = normal(generator, width).to(dtype), bias, 1e-5
+        entering = extension.layer_norm(x, *norm[:2], cu_seqlens, norm[2]) if first else x
+        want = extension.mlp(entering, *weights, None, cu_seqlens, "gelu", residual)
+        want = want if first else extension.layer_norm(want, *norm[:2], cu_seqlens, norm[2])
+        got = extension.mlp(x, *weights, None, cu_seqlens, "gelu", residual, *norm, first)
+        assert same_bits([got[:tokens]], [want[:tokens]])
+    with pytest.raises(ValueError, match="^norm_weight: expected"):
+        extension.mlp(x, *weights, None, cu_seqlens, "gelu", residual, norm[0][:-1], None, 1e-5, first)
+
+
+# ---- patches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "side, features, shape", [(8, 32, (3, 48, 24)), (3, 33, (1, 9, 12)), (16, 48, (3, 208, 208)), (2, 0, (3, 4, 4))]
+)
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_embedded_patches_have_the_bits_of_a_product_and_a_sum(side, features, shape, samples, threads, generator):
+    extension, number = native.load(), shape[1] * shape[2] // side**2
+    images, weight = normal(generator, samples, *shape), normal(generator, features, shape[0], side, side)
+    offset, cls, positions = (normal(generator, *lead, features) for lead in ((), (), (number + 1,)))
+    for bias in (offset, None):
+        patches = extension.linear(cut_patches(images, side), weight.flatten(1), bias, None, "", None)
+        patches = patches.view(samples, number, features) + positions[1:]
+        want = torch.cat([(cls + positions[0]).expand(samples, 1, features), patches], 1).flatten(0, 1)
+        for count in (1, 2):
+            threads(count)
+            assert torch.equal(extension.embed_patches(images, weight, bias, cls, positions), want)
+
+
+def test_patches_that_one_pass_does_not_serve(generator):
+    extension = native.load()
+    cls, positions = normal(generator, 64), normal(generator, 5, 64)
+    images, weight = normal(generator, 2, 3, 64, 64), normal(generator, 64, 3, 32, 32)
+    assert extension.embed_patches(images, weight, None, cls, positions) is None  # weights of 768 KiB
+    images, weight = images[:, :, :8, :8].contiguous(), weight[..., :4, :4].contiguous()
+    assert extension.embed_patches(images, weight, None, cls, positions) is not None
+    half = (t if t is None else t.bfloat16() for t in (images, weight, None, cls, positions))
+    assert extension.embed_patches(*half) is None
+    for name, wrong in {
+        "images": (images[:, :, :7].contiguous(), weight, None, cls, positions),
+        "weight": (images, weight[:, :2].contiguous(), None, cls, positions),
+        "bias": (images, weight, cls[:-1], cls, positions),
+        "cls": (images, weight, None, cls[:-1], positions),
+        "positions": (images, weight, None, cls, positions[:-1]),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            extension.embed_patches(*wrong)
+
+
+# ---- attention between its linear layers ------------------------------------------------------------------------------
+
+
+def test_attention_layers_refuse_weights_that_do_not_fit(generator):
+    extension, cu_seqlens = native.load(), offsets([3, 4])
+    x, qkv, out = (normal(generator, *shape) for shape in ((7, 16), (48, 16), (16, 16)))
+
+    def self_attention(qkv=qkv, out=out, heads=2, norm=None, key_bias=None):
+        return extension.self_attention(
+            x, norm, None, 1e-5, True, qkv, None, out, None, heads, cu_seqlens, 4, False, key_bias, True
+        )  # fmt: skip
+
+    def cross_attention(q=qkv[:16], kv=qkv[:32], out=out, heads=2, others=x, cu=cu_seqlens):
+        return extension.cross_attention(x, q, None, others, kv, None, out, None, heads, cu_seqlens, cu, 4, 4, None)
+
+    assert len(self_attention()) == 7 and cross_attention().shape == x.shape
+    for name, call in {
+        "qkv_weight": lambda: self_attention(heads=5),
+        "weight": lambda: self_attention(out=out[:, :-1]),
+        "residual": lambda: self_attention(out=out[:-1]),
+        "norm_weight": lambda: self_attention(norm=x[0, 1:]),
+        "key_bias": lambda: self_attention(key_bias=x[0]),
+        "q_weight": lambda: cross_attention(heads=3),
+        "kv_weight": lambda: cross_attention(kv=qkv),
+        "cu_seqlens": lambda: cross_attention(others=x[:-1]),
+        "cu_seqlens_k": lambda: cross_attention(cu=offsets([7])),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call()
 
 
 # ---- the extension itself -------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from torch.nn.utils import prune
 
 from madtp.config import CLIPConfig, CLIPVisionConfig
 from madtp.guidance import QueryModel
+from madtp.layers import LayerNorm
 from madtp.linear import Linear
 from madtp.pruning import MADTP, Pruning, RankedNovelty
 from madtp.tasks import TASKS
-from madtp_kernels import RaggedBatch
+from madtp.vision import VisionTransformer
+from madtp_kernels import RaggedBatch, native
 
 SIGLIP = CLIPVisionConfig(
     image_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, sd_num=12, sd_dim=32, map_func=False,
@@ -97,6 +99,30 @@ def test_a_hook_on_any_module_fires_in_every_call(name, make, answers):
     answers(name, model)
     # As often as where all are watched: no way through an encoder leaves one out.
     assert alone == together and alone.keys() == modules_to_call(model).keys()
+
+
+@pytest.mark.skipif(native.find() is None, reason="one call of the extension")
+@every_model
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layers_in_one_call_give_the_bits_of_those_that_are_watched(name, rule, dtype, make, answers, monkeypatch):
+    """Where nobody watches, the CPU serves attention, cross-attention, an MLP and patches with what is around them at once."""
+    extension, calls, model = native.load(), Counter(), make(name, rule).to(dtype)
+    for op in ("self_attention", "cross_attention", "mlp", "embed_patches"):
+
+        def counted(original, op=op):
+            return lambda *args: calls.update([op]) or original(*args)
+
+        monkeypatch.setattr(extension, op, counted(getattr(extension, op)))
+    expected = answers(name, model)
+    served = {"self_attention", "mlp"} | ({"cross_attention"} if name == "nlvr" else set())
+    assert served <= calls.keys()
+    for module in model.modules():
+        if isinstance(module, (Linear, LayerNorm)):
+            module.register_forward_hook(lambda *_: None)
+    calls.clear()
+    monkeypatch.setattr(VisionTransformer, "_embedded", lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(answers(name, model), expected, strict=True)) and not calls
 
 
 def test_hooks_of_gradients_fire_where_only_a_feature_is_read(make, generator):

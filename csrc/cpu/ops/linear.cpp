@@ -9,11 +9,14 @@
 // threads: a row's result has the same bits in any batch.
 #include <ATen/ops/empty.h>
 
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string_view>
 #include <utility>
 
+#include "cpu/ops/linear.h"
+#include "cpu/ops/norm.h"
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
 
@@ -173,15 +176,41 @@ struct Shares {
   bool for_all;  // every thread has one
 };
 
-// Whether each thread takes rows of its own through all these layers, which its cache then has to hold; else they share the features.
-bool each_takes_rows(const Shares& shares, std::initializer_list<const Layer*> layers) {
+// Whether the cache of a thread holds all these layers and the rows that it takes through them.
+bool fits_a_thread(std::initializer_list<const Layer*> layers) {
   int64_t weights = 0;
   for (const Layer* layer : layers) {
     if (!layer->in_place() || layer->memory_bytes() > kOwnPacked) return false;
     weights += layer->weight_bytes();
   }
-  return shares.for_all && weights <= kOwnWeights;
+  return weights <= kOwnWeights;
 }
+
+// Whether each thread takes rows of its own through these layers; else they share the features.
+bool each_takes_rows(const Shares& shares, std::initializer_list<const Layer*> layers) {
+  return shares.for_all && fits_a_thread(layers);
+}
+
+// The rows that a thread takes, after a LayerNorm where there is one: then in memory of the thread's own.
+class Entering {
+ public:
+  Entering(const Tensor& x, Type type, const Norm& norm)
+      : x_(x), type_(type), norm_(norm), memory_(norm ? kOwnRows * x.size(1) * x.element_size() : 0) {}
+
+  Rows rows(int64_t first, int64_t count) const {
+    const Rows stored(x_, first, count);
+    if (!norm_) return stored;
+    const int64_t element = x_.element_size(), width = x_.size(1);
+    norm_.run(type_, stored.data, stored.stride * element, memory_.at<std::byte>(), width * element, count);
+    return {memory_.at<std::byte>(), width, count};
+  }
+
+ private:
+  const Tensor& x_;
+  Type type_;
+  const Norm& norm_;
+  Buffer memory_;
+};
 
 int64_t checked_rows(const Tensor& x, const OptionalTensor& cu_seqlens) {
   check_rows("x", x, 2);
@@ -190,8 +219,8 @@ int64_t checked_rows(const Tensor& x, const OptionalTensor& cu_seqlens) {
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cu_seqlens,
-              std::string_view activation, const OptionalTensor& residual) {
+Tensor normed_linear(const Tensor& x, const Norm& norm, const Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& cu_seqlens, std::string_view activation, const OptionalTensor& residual) {
   const Type type = type_of("x", x);
   const Activation kind = activation_of(activation);
   const int64_t rows = checked_rows(x, cu_seqlens);
@@ -208,22 +237,30 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   };
   const Shares shares(rows);
   if (!each_takes_rows(shares, {&layer})) {
-    layer.share({x, 0, rows}, residual_of(0, rows), {out, 0, rows});
+    const Tensor entering = norm ? norm.of(x, rows) : x;
+    layer.share({entering, 0, rows}, residual_of(0, rows), {out, 0, rows});
     return out;
   }
   share_items(shares.items, [&](const auto& next) {
+    const Entering entering(x, type, norm);
     const Buffer packed(layer.memory_bytes());
     Buffer copy(0);
     for (int64_t item = next(); item < shares.items; item = next()) {
       const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
-      layer.run({x, row, count}, residual_of(row, count), {out, row, count}, packed, copy);
+      layer.run(entering.rows(row, count), residual_of(row, count), {out, row, count}, packed, copy);
     }
   });
   return out;
 }
 
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cu_seqlens,
+              std::string_view activation, const OptionalTensor& residual) {
+  return normed_linear(x, Norm(x.size(-1)), weight, bias, cu_seqlens, activation, residual);
+}
+
 Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2,
-           const OptionalTensor& cu_seqlens, std::string_view activation, const Tensor& residual) {
+           const OptionalTensor& cu_seqlens, std::string_view activation, const Tensor& residual, const OptionalTensor& norm_weight,
+           const OptionalTensor& norm_bias, double norm_eps, bool norm_first) {
   const Type type = type_of("x", x);
   const Activation kind = activation_of(activation);
   const int64_t rows = checked_rows(x, cu_seqlens);
@@ -231,29 +268,86 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
   const int64_t hidden_features = weight1.size(0), features = weight2.size(0);
   const Tensor added = with_rows(residual);
   check_operand("residual", added, {x.size(0), features}, x.scalar_type());
+  const Norm norm("norm_", norm_weight, norm_bias, norm_eps, norm_first ? x.size(1) : features);
+  const Norm none(x.size(1)), &before = norm_first ? norm : none;
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
   expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
   const Layer to_hidden(first, type, kind), to_out(second, type, Activation::none);
   const Shares shares(rows);
   if (!each_takes_rows(shares, {&to_hidden, &to_out})) {
+    const Tensor entering = before ? before.of(x, rows) : x;
     const Tensor hidden = at::empty({std::min(rows, kHiddenRows), hidden_features}, x.options());
     for (int64_t row = 0; row < rows; row += kHiddenRows) {
       const int64_t count = std::min(kHiddenRows, rows - row);
-      to_hidden.share({x, row, count}, std::nullopt, {hidden, 0, count});
+      to_hidden.share({entering, row, count}, std::nullopt, {hidden, 0, count});
       to_out.share({hidden, 0, count}, Rows(added, row, count), {out, row, count});
     }
-    return out;
+  } else {
+    share_items(shares.items, [&](const auto& next) {
+      const Entering entering(x, type, before);
+      const Buffer packed(to_hidden.memory_bytes()), packed_hidden(to_out.memory_bytes());
+      const Buffer hidden(kOwnRows * hidden_features * x.element_size());
+      Buffer copy(0), copy_to_out(0);
+      for (int64_t item = next(); item < shares.items; item = next()) {
+        const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
+        const Rows activated(hidden.at<std::byte>(), hidden_features, count);
+        to_hidden.run(entering.rows(row, count), std::nullopt, activated, packed, copy);
+        to_out.run(activated, Rows(added, row, count), {out, row, count}, packed_hidden, copy_to_out);
+      }
+    });
   }
-  share_items(shares.items, [&](const auto& next) {
-    const Buffer packed(to_hidden.memory_bytes()), packed_hidden(to_out.memory_bytes());
-    const Buffer hidden(kOwnRows * hidden_features * x.element_size());
-    Buffer copy(0), copy_to_out(0);
-    for (int64_t item = next(); item < shares.items; item = next()) {
-      const int64_t row = shares.first(item), count = shares.first(item + 1) - row;
-      const Rows activated(hidden.at<std::byte>(), hidden_features, count);
-      to_hidden.run({x, row, count}, std::nullopt, activated, packed, copy);
-      to_out.run(activated, Rows(added, row, count), {out, row, count}, packed_hidden, copy_to_out);
+  return norm && !norm_first ? norm.of(out, rows) : out;
+}
+
+Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls,
+                     const Tensor& positions) {
+  const Type type = type_of("images", images);
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.is_contiguous(), "images: expected contiguous [B, C, H, W], got ", images.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) > 0, "weight: expected [D, C, p, p], got ", weight.sizes());
+  const int64_t samples = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  const int64_t features = weight.size(0), side = weight.size(2), columns = width / side, patches = height / side * columns;
+  TORCH_CHECK_VALUE(height % side == 0 && width % side == 0, "images: ", height, " x ", width, " pixels are no patches of ", side);
+  check_operand("weight", weight, {features, channels, side, side}, images.scalar_type());
+  check_operand("cls", cls, {features}, images.scalar_type());
+  check_operand("positions", positions, {patches + 1, features}, images.scalar_type());
+  const Weights weights("weight", weight.flatten(1), "bias", bias, images, channels * side * side);
+  const Layer layer(weights, type, Activation::none);
+  // In half precision a token would be rounded once, which is twice where its position is added later.
+  if (type != Type::f32 || !fits_a_thread({&layer})) return Tensor();
+  const int64_t depth = channels * side * side, element = images.element_size(), run = side * element, length = patches + 1;
+  const Tensor added = with_rows(positions), first_token = cls.add(positions.select(0, 0)).contiguous();
+  Tensor out = at::empty({samples * length, features}, images.options());
+  if (features == 0) return out;
+  expect_large_pages(out.mutable_data_ptr(), out.numel() * element);
+  const Shares shares(patches);
+  const auto* const pixels = static_cast<const std::byte*>(images.const_data_ptr());
+  // A row of a patch after the other, channel by channel, as in the weights.
+  constexpr int64_t kVectorBytes = 32;  // a size that the compiler knows is copied without a call
+  const auto cut = [&](int64_t sample, int64_t patch, std::byte* to) {
+    const int64_t corner = patch / columns * side * width + patch % columns * side;
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const std::byte* from = pixels + ((sample * channels + channel) * height * width + corner) * element;
+      for (int64_t y = 0; y < side; ++y, from += width * element, to += run) {
+        if (run % kVectorBytes != 0) {
+          std::memcpy(to, from, run);
+        } else {
+          for (int64_t i = 0; i < run; i += kVectorBytes) std::memcpy(to + i, from + i, kVectorBytes);
+        }
+      }
+    }
+  };
+  share_items(samples * std::max<int64_t>(shares.items, 1), [&](const auto& next) {
+    const Buffer rows(kOwnRows * depth * element), packed(layer.memory_bytes());
+    Buffer copy(0);
+    const int64_t parts = std::max<int64_t>(shares.items, 1);
+    for (int64_t item = next(); item < samples * parts; item = next()) {
+      const int64_t sample = item / parts, part = item % parts, start = sample * length;
+      if (part == 0) std::memcpy(Rows(out, start, 1).data, first_token.const_data_ptr(), features * element);
+      if (patches == 0) continue;
+      const int64_t first = shares.first(part), count = shares.first(part + 1) - first;
+      for (int64_t patch = 0; patch < count; ++patch) cut(sample, first + patch, rows.at<std::byte>(patch * depth * element));
+      layer.run({rows.at<std::byte>(), depth, count}, Rows(added, 1 + first, count), {out, start + 1 + first, count}, packed, copy);
     }
   });
   return out;

@@ -97,12 +97,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_to
 
 // merge_scores, lowest_tokens, nearest_kept and merge_tokens in one call: x [C, D], keys [C, H, d] or [C, K], order, weight, sizes and
 // free [C], count [B] -> what merge_tokens returns, the scores [C], and of the result the number of rows in use and the length of the
-// longest sample. Where an order, a weight or a score is NaN or infinite all are undefined tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, int64_t, int64_t> merge_redundant(
+// longest sample; with_log_sizes: also the logarithms of the sizes. Where an order, a weight or a score is NaN or infinite all are
+// undefined tensors.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, int64_t, int64_t> merge_redundant(
     const Tensor& x, const Tensor& keys, const Tensor& order, const OptionalTensor& weight, const OptionalTensor& sizes,
     const Tensor& free, const OptionalTensor& count, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<double> threshold,
-    double share, int64_t uncounted, double weight_exponent, double novelty_exponent, double size_exponent, bool exact,
-    const std::vector<Tensor>& carry);
+    double share, int64_t uncounted, double weight_exponent, double novelty_exponent, double size_exponent, bool with_log_sizes,
+    bool exact, const std::vector<Tensor>& carry);
 
 // x [C, D], weight and bias [D] -> [C, D].
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& cu_seqlens, double eps);
@@ -112,10 +113,32 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& b
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cu_seqlens,
               std::string_view activation, const OptionalTensor& residual);
 
-// Two linear layers, the activation after the first: x [C, K], weight1 [M, K], weight2 [N, M], residual [C, N] -> out [C, N], to the
-// bit what `linear` returns for each.
+// Two linear layers, the activation after the first, and a LayerNorm of what enters or of what leaves: x [C, K], weight1 [M, K],
+// weight2 [N, M], residual [C, N], norm_weight and norm_bias [K] or [N] -> out [C, N], to the bit what `linear` and `layer_norm`
+// return one by one.
 Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2,
-           const OptionalTensor& cu_seqlens, std::string_view activation, const Tensor& residual);
+           const OptionalTensor& cu_seqlens, std::string_view activation, const Tensor& residual, const OptionalTensor& norm_weight,
+           const OptionalTensor& norm_bias, double norm_eps, bool norm_first);
+
+// The sub-layer of self-attention: x + attention(norm(x)), or norm(x + attention(x)); no norm_weight: without norm. x [C, D],
+// qkv_weight [3 H d, D], out_weight [D, H d] -> y [C, D], and of the attention q, k and out [C, H, d], lse [H, C], received and cls
+// [C], undefined without importance. To the bit what the operations return one by one.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attention(
+    const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps, bool norm_first,
+    const Tensor& qkv_weight, const OptionalTensor& qkv_bias, const Tensor& out_weight, const OptionalTensor& out_bias, int64_t heads,
+    const Tensor& cu_seqlens, int64_t max_seqlen, bool causal, const OptionalTensor& key_bias, bool importance);
+
+// Tokens x [C, D] attend to others [S, E] of another modality: q_weight [H d, D], kv_weight [2 H d, E], out_weight [N, H d], key_bias
+// [S] -> W_o attention [C, N]. To the bit what `linear` and `attention` return.
+Tensor cross_attention(const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias, const Tensor& others,
+                       const Tensor& kv_weight, const OptionalTensor& kv_bias, const Tensor& out_weight,
+                       const OptionalTensor& out_bias, int64_t heads, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                       int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& key_bias);
+
+// Patches of images through a linear layer, plus positions, behind a token of their own: images [B, 3, R p, S p], weight [D, 3, p, p],
+// cls [D], positions [R S + 1, D] -> [B (R S + 1), D], to the bit what `linear` and sums return. Undefined where it does not serve:
+// in half precision, and where weights are too large for a thread to take patches of its own.
+Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls, const Tensor& positions);
 
 // Whether none of the first rows of values [C] is NaN or infinite.
 bool all_finite(const Tensor& values, int64_t rows);

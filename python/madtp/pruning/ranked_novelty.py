@@ -138,8 +138,8 @@ class RankedNovelty(MergingPruning):
                 tokens, block_input=block_input, attention=attention, dictionary=dictionary, layer=layer, norm=norm
             )
         keys, order, options = self._compared(tokens, block_input, attention, dictionary)
-        # On a GPU position ids serve as a mask: only the first token of a sample has number 0.
-        first_only = keys.is_cuda and tokens.prefix == 1 and tokens.protected_ids is None
+        # Position ids serve as a mask: only the first token of a sample has number 0.
+        first_only = tokens.prefix == 1 and tokens.protected_ids is None
         norm = norm if keys.is_cuda and _follows(norm) else None
         merged, scores, normed, log_sizes = merge_redundant(
             tokens, keys, order, free=tokens.ids if first_only else tokens.free, **options, **self.argument(layer),
