@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -226,10 +227,10 @@ def offsets_from_lengths(lengths: Sequence[int], device: torch.device | str | No
     lengths = list(lengths)
     if any(length < 0 for length in lengths):
         raise ValueError(f"lengths: expected integers >= 0, got {lengths}")
-    total = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    if total[-1] > torch.iinfo(torch.int32).max:
-        raise ValueError(f"lengths: {int(total[-1])} tokens do not fit int32 offsets; split the batch")
-    return total.to(torch.int32).to(device)
+    offsets = [0, *itertools.accumulate(lengths)]
+    if offsets[-1] > torch.iinfo(torch.int32).max:
+        raise ValueError(f"lengths: {offsets[-1]} tokens do not fit int32 offsets; split the batch")
+    return torch.tensor(offsets, dtype=torch.int32).to(device)
 
 
 def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:

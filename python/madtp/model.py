@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -243,9 +244,11 @@ def check_ids(input_ids: RaggedBatch, vocabulary: int, name: str = "input_ids") 
         raise ValueError(f"{name}: expected int64 ids [T], got {checks.describe(ids)}")
     if not checks.may_read(ids):
         return
-    empty = (input_ids.lengths == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"{name}: expected at least one token per text, text {empty[0]} has none")
-    ids = ids[: input_ids.num_tokens]
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(f"{name}: expected ids in 0..{vocabulary - 1}, got {ids.min()}..{ids.max()}")
+    offsets = input_ids.cu_seqlens.tolist()
+    for text, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        if start == stop:
+            raise ValueError(f"{name}: expected at least one token per text, text {text} has none")
+    if offsets[-1]:
+        lowest, highest = (int(bound) for bound in ids[: offsets[-1]].aminmax())
+        if not 0 <= lowest <= highest < vocabulary:
+            raise ValueError(f"{name}: expected ids in 0..{vocabulary - 1}, got {lowest}..{highest}")
