@@ -96,8 +96,9 @@ def merge_redundant(
         options = (
             x.max_seqlen, exponents, (threshold, share, portion, number, uncounted), eps, with_log_sizes, bool(exact),
         )  # fmt: skip
-        kinds = type(count), type(portion), type(share), type(uncounted)  # True equals 1, and is refused
-        key = repeats.signature(merge_redundant, (*tensors, *carry), (*options, *kinds, exact, len(carry), backend))
+        longest, _, choice, *rest = options
+        told_apart = (longest, *exponents, *choice, *rest, exact, len(carry), backend)
+        key = repeats.signature(merge_redundant, (*tensors, *carry), told_apart)
         if repeat := repeats.find(key):
             return repeat(tensors, carry, join, *options)
     counts = counts_of(cu_seqlens, count=count, portion=portion, uncounted=uncounted)

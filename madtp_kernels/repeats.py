@@ -38,7 +38,8 @@ def signature(operation: Callable, tensors: tuple[Tensor | None, ...], options: 
     if checks.may_read(leading):
         return None
     facts = _facts()(tensors)
-    return None if facts is None else (operation, options, backends.forced(), facts)
+    # True equals 1, and is refused where it means nothing.
+    return None if facts is None else (operation, options, tuple(map(type, options)), backends.forced(), facts)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from madtp_kernels import RaggedBatch, checks, merge_redundant, native, registration, repeats
+from madtp_kernels import RaggedBatch, attention, checks, layer_norm, merge_redundant, native, registration, repeats
 
 
 class Subclass(torch.Tensor):
@@ -73,6 +73,24 @@ def test_true_is_refused_where_a_one_has_passed(name, monkeypatch):
     assert None not in asked and asked[0] == asked[1] != asked[2]
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got bool True"):
         merge_redundant(RaggedBatch(x, cu_seqlens, 5), x, x[:, 0].contiguous(), free=x[:, 0] >= 0, **{name: True})
+
+
+@pytest.mark.parametrize("operation", ["attention", "layer_norm"])
+def test_a_repeat_has_options_of_the_same_kinds(operation, monkeypatch):
+    """A 1 for True is refused whatever was called before, as it is the first time."""
+    x, cu_seqlens, asked = torch.rand(5, 2, 8), torch.tensor([0, 5], dtype=torch.int32), []
+    calls = {
+        "attention": lambda value: attention(x, x, x, cu_seqlens, cu_seqlens, 5, 5, causal=value),
+        "layer_norm": lambda value: layer_norm(x[:, 0].contiguous(), x[0, 0], None, cu_seqlens, value),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(torch.cuda, "current_device", lambda: None)
+        patch.setattr(checks, "may_read", lambda _: False)
+        patch.setattr(repeats, "find", lambda key: asked.append(key) or (lambda *_: (x, x)))
+        for value in (True, True, 1):
+            calls[operation](value)
+    assert None not in asked and asked[0] == asked[1] != asked[2]
 
 
 def plain(*args):
