@@ -222,9 +222,9 @@ def offsets_from_lengths(lengths: Sequence[int], device: torch.device | str | No
     """``cu_seqlens [B+1]`` int32 from sample lengths.
 
     Raises:
-        ValueError: a length below 0, or more than 2**31 - 1 tokens in total.
+        ValueError: lengths that are no integers, one below 0, or more than 2**31 - 1 tokens in total.
     """
-    lengths = list(lengths)
+    lengths = [_integer(length) for length in lengths]  # sums of NumPy's and PyTorch's wrap around
     if any(length < 0 for length in lengths):
         raise ValueError(f"lengths: expected integers >= 0, got {lengths}")
     offsets = [0, *itertools.accumulate(lengths)]

@@ -278,6 +278,18 @@ def test_bad_lengths(generator):
 def test_offsets_beyond_int32():
     with raises("lengths: 3221225472 tokens do not fit int32 offsets"):
         offsets_from_lengths([2**30] * 3)
+    with raises("lengths: 2147483648 tokens do not fit int32 offsets"):
+        offsets_from_lengths(np.array([2**31 - 1, 1], dtype=np.int32))
+
+
+@pytest.mark.parametrize("of", [np.uint8, lambda n: torch.tensor(n, dtype=torch.uint8)], ids=["numpy", "torch"])
+def test_sums_of_small_integers_do_not_wrap_around(of):
+    assert offsets_from_lengths([of(200), of(100)]).tolist() == [0, 200, 300]
+
+
+def test_offsets_of_lengths_that_are_no_integers():
+    with raises("lengths: expected integers, got float 1.5"):
+        offsets_from_lengths([1.5, 2])
 
 
 def test_bad_padding(generator):
