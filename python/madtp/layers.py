@@ -25,7 +25,7 @@ from madtp_kernels import (
 from madtp_kernels.beside import DONE, beside, recorded
 from madtp_kernels.segments import sample_of
 
-from .linear import Linear, all_plain, cpu_serves, fused_norm, kernels_serve, normed, project, watched
+from .linear import Linear, all_plain, at_once, cpu_serves, fused_norm, kernels_serve, normed, project, watched
 from .pruning import Pruning, Tokens
 from .pruning.base import LateTokens
 
@@ -179,11 +179,14 @@ def attention_sublayer(
         serves = cpu_serves(values, *weights, *inside[:2], x.key_bias)
         if serves and backends.resolve("attention", "attention", pruning.backend or "", values)[0] == "cpu":
             wants_importance = bool(pruning.active and pruning.importance)
-            y, q, k, attended, lse, received, cls = native.load().self_attention(
-                values, *inside, norm_first, *weights, heads, x.cu_seqlens, x.max_seqlen, causal, x.key_bias, wants_importance
+            found = at_once(
+                native.load().self_attention, values, *inside, norm_first, *weights, heads, x.cu_seqlens, x.max_seqlen, causal,
+                x.key_bias, wants_importance,
             )  # fmt: skip
-            attention = Attention(attended.flatten(1), x, q, k, lse, received, cls, causal, pruning.backend)
-            return x.with_values(y), attention
+            if found is not None:
+                y, q, k, attended, lse, received, cls = found
+                attention = Attention(attended.flatten(1), x, q, k, lse, received, cls, causal, pruning.backend)
+                return x.with_values(y), attention
 
     def project(attended: Tensor) -> Tokens:
         if norm_first:
@@ -318,8 +321,10 @@ class CrossAttention(nn.Module):
             query, kv, last = self.query.affine, self.kv.affine, out.affine
             serves = cpu_serves(x.values, *query, keys.values, *kv, *last, keys.key_bias)
             if serves and backends.resolve("attention", "attention", backend or "", x.values)[0] == "cpu":
-                return native.load().cross_attention(
-                    x.values, *query, keys.values, *kv, *last, self.num_heads, x.cu_seqlens, keys.cu_seqlens,
-                    x.max_seqlen, keys.max_seqlen, keys.key_bias,
+                found = at_once(
+                    native.load().cross_attention, x.values, *query, keys.values, *kv, *last, self.num_heads, x.cu_seqlens,
+                    keys.cu_seqlens, x.max_seqlen, keys.max_seqlen, keys.key_bias,
                 )  # fmt: skip
+                if found is not None:
+                    return found
         return out(self(x, keys, backend, query_groups), tokens=x)

@@ -14,6 +14,9 @@ torch.compile and without the extension, this is `torch.nn.functional.linear`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,7 +165,7 @@ def normed(x: Tensor, layer: Linear, norm: nn.LayerNorm, residual: Tensor, token
 
     On a GPU one call serves both, where nobody watches the modules.
     """
-    if x.is_cuda and all_plain(layer) and norm.is_plain and not torch.is_autocast_enabled("cuda"):
+    if x.is_cuda and all_plain(layer) and getattr(norm, "is_plain", False) and not torch.is_autocast_enabled("cuda"):
         weight, bias = layer.affine
         if kernels_serve(x, weight, tokens):
             return linear(x, weight, bias, tokens.cu_seqlens, residual=residual, norm=norm.affine)
@@ -182,7 +185,8 @@ def mlp(
 ) -> Tensor:
     """residual + second(activation(first(x))) for ``x [C, D]``, the rows of ``tokens``.
 
-    With ``norm``, a :class:`madtp.layers.LayerNorm`, that of the sum; ``norm_first``: instead that of x goes in.
+    With ``norm``, a :class:`madtp.layers.LayerNorm`, that of the sum; ``norm_first``: instead that of x goes in, which are the values
+    of ``tokens``.
     """
     if not x.is_cuda and all_plain(first, second):
         inside = fused_norm(norm, x.dtype)
@@ -190,7 +194,7 @@ def mlp(
             weights = (*first.affine, *second.affine)
             return native.load().mlp(x, *weights, _bounds(tokens), activation, residual, *inside, norm_first)
     if norm_first:
-        x, norm = norm(x, tokens), None
+        x, norm = norm(tokens), None
     hidden = through(first, x, activation=activation, tokens=tokens)
     if norm is not None:
         return normed(hidden, second, norm, residual, tokens)
@@ -223,8 +227,19 @@ def fused_norm(norm: nn.LayerNorm | None, dtype: torch.dtype) -> tuple[Tensor | 
     is none to apply, None where the module has to be called."""
     if norm is None:
         return None, None, 0.0
+    if not getattr(norm, "is_plain", False):  # an adapter in its place says nothing
+        return None
     affine = norm.affine
-    return affine if norm.is_plain and affine[0] is not None and affine[0].dtype == dtype else None
+    return affine if affine[0] is not None and affine[0].dtype == dtype else None
+
+
+def at_once(operation: Callable, *args: object) -> Any:
+    """What an operation of the extension that stands for several returns; None where an operand does not fit: one by one they serve it,
+    or say which it is."""
+    try:
+        return operation(*args)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def cpu_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -29,7 +29,7 @@ from .layers import (
     self_attention,
     single_attention,
 )
-from .linear import Linear, all_plain, check_device, mlp, normed, reads_as, through, touched
+from .linear import Linear, all_plain, check_device, mlp, normed, reads_as, through, touched, watched
 from .pruning import PER_TOKEN, LayerTrace, Pruning, Tokens
 from .rows import first_of, ids_of
 from .vision import Encoded, reading, run_blocks
@@ -70,6 +70,11 @@ class Output(nn.Module):
     def forward(self, x: Tensor, residual: Tokens) -> Tokens:
         """``x [T, inputs]`` and the tokens ``[T, D]`` that entered the sub-layer, to the tokens that leave it."""
         return residual.with_values(normed(x, self.dense, self.LayerNorm, residual.values, residual))
+
+
+def reads_as_output(module: nn.Module) -> bool:
+    """Whether its parts may be called in place of an :class:`Output`: nobody has changed it, nor would see it called."""
+    return reads_as(module, Output) and not watched(module)
 
 
 class SingleCrossAttention(nn.Module):
@@ -188,7 +193,7 @@ class Layer(nn.Module):
 
     def _attend(self, x: Tokens, pruning: Pruning) -> tuple[Tokens, Attention]:
         qkv, output, heads, causal = self.attention.self.qkv, self.attention.output, self.num_heads, self.causal
-        if reads_as(output, Output):
+        if reads_as_output(output):
             norm = output.LayerNorm
             return attention_sublayer(x, norm, qkv, output.dense, heads, pruning, norm_first=False, causal=causal)
         project = partial(output, residual=x)
@@ -196,7 +201,7 @@ class Layer(nn.Module):
 
     def _feed_forward(self, y: Tokens) -> Tokens:
         first, out = self.intermediate.dense, self.output
-        if not reads_as(out, Output):
+        if not reads_as_output(out):
             return out(through(first, y.values, activation="gelu", tokens=y), y)
         return y.with_values(mlp(y.values, first, out.dense, y.values, tokens=y, norm=out.LayerNorm))
 

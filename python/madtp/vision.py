@@ -17,7 +17,7 @@ from madtp_kernels import RaggedBatch, native
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_features
 from .layers import LayerNorm, attention_sublayer, single_attention
-from .linear import Linear, extension_serves, mlp, project, reads_as, touched
+from .linear import Linear, at_once, extension_serves, mlp, project, reads_as, touched
 from .pruning import LayerTrace, Pruning, Tokens
 from .rows import first_of
 
@@ -65,7 +65,8 @@ class Block(nn.Module):
         y, attention = attention_sublayer(
             x, self.norm1, self.attn.qkv, self.attn.proj, self.num_heads, pruning, norm_first=True, causal=self.causal
         )
-        y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=self.norm2)
+        norm = self.norm2 if isinstance(self.norm2, LayerNorm) else None  # no rule applies what was put in its place
+        y, trace = pruning(y, block_input=x, attention=attention, dictionary=dictionary, layer=layer, norm=norm)
         return self._feed_forward(y), trace
 
     def _feed_forward(self, y: Tokens) -> Tokens:
@@ -245,8 +246,10 @@ class VisionTransformer(nn.Module):
         proj = self.patch_embed.proj
         if images.is_cuda or not reads_as(proj, nn.Conv2d):
             return None
-        operands = (images.contiguous(), proj.weight, proj.bias, self.cls_token.flatten(), self.pos_embed[0])
-        return native.load().embed_patches(*operands) if extension_serves(*operands) else None
+        weights = (proj.weight, proj.bias, self.cls_token.flatten(), self.pos_embed[0])
+        if not extension_serves(images, *weights):
+            return None
+        return at_once(native.load().embed_patches, images.contiguous(), *weights)
 
     def forward(
         self,

@@ -537,26 +537,32 @@ def test_attention_layers_refuse_weights_that_do_not_fit(generator):
     extension, cu_seqlens = native.load(), offsets([3, 4])
     x, qkv, out = (normal(generator, *shape) for shape in ((7, 16), (48, 16), (16, 16)))
 
-    def self_attention(qkv=qkv, out=out, heads=2, norm=None, key_bias=None):
+    def self_attention(qkv=qkv, out=out, heads=2, norm=None, key_bias=None, longest=4):
         return extension.self_attention(
-            x, norm, None, 1e-5, True, qkv, None, out, None, heads, cu_seqlens, 4, False, key_bias, True
+            x, norm, None, 1e-5, True, qkv, None, out, None, heads, cu_seqlens, longest, False, key_bias, True
         )  # fmt: skip
 
-    def cross_attention(q=qkv[:16], kv=qkv[:32], out=out, heads=2, others=x, cu=cu_seqlens):
-        return extension.cross_attention(x, q, None, others, kv, None, out, None, heads, cu_seqlens, cu, 4, 4, None)
+    def cross_attention(q=qkv[:16], kv=qkv[:32], out=out, heads=2, others=x, cu=cu_seqlens, longest=(4, 4)):
+        return extension.cross_attention(x, q, None, others, kv, None, out, None, heads, cu_seqlens, cu, *longest, None)
 
     assert len(self_attention()) == 7 and cross_attention().shape == x.shape
-    for name, call in {
-        "qkv_weight": lambda: self_attention(heads=5),
-        "weight": lambda: self_attention(out=out[:, :-1]),
-        "residual": lambda: self_attention(out=out[:-1]),
-        "norm_weight": lambda: self_attention(norm=x[0, 1:]),
-        "key_bias": lambda: self_attention(key_bias=x[0]),
-        "q_weight": lambda: cross_attention(heads=3),
-        "kv_weight": lambda: cross_attention(kv=qkv),
-        "cu_seqlens": lambda: cross_attention(others=x[:-1]),
-        "cu_seqlens_k": lambda: cross_attention(cu=offsets([7])),
-    }.items():
+    wide = normal(generator, 3 * 257, 16)
+    for name, call in (
+        ("qkv_weight", lambda: self_attention(heads=5)),
+        ("qkv_weight", lambda: self_attention(qkv=wide, heads=1)),
+        ("max_seqlen", lambda: self_attention(longest=3)),
+        ("weight", lambda: self_attention(out=out[:, :-1])),
+        ("residual", lambda: self_attention(out=out[:-1])),
+        ("norm_weight", lambda: self_attention(norm=x[0, 1:])),
+        ("key_bias", lambda: self_attention(key_bias=x[0])),
+        ("q_weight", lambda: cross_attention(heads=3)),
+        ("q_weight", lambda: cross_attention(q=wide[:257], kv=wide[:514], heads=1)),
+        ("kv_weight", lambda: cross_attention(kv=qkv)),
+        ("cu_seqlens_k", lambda: cross_attention(others=x[:-1])),
+        ("cu_seqlens_k", lambda: cross_attention(cu=offsets([1, 2, 4]))),
+        ("max_seqlen_q", lambda: cross_attention(longest=(3, 4))),
+        ("max_seqlen_k", lambda: cross_attention(longest=(4, 3))),
+    ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             call()
 

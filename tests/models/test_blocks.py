@@ -10,7 +10,9 @@ from compression import TEXT, VISION
 import madtp.layers
 import madtp.linear
 from madtp import NLVRConfig
-from madtp.pruning import METHODS, Pruning
+from madtp.layers import CrossAttention
+from madtp.linear import Linear
+from madtp.pruning import METHODS, Pruning, Tokens
 from madtp.tasks import TASKS
 from madtp.text import Layer
 from madtp.vision import Block
@@ -93,3 +95,35 @@ def test_what_one_call_does_on_a_gpu_is_done_apart_where_modules_are_watched(bou
     assert together()
     monkeypatch.setattr(norm, "forward", lambda x, tokens: seen.append(norm))
     assert not together() and seen == [norm]
+
+
+# ---- what one call of the CPU's extension does not serve --------------------------------------------------------------
+
+
+def tokens_of(lengths, width, generator):
+    values = torch.randn(sum(lengths), width, generator=generator)
+    return Tokens.start(RaggedBatch.from_lengths(values, lengths))
+
+
+def test_heads_that_are_too_wide(generator):
+    block = Block(257, 1, 8, eps=1e-6).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match="^q: expected .* 1 <= d <= 256, got"):
+        block(tokens_of([3, 2], 257, generator), None, Pruning(), 0)
+
+
+def test_offsets_that_were_changed_since(generator):
+    block = Block(16, 2, 32, eps=1e-6).eval().requires_grad_(False)
+    words, patches = (tokens_of([3, 2], 16, generator) for _ in range(2))
+    cross = CrossAttention(16, 16, 2).requires_grad_(False)
+    patches.cu_seqlens[1] = 4
+    with pytest.raises(ValueError, match="^max_seqlen_q: 3 is below the length 4 of sample 0"):
+        block(patches, None, Pruning(), 0)
+    with pytest.raises(ValueError, match="^max_seqlen_k: 3 is below the length 4 of sample 0"):
+        cross.through(Linear(16, 16).requires_grad_(False), words, patches)
+
+
+def test_attention_to_tokens_stored_by_columns(generator):
+    cross, out = CrossAttention(16, 16, 2).requires_grad_(False), Linear(16, 16).requires_grad_(False)
+    words, patches = (tokens_of([3, 2], 16, generator) for _ in range(2))
+    columns = patches.with_values(patches.values.T.contiguous().T)
+    torch.testing.assert_close(cross.through(out, words, columns), cross.through(out, words, patches))

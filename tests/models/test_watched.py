@@ -14,8 +14,9 @@ from madtp.config import CLIPConfig, CLIPVisionConfig
 from madtp.guidance import QueryModel
 from madtp.layers import LayerNorm
 from madtp.linear import Linear
-from madtp.pruning import MADTP, Pruning, RankedNovelty
+from madtp.pruning import MADTP, Pruning, RankedNovelty, Tokens
 from madtp.tasks import TASKS
+from madtp.text import Output
 from madtp.vision import VisionTransformer
 from madtp_kernels import RaggedBatch, native
 
@@ -181,6 +182,68 @@ def test_adapters_are_called(name, rule, make, answers, generator):
         parent, _, child = place.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter.layer)
     assert close(found, answers(name, model)) and not close(found, plain)
+
+
+class DoubledNorm(nn.Module):
+    """What a library of adapters puts in the place of a LayerNorm."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, *args):
+        return 2 * self.norm(x, *args)
+
+
+@every_rule
+@every_model
+def test_adapters_of_layer_norms_are_called(name, rule, make, answers):
+    model = make(name, rule)
+    places = [place for place, module in modules_to_call(model).items() if isinstance(module, LayerNorm)]
+    plain = answers(name, model)
+    for place in places:
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, DoubledNorm(model.get_submodule(place)))
+    found = answers(name, model)
+    for place in places:
+        adapter = model.get_submodule(place)
+        adapter.norm.weight *= 2
+        adapter.norm.bias *= 2
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter.norm)
+    expected = answers(name, model)
+    assert close(found, expected) and any(
+        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(found, plain, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["nlvr", "caption", "vqa", "retrieval"])
+def test_a_hook_for_all_modules_sees_each_output(name, make, answers):
+    model, seen = make(name, RULES["ranked_novelty"]), set()
+    expected = answers(name, model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    found = answers(name, model)
+    handle.remove()
+    assert seen >= {module for module in model.modules() if isinstance(module, Output)}
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_hook_of_a_layer_norm_gets_tokens(make, answers):
+    model, got = make("clip", RULES["dense"]), []
+    for norm in (model.visual.blocks[0].norm1, model.visual.blocks[0].norm2):
+        norm.register_forward_pre_hook(lambda _, args: got.append([type(arg) for arg in args]))
+    model.encode_image(torch.zeros(1, 3, 48, 48))
+    assert got == [[Tokens], [Tokens]]
+
+
+@pytest.mark.parametrize("part", ["cls_token", "pos_embed"])
+def test_embeddings_of_another_dtype(part, make, answers):
+    model = make("nlvr", RULES["dense"])
+    parameter = getattr(model.visual_encoder, part)
+    parameter.data = parameter.bfloat16()
+    found = answers("nlvr", model)
+    parameter.data = parameter.float()
+    assert close(found, answers("nlvr", model))
 
 
 def test_a_map_of_the_dictionary_that_is_not_its_weights(make, answers, generator):

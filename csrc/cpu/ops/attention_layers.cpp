@@ -9,12 +9,14 @@ namespace madtp::cpu {
 
 namespace {
 
-// The width of a head.
+// The width of a head, which the attention of every backend bounds alike.
 int64_t head_width(const char* name, const Tensor& weight, int64_t parts, int64_t heads) {
   const int64_t rows = weight.dim() == 2 ? weight.size(0) : 0;
   TORCH_CHECK_VALUE(heads > 0 && rows > 0 && rows % (parts * heads) == 0, name, ": expected ", parts, " x ", heads,
                     " heads of rows, got ", weight.sizes());
-  return rows / (parts * heads);
+  const int64_t width = rows / (parts * heads);
+  TORCH_CHECK_VALUE(width <= 256, name, ": expected heads of at most 256, got ", width);
+  return width;
 }
 
 double scale_of(int64_t width) { return std::pow(static_cast<double>(width), -0.5); }
@@ -27,7 +29,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
     const Tensor& cu_seqlens, int64_t max_seqlen, bool causal, const OptionalTensor& key_bias, bool importance) {
   check_rows("x", x, 2);
   const int64_t tokens = x.size(0), width = head_width("qkv_weight", qkv_weight, 3, heads);
-  const Norm norm("norm_", norm_weight, norm_bias, norm_eps, x.size(1)), none(x.size(1));
+  const Offsets samples("cu_seqlens", cu_seqlens, tokens);
+  samples.check_longest("max_seqlen", max_seqlen);
+  const Norm norm("norm_", norm_weight, norm_bias, norm_eps, x.size(1)), none;
   const Tensor qkv =
       normed_linear(x, norm_first ? norm : none, qkv_weight, qkv_bias, cu_seqlens, "", {}).view({tokens, 3, heads, width});
   const Tensor q = qkv.select(1, 0), k = qkv.select(1, 1), v = qkv.select(1, 2);
@@ -39,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> self_attentio
     std::tie(out, lse) = attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale, causal, key_bias);
   }
   Tensor y = linear(out.flatten(1), out_weight, out_bias, cu_seqlens, "", x);
-  if (norm && !norm_first) y = norm.of(y, Offsets("cu_seqlens", cu_seqlens, tokens).total());
+  if (norm && !norm_first) y = norm.of(y, samples.total());
   return {y, q, k, out, lse, received, cls};
 }
 
@@ -52,6 +56,8 @@ Tensor cross_attention(const Tensor& x, const Tensor& q_weight, const OptionalTe
   const int64_t width = head_width("q_weight", q_weight, 1, heads);
   TORCH_CHECK_VALUE(head_width("kv_weight", kv_weight, 2, heads) == width, "kv_weight: expected keys and values for ",
                     q_weight.sizes(), ", got ", kv_weight.sizes());
+  Offsets("cu_seqlens_q", cu_seqlens_q, x.size(0)).check_longest("max_seqlen_q", max_seqlen_q);
+  Offsets("cu_seqlens_k", cu_seqlens_k, others.size(0)).check_longest("max_seqlen_k", max_seqlen_k);
   const Tensor q = linear(x, q_weight, q_bias, cu_seqlens_q, "", {}).view({x.size(0), heads, width});
   const Tensor kv = linear(others, kv_weight, kv_bias, cu_seqlens_k, "", {}).view({others.size(0), 2, heads, width});
   const Tensor out = std::get<0>(attention(q, kv.select(1, 0), kv.select(1, 1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q,

@@ -255,7 +255,7 @@ Tensor normed_linear(const Tensor& x, const Norm& norm, const Tensor& weight, co
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cu_seqlens,
               std::string_view activation, const OptionalTensor& residual) {
-  return normed_linear(x, Norm(x.size(-1)), weight, bias, cu_seqlens, activation, residual);
+  return normed_linear(x, Norm(), weight, bias, cu_seqlens, activation, residual);
 }
 
 Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2,
@@ -269,7 +269,7 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
   const Tensor added = with_rows(residual);
   check_operand("residual", added, {x.size(0), features}, x.scalar_type());
   const Norm norm("norm_", norm_weight, norm_bias, norm_eps, norm_first ? x.size(1) : features);
-  const Norm none(x.size(1)), &before = norm_first ? norm : none;
+  const Norm none, &before = norm_first ? norm : none;
   Tensor out = at::empty({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
   expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
@@ -303,7 +303,8 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
 Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const Tensor& cls,
                      const Tensor& positions) {
   const Type type = type_of("images", images);
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.is_contiguous(), "images: expected contiguous [B, C, H, W], got ", images.sizes());
+  TORCH_CHECK_VALUE(images.device().is_cpu() && images.dim() == 4 && images.is_contiguous(),
+                    "images: expected contiguous [B, C, H, W] on cpu, got ", images.sizes(), " on ", images.device());
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) > 0, "weight: expected [D, C, p, p], got ", weight.sizes());
   const int64_t samples = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
   const int64_t features = weight.size(0), side = weight.size(2), columns = width / side, patches = height / side * columns;

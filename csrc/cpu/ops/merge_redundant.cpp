@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, 
   const Tensor rows = with_rows(keys.flatten(1));
   TORCH_CHECK_VALUE(rows.size(1) > 0, "keys: expected at least one feature, got ", keys.sizes());
   const Offsets before("cu_seqlens", cu_seqlens, x.size(0));
-  TORCH_CHECK_VALUE(before.longest() <= max_seqlen, "max_seqlen: ", max_seqlen, " is below ", before.longest());
+  before.check_longest("max_seqlen", max_seqlen);
   check_operand("order", order, {x.size(0)}, at::kFloat);
   check_operand("weight", weight, {x.size(0)}, at::kFloat);
   const Choice choice(count, before.samples, threshold, share, uncounted);

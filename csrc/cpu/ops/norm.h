@@ -9,7 +9,7 @@ namespace madtp::cpu {
 class Norm {
  public:
   // None.
-  explicit Norm(int64_t width) : kernels_(cpu_kernels()), width_(width), eps_(0) {}
+  Norm() : kernels_(cpu_kernels()), width_(0), eps_(0) {}
   // weight and bias [width]; without a weight it is none. `name` stands before theirs in messages.
   Norm(const char* name, const c10::optional<Tensor>& weight, const c10::optional<Tensor>& bias, double eps, int64_t width);
   explicit operator bool() const { return weight_.defined(); }

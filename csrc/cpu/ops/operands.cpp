@@ -96,6 +96,10 @@ int64_t Offsets::longest() const {
   return most;
 }
 
+void Offsets::check_longest(const char* name, int64_t max_seqlen) const {
+  TORCH_CHECK_VALUE(longest() <= max_seqlen, name, ": ", max_seqlen, " is below ", longest());
+}
+
 std::vector<int64_t> Offsets::longest_first() const {
   std::vector<int64_t> order(samples);
   std::iota(order.begin(), order.end(), 0);

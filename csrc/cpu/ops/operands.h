@@ -54,6 +54,7 @@ struct Offsets {
   int64_t total() const { return data[samples]; }
 
   int64_t longest() const;  // length of the longest sample, 0 without any
+  void check_longest(const char* name, int64_t max_seqlen) const;
   // Samples from the longest to the shortest: long work items first leave no thread waiting at the end.
   std::vector<int64_t> longest_first() const;
 
