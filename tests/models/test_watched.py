@@ -83,7 +83,8 @@ def modules_to_call(model):
 
 
 def close(found, expected):
-    return all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
+    # Others may keep other numbers of tokens.
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
 
 
 @every_model
@@ -211,10 +212,7 @@ def test_adapters_of_layer_norms_are_called(name, rule, make, answers):
         adapter.norm.bias *= 2
         parent, _, child = place.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter.norm)
-    expected = answers(name, model)
-    assert close(found, expected) and any(
-        a.shape != b.shape or not torch.equal(a, b) for a, b in zip(found, plain, strict=True)
-    )
+    assert close(found, answers(name, model)) and not close(found, plain)
 
 
 @pytest.mark.parametrize("name", ["nlvr", "caption", "vqa", "retrieval"])
