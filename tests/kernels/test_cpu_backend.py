@@ -3,7 +3,10 @@
 Their results on any legal shape are checked with everyone's, in `test_properties.py`.
 """
 
+import copy
 import os
+import pickle
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -565,6 +568,52 @@ def test_attention_layers_refuse_weights_that_do_not_fit(generator):
     ):
         with pytest.raises(ValueError, match=f"^{name}: "):
             call()
+
+
+# ---- memory of results ------------------------------------------------------------------------------------------------
+
+
+def test_large_results_are_tensors_like_others(generator):
+    """Their memory is kept for later calls when nobody has them any more, and not before."""
+    extension = native.load()
+    x, weight = normal(generator, 9000, 64), normal(generator, 96, 64)  # 3.3 MiB
+
+    def product(k):
+        return extension.linear(x * k, weight, None, None, "", None)
+
+    results = [product(k) for k in range(6)]
+    wanted = [result.clone() for result in results]
+    assert len({result.data_ptr() for result in results}) == len(results)
+    del results[::2], wanted[::2]
+    more = [product(k) for k in range(6)]
+    assert same_bits(results, wanted) and same_bits(more[1::2], wanted)
+    result = more[1]
+    assert pickle.loads(pickle.dumps(result)).equal(result) and copy.deepcopy(result).equal(result)
+    assert result.clone().share_memory_().equal(result)
+    grown = result.clone().set_(result.untyped_storage()).resize_(2 * result.numel())
+    assert grown[: result.numel()].equal(wanted[0].flatten())
+    worker = threading.Thread(target=more.clear)
+    worker.start()
+    worker.join()
+    with torch.inference_mode():
+        assert product(1).is_inference()
+
+
+def test_results_come_without_new_pages(generator):
+    """Pages that the system has to clear first took a quarter of a forward."""
+    x, weight = (
+        normal(generator, 40_000, 32),
+        normal(generator, 96, 32),
+    )  # 15 MiB, of which the C library returns some to the system
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        kept = [native.load().linear(x, weight, None, None, "", None) for _ in range(4)]
+        del kept
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    assert max(new_pages() for _ in range(3)) < 1000  # of 15,000
 
 
 # ---- the extension itself -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   check_operand("v", v, k.sizes(), q.scalar_type());
   check_operand("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.sizes(), at::kInt);
   check_operand("key_bias", key_bias, {k.size(0)}, at::kFloat);
-  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor out = empty_result(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   for (const auto& samples : sample_groups(kernels, keys, offsets_k)) {
     const PackedKeys packed(kernels, keys, &values, offsets_k, key_bias, samples, causal);

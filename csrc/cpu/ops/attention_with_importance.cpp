@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_importance(const Tenso
   check_operand("k", k, q.sizes(), q.scalar_type());
   check_operand("v", v, q.sizes(), q.scalar_type());
   check_operand("key_bias", key_bias, {q.size(0)}, at::kFloat);
-  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor out = empty_result(q.sizes(), q.options());
   Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   const Factor factor = factor_of(kernels, queries.type);
   const ImportanceSums sums(kernels, layout_of(kernels, factor), offsets, queries.heads, q.size(0));

@@ -161,10 +161,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
   // Move.
   const int64_t rows_out = exact ? starts_out[offsets.samples] : x.size(0), width = x.size(1);
   const bool normalise = norm_weight.has_value();
-  Tensor values = at::empty({rows_out, width}, x.options());
+  Tensor values = empty_result({rows_out, width}, x.options());
   Tensor ids_out = at::empty({rows_out}, cu_seqlens.options());
   Tensor sizes_out = at::empty({sizes_in == nullptr ? 0 : rows_out}, importance.options());
-  Tensor normed = normalise ? at::empty({rows_out, width}, x.options()) : at::empty({0}, x.options());
+  Tensor normed = normalise ? empty_result({rows_out, width}, x.options()) : at::empty({0}, x.options());
   const Tensor weight = normalise ? norm_weight->to(at::kFloat).contiguous() : Tensor();
   const Tensor shift = normalise && norm_bias.has_value() ? norm_bias->to(at::kFloat).contiguous() : Tensor();
   const float* const weight_data = normalise ? weight.const_data_ptr<float>() : nullptr;

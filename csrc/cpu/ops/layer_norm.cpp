@@ -1,5 +1,4 @@
 // LayerNorm of the rows that hold tokens: out = (x - mean) / sqrt(variance + eps) * weight + bias.
-#include <ATen/ops/empty.h>
 
 #include <string>
 
@@ -34,7 +33,7 @@ void Norm::run(Type type, const std::byte* from, int64_t from_stride, std::byte*
 
 Tensor Norm::of(const Tensor& x, int64_t count) const {
   const Type type = type_of("x", x);
-  Tensor out = at::empty({x.size(0), width_}, x.options());
+  Tensor out = empty_result({x.size(0), width_}, x.options());
   const auto* const from = static_cast<const std::byte*>(x.const_data_ptr());
   auto* const to = static_cast<std::byte*>(out.mutable_data_ptr());
   const int64_t from_stride = x.stride(0) * x.element_size(), to_stride = width_ * x.element_size();

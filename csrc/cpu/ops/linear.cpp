@@ -7,7 +7,6 @@
 // tokens of its own through all of them; else the threads share the features. So nothing derived from a weight is kept,
 // and a weight that somebody changes is changed. Each sum runs over the depth in one order, whatever the number of rows or
 // threads: a row's result has the same bits in any batch.
-#include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <initializer_list>
@@ -228,9 +227,8 @@ Tensor normed_linear(const Tensor& x, const Norm& norm, const Tensor& weight, co
   const int64_t features = weight.size(0);
   const OptionalTensor added = with_rows(residual);
   check_operand("residual", added, {x.size(0), features}, x.scalar_type());
-  Tensor out = at::empty({x.size(0), features}, x.options());
+  Tensor out = empty_result({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
-  expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
   const Layer layer(weights, type, kind);
   const auto residual_of = [&](int64_t first, int64_t count) {
     return added ? std::optional<Rows>({*added, first, count}) : std::nullopt;
@@ -270,14 +268,13 @@ Tensor mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1, 
   check_operand("residual", added, {x.size(0), features}, x.scalar_type());
   const Norm norm("norm_", norm_weight, norm_bias, norm_eps, norm_first ? x.size(1) : features);
   const Norm none, &before = norm_first ? norm : none;
-  Tensor out = at::empty({x.size(0), features}, x.options());
+  Tensor out = empty_result({x.size(0), features}, x.options());
   if (rows == 0 || features == 0) return out;
-  expect_large_pages(out.mutable_data_ptr(), rows * features * x.element_size());
   const Layer to_hidden(first, type, kind), to_out(second, type, Activation::none);
   const Shares shares(rows);
   if (!each_takes_rows(shares, {&to_hidden, &to_out})) {
     const Tensor entering = before ? before.of(x, rows) : x;
-    const Tensor hidden = at::empty({std::min(rows, kHiddenRows), hidden_features}, x.options());
+    const Tensor hidden = empty_result({std::min(rows, kHiddenRows), hidden_features}, x.options());
     for (int64_t row = 0; row < rows; row += kHiddenRows) {
       const int64_t count = std::min(kHiddenRows, rows - row);
       to_hidden.share({entering, row, count}, std::nullopt, {hidden, 0, count});
@@ -318,9 +315,8 @@ Tensor embed_patches(const Tensor& images, const Tensor& weight, const OptionalT
   if (type != Type::f32 || !fits_a_thread({&layer})) return Tensor();
   const int64_t depth = channels * side * side, element = images.element_size(), run = side * element, length = patches + 1;
   const Tensor added = with_rows(positions), first_token = cls.add(positions.select(0, 0)).contiguous();
-  Tensor out = at::empty({samples * length, features}, images.options());
+  Tensor out = empty_result({samples * length, features}, images.options());
   if (features == 0) return out;
-  expect_large_pages(out.mutable_data_ptr(), out.numel() * element);
   const Shares shares(patches);
   const auto* const pixels = static_cast<const std::byte*>(images.const_data_ptr());
   // A row of a patch after the other, channel by channel, as in the weights.

@@ -1,6 +1,12 @@
 #include "cpu/ops/memory.h"
 
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <c10/util/accumulate.h>
+
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -17,8 +23,7 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLeastShared = size_t{256} << 10;  // smaller blocks are kept by the thread that frees them
 constexpr int kSmallBlocks = 8;                     // so many
-constexpr int64_t kLeastAdvised = int64_t{32} << 20;  // what the C library always gets from the system, and gives back at once
-constexpr size_t kMostKept = size_t{64} << 20;
+constexpr size_t kMostKept = size_t{128} << 20;
 
 struct Block {
   std::byte* data;
@@ -48,11 +53,11 @@ bool fits(const Block& block, size_t capacity) { return block.capacity >= capaci
 // Large blocks, of all threads.
 class Shared {
  public:
-  // One that fits without wasting more than half of it.
+  // One that fits without wasting more than half of it: the last one given is the likeliest to be in the cache.
   Block take(size_t capacity) {
     {
       const std::lock_guard<std::mutex> guard(mutex_);
-      for (size_t i = 0; i < blocks_.size(); ++i) {
+      for (size_t i = blocks_.size(); i-- > 0;) {
         if (!fits(blocks_[i], capacity)) continue;
         const Block block = blocks_[i];
         blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
@@ -130,6 +135,18 @@ class Own {
 
 thread_local Own own;
 
+// Storage of tensors.
+class Results final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto memory = std::make_unique<Buffer>(static_cast<int64_t>(bytes));
+    void* const data = memory->at();
+    const auto release = [](void* buffer) { delete static_cast<Buffer*>(buffer); };
+    return {data, memory.release(), release, c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) : data_(nullptr), capacity_(0) {
@@ -158,15 +175,12 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   return *this;
 }
 
-void expect_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  if (bytes < kLeastAdvised) return;
-  const auto first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto last = (reinterpret_cast<uintptr_t>(data) + static_cast<size_t>(bytes)) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
+at::Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
+  if (static_cast<size_t>(bytes) < kLeastShared) return at::empty(sizes, options);
+  static Results* const results = new Results;  // tensors may outlive static objects
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  return at::detail::empty_generic(sizes, results, cpu, c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
 }  // namespace madtp::cpu

@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> merge_to
   });
 
   // Make.
-  Tensor values = at::empty({rows_out, width}, x.options());
+  Tensor values = empty_result({rows_out, width}, x.options());
   Tensor sizes_out = at::empty({rows_out}, sizes.options());
   float* const sizes_to = sizes_out.mutable_data_ptr<float>();
   // Carried rows are moved as bytes.
