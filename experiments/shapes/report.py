@@ -394,7 +394,7 @@ def levers(results: Results) -> str:
     """What one change brings to a run of the best method at 80 %."""
     plain = results.records.get(LEVERED.name)
     changes = [(LEVERED.name, f"as it is, {LEVERED.steps} steps")]
-    changes += [(f"lever-{name}", said) for name, (said, _) in LEVERS.items()]
+    changes += [(f"lever-{name}", lever.said) for name, lever in LEVERS.items()]
     changes += [(f"{BEST}-0.8-0", "2800 steps"), (SEEDS[0].name, f"{SEEDS[0].steps} steps")]
     rows = []
     for name, said in changes:

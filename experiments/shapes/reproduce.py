@@ -83,17 +83,28 @@ SHARES = {
 """Share of the tokens that each layer drops, for rules with a limit per layer."""
 STEPS = {0.3: 500, 0.5: 500, 0.6: 1000, 0.7: 1000, 0.8: 2800, 0.85: 2800}
 RATE = {0.3: 2e-4, 0.5: 2e-4, 0.6: 5e-4, 0.7: 5e-4, 0.8: 7e-4, 0.85: 7e-4}
+
+
+class Lever(NamedTuple):
+    """One thing that a run changes. The strength is set so that shares meet the same cost."""
+
+    said: str
+    """In words."""
+    options: tuple[str, ...]
+    steps: int = 1000
+
+
 LEVERS = {
-    "average": ("averaged weights", ("--average", "0.99")),
-    "half-rate": ("half of the learning rate", ("--lr", "3.5e-4")),
-    "double-rate": ("twice the learning rate", ("--lr", "1.4e-3")),
-    "flat": ("the same share in all layers", ("--shares", "0.3")),
-    "early": ("more in the first layer, less in the others", ("--shares", "0.6", "0.4", "0.15", "0.08")),
-    "late": ("less in the first layer, more in the others", ("--shares", "0.4", "0.4", "0.3", "0.14")),
-    "annealed": ("thresholds that rise over 0.4 of the steps", ("--ramp", "0.4")),
-    "texts-24": ("24 statements about a pair instead of 8", ("--texts", "24")),
+    "average": Lever("averaged weights", ("--average", "0.99")),
+    "half-rate": Lever("half of the learning rate", ("--lr", "3.5e-4")),
+    "double-rate": Lever("twice the learning rate", ("--lr", "1.4e-3")),
+    "flat": Lever("the same share in all layers", ("--shares", "0.3")),
+    "early": Lever("more in the first layer, less in the others", ("--shares", "0.6", "0.4", "0.15", "0.08")),
+    "late": Lever("less in the first layer, more in the others", ("--shares", "0.4", "0.4", "0.3", "0.14")),
+    "annealed": Lever("thresholds that rise over 0.4 of the steps", ("--ramp", "0.4")),
+    "texts-24": Lever("24 statements about a pair instead of 8", ("--texts", "24")),
+    "texts-24-2800": Lever("24 statements, 2800 steps", ("--texts", "24"), 2800),
 }
-"""One thing that a run changes, in words, and its options. The strength is set so that shares meet the same cost."""
 LEVERED = Run("ranked-novelty", 0.8, 0, own_steps=1000)
 """The run that each lever changes."""
 COMPARED = tuple(
@@ -246,12 +257,10 @@ def stages(directory: Path, device: str = "cpu", short: bool = False) -> list[li
         return Job("compress", f"train-{name}", command, model(name) / "result.json", minutes)
 
     def levered(name: str) -> Job:
-        job = trained(LEVERED, dense)
-        output = model(f"lever-{name}")
-        command = (
-            *compression(LEVERED, dense, output, LEVERED.steps),
-            *LEVERS[name][1],
-        )  # of an option given twice the last counts
+        run, output = LEVERED._replace(own_steps=LEVERS[name].steps), model(f"lever-{name}")
+        job = trained(run, dense)
+        # Of an option given twice the last counts.
+        command = (*compression(run, dense, output, run.steps), *LEVERS[name].options)
         return job._replace(name=f"train-lever-{name}", command=command, result=output / "result.json")
 
     def dense_test(source: object) -> Job:
