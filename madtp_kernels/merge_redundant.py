@@ -93,11 +93,9 @@ def merge_redundant(
     if isinstance(carry, tuple):
         norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
         tensors = (values, keys, order, weight, sizes, free, counts, cu_seqlens, norm_weight, norm_bias)
-        options = (
-            x.max_seqlen, exponents, (threshold, share, portion, number, uncounted), eps, with_log_sizes, bool(exact),
-        )  # fmt: skip
-        longest, _, choice, *rest = options
-        told_apart = (longest, *exponents, *choice, *rest, exact, len(carry), backend)
+        chosen = (threshold, share, portion, number, uncounted)
+        options = (x.max_seqlen, exponents, chosen, eps, with_log_sizes, bool(exact))
+        told_apart = (x.max_seqlen, *exponents, *chosen, eps, with_log_sizes, exact, len(carry), backend)
         key = repeats.signature(merge_redundant, (*tensors, *carry), told_apart)
         if repeat := repeats.find(key):
             return repeat(tensors, carry, join, *options)
