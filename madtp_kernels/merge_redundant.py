@@ -13,7 +13,7 @@ from .beside import late
 from .merging import Merged, check_choice, counts_of, lowest_tokens, merge_tokens
 from .normalization import layer_norm
 from .ragged import RaggedBatch
-from .registration import in_one_call
+from .registration import at_once, in_one_call
 from .similarity import check_exponents, merge_scores, nearest_kept
 
 __all__ = ["MergedRedundant", "merge_redundant"]
@@ -192,16 +192,11 @@ def _on_cpu(
     """None where something does not fit: the operations one by one say what."""
     exact = True if exact is None else exact
     checks.flag("exact", exact)
-    try:
-        (
-            values, cu_out, sizes, rows, source, carried, scores, log_sizes, total, longest
-        ) = native.load().merge_redundant(
-            *tensors, max_seqlen, *choice, *exponents, with_log_sizes, exact, carry
-        )  # fmt: skip
-    except (TypeError, ValueError, RuntimeError):
+    options = (max_seqlen, *choice, *exponents, with_log_sizes, exact, carry)
+    found = at_once(native.load().merge_redundant, *tensors, *options)
+    if found is None or found[0] is None:
         return None
-    if values is None:
-        return None
+    values, cu_out, sizes, rows, source, carried, scores, log_sizes, total, longest = found
     checks.know_offsets(cu_out, total, longest)
     batch = RaggedBatch.unchecked(values, cu_out, longest if exact else max_seqlen, not exact)
     return MergedRedundant(Merged(batch, sizes, rows, source, tuple(carried)), scores, log_sizes=log_sizes)

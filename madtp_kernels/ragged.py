@@ -125,9 +125,9 @@ class RaggedBatch:
             if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
                 raise ValueError(f"lengths: expected integers [B], got {checks.describe(lengths)}")
             lengths = lengths.tolist()
-        lengths = [_integer(length) for length in lengths]
+        lengths = list(lengths)
         cu_seqlens = offsets_from_lengths(lengths, values.device)
-        return cls(values, cu_seqlens, max(lengths, default=0))
+        return cls(values, cu_seqlens, int(max(lengths, default=0)))
 
     @classmethod
     def from_list(cls, samples: Sequence[Tensor]) -> RaggedBatch:

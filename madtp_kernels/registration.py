@@ -132,6 +132,15 @@ def in_one_call(tensors: tuple, backend: str | None, *operations: tuple[str, str
     return all(backends.resolve(op, package, backend or "", leading)[0] == "cpu" for op, package, leading in operations)
 
 
+def at_once(operation: Callable, *args: object) -> Any:
+    """What an operation of the extension that stands for several returns; None where an operand does not fit: one by one they serve it,
+    or say which it is."""
+    try:
+        return operation(*args)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def transforms_or_modes() -> bool:
     """Whether `torch.func`, forward-mode differentiation or a dispatch mode would look at a call."""
     return bool(

@@ -23,9 +23,10 @@ from madtp_kernels import (
     native,
 )
 from madtp_kernels.beside import DONE, beside, recorded
+from madtp_kernels.registration import at_once
 from madtp_kernels.segments import sample_of
 
-from .linear import Linear, all_plain, at_once, cpu_serves, fused_norm, kernels_serve, normed, project, watched
+from .linear import Linear, all_plain, cpu_serves, fused_norm, kernels_serve, normed, project, watched
 from .pruning import Pruning, Tokens
 from .pruning.base import LateTokens
 

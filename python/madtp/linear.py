@@ -14,9 +14,6 @@ torch.compile and without the extension, this is `torch.nn.functional.linear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -189,9 +186,8 @@ def mlp(
     of ``tokens``.
     """
     if not x.is_cuda and all_plain(first, second):
-        inside = fused_norm(norm, x.dtype)
-        if inside is not None and cpu_serves(x, *first.affine, *second.affine, residual, *inside[:2]):
-            weights = (*first.affine, *second.affine)
+        inside, weights = fused_norm(norm, x.dtype), (*first.affine, *second.affine)
+        if inside is not None and cpu_serves(x, *weights, residual, *inside[:2]):
             return native.load().mlp(x, *weights, _bounds(tokens), activation, residual, *inside, norm_first)
     if norm_first:
         x, norm = norm(tokens), None
@@ -231,15 +227,6 @@ def fused_norm(norm: nn.LayerNorm | None, dtype: torch.dtype) -> tuple[Tensor | 
         return None
     affine = norm.affine
     return affine if affine[0] is not None and affine[0].dtype == dtype else None
-
-
-def at_once(operation: Callable, *args: object) -> Any:
-    """What an operation of the extension that stands for several returns; None where an operand does not fit: one by one they serve it,
-    or say which it is."""
-    try:
-        return operation(*args)
-    except (TypeError, ValueError, RuntimeError):
-        return None
 
 
 def cpu_serves(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

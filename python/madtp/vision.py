@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from madtp_kernels import RaggedBatch, native
+from madtp_kernels.registration import at_once
 
 from .config import VisionConfig
 from .guidance import QueryModel, alignment_features
 from .layers import LayerNorm, attention_sublayer, single_attention
-from .linear import Linear, at_once, extension_serves, mlp, project, reads_as, touched
+from .linear import Linear, extension_serves, mlp, project, reads_as, touched
 from .pruning import LayerTrace, Pruning, Tokens
 from .rows import first_of
 

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/ops/norm.h"
 #include "cpu/ops/operands.h"
 #include "cpu/ops/ops.h"
 
@@ -107,8 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
   check_operand("min_keep", min_keep, {samples}, at::kInt);
   check_operand("ids", ids, {tokens}, at::kInt);
   check_operand("sizes", sizes, {tokens}, at::kFloat);
-  if (norm_weight.has_value()) check_operand("norm weight", *norm_weight, {x.size(1)}, norm_weight->scalar_type());
-  if (norm_bias.has_value()) check_operand("norm bias", *norm_bias, {x.size(1)}, norm_bias->scalar_type());
+  const Norm norm("norm ", norm_weight, norm_bias, norm_eps, x.size(1));
   TORCH_CHECK_VALUE(merged_id == static_cast<int32_t>(merged_id), "merged_id: expected an int32, got ", merged_id);
   Tensor holders[7];
   const Tensor importance_dense = importance.contiguous();
@@ -160,15 +160,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
 
   // Move.
   const int64_t rows_out = exact ? starts_out[offsets.samples] : x.size(0), width = x.size(1);
-  const bool normalise = norm_weight.has_value();
   Tensor values = empty_result({rows_out, width}, x.options());
   Tensor ids_out = at::empty({rows_out}, cu_seqlens.options());
   Tensor sizes_out = at::empty({sizes_in == nullptr ? 0 : rows_out}, importance.options());
-  Tensor normed = normalise ? empty_result({rows_out, width}, x.options()) : at::empty({0}, x.options());
-  const Tensor weight = normalise ? norm_weight->to(at::kFloat).contiguous() : Tensor();
-  const Tensor shift = normalise && norm_bias.has_value() ? norm_bias->to(at::kFloat).contiguous() : Tensor();
-  const float* const weight_data = normalise ? weight.const_data_ptr<float>() : nullptr;
-  const float* const shift_data = shift.defined() ? shift.const_data_ptr<float>() : nullptr;
+  Tensor normed = norm ? empty_result({rows_out, width}, x.options()) : at::empty({0}, x.options());
   const auto* const from = static_cast<const std::byte*>(x.const_data_ptr());
   auto* const to = static_cast<std::byte*>(values.mutable_data_ptr());
   auto* const normed_to = static_cast<std::byte*>(normed.mutable_data_ptr());
@@ -176,8 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
   float* const sizes_to = sizes_in == nullptr ? nullptr : sizes_out.mutable_data_ptr<float>();
   const int64_t row_bytes = width * x.element_size(), from_stride = x.stride(0) * x.element_size();
   const auto normalise_row = [&](int64_t row) {
-    kernels.layer_norm(type, to + row * row_bytes, weight_data, shift_data, static_cast<float>(norm_eps),
-                       normed_to + row * row_bytes, width);
+    if (norm) norm.run(type, to + row * row_bytes, row_bytes, normed_to + row * row_bytes, row_bytes, 1);
   };
 
   struct Dropped {
@@ -210,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
       std::memcpy(to + row * row_bytes, from + source * from_stride, static_cast<size_t>(row_bytes));
       ids_to[row] = ids_in == nullptr ? static_cast<int32_t>(j) : ids_in[source];
       if (sizes_to != nullptr) sizes_to[row] = sizes_in[source];
-      if (normalise) normalise_row(row);
+      normalise_row(row);
     }
     dropped[chunk] = sum;
   });
@@ -229,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact(
     kernels.store_scaled(type, sum, 1.0f / (total.weight + kEps), to + row * row_bytes, width);
     ids_to[row] = static_cast<int32_t>(merged_id);
     if (sizes_to != nullptr) sizes_to[row] = total.size;
-    if (normalise) normalise_row(row);
+    normalise_row(row);
   });
   return {values, cu_out, ids_out, sizes_out, normed};
 }

@@ -1,5 +1,4 @@
 // LayerNorm of the rows that hold tokens: out = (x - mean) / sqrt(variance + eps) * weight + bias.
-
 #include <string>
 
 #include "cpu/ops/norm.h"
@@ -15,12 +14,13 @@ constexpr int64_t kRows = 32;
 
 Norm::Norm(const char* name, const OptionalTensor& weight, const OptionalTensor& bias, double eps, int64_t width)
     : kernels_(cpu_kernels()), width_(width), eps_(static_cast<float>(eps)) {
-  if (!weight.has_value()) return;
-  check_operand((name + std::string("weight")).c_str(), *weight, {width}, weight->scalar_type());
-  weight_ = weight->to(at::kFloat).contiguous();
-  if (!bias.has_value()) return;
-  check_operand((name + std::string("bias")).c_str(), *bias, {width}, bias->scalar_type());
-  bias_ = bias->to(at::kFloat).contiguous();
+  const auto checked = [&](const char* part, const OptionalTensor& tensor) {
+    if (!tensor.has_value()) return Tensor();
+    check_operand((name + std::string(part)).c_str(), *tensor, {width}, tensor->scalar_type());
+    return tensor->to(at::kFloat).contiguous();
+  };
+  weight_ = checked("weight", weight);
+  bias_ = checked("bias", bias);
 }
 
 void Norm::run(Type type, const std::byte* from, int64_t from_stride, std::byte* to, int64_t to_stride, int64_t count) const {

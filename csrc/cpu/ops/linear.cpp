@@ -7,7 +7,6 @@
 // tokens of its own through all of them; else the threads share the features. So nothing derived from a weight is kept,
 // and a weight that somebody changes is changed. Each sum runs over the depth in one order, whatever the number of rows or
 // threads: a row's result has the same bits in any batch.
-
 #include <cstring>
 #include <initializer_list>
 #include <optional>
